@@ -1,0 +1,53 @@
+"""Errors a user can cause or meet, each with the exit code of the process.
+
+An error of this module is printed as its message alone, without a traceback;
+anything else is a bug of ours and keeps its traceback (exit code 1).
+"""
+
+
+class VitsslError(Exception):
+    """Base of the errors that end a run with a documented exit code."""
+
+    code = 1
+
+
+class UsageError(VitsslError, ValueError):
+    """A flag, config key or combination of them is wrong (exit code 2)."""
+
+    code = 2
+
+
+class DataError(VitsslError, ValueError):
+    """A data set is missing, empty, too small or too broken (exit code 3)."""
+
+    code = 3
+
+
+class CheckpointError(VitsslError, ValueError):
+    """A checkpoint is damaged, or does not fit the model (exit code 4)."""
+
+    code = 4
+
+
+class NonFiniteError(VitsslError, ArithmeticError):
+    """Several steps in a row had a non-finite loss or gradient (exit code 5)."""
+
+    code = 5
+
+
+class OutOfMemoryError(VitsslError, MemoryError):
+    """The device ran out of memory (exit code 6)."""
+
+    code = 6
+
+
+class StalledError(VitsslError, TimeoutError):
+    """No step finished for `log.stall_seconds` (exit code 7)."""
+
+    code = 7
+
+
+class Preempted(VitsslError):  # noqa: N818 - an event, not a fault.
+    """A signal asked the run to stop and its state is saved (exit code 75)."""
+
+    code = 75

@@ -1,0 +1,67 @@
+"""The contract every method fulfils, and the table of methods.
+
+To add a method: write `methods/x.py` with a frozen dataclass like the ones here,
+add its line to `METHODS`, write `configs/x.py`. Nothing else changes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Protocol
+
+Tree = Any  # Nested dicts of arrays.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a method may know about the run it takes part in.
+
+    Attributes:
+        total_steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps of one pass over the training set.
+        batch_size: images per optimizer step, over all devices.
+        classes: number of labelled classes (0 for an unlabelled set).
+        channels: channels of an image.
+        mean, std: per-channel normalisation, in units of [0, 1] pixel values.
+        dtype: compute dtype, "float32" or "bfloat16" (parameters are float32).
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    classes: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: str = "float32"
+
+
+class Method(Protocol):
+    """A frozen dataclass of `run` and one typed field per section of its config.
+
+    It holds numbers and linen modules, no state. The trainer alone jits, counts
+    steps, owns devices and files.
+    """
+
+    run: Run
+    couples_batch: bool  # The loss mixes samples, so a batch may not be split.
+
+    def transform(self) -> Callable:
+        """Return the training transform: (example, numpy Generator) -> example."""
+
+    def init(self, rng, batch) -> tuple[Tree, Tree]:
+        """Return (params, extra): what is trained, and what is not."""
+
+    def loss(self, params, extra, batch, rng, *, phase):
+        """Return (loss [], (extra, metrics)) of the global batch."""
+
+    def after(self, params, extra, step) -> Tree:
+        """Return `extra` after update number `step` (0-based): EMA and the like."""
+
+    def phase(self, step: int) -> Hashable:
+        """Return the static part of step `step`: each distinct value is compiled."""
+
+    def features(self, params, extra, image) -> dict:
+        """Return {"pooled": [B, D], "tokens": [B, N, D], ...} of images [B, H, W, C]."""
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
