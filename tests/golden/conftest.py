@@ -7,13 +7,6 @@ import pathlib
 import numpy as np
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-
-
-def pytest_addoption(parser):
-    """Add `--golden-dir`: where the cases are, instead of the project's own copy."""
-    parser.addoption("--golden-dir", default=str(HERE / "cases"))
-
 
 @dataclasses.dataclass
 class Case:

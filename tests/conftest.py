@@ -1,0 +1,25 @@
+"""Settings every test shares: CPU, four simulated devices, a compile cache."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# Compiled functions are kept between runs; tiny ones too (the default is >= 1 s).
+_CACHE = pathlib.Path(tempfile.gettempdir()) / "vitssl-test-compile-cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+from absl import flags  # noqa: E402
+
+# grain reads absl flags in its workers; nobody parses them under pytest.
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+_CASES = pathlib.Path(__file__).parent / "golden" / "cases"
+
+
+def pytest_addoption(parser):
+    """Add `--golden-dir`: golden cases other than the project's own copy."""
+    parser.addoption("--golden-dir", default=str(_CASES))
