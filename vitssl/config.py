@@ -1,0 +1,300 @@
+"""Configs: load a file, apply overrides, check everything, list all faults at once.
+
+A config file defines `get_config(arg="")` and returns plain data in an
+`ml_collections.ConfigDict`. Every section of it is described by a dataclass (or a
+linen module): its fields are the keys, their annotations the types. Nothing else in
+the package sees a ConfigDict.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import keyword
+import pathlib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import ml_collections
+
+from vitssl import errors
+
+
+class Problems(list):
+    """Faults found so far; raised together."""
+
+    def stop(self):
+        """Raise UsageError if there is any."""
+        if self:
+            raise errors.UsageError("config:\n  " + "\n  ".join(self))
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Return the config of `PATH[:ARGUMENT]` with `key.path=value` overrides applied.
+
+    Args:
+        spec: a Python file, and what to hand to its `get_config`.
+        overrides: "optim.lr=1e-3": Python literals; text needs no quotes.
+
+    Raises:
+        UsageError: no such file or argument; every override that names no key or has
+            another type than the value it replaces.
+    """
+    path, _, argument = spec.partition(":")
+    module = _import(path)
+    try:
+        c = module.get_config(argument) if argument else module.get_config()
+    except ValueError as e:
+        raise errors.UsageError(f"--config={spec}: {e}") from e
+    c = ml_collections.ConfigDict(c)
+    problems = Problems()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(f"--config.{override}: write --config.{key}=VALUE")
+        else:
+            _override(c, key, text, problems)
+    problems.stop()
+    return c
+
+
+def name_of(spec: str) -> str:
+    """Return the run's name of `configs/hjepa.py:smoke`: "hjepa-smoke"."""
+    path, _, argument = spec.partition(":")
+    stem = pathlib.Path(path).stem
+    return f"{stem}-{argument}" if argument else stem
+
+
+def _import(path: str) -> types.ModuleType:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = sorted(str(p) for p in file.parent.glob("*.py"))
+        guess = difflib.get_close_matches(path, near, 1)
+        also = f"; did you mean {guess[0]}?" if guess else f"; there is: {near}"
+        raise errors.UsageError(f"--config={path}: no such file{also}")
+    found = importlib.util.spec_from_file_location(file.stem, file)
+    if found is None:
+        raise errors.UsageError(f"--config={path}: not a Python file")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except SyntaxError as e:
+        raise errors.UsageError(f"--config={path}: line {e.lineno}: {e.msg}") from e
+    if not hasattr(module, "get_config"):
+        raise errors.UsageError(f"--config={path}: defines no get_config()")
+    return module
+
+
+def _override(c, key: str, text: str, problems: Problems):
+    """Set `key` of `c` to the value written as `text`, or report why not."""
+    *parents, leaf = key.split(".")
+    node, seen = c, []
+    for part in (*parents, leaf):
+        if not isinstance(node, ml_collections.ConfigDict):
+            problems.append(f"{key}: {'.'.join(seen)} is a value, not a section")
+            return
+        if part not in node:
+            problems.append(f"{'.'.join([*seen, part])}: {unknown(part, list(node))}")
+            return
+        seen.append(part)
+        parent, node = node, node[part]
+    if isinstance(node, ml_collections.ConfigDict):
+        problems.append(f"{key}: a section; set one of its keys: {sorted(node)}")
+        return
+    value = text
+    if not isinstance(node, str):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            problems.append(f"{key}={text}: want {_like(node)}")
+            return
+        if isinstance(node, float) and type(value) is int:
+            value = float(value)
+        if type(node) is not type(value):
+            problems.append(f"{key}={text}: want {_like(node)}")
+            return
+    with parent.unlocked():
+        parent[leaf] = value
+
+
+def _like(value) -> str:
+    return f"{type(value).__name__}, like {value!r}"
+
+
+def unknown(key: str, known: Sequence[str]) -> str:
+    """Return "no such key", with the nearest right name or all of them."""
+    guess = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    if guess:
+        return f"no such key; did you mean {guess[0]!r}?"
+    return f"no such key; there is: {', '.join(sorted(known))}"
+
+
+def section(cls, values, path: str, problems: Problems, **given):
+    """Build the dataclass or linen module `cls` from a config section.
+
+    Args:
+        cls: class whose annotated fields are the keys.
+        values: the section (a ConfigDict or dict).
+        path: dotted path of the section, for messages.
+        problems: receives unknown and missing keys, wrong types, failed checks.
+        given: fields that do not come from the section.
+
+    Returns:
+        The object, or None if it could not be built.
+    """
+    if not isinstance(values, ml_collections.ConfigDict | dict):
+        problems.append(f"{path}={values!r}: must be a section (a dict)")
+        return None
+    before = len(problems)
+    fields = schema(cls)
+    for key in values:
+        if key not in fields or key in given:
+            problems.append(f"{_join(path, key)}: {unknown(key, list(fields))}")
+    kwargs = dict(given)
+    for key, (annotation, required) in fields.items():
+        if key in given:
+            continue
+        if key in values:
+            where = _join(path, key)
+            kwargs[key] = typed(annotation, values[key], where, problems)
+        elif required:
+            where = _join(path, key)
+            problems.append(f"{where}: missing; want {describe(annotation)}")
+    if len(problems) > before:
+        return None
+    built = cls(**{_field(key): value for key, value in kwargs.items()})
+    if hasattr(built, "check"):
+        problems.extend(_join(path, line) for line in built.check() or ())
+    return built
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _field(key: str) -> str:
+    """Return the field of a key: "from" is a Python keyword, its field is `from_`."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def schema(cls) -> dict:
+    """Return {field: (annotation, required)} of a dataclass or linen module."""
+    hints = typing.get_type_hints(cls)
+    own = {}
+    for f in dataclasses.fields(cls):
+        if issubclass(cls, nn.Module) and f.name in ("parent", "name"):
+            continue
+        required = (
+            f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        )
+        own[f.name.removesuffix("_")] = (hints[f.name], required)
+    return own
+
+
+def typed(annotation, value, path, problems):
+    """Return `value` as `annotation` wants it, or report it at `path`."""
+    if dataclasses.is_dataclass(annotation):
+        return section(annotation, value, path, problems)
+    if not _fits(annotation, value):
+        problems.append(f"{path}={value!r}: want {describe(annotation)}")
+        return value
+    return _convert(annotation, value)
+
+
+def _fits(annotation, value) -> bool:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return value in args and not isinstance(value, bool)
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(args[0], v) for v in value)
+        return len(args) == len(value) and all(map(_fits, args, value))
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is typing.Any:
+        return True
+    return isinstance(annotation, type) and isinstance(value, annotation)
+
+
+def _convert(annotation, value):
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is tuple:
+        each = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
+        return tuple(map(_convert, each, value))
+    return float(value) if annotation is float else value
+
+
+def describe(annotation) -> str:
+    """Return what a key of this type accepts, in words."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        if args[1:] == (Ellipsis,):
+            return f"a tuple of {describe(args[0])}"
+        return "a tuple (" + ", ".join(map(describe, args)) + ")"
+    if dataclasses.is_dataclass(annotation):
+        return f"a section with the keys {', '.join(schema(annotation))}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def choose(table: dict, name, path: str, problems: Problems):
+    """Return table[name], or report the names there are."""
+    if name in table:
+        return table[name]
+    guess = difflib.get_close_matches(str(name), list(table), 1, cutoff=0.5)
+    hint = f"; did you mean {guess[0]!r}?" if guess else ""
+    problems.append(f"{path}={name!r}: one of {', '.join(sorted(table))}{hint}")
+    return None
+
+
+def to_json(c) -> str:
+    """Return the resolved config as JSON text; the only form that is ever read back."""
+    return json.dumps(_plain(c), indent=2, sort_keys=False) + "\n"
+
+
+def _plain(value):
+    if isinstance(value, ml_collections.ConfigDict | dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Return the config of `to_json` text; lists become tuples."""
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return tuple(map(tuples, value))
+        return value
+
+    return ml_collections.ConfigDict(tuples(json.loads(text)))
+
+
+def differences(a, b, path="") -> Iterator[str]:
+    """Yield "key: old -> new" for every value in which two configs differ."""
+    for key in sorted(set(a) | set(b)):
+        where = f"{path}{key}"
+        if key not in a or key not in b:
+            yield f"{where}: {'absent' if key not in a else 'present'} before"
+        elif isinstance(a[key], ml_collections.ConfigDict | dict):
+            yield from differences(a[key], b[key], f"{where}.")
+        elif _plain(a[key]) != _plain(b[key]):
+            yield f"{where}: {a[key]!r} -> {b[key]!r}"
+
+
+def describes(cls) -> str:
+    """Return the first line of a section's docstring."""
+    return (inspect.getdoc(cls) or "").partition("\n")[0]

@@ -1,0 +1,1 @@
+"""Examples on the host: sources, decoding, transforms, batches. Never imports jax."""

@@ -1,0 +1,148 @@
+"""Colour augmentation of uint8 images on the host, with OpenCV.
+
+Images are uint8 [H, W, C], channels last, red first. Brightness, contrast, blur and
+solarisation work on any number of channels; saturation, hue and grayscale need red,
+green and blue and leave other images alone. `vitssl.ops.colour` is the same on an
+accelerator, with the same distributions.
+
+The operations are those of PIL's ImageEnhance and torchvision's ColorJitter, to within
+a rounding of two grey levels (hue: four, both sides are quantised).
+"""
+
+import itertools
+
+import cv2
+import numpy as np
+
+ORDERS = tuple(itertools.permutations(range(4)))  # Of the four operations of `jitter`.
+SPREAD = (0.4, 0.4, 0.2, 0.1)  # Brightness, contrast, saturation, hue at strength 1.
+BLUR_SIGMA = (0.1, 2.0)  # Of the DINOv2 recipe, in pixels; its kernel is 9 x 9.
+BLUR_KERNEL = 9
+SOLARIZE_FROM = 128
+
+_LEVELS = np.arange(256, dtype=np.float32)
+_SOLARIZED = np.where(_LEVELS < SOLARIZE_FROM, _LEVELS, 255 - _LEVELS).astype(np.uint8)
+
+
+def brightness(image, factor):
+    """Multiply by `factor`."""
+    return _map(image, factor * _LEVELS)
+
+
+def contrast(image, factor):
+    """Move every value away from (or to) the mean grey of the image."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[-1] == 3 else image
+    mean = np.floor(gray.mean() + 0.5)
+    return _map(image, mean + factor * (_LEVELS - mean))
+
+
+def saturation(image, factor):
+    """Move every pixel away from (or to) its own grey."""
+    if image.shape[-1] != 3:
+        return image
+    return cv2.addWeighted(image, factor, grayscale(image), 1 - factor, 0)
+
+
+def hue(image, turn):
+    """Turn the hue by a share of the circle, in [-0.5, 0.5]."""
+    if image.shape[-1] != 3:
+        return image
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(int(turn * 256) % 256)  # Wraps round.
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def grayscale(image):
+    """Replace every channel by the luma (ITU-R 601)."""
+    if image.shape[-1] != 3:
+        return image
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
+
+
+def blur(image, sigma):
+    """Blur with a 9 x 9 Gaussian of `sigma` pixels, reflecting at the border."""
+    size = (BLUR_KERNEL, BLUR_KERNEL)
+    # A border can be reflected only where the image is wider than half the kernel.
+    thin = min(image.shape[:2]) <= BLUR_KERNEL // 2
+    border = cv2.BORDER_REPLICATE if thin else cv2.BORDER_REFLECT_101
+    out = cv2.GaussianBlur(image, size, sigma, borderType=border)
+    return out.reshape(image.shape)
+
+
+def solarize(image):
+    """Invert every value from 128 up."""
+    return _map(image, _SOLARIZED)
+
+
+OPERATIONS = (brightness, contrast, saturation, hue)
+
+
+def jitter(image, factors, order):
+    """Apply brightness, contrast, saturation, hue with `factors`, in `order`.
+
+    Args:
+        image: uint8 [H, W, C].
+        factors: (brightness, contrast, saturation, turn of the hue).
+        order: a permutation of 0..3, the operation that comes first first.
+
+    Returns:
+        uint8 [H, W, C].
+    """
+    for i in order:
+        image = OPERATIONS[i](image, factors[i])
+    return image
+
+
+def draw_jitter(rng, strength):
+    """Draw the factors and the order of one jitter.
+
+    Args:
+        rng: numpy Generator.
+        strength: 0.4 gives factors within 1 +- 0.16, 1 +- 0.16, 1 +- 0.08 and a hue
+            turn within +- 0.04; 1.0 gives the DINOv2 jitter (0.4, 0.4, 0.2, 0.1).
+
+    Returns:
+        (factors, order) for `jitter`. The operations come in random order.
+    """
+    *u, pick = rng.random(5).tolist()
+    factors = []
+    for i, (x, spread) in enumerate(zip(u, SPREAD, strict=True)):
+        shift = strength * spread
+        low = max(0.0, 1 - shift) if i < 3 else -shift
+        high = 1 + shift if i < 3 else shift
+        factors.append(low + x * (high - low))
+    return factors, ORDERS[int(pick * len(ORDERS))]
+
+
+def augment(image, rng, *, strength, prob, grayscale_prob, blur_prob, solarize_prob):
+    """Jitter, then turn grey, blur and solarise, each with its own probability.
+
+    Args:
+        image: uint8 [H, W, C].
+        rng: numpy Generator; the number of draws does not depend on their values.
+        strength: of the jitter, see `draw_jitter`; 0 switches it off.
+        prob: probability of the jitter as a whole.
+        grayscale_prob, blur_prob, solarize_prob: of the other three.
+
+    Returns:
+        uint8 [H, W, C].
+    """
+    chance, gray, soft, sun, where = rng.random(5).tolist()
+    factors, order = draw_jitter(rng, strength)
+    if strength and chance < prob:
+        image = jitter(image, factors, order)
+    if gray < grayscale_prob:
+        image = grayscale(image)
+    if soft < blur_prob:
+        low, high = BLUR_SIGMA
+        image = blur(image, low + where * (high - low))
+    if sun < solarize_prob:
+        image = solarize(image)
+    return image
+
+
+def _map(image, table):
+    """Look every value up in a table of 256; PIL cuts fractions off."""
+    table = np.clip(table, 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table).reshape(image.shape)

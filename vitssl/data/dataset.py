@@ -1,0 +1,75 @@
+"""The config section `data`, and the sources it names."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from vitssl import errors
+from vitssl.data import decode, sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Config section `data`.
+
+    Attributes:
+        source: key of `data.sources.SOURCES`.
+        root: directory of the data set; "" for sources that are embedded.
+        split: the split that trains.
+        bank_split: labelled split whose features k-NN and probes learn from.
+        test_split: labelled split whose accuracy is reported.
+        channels: channels of an image; sources convert 1 <-> 3.
+        mean, std: per-channel normalisation in units of [0, 1].
+        on_bad_image: a file that does not decode is replaced by the next one and
+            counted ("skip", at most 1 % of the set) or ends the run ("raise").
+        threads: decoding threads of this process; 0 = one per core, at most 16.
+        workers: decoding processes; 0 is best below about 8 cores.
+        options: keyword arguments of the source.
+    """
+
+    source: str
+    root: str
+    split: str
+    bank_split: str
+    test_split: str
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    threads: int = 0
+    workers: int = 0
+    options: Any = dataclasses.field(default_factory=dict)
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range or cannot be combined."""
+        if self.source not in sources.SOURCES:
+            known = ", ".join(sorted(sources.SOURCES))
+            yield f"source={self.source!r}: one of {known}"
+        if self.channels < 1:
+            yield f"channels={self.channels}: 1 or more"
+        for key in ("mean", "std"):
+            have = len(getattr(self, key))
+            if have != self.channels:
+                yield f"{key} has {have} values for channels={self.channels}"
+        if any(s <= 0 for s in self.std):
+            yield f"std={self.std}: every value above 0"
+        if self.threads < 0 or self.workers < 0:
+            yield f"threads={self.threads}, workers={self.workers}: 0 or more"
+
+    def open(self, split: str):
+        """Return the source of one split, tolerant of broken images if so set.
+
+        Raises:
+            DataError: what is missing, where, and what the layout should be.
+            UsageError: an option the source does not have.
+        """
+        options = dict(self.options)
+        try:
+            source = sources.SOURCES[self.source](self.root, split, **options)
+        except TypeError as e:
+            raise errors.UsageError(f"data.options={options}: {e}") from e
+        if source.channels != self.channels:
+            raise errors.UsageError(
+                f"data.channels={self.channels}: {self.source} has {source.channels}"
+            )
+        return decode.Tolerant(source, self.on_bad_image)

@@ -1,0 +1,68 @@
+"""Composed scenes of scanned digits as a data set: see `worlds.scenes`."""
+
+import dataclasses
+
+import numpy as np
+
+from vitssl import errors
+from vitssl.data.sources import layout
+from vitssl.data.worlds import scenes as world
+
+SPLITS = {"train": "train", "test": "test", "val": "test"}
+COUNTS = {"train": 6000, "test": 1000}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scenes:
+    """The first `count` scenes of a world; the label is the one whole digit."""
+
+    world: world.World
+    count: int
+    classes: tuple[str, ...] = tuple(str(d) for d in range(10))
+    root: str = "(built in)"
+    name: str = "scenes"
+
+    @property
+    def split(self) -> str:
+        """Which scanned digits it is made of."""
+        return self.world.split
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        return self.world.channels
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N] int32."""
+        return np.array([self.world.label(i) for i in range(self.count)], np.int32)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        scene = self.world.scene(i)
+        return {"image": scene.image, "label": scene.label}
+
+
+def open(root, split, *, count=0, size=48, channels=1, seed=0, **difficulty):
+    """Scenes with one whole scanned digit each among clutter.
+
+    Args:
+        root: not used; the digits come with a Python package.
+        split: "train" or "test" ("val" is the same): their digits are disjoint.
+        count: number of images; 0 = 6000 to train, 1000 to test.
+        size: side of the square canvas in pixels.
+        channels: 1 (gray) or 3 (every object its own colour).
+        seed: of the composition.
+        difficulty: further fields of `worlds.scenes.World` (scale_min, fragments ...).
+    """
+    split = layout.split_of("scenes", split, SPLITS)
+    if count < 0:
+        raise errors.UsageError(f"scenes: count={count}: 0 (default size) or more")
+    made = world.World(
+        split=split, size=size, channels=channels, seed=seed, **difficulty
+    )
+    return Scenes(made, count or COUNTS[split])

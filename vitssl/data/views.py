@@ -1,0 +1,117 @@
+"""Transforms that make one view of an image: evaluation, and single-crop training.
+
+Every one is a frozen dataclass of numbers, called with an example (a dict with `image`
+uint8 [H, W, C], `label`, `index`) and a numpy Generator, and returns uint8 pixels;
+normalisation happens on the device.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from vitssl.data import crops, masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Resize the short side, cut out the centre. Nothing is random.
+
+    Attributes:
+        size: side of the result, in pixels.
+        ratio: the short side is resized to int(ratio * size): 1.14 in H-JEPA and
+            I-JEPA (224 -> 255), 1.0 for the largest central square.
+        interpolation: see `crops.MultiCrop`.
+    """
+
+    size: int
+    ratio: float = 1.14
+    interpolation: str = "bicubic"
+
+    def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
+        """Return {image uint8 [s, s, C], label, index int32 []}."""
+        side = max(self.size, int(self.ratio * self.size))
+        image = resize_short(example["image"], side, self.interpolation)
+        return _labels(example) | dict(image=centre_crop(image, self.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleCrop:
+    """One random crop, as the single-crop systems train: the baselines of multi-crop.
+
+    Attributes:
+        size: side of the crop, in pixels.
+        scale: smallest and largest share of the area.
+        flip: probability that it is mirrored.
+        color_jitter: strength, see `crops.MultiCrop`; 0 is off.
+        resize_to: the short side is first resized to this many pixels; 0 is off.
+        interpolation: see `crops.MultiCrop`.
+        masks: the section `masking`, or None.
+        patch: side of a patch, in pixels; used with masks only.
+    """
+
+    size: int
+    scale: tuple[float, float]
+    flip: float = 0.0
+    color_jitter: float = 0.0
+    resize_to: int = 0
+    interpolation: str = "bicubic"
+    masks: masks.Masks | None = None
+    patch: int = 1
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+        """Return the layout of `crops.MultiCropTransform` with one global crop.
+
+        The boxes are shares of the image as it was given.
+        """
+        image = example["image"]
+        if self.resize_to:
+            image = resize_short(image, self.resize_to, self.interpolation)
+        one = crops.MultiCrop(
+            num_global_crops=1,
+            num_local_crops=0,
+            global_crop_size=self.size,
+            local_crop_size=self.size,
+            global_crop_scale=self.scale,
+            local_crop_scale=self.scale,
+            global_color_jitter=self.color_jitter,
+            local_color_jitter=0.0,
+            color_jitter_prob=1.0,
+            horizontal_flip_prob=self.flip,
+            interpolation=self.interpolation,
+            colour="host",
+        )
+        transform = crops.MultiCropTransform(one, self.masks, self.patch)
+        return transform(dict(example, image=image), rng)
+
+
+def hjepa_single(size: int, color_jitter: float = 0.4, **masks_and_patch) -> SingleCrop:
+    """Return H-JEPA's single-crop transform: mild crop, flip, jitter."""
+    return SingleCrop(
+        size, (0.8, 1.0), 0.5, color_jitter, resize_to=size + 32, **masks_and_patch
+    )
+
+
+def ijepa_single(size: int, **masks_and_patch) -> SingleCrop:
+    """Return I-JEPA's transform: a random crop and nothing else."""
+    return SingleCrop(size, (0.3, 1.0), **masks_and_patch)
+
+
+def resize_short(image, side, interpolation="bicubic"):
+    """Resize [H, W, C] so that the shorter side has `side` pixels.
+
+    The longer side is cut to a whole number of pixels, as torchvision does.
+    """
+    rows, columns = image.shape[:2]
+    short = min(rows, columns)
+    size = max(side, side * rows // short), max(side, side * columns // short)
+    return crops.resize(image, size, None, interpolation)
+
+
+def centre_crop(image, side):
+    """Return the central [side, side, C]; half a pixel is rounded to even."""
+    top, left = (round((n - side) / 2) for n in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + side, left : left + side])
+
+
+def _labels(example):
+    return {key: np.int32(example.get(key, -1)) for key in ("label", "index")}

@@ -1,0 +1,1 @@
+"""Procedural worlds: pictures generated from a seed, with everything in them known."""

@@ -1,0 +1,189 @@
+"""Scenes: one whole scanned digit among clutter on a larger canvas, with the truth.
+
+The digit has a random place, size, slant and ink. The clutter is made of pieces of
+other scanned digits (same ink statistics, so ink does not give the digit away) and
+of drawn lines, rings and frames. Raw pixels therefore say little about the label.
+"""
+
+import dataclasses
+import functools
+import typing
+
+import cv2
+import numpy as np
+
+from vitssl import errors
+from vitssl.data.sources import digits
+
+
+class Scene(typing.NamedTuple):
+    """A picture and what is in it.
+
+    Attributes:
+        image: uint8 [S, S, C].
+        label: the digit, 0..9.
+        digit: index of the scanned digit in `sources.digits.pixels()`.
+        box: float32 [4], (y0, x0, h, w) of the digit in pixels, before its slant.
+        mask: float32 [S, S], how much of each pixel is ink of the digit, 0..1.
+        clutter: float32 [K, 4], boxes of the pieces of other digits.
+    """
+
+    image: np.ndarray
+    label: int
+    digit: int
+    box: np.ndarray
+    mask: np.ndarray
+    clutter: np.ndarray
+
+
+@functools.cache
+def _order(split, seed):
+    """A fixed shuffle of the split's digits; scene i shows the digit i mod N."""
+    at = digits.members(split)
+    return np.random.default_rng((seed, 11)).permutation(at)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """All scenes of one seed: scene i is a pure function of the fields and i.
+
+    Attributes:
+        split: "train" or "test"; scanned digits are shared by no two splits.
+        size: S, side of the canvas in pixels.
+        channels: 1 (gray) or 3 (every object and the background have own colours).
+        seed: of the composition.
+        scale_min, scale_max: side of the digit relative to the canvas.
+        slant: largest rotation of digit and pieces, degrees.
+        fragments: number of pieces of other digits.
+        shapes: number of drawn lines, rings and frames.
+        contrast: least difference of ink and background, of 1.
+        noise: amplitude of the uniform pixel noise, of 255.
+    """
+
+    split: str = "train"
+    size: int = 48
+    channels: int = 1
+    seed: int = 0
+    scale_min: float = 0.4
+    scale_max: float = 0.65
+    slant: float = 15.0
+    fragments: int = 4
+    shapes: int = 2
+    contrast: float = 0.35
+    noise: int = 8
+
+    def __post_init__(self):
+        wrong = [
+            f"scenes: {key}={getattr(self, key)}: {allowed}"
+            for key, ok, allowed in (
+                ("size", self.size >= 16, "16 or more pixels"),
+                ("channels", self.channels in (1, 3), "1 or 3"),
+                ("scale_min", 0 < self.scale_min <= self.scale_max, "0 < min <= max"),
+                ("scale_max", self.scale_max <= 1, "at most 1"),
+                ("fragments", 0 <= self.fragments <= 32, "0..32"),
+                ("shapes", 0 <= self.shapes <= 32, "0..32"),
+                ("contrast", 0 <= self.contrast <= 0.5, "0..0.5"),
+                ("noise", 0 <= self.noise <= 127, "0..127"),
+            )
+            if not ok
+        ]
+        if wrong:
+            raise errors.UsageError("\n".join(wrong))
+
+    def label(self, i):
+        """The digit of scene i, 0..9, without drawing it."""
+        order = _order(self.split, self.seed)
+        return int(digits.pixels()[1][order[i % len(order)]])
+
+    def scene(self, i):
+        """Draw scene i.
+
+        Returns:
+            a `Scene`.
+        """
+        order = _order(self.split, self.seed)
+        digit = int(order[i % len(order)])
+        # Splits share no random number either: the key holds the split.
+        key = (self.seed, i, self.split == "test", 5)
+        u = iter(np.random.default_rng(key).random(16 * (2 + self.shapes + self.fragments)).tolist())
+        return self._draw(i, digit, order, u)
+
+    def _draw(self, i, digit, order, u):
+        s = self.size
+        base = [next(u) for _ in range(self.channels)]
+        canvas = self._background(base, u)  # [S, S, C] uint8
+        for _ in range(self.shapes):
+            self._shape(canvas, self._ink(base, u), u)
+        canvas = canvas.astype(np.float32)
+        scans, labels = digits.pixels()
+        clutter = np.zeros((self.fragments, 4), np.float32)
+        for k in range(self.fragments):
+            piece = _piece(scans[order[int(next(u) * len(order))]], u)
+            clutter[k], alpha = self._place(piece, u, inside=False)
+            _blend(canvas, alpha, self._ink(base, u))
+        box, alpha = self._place(scans[digit], u, inside=True)
+        _blend(canvas, alpha, self._ink(base, u))
+        if self.noise:
+            rng = np.random.default_rng((self.seed, i, self.split == "test", 6))
+            canvas += rng.integers(-self.noise, self.noise + 1, (s, s, 1), np.int8)
+        image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+        return Scene(image, int(labels[digit]), digit, box, alpha, clutter)
+
+    def _background(self, base, u):
+        """A plane of intensities around `base`, tilted by up to +-0.12."""
+        s = self.size
+        dy, dx = (next(u) - 0.5) * 0.24, (next(u) - 0.5) * 0.24
+        y = np.linspace(-dy, dy, s, dtype=np.float32)[:, None, None]
+        x = np.linspace(-dx, dx, s, dtype=np.float32)[None, :, None]
+        plane = y + x + np.array(base, np.float32)  # [S, S, C]
+        return (np.clip(plane, 0, 1) * 255).astype(np.uint8)
+
+    def _ink(self, base, u):
+        """A colour [C], 0..255, that differs from `base` by `contrast` or more."""
+        ink = []
+        for b in base:
+            low, high = max(0.0, b - self.contrast), max(0.0, 1 - b - self.contrast)
+            v = next(u) * (low + high)
+            ink.append(255 * (v if v < low else b + self.contrast + v - low))
+        return ink
+
+    def _shape(self, canvas, ink, u):
+        """Draw a line, a ring or a frame of one pixel's width onto `canvas`."""
+        s = self.size
+        kind, y0, x0, y1, x1 = (next(u) for _ in range(5))
+        a, b = (int(x0 * s), int(y0 * s)), (int(x1 * s), int(y1 * s))
+        if kind < 0.5:
+            cv2.line(canvas, a, b, ink, 1, cv2.LINE_AA)
+        elif kind < 0.75:
+            radii = (2 + int(x1 * s / 4), 2 + int(y1 * s / 4))
+            cv2.ellipse(canvas, a, radii, 0, 0, 360, ink, 1, cv2.LINE_AA)
+        else:
+            cv2.rectangle(canvas, a, b, ink, 1)
+
+    def _place(self, patch, u, *, inside):
+        """Put a patch [8, 8] somewhere: its box [4] and its ink [S, S] in 0..1."""
+        s = self.size
+        side = (self.scale_min + next(u) * (self.scale_max - self.scale_min)) * s
+        angle = (2 * next(u) - 1) * self.slant
+        margin = side / 2 if inside else 0.0
+        cy, cx = (margin + next(u) * (s - 2 * margin) for _ in range(2))
+        matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, side / 8)
+        matrix[:, 2] += cx - 4, cy - 4
+        alpha = cv2.warpAffine(patch, matrix, (s, s), flags=cv2.INTER_CUBIC)
+        box = np.array((cy - side / 2, cx - side / 2, side, side), np.float32)
+        return box, alpha.astype(np.float32) / 255  # [4], [S, S]
+
+
+def _piece(scan, u):
+    """A copy of a scan [8, 8] of which only half, or a quarter, is left."""
+    y, x = int(next(u) * 5), int(next(u) * 5)
+    h, w = ((8, 4), (4, 8), (4, 4))[int(next(u) * 3)]
+    y, x = (0 if h == 8 else y), (0 if w == 8 else x)
+    piece = np.zeros_like(scan)
+    piece[y : y + h, x : x + w] = scan[y : y + h, x : x + w]
+    return piece
+
+
+def _blend(canvas, alpha, ink):
+    """Lay ink [C] over the canvas [S, S, C] where alpha [S, S] is, in place."""
+    canvas += alpha[:, :, None] * (np.array(ink, np.float32) - canvas)

@@ -1,0 +1,182 @@
+"""Devices: start-up of several processes, the mesh, where arrays live.
+
+Parameters are replicated by default, or sharded over the mesh axis `fsdp`; the batch
+is split over both axes. Losses are written on the global batch, so nothing here or in
+a method calls a collective.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from vitssl import errors
+
+# Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
+_FSDP_MIN_SIZE = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Config section `mesh`.
+
+    Attributes:
+        fsdp: number of devices over which parameters and optimizer state are split;
+            1 replicates them. The batch is split over all devices in either case.
+        fsdp_min_size: arrays with fewer scalars are replicated.
+    """
+
+    fsdp: int = 1
+    fsdp_min_size: int = _FSDP_MIN_SIZE
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.fsdp < 1:
+            yield f"fsdp={self.fsdp}: 1 (replicate) or a divisor of the device count"
+
+
+def start() -> None:
+    """Join the other processes of the job, if the environment names a job.
+
+    JAX finds Slurm, Open MPI, Kubernetes and TPU pods itself; elsewhere set
+    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    given = "JAX_COORDINATOR_ADDRESS" in os.environ
+    slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if not (given or slurm) or jax.distributed.is_initialized():
+        return
+    if given:
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(os.environ["JAX_NUM_PROCESSES"]),
+            int(os.environ["JAX_PROCESS_ID"]),
+        )
+    else:
+        jax.distributed.initialize()
+
+
+def mesh(spec: Mesh, batch_size: int, accumulate: int = 1) -> jax.sharding.Mesh:
+    """Return the mesh (data, fsdp) over all devices of all processes.
+
+    Raises:
+        UsageError: fsdp or the (micro-)batch does not divide over the devices.
+    """
+    count = jax.device_count()
+    if count % spec.fsdp:
+        raise errors.UsageError(
+            f"mesh.fsdp={spec.fsdp} does not divide {count} devices"
+        )
+    unit = count * accumulate
+    if batch_size % unit:
+        low = batch_size // unit * unit
+        near = [str(n) for n in (low, low + unit) if n]
+        of = f"{count} devices" + (f" x {accumulate}" if accumulate > 1 else "")
+        raise errors.UsageError(
+            f"batch_size={batch_size} does not split over {of}; "
+            f"nearest that do: {', '.join(near)}"
+        )
+    shape = (count // spec.fsdp, spec.fsdp)
+    # Auto axes: jax >= 0.10 would make explicit ones, which refuse plain linen code.
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(m: jax.sharding.Mesh) -> NamedSharding:
+    """Return the sharding of a batch: its leading axis over every device."""
+    return NamedSharding(m, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(m: jax.sharding.Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(m, PartitionSpec())
+
+
+def state_sharding(m: jax.sharding.Mesh, spec: Mesh, abstract):
+    """Return a sharding for every leaf of an abstract state.
+
+    With fsdp > 1 the largest axis that divides is split; keys, scalars and small
+    arrays are replicated.
+    """
+    split = m.shape["fsdp"]
+
+    def one(leaf):
+        whole = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if whole or split == 1 or leaf.size < spec.fsdp_min_size:
+            return replicated(m)
+        axes = [i for i, n in enumerate(leaf.shape) if n % split == 0]
+        if not axes:
+            return replicated(m)
+        widest = max(axes, key=lambda i: leaf.shape[i])
+        names = [None] * leaf.ndim
+        names[widest] = "fsdp"
+        return NamedSharding(m, PartitionSpec(*names))
+
+    return jax.tree.map(one, abstract)
+
+
+def put(batch, sharding: NamedSharding):
+    """Return a global batch on the devices from this process's rows [b, ...]."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)),
+        batch,
+    )
+
+
+def get(tree):
+    """Return numpy copies of a tree on every process (gathers what is sharded)."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+
+    def one(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return jax.device_get(x)
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(one, tree)
+
+
+def is_main() -> bool:
+    """Return whether this process writes the logs."""
+    return jax.process_index() == 0
+
+
+def describe(m: jax.sharding.Mesh) -> str:
+    """Return one line: devices, processes, mesh."""
+    kind = jax.devices()[0].device_kind
+    axes = ", ".join(f"{k}={v}" for k, v in m.shape.items())
+    return (
+        f"{jax.device_count()} x {kind} ({jax.default_backend()}), "
+        f"{jax.process_count()} process(es), mesh {axes}"
+    )
+
+
+# Dense peak in FLOP/s per device by compute dtype, from the vendors' data sheets.
+_PEAK = {
+    ("h200", "bfloat16"): 989e12,
+    ("h100", "bfloat16"): 989e12,
+    ("a100", "bfloat16"): 312e12,
+    ("l40s", "bfloat16"): 362e12,
+    ("tpu v4", "bfloat16"): 275e12,
+    ("tpu v5p", "bfloat16"): 459e12,
+    ("tpu v5 lite", "bfloat16"): 197e12,
+    ("tpu v6 lite", "bfloat16"): 918e12,
+    ("h200", "float32"): 494e12,  # TF32
+    ("h100", "float32"): 494e12,
+    ("a100", "float32"): 156e12,
+}
+
+
+def peak_flops(dtype: str) -> float:
+    """Return the data-sheet peak of one device in FLOP/s, or 0.0 if unknown."""
+    kind = jax.devices()[0].device_kind.lower()
+    for (name, d), peak in _PEAK.items():
+        if d == dtype and name in kind:
+            return peak
+    return 0.0

@@ -1,0 +1,166 @@
+"""From a config to the objects of a run; every fault of the config in one message.
+
+The sections the trainer owns are fields of `Settings`. All other sections belong to
+the method: its fields name them and their types.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import ml_collections
+
+from vitssl import checkpoint, config, devices, evals, init, log, methods, optim
+from vitssl.data import dataset
+from vitssl.methods import table as methods_table
+from vitssl.models import MODELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys and sections of a config that the trainer owns.
+
+    Attributes:
+        method: key of `methods.table.METHODS`.
+        seed: of weights, data order, augmentation and everything random.
+        batch_size: images per optimizer step over all devices and micro-batches.
+        epochs: length of the run, in passes over the training set.
+        steps: if not 0, length of the run in optimizer steps, instead of `epochs`.
+        accumulate: micro-batches per optimizer step.
+        precision: compute dtype; parameters, losses and moments stay float32.
+    """
+
+    method: str
+    seed: int
+    batch_size: int
+    epochs: float
+    data: dataset.Data
+    optim: optim.Optim
+    evals: evals.Evals
+    log: log.Log
+    checkpoint: checkpoint.Checkpoint
+    steps: int = 0
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    mesh: devices.Mesh = devices.Mesh()
+    init: init.Init = init.Init()
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range or cannot be combined."""
+        if self.seed < 0:
+            yield f"seed={self.seed}: 0 or more"
+        if self.batch_size < 1:
+            yield f"batch_size={self.batch_size}: 1 or more"
+        if self.steps < 0:
+            yield f"steps={self.steps}: 0 (use epochs) or more"
+        if self.epochs <= 0 and not self.steps:
+            yield f"epochs={self.epochs}: must be above 0 (or set steps)"
+        if self.accumulate < 1:
+            yield f"accumulate={self.accumulate}: 1 or more"
+        elif self.batch_size % self.accumulate:
+            yield f"accumulate={self.accumulate} does not divide {self.batch_size=}"
+        if not self.steps and self.optim.warmup_epochs >= self.epochs > 0:
+            yield (
+                f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of "
+                f"epochs={self.epochs}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config: the trainer's settings and how to build the method.
+
+    Attributes:
+        settings: typed sections of the trainer.
+        sections: typed sections of the method, by field name.
+        config: the resolved config, as data.
+    """
+
+    settings: Settings
+    sections: dict
+    config: ml_collections.ConfigDict
+
+    def method(self, run: methods.Run) -> methods.Method:
+        """Return the method for a run whose length and data are known."""
+        cls = methods_table.METHODS[self.settings.method]
+        return cls(run=run, **self.sections)
+
+    def run(self, *, total_steps=1, steps_per_epoch=1, classes=0) -> methods.Run:
+        """Return what the method may know of the run."""
+        s = self.settings
+        return methods.Run(
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=s.batch_size,
+            classes=classes,
+            channels=s.data.channels,
+            mean=s.data.mean,
+            std=s.data.std,
+            dtype=s.precision,
+        )
+
+
+def read(c: ml_collections.ConfigDict) -> Experiment:
+    """Check a config and return its typed form.
+
+    Raises:
+        UsageError: every unknown, missing, ill-typed or impossible value of it.
+    """
+    problems = config.Problems()
+    c = c.copy_and_resolve_references()
+    own = config.schema(Settings)
+    cls = None
+    if "method" in c:
+        table = methods_table.METHODS
+        cls = config.choose(table, c.method, "method", problems)
+    wanted = _sections_of(cls) if cls else {}
+    for key in c:
+        if key not in own and key not in wanted and cls and key != "study":
+            known = [*own, *wanted]
+            problems.append(f"{key}: {config.unknown(key, known)}")
+    settings = config.section(
+        Settings, {k: c[k] for k in c if k in own}, "", problems
+    )
+    precision = c.get("precision", "float32")
+    sections = {}
+    for key, (annotation, required) in wanted.items():
+        if key in c:
+            sections[key] = _section(annotation, c[key], key, precision, problems)
+        elif required:
+            problems.append(f"{key}: missing; {config.describe(annotation)}")
+    problems.stop()
+    experiment = Experiment(settings, sections, c)
+    method = experiment.method(experiment.run())
+    problems.extend(method.check())
+    if settings.accumulate > 1 and method.couples_batch:
+        problems.append(
+            f"accumulate={settings.accumulate}: this loss compares the samples of a "
+            "batch; set accumulate=1"
+        )
+    problems.stop()
+    return experiment
+
+
+def _sections_of(cls) -> dict:
+    """Return {section: (annotation, required)} of a method's class."""
+    fields = config.schema(cls)
+    fields.pop("run")
+    return fields
+
+
+def _section(annotation: Any, values, path: str, precision: str, problems):
+    """Build one section of a method; a model is chosen by its key `name`."""
+    if typing.get_origin(annotation) is not None or not isinstance(annotation, type):
+        return config.typed(annotation, values, path, problems)
+    if annotation in MODELS.values() or path == "model":
+        values = dict(values)
+        name = values.pop("name", "vit")
+        annotation = config.choose(MODELS, name, f"{path}.name", problems)
+        if annotation is None:
+            return None
+        given = {}
+        if "dtype" in config.schema(annotation) and "dtype" not in values:
+            given["dtype"] = precision
+        return config.section(annotation, values, path, problems, **given)
+    return config.typed(annotation, values, path, problems)

@@ -1,0 +1,115 @@
+"""Start from parameters that exist: `init.from` of any config."""
+
+import dataclasses
+import logging
+import pathlib
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vitssl import checkpoint, errors, tree
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Config section `init`.
+
+    Attributes:
+        from_: key `from`: "" (random weights), a workdir, or WORKDIR/checkpoints/STEP.
+        skip: patterns of parameter names that keep their random value.
+    """
+
+    from_: str = ""
+    skip: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        """Yield what is wrong with the patterns."""
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                yield f"skip: {pattern!r} is not a regular expression: {e}"
+
+
+def load(spec: Init, params):
+    """Return `params` with the leaves that `spec.from_` stores under the same names.
+
+    Raises:
+        CheckpointError: no checkpoint there; no name in common; leaves of another
+            shape or absent that `spec.skip` does not name (all of them listed).
+    """
+    stored = read_params(spec.from_)
+    leaves, taken, faults = tree.flat(params), {}, []
+    for name, leaf in leaves.items():
+        if any(re.fullmatch(p, name) for p in spec.skip):
+            continue
+        if name not in stored:
+            faults.append(f"{name}: not in the checkpoint")
+        elif stored[name].shape != leaf.shape:
+            faults.append(f"{name}: {stored[name].shape} stored, {leaf.shape} here")
+        else:
+            taken[name] = stored[name]
+    if faults or not taken:
+        lines = "\n  ".join(faults[:12]) or "no parameter is left to load"
+        raise errors.CheckpointError(
+            f"init.from={spec.from_}: does not fit this model\n  {lines}\n"
+            "  name what shall stay random in init.skip"
+        )
+    logger.info(
+        "init.from=%s: %d of %d parameters loaded, %d skipped, %d stored ones unused",
+        spec.from_,
+        len(taken),
+        len(leaves),
+        len(leaves) - len(taken),
+        len(set(stored) - set(taken)),
+    )
+
+    def place(name, leaf):
+        if name not in taken:
+            return leaf
+        value = np.asarray(taken[name], leaf.dtype)
+        return jax.device_put(value, getattr(leaf, "sharding", None))
+
+    return tree.nest({k: place(k, v) for k, v in leaves.items()})
+
+
+def locate(path) -> tuple[pathlib.Path, int]:
+    """Return (checkpoints directory, step) of a workdir or of one checkpoint in it.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    path = pathlib.Path(path)
+    if path.name.isdigit() and (path / checkpoint.MANIFEST).exists():
+        return path.parent, int(path.name)
+    directory = path / "checkpoints"
+    steps = checkpoint.sealed_steps(directory)
+    if not steps:
+        raise errors.CheckpointError(
+            f"{path}: no complete checkpoint; want a workdir (with checkpoints/STEP) "
+            "or one WORKDIR/checkpoints/STEP"
+        )
+    return directory, steps[-1]
+
+
+def read_params(path) -> dict:
+    """Return {name: numpy array} of the parameters of a workdir's newest checkpoint."""
+    directory, step = locate(path)
+    state = directory.resolve() / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.metadata(state).item_metadata.tree["params"]
+        want = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        restored = reader.restore(
+            state,
+            args=ocp.args.PyTreeRestore(
+                item={"params": stored},
+                restore_args={"params": want},
+                partial_restore=True,
+            ),
+        )
+    return tree.flat(restored["params"])

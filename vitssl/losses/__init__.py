@@ -1,0 +1,9 @@
+"""Losses: arrays -> a float32 scalar to minimise. No parameters, no state.
+
+A loss is written on the global batch: under jit on a sharded batch its statistics
+are those of all devices, with no collective in the code.
+"""
+
+from vitssl.losses import combined, contrastive, regression, sigreg, vicreg
+
+__all__ = ["combined", "contrastive", "regression", "sigreg", "vicreg"]

@@ -1,0 +1,92 @@
+"""NT-Xent, and its sum with a prediction loss (C-JEPA)."""
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from vitssl import errors
+from vitssl.losses import regression
+
+# Hides a logit. Finite: a row with every entry hidden must not become nan.
+_HIDDEN = -1e30
+
+
+def nt_xent(a, b, valid=None, *, temperature, cosine=True, eps=1e-8):
+    """SimCLR's loss: pick out the other view of the same image among 2B - 1.
+
+    Args:
+        a, b: [B, D] or [B, N, D] (tokens are rows), row i of both from image i.
+        valid: [B] or [B, N] bool, pairs that count, as anchors and as negatives.
+        temperature: divides the similarities (0.1 in H-JEPA, 0.5 in SimCLR).
+        cosine: normalise rows first; False compares by dot product.
+        eps: shortest length a row is divided by.
+
+    Returns:
+        loss: [] mean cross-entropy over 2B anchors, in nats; log(2B - 1) at chance.
+        metrics: "accuracy" share of anchors whose positive beats every negative (a
+            tie does not: collapsed features score 0), "positive_similarity" and
+            "negative_similarity" mean plain similarity of pairs and of non-pairs.
+
+    Raises:
+        UsageError: temperature not above 0.
+
+    Source: Chen et al. 2020, arXiv:2002.05709, Eq. 1.
+    """
+    if not isinstance(temperature, jax.Array) and temperature <= 0:
+        raise errors.UsageError(f"temperature={temperature}: must be above 0")
+    if a.shape != b.shape or a.ndim not in (2, 3):
+        raise ValueError(
+            f"nt_xent: want two [B, D] or [B, N, D], got {a.shape} and {b.shape}"
+        )
+    keep = jnp.ones(a.shape[:-1], bool) if valid is None else valid > 0
+    if keep.shape != a.shape[:-1]:
+        raise ValueError(f"nt_xent: valid {keep.shape} is not {a.shape[:-1]}")
+    keep = einops.rearrange([keep, keep], "v ... -> (v ...)")  # [2B]
+    z = einops.rearrange([a, b], "v ... d -> (v ...) d").astype(jnp.float32)  # [2B, D]
+    z = jnp.where(keep[:, None], z, 0.0)
+    z = regression.unit(z, eps) if cosine else z
+    # Full float32 products: a GPU's default keeps 10 bits, the temperature loses 3.
+    similarity = jnp.matmul(z, z.T, precision="highest")  # [2B, 2B]
+    n = len(z)
+    pair = jnp.roll(jnp.arange(n), n // 2)  # Anchor i's positive is i + B mod 2B.
+    candidate = keep & ~jnp.eye(n, dtype=bool)
+    logits = jnp.where(candidate, similarity / temperature, _HIDDEN)
+    positive = jnp.take_along_axis(logits, pair[:, None], 1)[:, 0]  # [2B]
+    loss = regression.masked_mean(jax.nn.logsumexp(logits, 1) - positive, keep)
+    return loss, _metrics(similarity, candidate, keep, pair)
+
+
+def _metrics(similarity, candidate, keep, pair):
+    """Accuracy and mean similarities of pairs and non-pairs; no gradient."""
+    similarity = jax.lax.stop_gradient(similarity)  # [2B, 2B]
+    is_pair = jnp.arange(len(pair)) == pair[:, None]
+    negative = candidate & keep[:, None] & ~is_pair
+    positive = jnp.take_along_axis(similarity, pair[:, None], 1)[:, 0]  # [2B]
+    best = jnp.where(negative, similarity, -jnp.inf).max(1)
+    return {
+        "accuracy": regression.masked_mean((positive > best).astype(jnp.float32), keep),
+        "positive_similarity": regression.masked_mean(positive, keep),
+        "negative_similarity": regression.masked_mean(similarity, negative),
+    }
+
+
+def cjepa(
+    jepa, a, b, valid=None, *, jepa_weight=1.0, contrastive_weight=0.1, temperature=0.1
+):
+    """Prediction loss plus NT-Xent on the CLS tokens of two views.
+
+    Args:
+        jepa: [] the prediction loss.
+        a, b: [B, D] CLS tokens of the context encoder (those of a target encoder
+            have no gradient: the term would be a constant).
+        valid: [B] bool, images that count.
+
+    Returns:
+        loss: [] jepa_weight * jepa + contrastive_weight * NT-Xent.
+        parts: "contrastive" [] before weighting, and the metrics of `nt_xent` as
+            "contrastive_...".
+    """
+    term, metrics = nt_xent(a, b, valid, temperature=temperature)
+    parts = {"contrastive": term}
+    parts |= {f"contrastive_{name}": value for name, value in metrics.items()}
+    return jepa_weight * jepa + contrastive_weight * term, parts

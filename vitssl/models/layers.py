@@ -1,0 +1,238 @@
+"""The parts of a transformer block, shared by encoders and predictors.
+
+Parameters are float32. Matrix products run in `dtype`; the softmax, the statistics
+of LayerNorm and the rotary embedding in float32.
+"""
+
+from typing import Literal
+
+import einops
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import linen as nn
+
+from vitssl.models import posemb
+
+Implementation = Literal["auto", "xla", "cudnn"]
+
+# PyTorch's trunc_normal_(std=0.02) cuts at +-2, not at two standard deviations, so
+# it is a plain normal for every purpose.
+normal = nn.initializers.normal(0.02)
+
+
+def dense(features, dtype, name):
+    """Linear layer of timm's ViT: weights normal(0.02), bias 0."""
+    return nn.Dense(features, dtype=dtype, kernel_init=normal, name=name)
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis; statistics in float32, output in `dtype`.
+
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
+
+    eps: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):  # [..., D] -> [..., D]
+        d = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (d,))
+        bias = self.param("bias", nn.initializers.zeros, (d,))
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        return (x * scale + bias).astype(self.dtype)
+
+
+def softmax_attention(q, k, v, length=None):
+    """Attention with its map: the explicit form, for looking at and for checking.
+
+    Args:
+        q, k, v: [B, T, heads, c].
+        length: [B] int32, how many leading keys are valid; None = all.
+
+    Returns:
+        (output [B, T, heads, c], softmax [B, heads, T, T] float32).
+    """
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
+    logits = logits * scale
+    if length is not None:
+        seen = jnp.arange(k.shape[1]) < length[:, None]  # [B, T]
+        # Finite, not -inf: a row with every key hidden must not become nan.
+        logits = jnp.where(seen[:, None, None], logits, -1e30)
+    probs = jax.nn.softmax(logits, axis=-1)  # [B, heads, T, T]
+    y = jnp.einsum("bhqk,bkhc->bqhc", probs.astype(v.dtype), v)
+    return y, probs
+
+
+def attend(q, k, v, length=None, implementation="auto"):
+    """Multi-head softmax attention over a prefix of the keys.
+
+    Args:
+        q, k, v: [B, T, heads, c].
+        length: [B] int32, how many leading keys are valid; None = all. A prefix
+            length is all cuDNN's fused kernel understands of padding.
+        implementation: "cudnn", "xla", or "auto": cuDNN on a GPU in half precision,
+            with XLA in its place, after one warning, where cuDNN refuses.
+
+    Returns:
+        [B, T, heads, c] in the dtype of q; rows of padded queries are finite and
+        meaningless.
+    """
+    if implementation == "auto":
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        if half and jax.default_backend() == "gpu":
+            try:
+                return _fused(q, k, v, length, "cudnn")
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                logging.log_first_n(
+                    logging.WARNING, "cuDNN attention refused, using XLA: %s", 1, error
+                )
+    elif implementation == "cudnn":
+        return _fused(q, k, v, length, "cudnn")
+    return softmax_attention(q, k, v, length)[0]
+
+
+def _fused(q, k, v, length, implementation):
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=length, implementation=implementation
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed query-key-value product.
+
+    With a mutable collection "intermediates" the softmax is computed explicitly and
+    sown as "attention" [B, heads, T, T].
+
+    Attributes:
+        heads: number of heads, a divisor of the width.
+        qk_norm: LayerNorm of every head's queries and keys.
+        eps: of those LayerNorms.
+        dtype: of the matrix products.
+        attention: see `attend`.
+    """
+
+    heads: int
+    qk_norm: bool = False
+    eps: float = 1e-6
+    dtype: str = "float32"
+    attention: Implementation = "auto"
+
+    @nn.compact
+    def __call__(self, x, length=None, rope=None):
+        """Mix the tokens.
+
+        Args:
+            x: [B, T, D].
+            length: [B] int32 valid leading keys, or None.
+            rope: (cos, sin) [1 or B, T, D / heads] of `posemb.rotation`, or None.
+
+        Returns:
+            [B, T, D] in `dtype`.
+
+        Raises:
+            ValueError: heads does not divide the width.
+        """
+        d = x.shape[-1]
+        if d % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide the width {d}")
+        qkv = dense(3 * d, self.dtype, "qkv")(x)  # [B, T, 3 D]
+        q, k, v = einops.rearrange(qkv, "b n (t h c) -> t b n h c", t=3, h=self.heads)
+        if self.qk_norm:
+            q = LayerNorm(self.eps, self.dtype, name="q_norm")(q)
+            k = LayerNorm(self.eps, self.dtype, name="k_norm")(k)
+        if rope is not None:
+            q, k = posemb.rotate(q, *rope), posemb.rotate(k, *rope)
+        if self.is_mutable_collection("intermediates"):
+            y, probs = softmax_attention(q, k, v, length)
+            self.sow("intermediates", "attention", probs)
+        else:
+            y = attend(q, k, v, length, self.attention)  # [B, T, heads, c]
+        y = einops.rearrange(y, "b n h c -> b n (h c)")
+        return dense(d, self.dtype, "proj")(y)
+
+
+class MLP(nn.Module):
+    """Two linear layers around the exact (erf) GELU."""
+
+    hidden: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):  # [..., D] -> [..., D]
+        y = dense(self.hidden, self.dtype, "fc1")(x)
+        y = nn.gelu(y, approximate=False)
+        return dense(x.shape[-1], self.dtype, "fc2")(y)
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch for whole samples, and scale up the ones that stay.
+
+    Source: Huang et al. 2016, arXiv:1603.09382; drawn from the stream "drop_path".
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, train):  # [B, ...] -> [B, ...]
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        alive = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
+        return x * (alive / keep).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + g1 attn(norm(x)), then x + g2 mlp(norm(x)).
+
+    Attributes:
+        heads: of the attention.
+        hidden: width inside the MLP.
+        drop_path: probability that a sample skips a branch.
+        layerscale: initial value of the per-channel gains g1, g2; 0 = no gains.
+        qk_norm, eps, dtype, attention: see `Attention`; eps is every LayerNorm's.
+    """
+
+    heads: int
+    hidden: int
+    drop_path: float = 0.0
+    layerscale: float = 0.0
+    qk_norm: bool = False
+    eps: float = 1e-6
+    dtype: str = "float32"
+    attention: Implementation = "auto"
+
+    @nn.compact
+    def __call__(self, x, length=None, rope=None, train=False):
+        """Return the block's output [B, T, D]; arguments as in `Attention`."""
+        drop = DropPath(self.drop_path, name="drop")
+        attn = Attention(
+            self.heads, self.qk_norm, self.eps, self.dtype, self.attention, name="attn"
+        )
+        mlp = MLP(self.hidden, self.dtype, name="mlp")
+        y = attn(LayerNorm(self.eps, self.dtype, name="norm1")(x), length, rope)
+        x = x + drop(self._gain("ls1", y), train)
+        y = mlp(LayerNorm(self.eps, self.dtype, name="norm2")(x))
+        return x + drop(self._gain("ls2", y), train)
+
+    def _gain(self, name, y):
+        if self.layerscale == 0.0:
+            return y
+        init = nn.initializers.constant(self.layerscale)
+        return y * self.param(name, init, (y.shape[-1],)).astype(y.dtype)
+
+
+# `train` is position 4 counted from the module itself; it must be static.
+RematBlock = nn.remat(Block, static_argnums=(4,))
+
+
+def block(remat, **fields):
+    """Return a Block, rematerialised in the backward pass if `remat`; call it with
+    positional arguments and give it a name, which is then the same either way.
+    """
+    return (RematBlock if remat else Block)(**fields)

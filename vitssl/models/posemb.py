@@ -1,0 +1,80 @@
+"""Where a token is: tables resampled to a grid, and rotary angles."""
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def resample(table, old, new):
+    """Resample a position table from one patch grid to another.
+
+    Bicubic with antialiasing (a = -0.5, weights renormalised at the border), as in
+    timm; the table itself where the grids agree.
+
+    Args:
+        table: [..., h w, D] of grid `old` = (h, w).
+        old, new: grids (h, w).
+
+    Returns:
+        [..., h' w', D] of grid `new`, in the table's dtype.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    x = einops.rearrange(table, "... (h w) d -> ... h w d", h=old[0], w=old[1])
+    shape = x.shape[:-3] + (new[0], new[1], x.shape[-1])
+    x = jax.image.resize(x, shape, "cubic", antialias=True)
+    return einops.rearrange(x, "... h w d -> ... (h w) d")
+
+
+def rope_angles(grid, head_dim, theta):
+    """Angles by which rotary embedding turns the channel pairs of each patch.
+
+    With m = head_dim / 4 frequencies w_i = theta^(-2 i / (head_dim / 2)), a patch at
+    row y and column x (integers from 0, any grid) has the angles
+    [y w_0 .. y w_{m-1}, x w_0 .. x w_{m-1}].
+
+    Args:
+        grid: (h, w).
+        head_dim: channels per head, divisible by 4.
+        theta: base of the frequencies.
+
+    Returns:
+        [h w, head_dim / 2] float32 numpy, a constant of the compiled step.
+
+    Raises:
+        ValueError: head_dim is not divisible by 4.
+
+    Source: Su et al. 2021, arXiv:2104.09864, Eq. 15, per image axis as in H-JEPA
+    (VisionRoPE2D).
+    """
+    if head_dim % 4:
+        raise ValueError(f"rope: head_dim={head_dim} must be divisible by 4")
+    h, w = grid
+    omega = theta ** (-2.0 * np.arange(head_dim // 4) / (head_dim // 2))
+    y, x = np.divmod(np.arange(h * w), w)
+    angles = np.concatenate([np.outer(y, omega), np.outer(x, omega)], axis=-1)
+    return angles.astype(np.float32)
+
+
+def rotation(angles):
+    """Return (cos, sin) of angles [..., T, c], each repeated per pair: [..., T, 2c]."""
+    angles = jnp.repeat(angles, 2, axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, cos, sin):
+    """Turn the channel pairs (2j, 2j + 1): (a, b) -> (a cos - b sin, a sin + b cos).
+
+    Args:
+        x: [B, T, heads, head_dim].
+        cos, sin: [1 or B, T, head_dim] from `rotation`.
+
+    Returns:
+        Like x; the arithmetic is done in float32.
+    """
+    pairs = einops.rearrange(x.astype(jnp.float32), "... (c t) -> ... c t", t=2)
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)
+    turned = einops.rearrange(turned, "... c t -> ... (c t)")  # (-b, a) per pair.
+    y = x * cos[:, :, None] + turned * sin[:, :, None]
+    return y.astype(x.dtype)

@@ -1,0 +1,235 @@
+"""The vision transformer every method can use as its backbone."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import einops
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vitssl.models import layers, posemb
+from vitssl.ops import patches
+
+
+def _uniform_fan_in(fan_in):
+    """PyTorch's default of a convolution: uniform in +-1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of every patch: a convolution with stride = kernel size.
+
+    The kernel is stored as a convolution's, [patch, patch, C, D], and applied as one
+    matrix product to flattened patches, hidden ones left out.
+    """
+
+    width: int
+    patch: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, image, keep=None):  # [B, H, W, C] -> [B, N or K, D]
+        p, channels = self.patch, image.shape[-1]
+        init = _uniform_fan_in(p * p * channels)
+        kernel = self.param("kernel", init, (p, p, channels, self.width))
+        bias = self.param("bias", init, (self.width,))
+        x = patches.patchify(image.astype(self.dtype), p)  # [B, N, p p C]
+        if keep is not None:
+            x = patches.take(x, keep)  # [B, K, p p C]
+        kernel = einops.rearrange(kernel.astype(self.dtype), "p q c d -> (p q c) d")
+        return x @ kernel + bias.astype(self.dtype)
+
+
+class ViT(nn.Module):
+    """Vision transformer with learned positions, for images of any size.
+
+    Attributes:
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads, a divisor of width.
+        patch: side of a patch in pixels.
+        image_size: side in pixels of the square image the position table is for.
+        mlp_ratio: hidden width of the MLP over width.
+        drop_path: of the last block; grows linearly from 0 in the first.
+        layerscale: initial gain of the residual branches; 0 = none.
+        rope: turn queries and keys of patches by their grid position, on top of the
+            position table.
+        rope_theta: base of the rotary frequencies.
+        cls: prepend a class token.
+        registers: number of register tokens after the class token; they have no
+            position.
+        qk_norm: LayerNorm of queries and keys, per head.
+        norm_eps: of every LayerNorm.
+        remat: recompute every block in the backward pass instead of storing it.
+        dtype: of the computation; parameters are float32 always.
+        attention: implementation, see `layers.attend`.
+
+    Source: Dosovitskiy et al. 2020, arXiv:2010.11929, with the options and the
+    initial values of timm and of jonwiggins/H-JEPA src/models/encoder.py. Registers:
+    Darcet et al. 2023, arXiv:2309.16588.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    image_size: int
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.0
+    layerscale: float = 0.0
+    rope: bool = False
+    rope_theta: float = 10000.0
+    cls: bool = True
+    registers: int = 0
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: layers.Implementation = "auto"
+
+    @property
+    def prefix(self):
+        """How many tokens precede the patches."""
+        return int(self.cls) + self.registers
+
+    def setup(self):
+        """Declare the parameters; names do not depend on `remat`."""
+        side = self.image_size // self.patch
+        positions = (1, int(self.cls) + side * side, self.width)
+        tiny = nn.initializers.normal(1e-6)
+        if self.cls:
+            self.class_token = self.param("cls", tiny, (1, 1, self.width))
+        if self.registers:
+            shape = (1, self.registers, self.width)
+            self.register_tokens = self.param("registers", tiny, shape)
+        self.pos_embed = self.param("pos_embed", layers.normal, positions)
+        self.patch_embed = PatchEmbed(self.width, self.patch, self.dtype)
+        rates = np.linspace(0.0, self.drop_path, self.depth)
+        self.block = [
+            layers.block(
+                self.remat,
+                heads=self.heads,
+                hidden=int(self.width * self.mlp_ratio),
+                drop_path=float(rate),
+                layerscale=self.layerscale,
+                qk_norm=self.qk_norm,
+                eps=self.norm_eps,
+                dtype=self.dtype,
+                attention=self.attention,
+            )
+            for rate in rates
+        ]
+        self.norm = layers.LayerNorm(self.norm_eps, self.dtype)
+
+    def positions(self, grid):
+        """Return the position table of the patches of `grid` = (h, w): [h w, D]."""
+        side = self.image_size // self.patch
+        table = self.pos_embed[0, int(self.cls) :]
+        return posemb.resample(table, (side, side), grid)
+
+    def __call__(self, image, *, keep=None, count=None, hide=None, train=False):
+        """Encode images.
+
+        Args:
+            image: [B, H, W, C] float, normalised; the patch divides both sides.
+            keep: [B, K] int32 raster indices of the patches that exist ("drop"
+                masking, packed by `ops.patches.pack`); None = all.
+            count: [B] int32, how many leading entries of keep are meant; the others
+                are padding that no token attends to. None = all.
+            hide: [B, N] bool, patches whose token becomes 0 once it has its position
+                ("zero" masking); they stay in the sequence.
+            train: drop paths, from the stream "drop_path".
+
+        Returns:
+            (tokens [B, P + K or P + N, D], out): tokens after the last LayerNorm,
+            class token first, then registers, then patches; rows of padding are
+            meaningless. out["blocks"]: the `depth` outputs [B, ..., D] before that
+            norm; out["grid"] = (h, w).
+
+        Raises:
+            ValueError: the patch does not divide the image, or keep and hide are
+                both given, or count comes without keep.
+        """
+        if keep is not None and hide is not None:
+            raise ValueError("ViT: give keep (drop) or hide (zero), not both")
+        if count is not None and keep is None:
+            raise ValueError("ViT: count says how much of keep is meant; give keep")
+        grid = patches.grid(image, self.patch)
+        x, rope = self._embed(image, grid, keep, hide)  # [B, P + K, D]
+        length = None if count is None else (count + self.prefix).astype(jnp.int32)
+        blocks = []
+        for block in self.block:
+            x = block(x, length, rope, train)
+            blocks.append(x)
+        return self.norm(x), {"blocks": blocks, "grid": grid}
+
+    def _embed(self, image, grid, keep, hide):
+        """Return the sequence [B, P + K, D] and its rotation, if any."""
+        x = self.patch_embed(image, keep)  # [B, K, D]
+        pos = self.positions(grid)[None]  # [1, N, D]
+        if keep is not None:
+            pos = patches.take(pos, keep)
+        x = x + pos.astype(x.dtype)
+        if hide is not None:
+            x = jnp.where(hide[..., None], 0.0, x)
+        prefix = []
+        if self.cls:
+            prefix.append(self.class_token + self.pos_embed[:, :1])
+        if self.registers:
+            prefix.append(self.register_tokens)
+        if prefix:
+            shape = (len(x), self.prefix, self.width)
+            prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)  # [1, P, D]
+            x = jnp.concatenate([jnp.broadcast_to(prefix, shape), x], axis=1)
+        return x, self._rotation(grid, keep) if self.rope else None
+
+    def _rotation(self, grid, keep):
+        """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
+        head_dim = self.width // self.heads
+        angles = posemb.rope_angles(grid, head_dim, self.rope_theta)[None]
+        if keep is not None:
+            angles = patches.take(jnp.asarray(angles), keep)
+        return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible value or combination of the fields."""
+        for key in ("width", "depth", "heads", "patch", "image_size"):
+            if getattr(self, key) < 1:
+                yield f"{key}={getattr(self, key)}: must be at least 1"
+        if self.heads >= 1 and self.width % self.heads:
+            yield (
+                f"heads={self.heads}: must divide width={self.width}; "
+                f"{_divisors(self.width, self.heads)}"
+            )
+        elif self.rope and self.heads >= 1 and self.width // self.heads % 4:
+            yield (
+                f"rope=True: needs width / heads divisible by 4, it is "
+                f"{self.width // self.heads}"
+            )
+        if self.patch >= 1 and self.image_size % self.patch:
+            below = self.image_size // self.patch * self.patch
+            yield (
+                f"image_size={self.image_size}: must be a multiple of patch="
+                f"{self.patch}; nearest are {below} and {below + self.patch}"
+            )
+        if not 0.0 <= self.drop_path < 1.0:
+            yield f"drop_path={self.drop_path}: must be in [0, 1)"
+        for key in ("mlp_ratio", "norm_eps", "rope_theta"):
+            if not getattr(self, key) > 0.0:
+                yield f"{key}={getattr(self, key)}: must be positive"
+        for key in ("layerscale", "registers"):
+            if getattr(self, key) < 0:
+                yield f"{key}={getattr(self, key)}: must be 0 (off) or positive"
+
+
+def _divisors(width, heads):
+    """Name the divisors of width next to heads."""
+    fits = [n for n in range(1, width + 1) if width % n == 0]
+    near = sorted(sorted(fits, key=lambda n: abs(n - heads))[:2])
+    return "nearest that do: " + ", ".join(map(str, near))

@@ -1,0 +1,1 @@
+"""Arrays -> arrays, without parameters."""

@@ -1,0 +1,265 @@
+"""Optimizers over the trainable leaves only: rates, decay, clipping, freezing.
+
+Everything that depends on time is a pure function of the step, so a resumed run
+needs no state beyond the moments. Parameters are flat here: {name: leaf}
+(`tree.split`), which makes "drop the state of these leaves" one dict filter.
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vitssl import errors, schedules, tree
+
+EVERYTHING = ((".*", 1.0),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """Config section `optim`.
+
+    Attributes:
+        name: adamw decouples weight decay (Loshchilov & Hutter 2019); adam and sgd add
+            it to the gradient, as torch does; lars is You et al. 2017 as MAE codes it.
+        lr: peak learning rate; for `lr_batch` images if that is not 0.
+        lr_batch: 0, or the batch for which `lr` is meant: the rate used is
+            lr * batch_size / lr_batch (MAE's `blr` has 256).
+        schedule: shape after the warm-up; ends at `min_lr`.
+        warmup_epochs, start_lr: linear warm-up from start_lr.
+        stretch: the schedules are laid over `stretch` times the run and cut off
+            (I-JEPA's ipe_scale of 1.25); 1.0 is none.
+        wd: weight decay; with wd_schedule "cosine" it ends at `wd_end`.
+        clip_norm: largest global gradient norm over trainable leaves; 0.0 is off.
+        lr_rules: ((pattern, factor), ...), first match wins; factor 0.0 freezes.
+        wd_rules: ((pattern, factor), ...) of the decay.
+        freeze: ((pattern, fraction), ...): leaves matching are frozen from that
+            fraction of the run on; 0.0 freezes them from the start.
+    """
+
+    name: Literal["adamw", "adam", "sgd", "lars"]
+    lr: float
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_epochs: float
+    min_lr: float
+    wd: float
+    clip_norm: float
+    start_lr: float = 0.0
+    lr_batch: int = 0
+    stretch: float = 1.0
+    wd_schedule: Literal["constant", "cosine"] = "constant"
+    wd_end: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+    trust: float = 0.001
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    lr_rules: tuple[tuple[str, float], ...] = EVERYTHING
+    wd_rules: tuple[tuple[str, float], ...] = EVERYTHING
+    freeze: tuple[tuple[str, float], ...] = ()
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.lr <= 0:
+            yield f"lr={self.lr}: must be above 0"
+        if self.lr_batch < 0:
+            yield f"lr_batch={self.lr_batch}: 0 (lr as it is) or a batch size"
+        for key in ("min_lr", "start_lr", "wd", "wd_end", "clip_norm"):
+            if getattr(self, key) < 0:
+                yield f"{key}={getattr(self, key)}: must not be negative"
+        for key in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                yield f"{key}={getattr(self, key)}: must be in [0, 1)"
+        if self.warmup_epochs < 0:
+            yield f"warmup_epochs={self.warmup_epochs}: must not be negative"
+        if self.stretch < 1:
+            yield f"stretch={self.stretch}: must be 1.0 or more"
+        for pattern, fraction in self.freeze:
+            if not 0 <= fraction <= 1:
+                yield f"freeze: {pattern!r} at {fraction}: a fraction in [0, 1]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimizer of one run: rules resolved for its parameters.
+
+    Attributes:
+        spec: the config section.
+        peak: learning rate at the end of the warm-up, after scaling by the batch.
+        total_steps, warmup_steps: optimizer steps.
+        lr_factor, wd_factor: {name: factor}.
+        frozen_from: {name: first step at which the leaf is frozen}.
+    """
+
+    spec: Optim
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    lr_factor: dict
+    wd_factor: dict
+    frozen_from: dict
+
+    def lr(self, step):
+        """Return the learning rate of step `step` (before the factors), float32 []."""
+        s = self.spec
+        return schedules.SCHEDULES[s.schedule](
+            step,
+            base=self.peak,
+            final=s.min_lr,
+            start=s.start_lr,
+            warmup_steps=self.warmup_steps,
+            total_steps=self._span,
+        )
+
+    def wd(self, step):
+        """Return the weight decay of step `step` (before the factors)."""
+        s = self.spec
+        if s.wd_schedule == "constant":
+            return jnp.float32(s.wd)
+        return schedules.cosine(
+            step, base=s.wd, final=s.wd_end, total_steps=self._span
+        )
+
+    @property
+    def _span(self):
+        return round(self.spec.stretch * self.total_steps)
+
+    @functools.cached_property
+    def _events(self):
+        """Steps at which the frozen set changes, and the set from each on."""
+        steps = sorted(set(self.frozen_from.values()))
+        sets = [
+            frozenset(k for k, v in self.frozen_from.items() if v <= s) for s in steps
+        ]
+        return steps, sets
+
+    def frozen(self, step: int) -> frozenset[str]:
+        """Return the names of the leaves that do not train at step `step`."""
+        steps, sets = self._events
+        i = bisect.bisect_right(steps, step)
+        return sets[i - 1] if i else frozenset()
+
+    def init(self, trainable: dict):
+        """Return the optimizer state of {name: leaf}."""
+        return self._direction.init(trainable)
+
+    def update(self, grads: dict, opt, params: dict, step):
+        """One update of the trainable leaves.
+
+        Args:
+            grads, params: {name: leaf} of the trainable leaves.
+            opt: the state of exactly these leaves.
+            step: 0-based step, traced int32.
+
+        Returns:
+            new params, new state, {"grad_norm": before clipping, "lr", "wd"}.
+        """
+        norm = optax.tree.norm(grads)
+        if self.spec.clip_norm:
+            # The epsilon is torch's clip_grad_norm_.
+            factor = jnp.minimum(1.0, self.spec.clip_norm / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: g * factor, grads)
+        lr, wd = self.lr(step), self.wd(step)
+        decay = {k: wd * self.wd_factor[k] * p for k, p in params.items()}
+        coupled = self.spec.name != "adamw"
+        if coupled:
+            grads = {k: g + decay[k] for k, g in grads.items()}
+        move, opt = self._direction.update(grads, opt, params)
+        new = {}
+        for k, p in params.items():
+            m = move[k] if coupled else move[k] + decay[k]
+            new[k] = (p - lr * self.lr_factor[k] * m).astype(p.dtype)
+        return new, opt, {"grad_norm": norm, "lr": lr, "wd": wd}
+
+    @property
+    def _direction(self):
+        s = self.spec
+        if s.name in ("adamw", "adam"):
+            return optax.scale_by_adam(s.b1, s.b2, s.eps, mu_dtype=s.mu_dtype)
+        trace = optax.trace(decay=s.momentum)
+        return trace if s.name == "sgd" else optax.chain(_trust(s.trust), trace)
+
+
+def _trust(coefficient):
+    """LARS's layer-wise trust ratio for weights; vectors pass (MAE util/lars.py)."""
+
+    def one(g, p):
+        if p.ndim < 2:
+            return g
+        gn, pn = jnp.linalg.norm(g.ravel()), jnp.linalg.norm(p.ravel())
+        ratio = jnp.where((gn > 0) & (pn > 0), coefficient * pn / gn, 1.0)
+        return g * ratio
+
+    return optax.stateless(lambda u, p: jax.tree.map(one, u, p))
+
+
+def make(
+    spec: Optim, params, *, total_steps: int, steps_per_epoch: int, batch_size: int
+) -> Optimizer:
+    """Resolve the rules for `params` (arrays or shapes).
+
+    Raises:
+        UsageError: a rule that never wins, a leaf no rule covers, nothing left to train
+            at the start, a warm-up as long as the run.
+    """
+    names = list(tree.flat(params))
+    lr_factor = tree.match(names, spec.lr_rules, what="optim.lr_rules")
+    wd_factor = tree.match(names, spec.wd_rules, what="optim.wd_rules")
+    never = 2.0
+    fraction = tree.match(names, spec.freeze, what="optim.freeze", default=never)
+    frozen_from = {}
+    for k in names:
+        if lr_factor[k] == 0.0:
+            frozen_from[k] = 0
+        elif fraction[k] <= 1.0:
+            frozen_from[k] = round(fraction[k] * total_steps)
+    if all(frozen_from.get(k, 1) == 0 for k in names):
+        raise errors.UsageError("optim: every parameter is frozen from the start")
+    warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
+    if warmup_steps and warmup_steps >= total_steps:
+        raise errors.UsageError(
+            f"optim.warmup_epochs={spec.warmup_epochs} is {warmup_steps} steps, which "
+            f"leaves nothing of a run of {total_steps} steps"
+        )
+    peak = spec.lr * (batch_size / spec.lr_batch if spec.lr_batch else 1.0)
+    return Optimizer(
+        spec, peak, total_steps, warmup_steps, lr_factor, wd_factor, frozen_from
+    )
+
+
+def drop(opt, names: frozenset[str]):
+    """Return an optimizer state without the leaves `names` (they froze)."""
+
+    def cut(node):
+        return {k: v for k, v in node.items() if k not in names}
+
+    def is_leaves(node):
+        return isinstance(node, dict)
+
+    return jax.tree.map(
+        lambda n: cut(n) if isinstance(n, dict) else n, opt, is_leaf=is_leaves
+    )
+
+
+def layer_decay(decay: float, depth: int, prefix: str = "") -> tuple:
+    """Return lr_rules of layer-wise decay for a ViT of `depth` blocks.
+
+    The factor is decay ** (depth + 1 - layer), layer 0 being the embeddings, block i
+    layer i + 1, and everything else (norm, head) layer depth + 1.
+
+    Source: Bao et al. 2022 (BEiT), arXiv:2106.08254; MAE util/lr_decay.py.
+    """
+    if not 0 < decay <= 1:
+        raise errors.UsageError(f"layer decay {decay}: must be in (0, 1]")
+    top = depth + 1
+    embed = rf"{prefix}(cls|registers|pos_embed|patch_embed/.*)"
+    blocks = [
+        (rf"{prefix}block_{i}/.*", decay ** (top - i - 1)) for i in range(depth)
+    ]
+    return ((embed, decay**top), *blocks, (".*", 1.0))

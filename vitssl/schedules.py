@@ -1,0 +1,57 @@
+"""Schedules as pure functions of the 0-based step; python ints or traced arrays.
+
+Golden cases: tests/golden/cases/hjepa/schedules. Steps are optimizer steps.
+"""
+
+import jax.numpy as jnp
+
+
+def warmup(step, decay, *, start, base, warmup_steps):
+    """Return start -> base over `warmup_steps`, then `decay` (already computed)."""
+    if warmup_steps <= 0:
+        return decay
+    rise = start + (base - start) * step / warmup_steps
+    return jnp.where(step < warmup_steps, rise, decay)
+
+
+def cosine(step, *, base, final, total_steps, warmup_steps=0, start=0.0):
+    """Linear warm-up start -> base, then half a cosine base -> final at `total_steps`.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, Eq. 5 (one period).
+    """
+    x = _progress(step, warmup_steps, total_steps)
+    decay = final + (base - final) * 0.5 * (1 + jnp.cos(jnp.pi * x))
+    return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
+
+
+def linear(step, *, base, final, total_steps, warmup_steps=0, start=0.0):
+    """Linear warm-up start -> base, then a line base -> final at `total_steps`."""
+    x = _progress(step, warmup_steps, total_steps)
+    decay = base + (final - base) * x
+    return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
+
+
+def constant(step, *, base, final=0.0, total_steps=0, warmup_steps=0, start=0.0):
+    """Linear warm-up start -> base, then base for ever."""
+    del final, total_steps
+    flat = base + 0.0 * step
+    return warmup(step, flat, start=start, base=base, warmup_steps=warmup_steps)
+
+
+def momentum(step, *, start, end, total_steps, warmup_steps=0):
+    """EMA momentum: `start` during the warm-up, then a line to `end` at the last step.
+
+    Source: jonwiggins/H-JEPA src/utils/scheduler.py:EMAScheduler; with no warm-up it
+    is I-JEPA's (facebookresearch/ijepa src/train.py).
+    """
+    x = _progress(step, warmup_steps, total_steps)
+    return jnp.where(step < warmup_steps, start, start + (end - start) * x)
+
+
+def _progress(step, warmup_steps, total_steps):
+    """Return the position between the end of the warm-up and the end, in [0, 1]."""
+    x = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return jnp.clip(x, 0.0, 1.0)
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant}
