@@ -61,7 +61,7 @@ install_packages() {
     say "uv did not install the packages (see above); trying pip."
   fi
   "$python" -m pip --version >/dev/null 2>&1 ||
-    fail "there is no pip in $root/.venv; remove that folder and try again."
+    fail "there is no pip in $root/.venv and uv did not do; remove that folder, try again."
   "$python" -m pip install -qq --disable-pip-version-check \
     -r "$root/requirements.lock" -e "$project" ||
     fail "pip did not install the packages (see above)."

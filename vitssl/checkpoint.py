@@ -195,7 +195,9 @@ class Checkpoints:
         for step in reversed(self.steps()):
             fault = _damage(self.directory / str(step))
             if fault:
-                logger.warning("checkpoint %d is damaged (%s); trying older", step, fault)
+                logger.warning(
+                    "checkpoint %d is damaged (%s); trying older", step, fault
+                )
                 damaged.append(f"{step}: {fault}")
                 continue
             state, meta = read(self.directory, step, target_of(step))
@@ -315,4 +317,3 @@ def _damage(step_dir: pathlib.Path) -> str:
         if _digest(path) != digest:
             return f"{name} does not match its sha256"
     return ""
-

@@ -91,34 +91,62 @@ def _import(path: str) -> types.ModuleType:
 
 def _override(c, key: str, text: str, problems: Problems):
     """Set `key` of `c` to the value written as `text`, or report why not."""
-    *parents, leaf = key.split(".")
-    node, seen = c, []
-    for part in (*parents, leaf):
+    found = _find(c, key, problems)
+    if found is None:
+        return
+    parent, leaf = found
+    old, value = parent[leaf], text
+    if not isinstance(old, str):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            problems.append(f"{key}={text}: want {_like(old)}")
+            return
+    _replace(parent, leaf, key, value, problems)
+
+
+def assign(c, key: str, value, problems: Problems) -> None:
+    """Set the dotted `key` of `c`, which must exist and keep its type."""
+    found = _find(c, key, problems)
+    if found is not None:
+        _replace(*found, key, value, problems)
+
+
+def _find(c, key, problems):
+    """Return (section, key in it) of a dotted key, or report why there is none."""
+    node, seen, parent = c, [], None
+    for part in key.split("."):
         if not isinstance(node, ml_collections.ConfigDict):
             problems.append(f"{key}: {'.'.join(seen)} is a value, not a section")
-            return
+            return None
         if part not in node:
             problems.append(f"{'.'.join([*seen, part])}: {unknown(part, list(node))}")
-            return
+            return None
         seen.append(part)
         parent, node = node, node[part]
     if isinstance(node, ml_collections.ConfigDict):
         problems.append(f"{key}: a section; set one of its keys: {sorted(node)}")
+        return None
+    return parent, seen[-1]
+
+
+def _replace(parent, leaf, key, value, problems):
+    old = parent[leaf]
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(old) is not type(value):
+        problems.append(f"{key}={value}: want {_like(old)}")
         return
-    value = text
-    if not isinstance(node, str):
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            problems.append(f"{key}={text}: want {_like(node)}")
-            return
-        if isinstance(node, float) and type(value) is int:
-            value = float(value)
-        if type(node) is not type(value):
-            problems.append(f"{key}={text}: want {_like(node)}")
-            return
     with parent.unlocked():
         parent[leaf] = value
+
+
+def without(c, *keys: str) -> ml_collections.ConfigDict:
+    """Return a deep copy of a config without some of its keys."""
+    copy = ml_collections.ConfigDict(c.to_dict())
+    for key in keys:
+        del copy[key]
+    return copy
 
 
 def _like(value) -> str:

@@ -119,9 +119,7 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
         if key not in own and key not in wanted and cls and key != "study":
             known = [*own, *wanted]
             problems.append(f"{key}: {config.unknown(key, known)}")
-    settings = config.section(
-        Settings, {k: c[k] for k in c if k in own}, "", problems
-    )
+    settings = config.section(Settings, {k: c[k] for k in c if k in own}, "", problems)
     precision = c.get("precision", "float32")
     sections = {}
     for key, (annotation, required) in wanted.items():

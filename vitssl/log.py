@@ -169,13 +169,18 @@ class Metrics:
         self.in_a_row = int(state.get("in_a_row", 0))
         self.last = {}
 
-    def push(self, step: int, metrics) -> None:
+    def push(self, step: int, metrics, ids=None) -> None:
         """Hand over the device metrics of `step`, and read those of the step before.
+
+        Args:
+            step: 0-based.
+            metrics: scalars on the device.
+            ids: sample ids of the batch [b], for the report of a non-finite step.
 
         Raises:
             NonFiniteError: too many non-finite steps in a row.
         """
-        previous, self._pending = self._pending, (step, metrics)
+        previous, self._pending = self._pending, (step, metrics, ids)
         if previous is not None:
             self._read(*previous)
 
@@ -185,7 +190,7 @@ class Metrics:
         if previous is not None:
             self._read(*previous)
 
-    def _read(self, step, metrics):
+    def _read(self, step, metrics, ids):
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.last = values
         if values["nonfinite"]:
@@ -193,11 +198,12 @@ class Metrics:
             self.in_a_row += 1
             logger.warning(
                 "step %d: non-finite loss or gradient (loss %s, gradient norm %s); the "
-                "update was skipped (%d so far)",
+                "update was skipped (%d so far); samples %s",
                 step,
                 values["loss"],
                 values["grad_norm"],
                 self.nonfinite,
+                None if ids is None else np.asarray(ids).tolist(),
             )
             if self.in_a_row >= self._spec.nonfinite_limit:
                 raise errors.NonFiniteError(
@@ -280,9 +286,7 @@ class Clock:
             "time/eta_seconds": (self.total_steps - step) * each,
         }
         if self.flops_per_step and self.peak:
-            figures["time/mfu_percent"] = (
-                100 * self.flops_per_step / each / self.peak
-            )
+            figures["time/mfu_percent"] = 100 * self.flops_per_step / each / self.peak
         self.restart()
         return figures
 

@@ -122,9 +122,7 @@ class Optimizer:
         s = self.spec
         if s.wd_schedule == "constant":
             return jnp.float32(s.wd)
-        return schedules.cosine(
-            step, base=s.wd, final=s.wd_end, total_steps=self._span
-        )
+        return schedules.cosine(step, base=s.wd, final=s.wd_end, total_steps=self._span)
 
     @property
     def _span(self):
@@ -259,7 +257,5 @@ def layer_decay(decay: float, depth: int, prefix: str = "") -> tuple:
         raise errors.UsageError(f"layer decay {decay}: must be in (0, 1]")
     top = depth + 1
     embed = rf"{prefix}(cls|registers|pos_embed|patch_embed/.*)"
-    blocks = [
-        (rf"{prefix}block_{i}/.*", decay ** (top - i - 1)) for i in range(depth)
-    ]
+    blocks = [(rf"{prefix}block_{i}/.*", decay ** (top - i - 1)) for i in range(depth)]
     return ((embed, decay**top), *blocks, (".*", 1.0))

@@ -128,7 +128,7 @@ def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
 
 
 def _microbatches(batch, k, mesh):
-    """[B, ...] -> [k, B/k, ...]; row r goes to part r % k, so each stays on its device."""
+    """[B, ...] -> [k, B/k, ...]; row r goes to part r % k, so it keeps its device."""
 
     def one(x):
         x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
@@ -180,14 +180,14 @@ class Compiled:
     """
 
     def __init__(self, step, abstract_state, mesh, fsdp: devices.Mesh):
-        self._step, self._abstract = step, abstract_state
+        self._step, self.abstract = step, abstract_state
         self._mesh, self._fsdp = mesh, fsdp
         self._done, self._pending = {}, {}
         self.seconds = 0.0  # Spent waiting for a compilation.
 
     def state_sharding(self, phase: Phase):
         """Return the sharding of the state in `phase`."""
-        shapes = self._abstract(phase)
+        shapes = self.abstract(phase)
         return devices.state_sharding(self._mesh, self._fsdp, shapes)
 
     def get(self, phase: Phase, batch):
@@ -245,7 +245,7 @@ class Compiled:
             out_shardings=(sharding, devices.replicated(self._mesh)),
             donate_argnums=0,
         )
-        return fn.lower(self._abstract(phase), _shapes(batch)).compile()
+        return fn.lower(self.abstract(phase), _shapes(batch)).compile()
 
 
 def _shapes(batch):

@@ -10,46 +10,55 @@ a rounding of two grey levels (hue: four, both sides are quantised).
 """
 
 import itertools
+import math
 
 import cv2
 import numpy as np
 
+LUMA = (0.299, 0.587, 0.114)
 ORDERS = tuple(itertools.permutations(range(4)))  # Of the four operations of `jitter`.
 SPREAD = (0.4, 0.4, 0.2, 0.1)  # Brightness, contrast, saturation, hue at strength 1.
 BLUR_SIGMA = (0.1, 2.0)  # Of the DINOv2 recipe, in pixels; its kernel is 9 x 9.
 BLUR_KERNEL = 9
-SOLARIZE_FROM = 128
 
-_LEVELS = np.arange(256, dtype=np.float32)
-_SOLARIZED = np.where(_LEVELS < SOLARIZE_FROM, _LEVELS, 255 - _LEVELS).astype(np.uint8)
+# PIL cuts fractions off, OpenCV rounds: take off (nearly) a half before.
+_CUT = -0.499
 
 
 def brightness(image, factor):
     """Multiply by `factor`."""
-    return _map(image, factor * _LEVELS)
+    return _linear(image, factor, _CUT)
 
 
 def contrast(image, factor):
     """Move every value away from (or to) the mean grey of the image."""
-    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[-1] == 3 else image
-    mean = np.floor(gray.mean() + 0.5)
-    return _map(image, mean + factor * (_LEVELS - mean))
+    if image.shape[-1] == 3:
+        mean = np.dot(LUMA, cv2.mean(image)[:3])
+    else:
+        mean = image.mean()
+    return _linear(image, factor, math.floor(mean + 0.5) * (1 - factor) + _CUT)
 
 
 def saturation(image, factor):
     """Move every pixel away from (or to) its own grey."""
     if image.shape[-1] != 3:
         return image
-    return cv2.addWeighted(image, factor, grayscale(image), 1 - factor, 0)
+    return cv2.addWeighted(image, factor, grayscale(image), 1 - factor, _CUT)
 
 
 def hue(image, turn):
-    """Turn the hue by a share of the circle, in [-0.5, 0.5]."""
+    """Turn the hue by a share of the circle, in [-0.5, 0.5].
+
+    As in PIL, hue has whole values of which 255 make a turn, and wraps at 256.
+    """
     if image.shape[-1] != 3:
         return image
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(int(turn * 256) % 256)  # Wraps round.
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)  # Hue in degrees.
+    steps = cv2.extractChannel(hsv, 0)
+    steps = cv2.convertScaleAbs(steps, alpha=255 / 360, beta=_CUT)
+    steps += np.uint8(int(turn * 255) % 256)
+    cv2.insertChannel(steps * np.float32(360 / 255), hsv, 0)
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
 def grayscale(image):
@@ -62,17 +71,18 @@ def grayscale(image):
 
 def blur(image, sigma):
     """Blur with a 9 x 9 Gaussian of `sigma` pixels, reflecting at the border."""
-    size = (BLUR_KERNEL, BLUR_KERNEL)
+    kernel = cv2.getGaussianKernel(BLUR_KERNEL, sigma)
     # A border can be reflected only where the image is wider than half the kernel.
     thin = min(image.shape[:2]) <= BLUR_KERNEL // 2
     border = cv2.BORDER_REPLICATE if thin else cv2.BORDER_REFLECT_101
-    out = cv2.GaussianBlur(image, size, sigma, borderType=border)
+    out = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=border)
     return out.reshape(image.shape)
 
 
 def solarize(image):
     """Invert every value from 128 up."""
-    return _map(image, _SOLARIZED)
+    # Below 128 a value is smaller than its inverse, from there on larger.
+    return cv2.min(image, cv2.bitwise_not(image)).reshape(image.shape)
 
 
 OPERATIONS = (brightness, contrast, saturation, hue)
@@ -142,7 +152,7 @@ def augment(image, rng, *, strength, prob, grayscale_prob, blur_prob, solarize_p
     return image
 
 
-def _map(image, table):
-    """Look every value up in a table of 256; PIL cuts fractions off."""
-    table = np.clip(table, 0, 255).astype(np.uint8)
-    return cv2.LUT(image, table).reshape(image.shape)
+def _linear(image, factor, shift):
+    """Return factor * image + shift, rounded and clipped to 0..255."""
+    flat = image.reshape(len(image), -1)
+    return cv2.addWeighted(flat, factor, flat, 0.0, shift).reshape(image.shape)

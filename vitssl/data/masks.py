@@ -31,9 +31,9 @@ class Masks:
             have no masks. `global_with_local_context`: the same, and local crops are
             wholly visible. `cross_crop_prediction`: also the first half of the local
             crops; the other half is wholly visible.
-        sampler: `original`: H-JEPA's hierarchical blocks. `multiblock`: its single-level
-            generator, every level alike. `ijepa`: I-JEPA's blocks of one size that may
-            overlap each other.
+        sampler: `original`: H-JEPA's hierarchical blocks. `multiblock`: its
+            single-level generator, every level alike. `ijepa`: I-JEPA's blocks of one
+            size that may overlap each other.
         num_hierarchies: number of levels H; level 0 is the finest.
         num_target_masks: target blocks per crop and level, T.
         scale_progression: block area of level k is base_scale times 2^k (geometric) or
@@ -44,9 +44,9 @@ class Masks:
             [0.85, 1.15] at level 0.
         max_attempts: draws of a block that must not touch the earlier ones, before a
             small fallback block is put anywhere.
-        min_keep: fewest visible patches (but at most a quarter of the grid). With fewer,
-            everything that is no target becomes visible, and target blocks are dropped
-            from the last while that is not enough. 0 switches the rule off.
+        min_keep: fewest visible patches (but at most a quarter of the grid). With
+            fewer, everything that is no target becomes visible, and target blocks are
+            dropped from the last while that is not enough. 0 switches the rule off.
         targets_per_level: `constant`: T blocks at every level. `shrink`:
             max(1, T // 2^k), so that coarse blocks fit beside each other.
         context_scale: area of the context block, as a share of the grid, the same at

@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from vitssl.data import crops, masks
+from vitssl.data import crops, resample
+from vitssl.data.masks import Masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class SingleCrop:
     color_jitter: float = 0.0
     resize_to: int = 0
     interpolation: str = "bicubic"
-    masks: masks.Masks | None = None
+    masks: Masks | None = None
     patch: int = 1
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
@@ -104,7 +105,7 @@ def resize_short(image, side, interpolation="bicubic"):
     rows, columns = image.shape[:2]
     short = min(rows, columns)
     size = max(side, side * rows // short), max(side, side * columns // short)
-    return crops.resize(image, size, None, interpolation)
+    return resample.resize(image, size, None, interpolation)
 
 
 def centre_crop(image, side):

@@ -6,10 +6,10 @@ placements "context", "levels" and "last_level", all of them on two halves of th
 batch; "views" takes two crops of the same images instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
+import einops
 import jax.numpy as jnp
 
 from vitssl import errors
@@ -43,8 +43,8 @@ def pool(tokens, valid=None):
     if valid is None:
         return tokens.mean(1)
     keep = valid.astype(jnp.float32)[..., None]  # [B, N, 1]
-    total = jnp.where(keep > 0, keep * tokens, 0.0).sum(1)
-    return total / jnp.maximum(keep.sum(1), 1e-6)
+    total = jnp.where(keep > 0, keep * tokens, 0.0).sum(1)  # [B, D]
+    return total / jnp.where(keep.any(1), keep.sum(1), 1.0)
 
 
 def pairs(
@@ -120,9 +120,9 @@ def vicreg_of(chosen, *, weights=0.1, settings=None):
     """
     term, parts = jnp.zeros(()), {}
     for pair in chosen:
-        own = _of_level(settings or {}, pair.level, Mapping)
+        own = _of_level(settings or {}, pair.level)
         loss, found = _vicreg_of_pair(pair, **own)
-        term += _of_level(weights, pair.level, int | float | jax.Array) * loss
+        term += _of_level(weights, pair.level) * loss
         end = f"_h{pair.level}" if len(chosen) > 1 else ""
         parts[f"vicreg{end}"] = loss
         for name in ("invariance", "variance", "covariance"):
@@ -209,13 +209,13 @@ def _vicreg_of_pair(pair, *, weights=vicreg.WEIGHTS, flatten=True, **options):
     """Loss and parts of one pair; without a second view the invariance is 0."""
     if pair.b is not None:
         return vicreg.vicreg(*pair[:4], weights=weights, flatten=flatten, **options)
-    a = pair.a if flatten else pair.a.reshape(len(pair.a), -1)
+    a = pair.a if flatten else einops.rearrange(pair.a, "b ... -> b (...)")
     variance, covariance = vicreg.variance_covariance(a, pair.valid_a, **options)
     loss = weights[1] * variance + weights[2] * covariance
     parts = dict(invariance=jnp.zeros(()), variance=variance, covariance=covariance)
     return loss, parts
 
 
-def _of_level(values, level, scalar):
-    """`values` itself if it is one `scalar` for all levels, else its entry."""
-    return values if isinstance(values, scalar) else values[level]
+def _of_level(values, level):
+    """Entry `level` of a sequence; anything else holds for all levels."""
+    return values[level] if isinstance(values, Sequence) else values

@@ -39,7 +39,9 @@ class Fake:
         return {"image": image, "label": int(i % len(self.classes))}
 
 
-def open(root, split, *, count=256, height=32, width=32, channels=3, classes=10, seed=0):
+def open(
+    root, split, *, count=256, height=32, width=32, channels=3, classes=10, seed=0
+):
     """`count` images [height, width, channels] of noise, labels 0..classes-1 in turn.
 
     Args:

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from vitssl import errors
+from vitssl.data import decode
 
 logger = logging.getLogger("vitssl.data")
 
@@ -40,11 +41,16 @@ def listing(path, most=8):
     path = pathlib.Path(path)
     if not path.exists():
         parent = path.parent
-        near = f"; {parent} holds {listing(parent)}" if parent.is_dir() else ""
+        near = (
+            f"; {decode.printable(parent)} holds {listing(parent)}"
+            if parent.is_dir()
+            else ""
+        )
         return "no such path" + near
     if not path.is_dir():
         return f"a file of {path.stat().st_size} bytes"
     names = sorted(e.name + "/" * e.is_dir() for e in os.scandir(path))
+    names = [decode.printable(name) for name in names]
     if not names:
         return "an empty folder"
     more = f", ... ({len(names)} entries)" if len(names) > most else ""
@@ -55,7 +61,7 @@ def fail(name, problem, path, expected):
     """Raise a DataError with the path, the expected layout and what is there."""
     raise errors.DataError(
         f"{name}: {problem}\n"
-        f"  path:     {path}\n"
+        f"  path:     {decode.printable(path)}\n"
         f"  expected: {expected}\n"
         f"  found:    {listing(path)}"
     )
@@ -86,7 +92,7 @@ def check(source, *, min_classes=0):
     Raises:
         DataError: no image at all, or fewer than `min_classes` distinct labels.
     """
-    where = f"{source.name}: {source.root} split {source.split!r}"
+    where = f"{source.name}: {decode.printable(source.root)} split {source.split!r}"
     if not len(source):
         raise errors.DataError(f"{where} holds no image")
     labels = getattr(source, "labels", None)

@@ -10,6 +10,11 @@ from vitssl.data.worlds import scenes as world
 
 SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 6000, "test": 1000}
+DIFFICULTY = {
+    field.name: field.default
+    for field in dataclasses.fields(world.World)
+    if field.name not in ("split", "size", "channels", "seed")
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

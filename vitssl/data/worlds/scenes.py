@@ -43,6 +43,13 @@ def _order(split, seed):
     return np.random.default_rng((seed, 11)).permutation(at)
 
 
+@functools.cache
+def _large():
+    """Every scan at 32x32, [1797, 32, 32]: smooth enough to be turned linearly."""
+    cubic = functools.partial(cv2.resize, interpolation=cv2.INTER_CUBIC)
+    return np.stack([cubic(scan, (32, 32)) for scan in digits.pixels()[0]])
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """All scenes of one seed: scene i is a pure function of the fields and i.
@@ -104,39 +111,39 @@ class World:
         order = _order(self.split, self.seed)
         digit = int(order[i % len(order)])
         # Splits share no random number either: the key holds the split.
-        key = (self.seed, i, self.split == "test", 5)
-        u = iter(np.random.default_rng(key).random(16 * (2 + self.shapes + self.fragments)).tolist())
-        return self._draw(i, digit, order, u)
+        rng = np.random.default_rng((self.seed, i, self.split == "test", 5))
+        u = iter(rng.random(16 * (2 + self.shapes + self.fragments)).tolist())
+        canvas, box, mask, clutter = self._draw(digit, order, u)
+        if self.noise:
+            shape = (self.size, self.size, 1)
+            canvas += rng.integers(-self.noise, self.noise, shape, np.int8, True)
+        image = np.rint(canvas.clip(0, 255)).astype(np.uint8)
+        label = int(digits.pixels()[1][digit])
+        return Scene(image, label, digit, box, mask, clutter)
 
-    def _draw(self, i, digit, order, u):
-        s = self.size
+    def _draw(self, digit, order, u):
+        """Background, shapes, pieces and, on top of them, the digit."""
         base = [next(u) for _ in range(self.channels)]
         canvas = self._background(base, u)  # [S, S, C] uint8
         for _ in range(self.shapes):
             self._shape(canvas, self._ink(base, u), u)
         canvas = canvas.astype(np.float32)
-        scans, labels = digits.pixels()
         clutter = np.zeros((self.fragments, 4), np.float32)
         for k in range(self.fragments):
-            piece = _piece(scans[order[int(next(u) * len(order))]], u)
+            piece = _piece(_large()[order[int(next(u) * len(order))]], u)
             clutter[k], alpha = self._place(piece, u, inside=False)
             _blend(canvas, alpha, self._ink(base, u))
-        box, alpha = self._place(scans[digit], u, inside=True)
-        _blend(canvas, alpha, self._ink(base, u))
-        if self.noise:
-            rng = np.random.default_rng((self.seed, i, self.split == "test", 6))
-            canvas += rng.integers(-self.noise, self.noise + 1, (s, s, 1), np.int8)
-        image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
-        return Scene(image, int(labels[digit]), digit, box, alpha, clutter)
+        box, mask = self._place(_large()[digit], u, inside=True)
+        _blend(canvas, mask, self._ink(base, u))
+        return canvas, box, mask, clutter
 
     def _background(self, base, u):
         """A plane of intensities around `base`, tilted by up to +-0.12."""
-        s = self.size
-        dy, dx = (next(u) - 0.5) * 0.24, (next(u) - 0.5) * 0.24
-        y = np.linspace(-dy, dy, s, dtype=np.float32)[:, None, None]
-        x = np.linspace(-dx, dx, s, dtype=np.float32)[None, :, None]
-        plane = y + x + np.array(base, np.float32)  # [S, S, C]
-        return (np.clip(plane, 0, 1) * 255).astype(np.uint8)
+        tilt = (np.arange(self.size, dtype=np.float32) / self.size - 0.5) * 0.24
+        y = ((2 * next(u) - 1) * tilt)[:, None, None]
+        x = ((2 * next(u) - 1) * tilt)[None, :, None]
+        plane = (y + x + np.array(base, np.float32)) * 255  # [S, S, C]
+        return plane.clip(0, 255).astype(np.uint8)
 
     def _ink(self, base, u):
         """A colour [C], 0..255, that differs from `base` by `contrast` or more."""
@@ -161,24 +168,24 @@ class World:
             cv2.rectangle(canvas, a, b, ink, 1)
 
     def _place(self, patch, u, *, inside):
-        """Put a patch [8, 8] somewhere: its box [4] and its ink [S, S] in 0..1."""
+        """Put a patch [32, 32] somewhere: its box [4] and its ink [S, S] in 0..1."""
         s = self.size
         side = (self.scale_min + next(u) * (self.scale_max - self.scale_min)) * s
         angle = (2 * next(u) - 1) * self.slant
         margin = side / 2 if inside else 0.0
         cy, cx = (margin + next(u) * (s - 2 * margin) for _ in range(2))
-        matrix = cv2.getRotationMatrix2D((3.5, 3.5), angle, side / 8)
-        matrix[:, 2] += cx - 4, cy - 4
-        alpha = cv2.warpAffine(patch, matrix, (s, s), flags=cv2.INTER_CUBIC)
+        matrix = cv2.getRotationMatrix2D((15.5, 15.5), angle, side / 32)
+        matrix[:, 2] += cx - 16, cy - 16
+        alpha = cv2.warpAffine(patch, matrix, (s, s), flags=cv2.INTER_LINEAR)
         box = np.array((cy - side / 2, cx - side / 2, side, side), np.float32)
         return box, alpha.astype(np.float32) / 255  # [4], [S, S]
 
 
 def _piece(scan, u):
-    """A copy of a scan [8, 8] of which only half, or a quarter, is left."""
-    y, x = int(next(u) * 5), int(next(u) * 5)
-    h, w = ((8, 4), (4, 8), (4, 4))[int(next(u) * 3)]
-    y, x = (0 if h == 8 else y), (0 if w == 8 else x)
+    """A copy of a scan [32, 32] of which only half, or a quarter, is left."""
+    y, x = int(next(u) * 17), int(next(u) * 17)
+    h, w = ((32, 16), (16, 32), (16, 16))[int(next(u) * 3)]
+    y, x = (0 if h == 32 else y), (0 if w == 32 else x)
     piece = np.zeros_like(scan)
     piece[y : y + h, x : x + w] = scan[y : y + h, x : x + w]
     return piece

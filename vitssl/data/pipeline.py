@@ -1,0 +1,352 @@
+"""Batches: where the position is the step.
+
+Batch t of a run is a pure function of (seed, t, global batch size). Epoch e visits
+the images in its own random order and drops what does not fill a batch; the random
+numbers of a row depend on (seed, its position in the run) only. Threads, worker
+processes, hosts and restarts change who computes a row, never what it is. Resuming is
+starting at another step, so no state of an iterator is ever stored.
+"""
+
+import dataclasses
+import functools
+import os
+import signal
+import threading
+import time
+import typing
+
+import cv2
+import numpy as np
+
+from vitssl import errors
+from vitssl.data import decode
+
+# Positions and epochs draw from different Philox keys.
+_ORDER = np.uint64(1 << 63)
+# grain wants a length; 2^40 batches are for ever.
+_FOREVER = 1 << 40
+
+
+class Spec(typing.NamedTuple):
+    """Shape and dtype of one array of a batch; `jax.eval_shape` takes it as is."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _generator(seed, position):
+    """The random numbers of one row."""
+    key = np.array([seed % (1 << 64), position], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+@functools.lru_cache(maxsize=4)
+def order(n, seed, epoch):
+    """The order in which an epoch visits n images: a permutation [n].
+
+    Args:
+        n: number of images.
+        seed: of the run.
+        epoch: 0-based.
+    """
+    return _generator(seed, np.uint64(epoch) | _ORDER).permutation(n)
+
+
+def steps_per_epoch(source, batch_size):
+    """Full batches in one epoch, floor(N / batch).
+
+    Raises:
+        DataError: the set is smaller than one batch.
+    """
+    if len(source) < batch_size:
+        raise errors.DataError(
+            f"{source.name}: {decode.printable(source.root)} split {source.split!r} "
+            f"holds {len(source)} images, fewer than one batch of {batch_size}; "
+            "lower batch_size"
+        )
+    return len(source) // batch_size
+
+
+def _share(batch_size, process):
+    """Rows of a global batch that are ours: (first, count)."""
+    index, count = process
+    if batch_size % count or not 0 <= index < count:
+        raise errors.UsageError(
+            f"batch_size={batch_size} does not split over {count} processes "
+            f"(this is number {index})"
+        )
+    rows = batch_size // count
+    return index * rows, rows
+
+
+def _stack(rows):
+    """Dicts of one row each -> a dict of arrays [B, ...]."""
+    batch = {}
+    for key in rows[0]:
+        try:
+            batch[key] = np.stack([row[key] for row in rows])
+        except ValueError as e:
+            shapes = sorted({np.shape(row[key]) for row in rows})
+            raise ValueError(f"rows of {key!r} differ in shape: {shapes}") from e
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """`[t]` is our rows of batch t."""
+
+    source: typing.Any
+    transform: typing.Callable
+    seed: int
+    batch_size: int
+    process: tuple[int, int]
+
+    def __len__(self):
+        return _FOREVER
+
+    def row(self, t, r):
+        """Row r of the global batch t."""
+        n = len(self.source)
+        epoch, step = divmod(t, n // self.batch_size)
+        i = int(order(n, self.seed, epoch)[step * self.batch_size + r])
+        example = self.source.at(i, epoch)
+        example["label"] = np.int32(example["label"])
+        example["index"] = np.int32(example["index"])
+        example["epoch"] = epoch
+        rng = _generator(self.seed, t * self.batch_size + r)
+        return self.transform(example, rng)
+
+    def __getitem__(self, t):
+        first, count = _share(self.batch_size, self.process)
+        return _stack([self.row(t, r) for r in range(first, first + count)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """`[t]` is our rows of the t-th batch of the set, in its order."""
+
+    source: typing.Any
+    transform: typing.Callable
+    seed: int
+    batch_size: int
+    process: tuple[int, int]
+
+    def __len__(self):
+        return -(-len(self.source) // self.batch_size)
+
+    def row(self, t, r):
+        """Row r of the global batch t; past the end, a copy that is not valid."""
+        position = t * self.batch_size + r
+        i = min(position, len(self.source) - 1)
+        example = self.source.at(i, 0)
+        # What stands in for a broken image must not be counted twice.
+        valid = position == i == example["index"]
+        example["label"] = np.int32(example["label"] if valid else -1)
+        example["index"] = np.int32(i if valid else -1)
+        example["epoch"] = 0
+        row = self.transform(example, _generator(self.seed, position))
+        return {**row, "valid": np.bool_(valid)}
+
+    def __getitem__(self, t):
+        first, count = _share(self.batch_size, self.process)
+        return _stack([self.row(t, r) for r in range(first, first + count)])
+
+
+def _own(array):
+    """An array in this process's own memory.
+
+    Worker processes hand arrays over in shared memory, of which containers often have
+    64 MiB only, and which outlives a process that still holds some of it.
+    """
+    return array if type(array) is np.ndarray else np.array(array)
+
+
+def cores():
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resources(threads, workers, prefetch):
+    """Replace each -1 by what suits this machine.
+
+    OpenCV and the decoders release Python's lock, so threads are enough for about
+    eight cores; worker processes (1.3 s of start each) take over beyond 16. What is
+    being made is held in memory: one batch per thread.
+
+    Args:
+        threads: per process; 0 = load in the caller.
+        workers: processes; 0 = none.
+        prefetch: batches ready or in the making; 0 = none ahead.
+
+    Returns:
+        (threads, workers, prefetch), none negative.
+    """
+    n = cores()
+    if workers < 0:
+        workers = n // 8 if n >= 16 else 0
+    if threads < 0:
+        threads = min(8, max(2, n // max(1, workers)))
+    if prefetch < 0:
+        prefetch = threads + 1
+    # Fewer batches than threads would leave threads idle.
+    return threads, workers, max(threads, prefetch) if threads else 0
+
+
+def _start_worker(index, count):
+    """Run in each worker process before anything else."""
+    del index, count
+    cv2.setNumThreads(0)
+    # The parent answers an interrupt by saving, and needs batches until it has.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def leave_with_parent():
+        # A parent that was killed cannot say so, and we would wait for ever.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+class Loader:
+    """Iterator of batches: dicts of numpy arrays, the rows of this process.
+
+    Attributes:
+        waited: seconds the caller has spent in `next`, i.e. waiting for data.
+        step: index of the batch that `next` returns next.
+    """
+
+    def __init__(self, batches, start, *, threads, workers, prefetch):
+        self._batches = batches
+        self._options = resources(threads, workers, prefetch)
+        self._iterator = None
+        self.step = start
+        self.waited = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = self._begin()
+        batch = {key: _own(value) for key, value in next(self._iterator).items()}
+        self.waited += time.perf_counter() - start
+        self.step += 1
+        return batch
+
+    def _begin(self):
+        import grain
+
+        threads, workers, prefetch = self._options
+        # Threads of ours times threads of OpenCV's would be too many.
+        cv2.setNumThreads(0)
+        batches = grain.MapDataset.source(self._batches)[self.step :]
+        batches = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        )
+        if workers:
+            from absl import flags
+
+            # grain asks absl's flags; a notebook or a test never parsed them.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers),
+                worker_init_fn=_start_worker,
+            )
+        return iter(batches)
+
+    def spec(self, step):
+        """Shapes and dtypes of the GLOBAL batch at `step`, by loading one row of it.
+
+        Returns:
+            dict of `Spec`, with batch_size in front of each shape.
+        """
+        row = self._batches.row(step, 0)
+        size = self._batches.batch_size
+        arrays = {key: np.asarray(value) for key, value in row.items()}
+        return {k: Spec((size, *v.shape), v.dtype) for k, v in arrays.items()}
+
+    def close(self):
+        """Stop threads and workers. May be called twice."""
+        iterator, self._iterator = self._iterator, iter(())
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def train(
+    source,
+    transform,
+    *,
+    batch_size,
+    seed,
+    start_step=0,
+    threads=-1,
+    workers=0,
+    prefetch=-1,
+    process=(0, 1),
+    on_bad_image="skip",
+):
+    """Endless training batches from `start_step` on.
+
+    Args:
+        source: see `vitssl.data.sources`.
+        transform: (example, rng) -> dict of arrays. The example has image, label,
+            index and epoch; all randomness must come from rng.
+        batch_size: of the global batch.
+        seed: of order and augmentation.
+        start_step: first step.
+        threads, workers, prefetch: see `resources`; -1 = suit the machine.
+        process: (index, count); process p of n gets rows [p B/n, (p+1) B/n).
+        on_bad_image: "skip" or "raise"; see `decode.Tolerant`.
+
+    Returns:
+        a `Loader` of dicts [B/n, ...].
+
+    Raises:
+        DataError: fewer images than a batch; from `next`, broken images.
+        UsageError: the batch does not split over the processes.
+    """
+    steps_per_epoch(source, batch_size)
+    _share(batch_size, process)
+    source = decode.Tolerant(source, on_bad_image)
+    batches = _Training(source, transform, seed, batch_size, process)
+    return Loader(
+        batches, start_step, threads=threads, workers=workers, prefetch=prefetch
+    )
+
+
+def evaluate(
+    source,
+    transform,
+    *,
+    batch_size,
+    seed=0,
+    threads=-1,
+    workers=0,
+    prefetch=-1,
+    process=(0, 1),
+    on_bad_image="skip",
+):
+    """Every image once, in order, in batches of one size.
+
+    The last batch is filled up with rows whose "valid" is False, label and index -1;
+    so are rows whose image is broken. Arguments are those of `train`.
+
+    Returns:
+        a `Loader` of dicts [B/n, ...] with "valid" bool [B/n].
+    """
+    _share(batch_size, process)
+    source = decode.Tolerant(source, on_bad_image)
+    batches = _Evaluation(source, transform, seed, batch_size, process)
+    return Loader(batches, 0, threads=threads, workers=workers, prefetch=prefetch)

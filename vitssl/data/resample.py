@@ -1,0 +1,106 @@
+"""Resizing of uint8 images: PIL's antialiased bicubic, and a fast stand-in for it.
+
+`bicubic` is PIL's, bit for bit. `fast` is OpenCV's cubic interpolation behind a short
+symmetric filter, chosen for each scale so that both together come as near as possible
+to PIL's operator on images with natural spectra. On photographs it differs by 0.5 grey
+levels in the mean (OpenCV's area interpolation by 1 to 1.6) at a quarter of the cost.
+"""
+
+import functools
+import math
+
+import cv2
+import numpy as np
+from PIL import Image
+
+TAPS = (5, 7)  # Of the filter, below and from a reduction by LONG.
+LONG = 2.0
+OCTAVE = 16  # Scales are rounded to this many steps per doubling.
+MOST = 3.0  # Above this reduction the filter would be too short.
+_CORRELATION = 0.98  # Of neighbouring pixels of a photograph.
+
+
+def resize(image, size, box=None, interpolation="bicubic"):
+    """Cut out a box and resize it.
+
+    Args:
+        image: uint8 [H, W, C], any C.
+        size: (height, width) of the result.
+        box: (top, left, height, width), or None for the whole image. No pixel outside
+            of it is used.
+        interpolation: "bicubic" or "fast".
+
+    Returns:
+        uint8 [height, width, C]; a view of `image` if there is nothing to resize.
+    """
+    if box is not None:
+        top, left, height, width = box
+        image = image[top : top + height, left : left + width]
+    if image.shape[:2] == tuple(size):
+        return image
+    one = _bicubic if interpolation == "bicubic" else _fast
+    depth = image.shape[-1]
+    if depth in (1, 3):
+        return one(image, size).reshape(*size, depth)
+    # PIL would take the fourth channel for opacity; OpenCV resizes at most four.
+    return np.stack([one(image[..., i : i + 1], size) for i in range(depth)], -1)
+
+
+def _bicubic(image, size):
+    """Return PIL's antialiased bicubic resize of [H, W, 1 or 3]."""
+    image = np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def _fast(image, size):
+    """Return the filtered cubic resize of [H, W, 1 or 3]."""
+    if max(_scales(image, size)) > MOST:
+        # The mean of the covered pixels, down to twice the size that is wanted.
+        least = [min(n, 2 * m) for n, m in zip(image.shape, size, strict=False)]
+        image = cv2.resize(image, least[::-1], interpolation=cv2.INTER_AREA)
+    column, row = (
+        kernel(round(OCTAVE * math.log2(s)), TAPS[s >= LONG])
+        for s in _scales(image, size)
+    )
+    image = cv2.sepFilter2D(image, -1, row, column, borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def _scales(image, size):
+    return image.shape[0] / size[0], image.shape[1] / size[1]
+
+
+@functools.lru_cache
+def kernel(step, taps):
+    """Return the filter that turns OpenCV's cubic into PIL's, along one axis.
+
+    Both are linear, so they are read off as matrices C and P. The filter F, symmetric
+    and of sum 1, minimises the expected ||(C F - P) x||^2 over signals x whose samples
+    are correlated like the pixels of a photograph.
+
+    Args:
+        step: log2 of the scale (source / result) in sixteenths.
+        taps: odd length.
+
+    Returns:
+        float64 [taps].
+    """
+    scale = 2 ** (step / OCTAVE)
+    m = max(32, math.ceil(32 / scale))
+    n, half = round(m * scale), taps // 2
+    eye = np.eye(n, dtype=np.float32)
+    want = Image.fromarray(eye).resize((n, m), Image.Resampling.BICUBIC)  # P: [m, n]
+    have = cv2.resize(eye, (n, m), interpolation=cv2.INTER_CUBIC)  # C: [m, n]
+    pad = np.pad(eye, ((half, half), (0, 0)), mode="edge")
+    shifts = [pad[i : i + n] for i in range(taps)]
+    pairs = [shifts[half]]
+    pairs += [shifts[half - j] + shifts[half + j] for j in range(1, half + 1)]
+    distance = np.abs(np.arange(n)[:, None] - np.arange(n))
+    root = np.linalg.cholesky(_CORRELATION**distance)  # [n, n]
+    inside = slice(m // 6, -(m // 6))  # The two treat the borders differently.
+    terms = np.stack([(have @ p @ root)[inside].ravel() for p in pairs], -1)
+    half_kernel = np.linalg.lstsq(terms, (want @ root)[inside].ravel())[0]
+    both = np.concatenate([half_kernel[:0:-1], half_kernel])
+    # Rounded, so that no difference between processors reaches the pixels.
+    return (both / both.sum()).round(4)

@@ -1,0 +1,158 @@
+"""Run a network over evaluation batches and collect its features on the host.
+
+An evaluator never sees a method: it gets a callable `features(*state, image)` that
+returns {"pooled": [B, D], "tokens": [B, N, D], ...}. `state` is handed to the compiled
+function as an argument, so that the trained network, the untrained one and every later
+step of a run share one program.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vitssl import devices
+
+
+def extract(
+    features: Callable,
+    state: tuple,
+    batches: Iterable[dict],
+    *,
+    names: tuple[str, ...] = ("pooled",),
+    sharding: NamedSharding | None = None,
+) -> dict[str, np.ndarray]:
+    """Return the features of every valid image of `batches`, ordered by "index".
+
+    It is compiled once for each `features`, `names` and shape of a batch. Besides the
+    result two batches are held at a time: one is computed while the last is copied.
+
+    Args:
+        features: hashable; features(*state, image [B, H, W, C]) -> dict of arrays. A
+            bound method of the same object counts as the same function.
+        state: leading arguments of `features`, such as (params, extra).
+        batches: {"image": uint8 [B, H, W, C], "label", "index": int32 [B], "valid":
+            bool [B]}; rows that are not valid (padding) are dropped.
+        names: which entries of the dict to keep.
+        sharding: how to split a batch over devices (`devices.batch_sharding`); each of
+            several processes then passes its own part of every batch, and all of them
+            get all rows. None: the default device.
+
+    Returns:
+        {name: float32 [M, ...] for each of names, "label": int32 [M], "index"}.
+
+    Raises:
+        ValueError: there is no valid image, or `features` returns no such name.
+    """
+    parts = collections.defaultdict(list)
+    ahead = None
+    for batch in batches:
+        rows = {key: batch[key] for key in ("image", "label", "index", "valid")}
+        rows = devices.put(rows, sharding) if sharding else jax.device_put(rows)
+        now = _apply(state, rows, features=features, names=names, sharding=sharding)
+        _collect(ahead, parts)
+        ahead = now
+    _collect(ahead, parts)
+    if not sum(map(len, parts["index"])):
+        raise ValueError("features.extract: the batches hold no valid image")
+    order = np.argsort(np.concatenate(parts["index"]), kind="stable")
+    # One name at a time, so that at most one of them is held twice.
+    return {key: np.concatenate(parts.pop(key))[order] for key in list(parts)}
+
+
+@functools.partial(jax.jit, static_argnames=("features", "names", "sharding"))
+def _apply(state, batch, *, features, names, sharding):
+    found = features(*state, batch["image"])
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"features: no {missing}; there is {sorted(found)}")
+    rows = {name: found[name].astype(jnp.float32) for name in names}
+    rows |= {key: batch[key] for key in ("label", "index", "valid")}
+    if sharding is None:
+        return rows
+    # Every process needs all rows, and can only read what it holds whole.
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(rows, whole)
+
+
+def _collect(rows, parts):
+    """Append the valid rows of one batch to `parts`, on the host."""
+    if rows is None:
+        return
+    rows = devices.get(rows)
+    valid = rows.pop("valid")
+    for key, value in rows.items():
+        parts[key].append(np.asarray(value)[valid])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """The features of no network at all: the image itself, smaller, as one vector.
+
+    Attributes:
+        size: longest side kept; larger images are shrunk by antialiased bilinear
+            resampling, so that a baseline of 3 * 224 * 224 numbers stays affordable.
+    """
+
+    size: int = 32
+
+    def __call__(self, image) -> dict:
+        """Return {"pooled": float32 [B, h * w * C]} in [0, 1] of uint8 [B, H, W, C]."""
+        b, h, w, c = image.shape
+        x = image.astype(jnp.float32) / 255
+        shrink = min(1.0, self.size / max(h, w))
+        if shrink < 1:
+            shape = (b, max(1, round(h * shrink)), max(1, round(w * shrink)), c)
+            x = jax.image.resize(x, shape, "linear")
+        return {"pooled": einops.rearrange(x, "b h w c -> b (h w c)")}
+
+
+class Cached:
+    """Evaluation batches that are read once and then kept, if they fit into memory.
+
+    Args:
+        make: returns a fresh iterable of the batches; called again for every pass as
+            long as they do not fit. An iterator with `close` is closed after its pass.
+        max_bytes: largest total size to keep; 0 keeps nothing.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[dict]], max_bytes: int):
+        self._make, self._max_bytes = make, max_bytes
+        self._kept = None
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield the batches; a pass that is broken off keeps nothing."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        batches = iter(self._make())
+        try:
+            for batch in batches:
+                if kept is not None:
+                    # Loaders hand out views of buffers that they use again.
+                    batch = {key: np.array(value) for key, value in batch.items()}
+                    kept.append(batch)
+                    size += sum(value.nbytes for value in batch.values())
+                    if size > self._max_bytes:
+                        kept = None
+                yield batch
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()
+        self._kept = kept
+
+
+def subset(length: int, samples: int, *, seed: int = 0) -> np.ndarray:
+    """Return `samples` distinct indices below `length`, rising; all if there are fewer.
+
+    A folder is sorted by class, so its first n images are no sample of it. 0 means all.
+    """
+    if not 0 < samples < length:
+        return np.arange(length)
+    return np.sort(np.random.default_rng(seed).permutation(length)[:samples])

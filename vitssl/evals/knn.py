@@ -1,0 +1,351 @@
+"""Exact weighted k-nearest-neighbour classification in bounded memory.
+
+The bank is scanned in blocks. Matrix products rank its rows, and the best few of each
+query are then compared again one by one in float64: a matrix product in float32 rounds
+differently for every block size. So the answer does not depend on the blocks, and of
+equal neighbours the lower index always comes first.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import errors
+from vitssl.evals import accuracy
+
+Metric = Literal["cosine", "euclidean"]
+
+# Candidates compared beyond the k wanted: rows that the rounding of the matrix product
+# may have put on the wrong side of the k-th.
+_SPARE = 8
+# Rows of the bank that estimate the centre of the features.
+_CENTRE = 4096
+# Numbers that a thread gathers at a time for the comparison: in float64 1 MiB, which
+# stays in a core's cache.
+_GATHER = 2**17
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a search is cut up.
+
+    Attributes:
+        held: queries on the device at a time; the bank is read once for each lot.
+        query: queries per matrix product; divides `held`.
+        bank: rows of the bank per matrix product.
+    """
+
+    held: int
+    query: int
+    bank: int
+
+
+def blocks(
+    queries: int, rows: int, width: int, keep: int, max_bytes: int, fewest: int = 256
+) -> Blocks:
+    """Return the largest blocks whose search stays within `max_bytes` on the device.
+
+    Args:
+        queries, rows, width: sizes of the problem.
+        keep: candidates held for each query.
+        max_bytes: limit on arguments, results and temporaries of the search.
+        fewest: rows of the bank below which rather the queries are cut.
+
+    Raises:
+        UsageError: not even one query fits.
+    """
+    floats = max_bytes // 4
+    least = min(rows, max(fewest, 2 * keep))
+    each = 2 * width + 4 * keep  # Held for a query: itself twice, candidates in, out.
+
+    def room(held, query):
+        # Per query at work: itself, the union of old and new candidates. Per pair: the
+        # product, its masked and padded copy. Two blocks in flight, one prepared.
+        fixed = held * each + query * (2 * width + 12 * keep)
+        return (floats - fixed) // (4 * query + 4 * width + 4)
+
+    held = queries
+    while held > 1 and held * each > floats // 4:
+        held = math.ceil(held / 2)
+    query = min(held, 1024)
+    while query > 1 and room(held, query) < least:
+        query = math.ceil(query / 2)
+    held = math.ceil(held / query) * query
+    fit = min(rows, room(held, query))
+    if fit < min(rows, keep):
+        need = 4 * (each + 2 * width + 12 * keep + keep * (8 + 4 * width))
+        raise errors.UsageError(
+            f"knn_max_bytes={max_bytes}: too few for features of width {width} and "
+            f"{keep} candidates; give {need} or, for speed, much more"
+        )
+    # Blocks of equal size, so that the last is not mostly a repetition.
+    return Blocks(held, query, math.ceil(rows / math.ceil(rows / fit)))
+
+
+def search(
+    bank,
+    query,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    max_bytes: int = 2**28,
+    leave_one_out: bool = False,
+):
+    """Find the k nearest rows of the bank for every query, exactly.
+
+    Args:
+        bank: [M, D] array, memory map or anything that slices into one.
+        query: [Q, D].
+        k: neighbours, at most M (M - 1 when leaving one out).
+        metric: "cosine" compares directions; a row of zeros has cosine 0 to all.
+        max_bytes: memory used on the device; the host holds no copy of the bank.
+        leave_one_out: row i of the bank is query i, and no neighbour of itself.
+
+    Returns:
+        score: float64 [Q, k], falling: the cosine, or minus the euclidean distance.
+        index: int32 [Q, k] rows of the bank; of equal scores the lower is first.
+
+    Raises:
+        ValueError: shapes that do not fit, or k out of range.
+        NonFiniteError: a feature is not a finite number.
+    """
+    m, q = len(bank), len(query)
+    if bank.ndim != 2 or query.ndim != 2 or bank.shape[1] != query.shape[1]:
+        raise ValueError(f"knn: want [M, D], [Q, D]: {bank.shape}, {query.shape}")
+    if leave_one_out and m != q:
+        raise ValueError(f"knn: leave_one_out needs bank = queries; {m} and {q} rows")
+    if not 1 <= k <= m - leave_one_out:
+        raise ValueError(f"knn: k={k} of {m} rows; 1 to {m - leave_one_out}")
+    keep = min(k + _SPARE, m - leave_one_out)
+    cut = blocks(q, m, bank.shape[1], keep, max_bytes)
+    # Differences to a point amid the features keep the digits that tell them apart.
+    middle = jax.device_put(np.asarray(bank[:_CENTRE], np.float32))
+    centre = _middle(middle, cosine=metric == "cosine")
+    found = []
+    for start in range(0, q, cut.held):
+        lot = np.asarray(query[start : start + cut.held], np.float32)
+        own = np.full(len(lot), -1)
+        if leave_one_out:
+            own = np.arange(start, start + len(lot))
+        near = _scan(bank, lot, own, centre, cut, keep, metric == "cosine")
+        found.append(_compare(bank, lot, near, k, metric))
+    score, index = (np.concatenate(part) for part in zip(*found, strict=True))
+    if not np.isfinite(score).all():
+        raise errors.NonFiniteError("k-NN: a feature is not a finite number")
+    return score, index
+
+
+def _scan(bank, lot, own, centre, cut, keep, cosine):
+    """Return the indices [Q, keep] of candidates for one lot of queries [Q, D]."""
+    m, q = len(bank), len(lot)
+    pad = -q % cut.query
+    lot = np.pad(lot, ((0, pad), (0, 0)))
+    own = np.pad(own.astype(np.int32), (0, pad), constant_values=-1)
+    lot = einops.rearrange(lot, "(n q) d -> n q d", q=cut.query)
+    own = einops.rearrange(own, "(n q) -> n q", q=cut.query)
+    shape = (*own.shape, keep)
+    best = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+    lot, own, best = jax.device_put((lot, own, best))
+
+    def block(i):
+        # The last block begins early, to have the shape of the others; its rows below
+        # `new` were seen before.
+        start, new = min(i * cut.bank, m - cut.bank), i * cut.bank
+        rows = np.asarray(bank[start : start + cut.bank], np.float32)
+        return jax.device_put((rows, np.int32(start), np.int32(new)))
+
+    count = math.ceil(m / cut.bank)
+    ahead = block(0)
+    for i in range(count):
+        best = _update(best, lot, own, centre, *ahead, cosine=cosine)
+        # The next block travels while this one is searched; never a third.
+        ahead = block(i + 1) if i + 1 < count else None
+        jax.block_until_ready(best)
+    return jax.device_get(best[1]).reshape(-1, keep)[:q]
+
+
+@functools.partial(jax.jit, static_argnames="cosine", donate_argnames="best")
+def _update(best, query, own, centre, bank, start, new, *, cosine):
+    """Merge the candidates of one block of the bank into the best so far.
+
+    Args:
+        best: (nearness [n, q, keep], index [n, q, keep]).
+        query, own: [n, q, D], and the row [n, q] that is no neighbour (-1: none).
+        centre: [D].
+        bank: [m, D], rows start .. start + m of it, of which those from `new` count.
+    """
+    m, keep = len(bank), best[0].shape[-1]
+    rows = (_unit(bank) if cosine else bank) - centre
+    half = 0.5 * (rows * rows).sum(1)  # [m]
+    blank = ~bank.any(1)  # [m]
+    number = start + jnp.arange(m, dtype=jnp.int32)
+    largest = jax.lax.top_k if jax.default_backend() == "cpu" else _largest
+
+    def one(part):
+        near, index, x, self_row = part
+        delta = (_unit(x) if cosine else x) - centre  # [q, D]
+        # Half the squared distance, negative, but for what is equal for all rows.
+        score = jnp.einsum("qd,md->qm", delta, rows, precision="highest") - half
+        if cosine:  # Zeros have no direction: cosine 0, squared distance 2.
+            right_angle = 0.5 * (delta * delta).sum(1, keepdims=True) - 1
+            score = jnp.where(blank, right_angle, score)
+            score = jnp.where(x.any(1, keepdims=True), score, 0.0)
+        skip = (number < new) | (number == self_row[:, None])
+        value, column = largest(jnp.where(skip, -jnp.inf, score), min(keep, m))
+        # What was found before has the lower indices, and top_k keeps the order of
+        # equals: it goes first.
+        near = jnp.concatenate([near, value], 1)
+        index = jnp.concatenate([index, number[column]], 1)
+        near, place = jax.lax.top_k(near, keep)
+        return near, jnp.take_along_axis(index, place, 1)
+
+    return jax.lax.map(one, (*best, query, own))
+
+
+def _unit(x):
+    """Return [.., D] with rows of length one; a row of zeros stays."""
+    squared = (x * x).sum(-1, keepdims=True)
+    return x / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
+
+
+@functools.partial(jax.jit, static_argnames="cosine")
+def _middle(rows, *, cosine):
+    """Return the mean [D] of rows [M, D], of their directions if `cosine`."""
+    return (_unit(rows) if cosine else rows).mean(0)
+
+
+def _largest(score, k):
+    """Return what `jax.lax.top_k` does, in the way that suits accelerators.
+
+    They sort all m columns for it. But the k largest lie in the k groups of columns
+    with the largest maxima, because each group ahead of theirs holds an element ahead
+    of them: two short selections replace the long one.
+    """
+    m = score.shape[1]
+    size = 2 ** round(math.log2(m / k) / 2)
+    score = jnp.pad(score, ((0, 0), (0, -m % size)), constant_values=-jnp.inf)
+    score = einops.rearrange(score, "q (g s) -> q g s", s=size)
+    _, group = jax.lax.top_k(score.max(-1), min(k, score.shape[1]))
+    group = jnp.sort(group, -1)  # Rising, so that ties go to the lower column.
+    inside = jnp.take_along_axis(score, group[:, :, None], 1)  # [q, k, s]
+    value, place = jax.lax.top_k(einops.rearrange(inside, "q g s -> q (g s)"), k)
+    column = jnp.take_along_axis(group, place // size, 1) * size + place % size
+    return value, jnp.minimum(column, m - 1)
+
+
+def _compare(bank, query, near, k, metric):
+    """Return the best k of the candidates `near` [Q, keep] by scores in float64."""
+
+    def part(start):
+        index = near[start : start + size]  # [q, keep]
+        x = np.asarray(query[start : start + size], np.float64)
+        y = np.asarray(bank[index], np.float64)  # [q, keep, D]
+        if metric == "cosine":
+            length = np.sqrt(np.vecdot(y, y) * np.vecdot(x, x)[:, None])
+            score = np.vecdot(y, x[:, None]) / np.where(length > 0, length, 1)
+        else:
+            y -= x[:, None]
+            score = -np.sqrt(np.vecdot(y, y))
+        order = np.lexsort((index, -score), axis=-1)[:, :k]
+        return (np.take_along_axis(a, order, 1) for a in (score, index))
+
+    size = max(1, _GATHER // (near.shape[1] * query.shape[1]))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        parts = list(pool.map(part, range(0, len(query), size)))
+    return (np.concatenate(a) for a in zip(*parts, strict=True))
+
+
+def weights(score, *, temperature: float):
+    """Return the votes [Q, k] of neighbours by their scores; each row sums to 1.
+
+    exp(cos / temperature) with "cosine" (Wu et al. 2018, arXiv:1805.01978, section
+    3.4, where it is 0.07), exp(-distance / temperature) with "euclidean".
+    """
+    logit = np.asarray(score, np.float64) / temperature
+    share = np.exp(logit - logit.max(1, keepdims=True))
+    return share / share.sum(1, keepdims=True)
+
+
+def vote(weight, label, classes: int):
+    """Return class probabilities [Q, C]: the summed weights of the neighbours.
+
+    Args:
+        weight: [Q, k].
+        label: int [Q, k] classes of the neighbours.
+        classes: C.
+    """
+    q = len(weight)
+    cell = np.arange(q)[:, None] * classes + np.asarray(label, np.int64)
+    total = np.bincount(cell.ravel(), np.ravel(weight), minlength=q * classes)
+    return einops.rearrange(total, "(q c) -> q c", c=classes)
+
+
+def evaluate(
+    bank,
+    bank_label,
+    query,
+    query_label,
+    *,
+    classes: int,
+    k: tuple[int, ...],
+    temperature: tuple[float, ...],
+    metric: Metric = "cosine",
+    max_bytes: int = 2**28,
+    leave_one_out: bool = False,
+) -> dict[tuple[int, float], dict[str, float]]:
+    """Classify the queries by their neighbours, for every k and temperature.
+
+    The neighbours are searched once, for the largest k; rows without a label (below 0)
+    take no part. A k beyond the size of the bank means the whole bank.
+
+    Args:
+        bank: [M, D] with labels int [M]; query: [Q, D] with labels int [Q].
+        classes: C.
+        k, temperature: values to try.
+        metric, max_bytes, leave_one_out: as in `search`; max_bytes also bounds the
+            class votes on the host.
+
+    Returns:
+        {(k, temperature): {"top1": share, "top5": share}}, in the order given.
+    """
+    bank, bank_label = _labelled(bank, bank_label)
+    query, query_label = _labelled(query, query_label)
+    most = len(bank) - leave_one_out
+    ks = tuple(dict.fromkeys(min(value, most) for value in k))
+    score, index = search(
+        bank,
+        query,
+        max(ks),
+        metric=metric,
+        max_bytes=max_bytes,
+        leave_one_out=leave_one_out,
+    )
+    label = bank_label[index]  # [Q, k]
+    size = max(1, max_bytes // (16 * (classes + max(ks))))
+    found = {}
+    for value in ks:
+        for tau in temperature:
+            position = []
+            for start in range(0, len(query), size):
+                part = slice(start, start + size)
+                weight = weights(score[part, :value], temperature=tau)
+                chance = vote(weight, label[part, :value], classes)
+                position.append(accuracy.rank(chance, query_label[part]))
+            found[value, tau] = accuracy.top(np.concatenate(position), classes)
+    return found
+
+
+def _labelled(features, label):
+    """Return the rows that have a label; without a copy if all have one."""
+    label = np.asarray(label)
+    has = label >= 0
+    if not has.any():
+        raise ValueError("knn: no row has a label")
+    return (features, label) if has.all() else (features[has], label[has])

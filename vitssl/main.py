@@ -1,0 +1,115 @@
+"""Command line: `python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR] ...`.
+
+Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite, 6 out of
+memory, 7 stalled, 75 preempted and saved. 1 is a bug, with its traceback.
+"""
+
+import difflib
+import pathlib
+import sys
+
+USAGE = """\
+usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
+                             [--config.KEY=VALUE ...] [--dry_run] [--force_unlock]
+
+  --config        a recipe, such as configs/hjepa.py or configs/hjepa.py:smoke
+  --workdir       directory of the run (default runs/<config>[-<argument>]);
+                  the same command again goes on where the run stopped
+  --config.KEY    override any value: --config.optim.lr=1e-3
+  --dry_run       check the config, print it in full, and stop
+  --force_unlock  ignore the lock of another run on this workdir
+"""
+_FLAGS = ("config", "workdir", "dry_run", "force_unlock", "help")
+
+
+def parse(argv: list[str]) -> dict:
+    """Return {"config", "workdir", "overrides", "dry_run", "force_unlock", "help"}.
+
+    Raises:
+        UsageError: everything on the command line that is not understood.
+    """
+    from vitssl import errors
+
+    found = {"config": "", "workdir": "", "overrides": []}
+    found |= {"dry_run": False, "force_unlock": False, "help": False}
+    faults, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").removeprefix("-")
+        if flag == word == name or not word.startswith("-"):
+            faults.append(f"{word}: not a flag")
+            continue
+        if name in ("dry_run", "force_unlock", "help", "h") and not equals:
+            found["help" if name == "h" else name] = True
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                faults.append(f"{word}: needs a value, {word}=VALUE")
+                continue
+            value = rest.pop(0)
+        if name in ("config", "workdir"):
+            found[name] = value
+        elif name.startswith("config."):
+            found["overrides"].append(f"{name.removeprefix('config.')}={value}")
+        else:
+            near = difflib.get_close_matches(name, _FLAGS, 1)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            faults.append(f"{word}: no such flag{hint}")
+    if not found["config"] and not found["help"]:
+        faults.append("--config=FILE is missing; there is a recipe in configs/")
+    if faults and not found["help"]:
+        raise errors.UsageError("command line:\n  " + "\n  ".join(faults))
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; return the exit code."""
+    from vitssl import errors
+
+    try:
+        flags = parse(argv)
+        if flags["help"]:
+            print(USAGE, end="")
+            return 0
+        return _run(flags)
+    except errors.VitsslError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        return e.code
+
+
+def _run(flags) -> int:
+    from vitssl import config, experiment, log
+
+    c = config.load(flags["config"], flags["overrides"])
+    name = config.name_of(flags["config"])
+    workdir = flags["workdir"] or str(pathlib.Path("runs") / name)
+    log.to_terminal()
+    if "study" in c:
+        from vitssl import study
+
+        plan = study.read(c)
+        if flags["dry_run"]:
+            print(config.to_json(c), end="")
+            return 0
+        study.run(plan, workdir, name=name, force_unlock=flags["force_unlock"])
+        return 0
+    checked = experiment.read(c)
+    if flags["dry_run"]:
+        print(config.to_json(checked.config), end="")
+        return 0
+    # Only now anything that touches devices or data.
+    from vitssl import devices, train
+
+    devices.start()
+    train.run(checked, workdir, name=name, force_unlock=flags["force_unlock"])
+    return 0
+
+
+def cli() -> None:
+    """Run `sys.argv` and exit."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()

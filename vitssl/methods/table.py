@@ -1,0 +1,5 @@
+"""The table of methods: what the key `method` of a config may be."""
+
+from vitssl.methods import hjepa
+
+METHODS = {"hjepa": hjepa.HJEPA}

@@ -1,0 +1,426 @@
+"""The one loop of every method.
+
+Order of one round, which makes a resumed run the same run: step, read the metrics of
+the step before, evaluate the new state, save it. The data of step i depend on the
+seed and i alone, and so do its random numbers; nothing else has to be restored.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+from vitssl import (
+    checkpoint,
+    config,
+    devices,
+    errors,
+    guard,
+    init,
+    log,
+    optim,
+    report,
+    step,
+)
+from vitssl.data import pipeline
+from vitssl.evals import evaluation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Parts:
+    """The objects of a run, built once, before the first step.
+
+    Attributes:
+        experiment: the checked config.
+        source: training images.
+        method, optimizer: see their modules.
+        run: length and sizes.
+        mesh: devices.
+        compiled: the step, one executable per phase.
+        abstract: shapes of the state at a step.
+    """
+
+    experiment: object
+    source: object
+    method: object
+    optimizer: optim.Optimizer
+    run: object
+    mesh: jax.sharding.Mesh
+    compiled: step.Compiled
+
+    def phase(self, at: int) -> step.Phase:
+        """Return the phase of step `at`."""
+        return step.phase_at(self.method, self.optimizer, at)
+
+    def stream(self, start: int):
+        """Return the batches of this process from step `start` on."""
+        s = self.experiment.settings
+        return pipeline.train(
+            self.source,
+            self.method.transform(),
+            batch_size=s.batch_size,
+            seed=s.seed,
+            start_step=start,
+            threads=s.data.threads,
+            workers=s.data.workers,
+            process=(jax.process_index(), jax.process_count()),
+        )
+
+    def shapes(self, at: int):
+        """Return the shapes of the global batch of step `at`, reading one image."""
+        s = self.experiment.settings
+        return batch_shapes(self.source, self.method, s.batch_size, s.seed, at)
+
+    def rng(self):
+        """Return the key of the whole run."""
+        return jax.random.key(self.experiment.settings.seed)
+
+    def fresh(self):
+        """Return a new state, made on the devices by one compiled function."""
+        first = self.phase(0)
+        shapes = self.shapes(0)
+
+        def make(rng):
+            # Only the shapes of a batch matter; XLA drops the zeros.
+            batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return step.init(self.method, self.optimizer, rng, batch, first)
+
+        sharding = self.compiled.state_sharding(first)
+        return jax.jit(make, out_shardings=sharding)(self.rng())
+
+
+def batch_shapes(source, method, batch_size: int, seed: int, at: int):
+    """Return the shapes of the global batch of step `at` as ShapeDtypeStructs."""
+    example = pipeline.peek(source, method.transform(), batch_size, seed, at)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape), a.dtype), example
+    )
+
+
+def build(experiment) -> Parts:
+    """Open the data and build everything a run needs; nothing is computed yet.
+
+    Raises:
+        UsageError, DataError: what cannot work, before any time is spent.
+    """
+    s = experiment.settings
+    mesh = devices.mesh(s.mesh, s.batch_size, s.accumulate)
+    source = s.data.open(s.data.split)
+    per_epoch = pipeline.steps_per_epoch(source, s.batch_size)
+    total = s.steps or max(1, round(s.epochs * per_epoch))
+    run = experiment.run(
+        total_steps=total, steps_per_epoch=per_epoch, classes=len(source.classes)
+    )
+    method = experiment.method(run)
+    shapes = batch_shapes(source, method, s.batch_size, s.seed, 0)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
+    optimizer = optim.make(
+        s.optim,
+        params,
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        batch_size=s.batch_size,
+    )
+
+    def abstract(phase):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return step.abstract(method, optimizer, key, shapes, phase)
+
+    function = step.make(method, optimizer, s.accumulate, mesh)
+    compiled = step.Compiled(function, abstract, mesh, s.mesh)
+    return Parts(experiment, source, method, optimizer, run, mesh, compiled)
+
+
+def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
+    """Train until the end, or go on where a killed run of this workdir stopped.
+
+    Args:
+        experiment: from `experiment.read`.
+        workdir: directory of the run.
+        name: of the run, for people.
+        force_unlock: ignore the lock of another run.
+
+    Returns:
+        Metrics of the final evaluation.
+
+    Raises:
+        VitsslError: see `errors`; each has its exit code.
+    """
+    workdir = pathlib.Path(os.path.abspath(workdir))
+    with contextlib.ExitStack() as stack:
+        if devices.is_main():
+            stack.enter_context(guard.lock(workdir, force_unlock))
+        signals = stack.enter_context(guard.Signals())
+        parts = build(experiment)
+        s = experiment.settings
+        saves = stack.enter_context(
+            checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
+        )
+        try:
+            return _run(parts, workdir, name, saves, signals, stack)
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
+                raise errors.OutOfMemoryError(_memory_advice(parts, e)) from e
+            raise
+
+
+def _run(parts, workdir, name, saves, signals, stack) -> dict:
+    s, run_ = parts.experiment.settings, parts.run
+    target = _restore_target(parts)
+    found = saves.restore(target)
+    state, meta = found or (parts.fresh(), {})
+    at = int(state.step)
+    _record_config(workdir, parts.experiment.config, resumed=bool(found))
+    if found:
+        logger.info("resuming after step %d of %d", at, run_.total_steps)
+    elif s.init.from_:
+        state = state.replace(params=init.load(s.init, state.params))
+    watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
+    writers = None
+    if devices.is_main():
+        plain = json.loads(config.to_json(parts.experiment.config))
+        writers = log.Writers(workdir, s.log, at, plain, name)
+        stack.callback(writers.close)
+    evaluate = evaluation.Evaluation(s.evals, s.data, parts.method, parts.mesh)
+    logger.info(
+        "%s",
+        report.start(
+            name=name,
+            workdir=workdir,
+            experiment=parts.experiment,
+            mesh=parts.mesh,
+            source=parts.source,
+            run=run_,
+            optimizer=parts.optimizer,
+            params=state.params,
+        ),
+    )
+    loop = _Loop(parts, workdir, saves, signals, watchdog, writers, evaluate, meta)
+    stack.callback(parts.compiled.close)
+    if at >= run_.total_steps:
+        logger.info("already complete (%d steps); final evaluation only", at)
+    else:
+        state = loop.go(state)
+    watchdog.beat("final evaluation")
+    values, text = evaluate.final(state, parts.fresh())
+    logger.info("%s", text)
+    loop.write(int(state.step), values)
+    log.write_status(
+        workdir, state="finished", step=int(state.step), metrics=values, name=name
+    )
+    return values
+
+
+def _restore_target(parts):
+    """Return step -> abstract state with shardings, in the phase of that step."""
+
+    def target(at):
+        # The state after `at` updates is that of the phase of the last one made.
+        phase = parts.phase(max(0, at - 1))
+        abstract = parts.compiled.abstract(phase)
+        sharding = parts.compiled.state_sharding(phase)
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract,
+            sharding,
+        )
+
+    return target
+
+
+class _Loop:
+    """The state of the loop that is not the state of the model."""
+
+    def __init__(
+        self, parts, workdir, saves, signals, watchdog, writers, evaluate, meta
+    ):
+        self.parts, self.workdir, self.saves = parts, workdir, saves
+        self.signals, self.watchdog = signals, watchdog
+        self.writers, self.evaluate = writers, evaluate
+        self.metrics = log.Metrics(parts.experiment.settings.log, meta.get("log", {}))
+        self.scores = dict(meta.get("metrics", {}))
+        self.clock = None
+
+    def go(self, state):
+        """Run the steps that are left; return the last state."""
+        parts, total = self.parts, self.parts.run.total_steps
+        s = parts.experiment.settings
+        sharding = devices.batch_sharding(parts.mesh)
+        at = first = int(state.step)
+        phase = parts.phase(at)
+        state = step.enter(state, phase)
+        self._first_compile(phase, at)
+        if at == 0:
+            # Fail now, not at the end of the first epoch.
+            self._evaluate(state, 0)
+            self._save(state, 0)
+        self.clock.restart()
+        with contextlib.closing(parts.stream(at)) as stream:
+            batch, ids, waited = _next(stream, sharding)
+            while at < total:
+                if parts.phase(at) != phase:
+                    phase = parts.phase(at)
+                    state = step.enter(state, phase)
+                state, metrics = parts.compiled.get(phase, batch)(state, batch)
+                self.clock.step(waited)
+                self.watchdog.beat(f"step {at + 1}")
+                self._push(state, at, metrics, ids)
+                at += 1
+                if at < total:
+                    batch, ids, waited = _next(stream, sharding)
+                    self._look_ahead(at)
+                self._profile(at - first)
+                self._after(state, at, s)
+        return state
+
+    def _first_compile(self, phase, at):
+        parts, s = self.parts, self.parts.experiment.settings
+        self.watchdog.beat("compiling the first step")
+        start = time.perf_counter()
+        executable = parts.compiled.get(phase, parts.shapes(at))
+        count = jax.device_count()
+        flops = (executable.cost_analysis() or {}).get("flops", 0.0) * count
+        flops *= s.accumulate  # XLA counts the body of a loop once.
+        self.clock = log.Clock(
+            parts.run.total_steps,
+            s.batch_size,
+            count,
+            flops,
+            devices.peak_flops(s.precision) * count,
+        )
+        logger.info(
+            "  compiled  in %.1f s; %.3g GFLOP per image (XLA's count)",
+            time.perf_counter() - start,
+            flops / s.batch_size / 1e9,
+        )
+
+    def _push(self, state, at, metrics, ids):
+        try:
+            self.metrics.push(at, metrics, ids)
+        except errors.NonFiniteError:
+            self.metrics.in_a_row = 0
+            self._save(state, at + 1)
+            raise
+
+    def _look_ahead(self, at):
+        """Start compiling a phase that will be needed soon."""
+        parts = self.parts
+        soon = at + max(20, min(parts.run.steps_per_epoch, 500))
+        if soon >= parts.run.total_steps:
+            soon = parts.run.total_steps - 1
+        phase = parts.phase(soon)
+        if phase not in parts.compiled:
+            parts.compiled.prepare(phase, parts.shapes(soon))
+
+    def _after(self, state, at, s):
+        """Log, evaluate, save, stop: whatever is due after `at` updates."""
+        last = at == self.parts.run.total_steps
+        if at % s.log.every_steps == 0 or last:
+            self.metrics.drain()
+            self._log(at)
+        if self.evaluate.due(at, self.parts.run) and not last:
+            self._evaluate(state, at)
+        stop = self.signals.stop(at)
+        if self.saves.due(at) or last or stop:
+            self._save(state, at)
+        if stop and not last:
+            self.saves.wait()
+            log.write_status(self.workdir, state="preempted", step=at)
+            raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
+
+    def _log(self, at):
+        times = self.clock.read(at)
+        values = {**self.metrics.means(), **times}
+        values["freeze/leaves"] = len(self.parts.phase(at - 1).frozen)
+        values["compile/seconds"] = self.parts.compiled.seconds
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            values["memory/peak_bytes"] = memory["peak_bytes_in_use"]
+        self.write(at, values)
+        if devices.is_main():
+            total = self.parts.run.total_steps
+            logger.info("%s", log.progress(at, total, values))
+            log.write_status(
+                self.workdir,
+                state="training",
+                step=at,
+                total_steps=total,
+                eta_seconds=times["time/eta_seconds"],
+                metrics=values,
+            )
+
+    def _evaluate(self, state, at):
+        self.watchdog.beat(f"evaluation after step {at}")
+        self.metrics.drain()
+        start = time.perf_counter()
+        values = self.evaluate.online(state)
+        if values:
+            self.scores = {k: v for k, v in values.items() if isinstance(v, float)}
+            self.write(at, values)
+            logger.info("%s", self.evaluate.line(at, values))
+        self._pause(start)
+
+    def _save(self, state, at):
+        self.watchdog.beat(f"checkpoint after step {at}")
+        self.metrics.drain()
+        start = time.perf_counter()
+        meta = {"log": self.metrics.state(), "versions": report.versions()}
+        self.saves.save(at, state, meta, self.scores)
+        self._pause(start)
+
+    def _pause(self, start):
+        if self.clock is not None:
+            self.clock.pause(time.perf_counter() - start)
+
+    def _profile(self, done):
+        first, last = self.parts.experiment.settings.log.profile_steps
+        if last and done == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif last and done == last:
+            jax.profiler.stop_trace()
+
+    def write(self, at, values):
+        """Write one line of metrics, on the process that logs."""
+        if self.writers is not None:
+            self.writers.scalars(at, values)
+
+
+def _next(stream, sharding):
+    """Return (batch on the devices, sample ids, seconds waited for the data)."""
+    start = time.perf_counter()
+    batch = next(stream)
+    waited = time.perf_counter() - start
+    return devices.put(batch, sharding), batch.get("index"), waited
+
+
+def _record_config(workdir, c, *, resumed: bool):
+    """Write config.json; say what changed since the run was started."""
+    if not devices.is_main():
+        return
+    path = workdir / "config.json"
+    if resumed and path.exists():
+        old = config.from_json(path.read_text())
+        for line in config.differences(old, c):
+            logger.warning("config changed since this run began: %s", line)
+    path.write_text(config.to_json(c))
+    (workdir / "versions.json").write_text(json.dumps(report.versions(), indent=1))
+
+
+def _memory_advice(parts, error) -> str:
+    s = parts.experiment.settings
+    first = str(error).strip().splitlines()[0][:300]
+    return (
+        f"out of device memory: {first}\n"
+        f"  batch_size={s.batch_size}, accumulate={s.accumulate}, "
+        f"precision={s.precision}. Lower batch_size, or raise accumulate (same batch, "
+        "less memory), set model.remat=True, precision=bfloat16, mesh.fsdp over more "
+        "devices, or use fewer or smaller crops"
+    )
