@@ -62,22 +62,12 @@ class Parts:
 
     def stream(self, start: int):
         """Return the batches of this process from step `start` on."""
-        s = self.experiment.settings
-        return pipeline.train(
-            self.source,
-            self.method.transform(),
-            batch_size=s.batch_size,
-            seed=s.seed,
-            start_step=start,
-            threads=s.data.threads,
-            workers=s.data.workers,
-            process=(jax.process_index(), jax.process_count()),
-        )
+        settings = self.experiment.settings
+        return _stream(self.source, self.method, settings, start)
 
     def shapes(self, at: int):
         """Return the shapes of the global batch of step `at`, reading one image."""
-        s = self.experiment.settings
-        return batch_shapes(self.source, self.method, s.batch_size, s.seed, at)
+        return _shapes(self.stream(at), at)
 
     def rng(self):
         """Return the key of the whole run."""
@@ -97,12 +87,25 @@ class Parts:
         return jax.jit(make, out_shardings=sharding)(self.rng())
 
 
-def batch_shapes(source, method, batch_size: int, seed: int, at: int):
-    """Return the shapes of the global batch of step `at` as ShapeDtypeStructs."""
-    example = pipeline.peek(source, method.transform(), batch_size, seed, at)
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape), a.dtype), example
+def _stream(source, method, settings, start: int):
+    """Return this process's batches from step `start` on."""
+    return pipeline.train(
+        source,
+        method.transform(),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        start_step=start,
+        threads=settings.data.threads,
+        workers=settings.data.workers,
+        process=(jax.process_index(), jax.process_count()),
+        on_bad_image=settings.data.on_bad_image,
     )
+
+
+def _shapes(stream, at: int):
+    """Return the shapes of the global batch of step `at`, reading one image."""
+    spec = stream.spec(at)
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in spec.items()}
 
 
 def build(experiment) -> Parts:
@@ -120,7 +123,7 @@ def build(experiment) -> Parts:
         total_steps=total, steps_per_epoch=per_epoch, classes=len(source.classes)
     )
     method = experiment.method(run)
-    shapes = batch_shapes(source, method, s.batch_size, s.seed, 0)
+    shapes = _shapes(_stream(source, method, s, 0), 0)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
     optimizer = optim.make(
         s.optim,

@@ -1,11 +1,12 @@
 """The config section `data`, and the sources it names."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from vitssl import errors
-from vitssl.data import decode, sources
+from vitssl.data import sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Data:
         mean, std: per-channel normalisation in units of [0, 1].
         on_bad_image: a file that does not decode is replaced by the next one and
             counted ("skip", at most 1 % of the set) or ends the run ("raise").
-        threads: decoding threads of this process; 0 = one per core, at most 16.
-        workers: decoding processes; 0 is best below about 8 cores.
+        threads, workers: decoding threads and processes of each process of the run;
+            -1 = what suits the machine (`pipeline.resources`).
         options: keyword arguments of the source.
     """
 
@@ -36,15 +37,17 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     on_bad_image: Literal["skip", "raise"] = "skip"
-    threads: int = 0
-    workers: int = 0
+    threads: int = -1
+    workers: int = -1
     options: Any = dataclasses.field(default_factory=dict)
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""
         if self.source not in sources.SOURCES:
+            near = difflib.get_close_matches(self.source, sources.SOURCES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(sorted(sources.SOURCES))
-            yield f"source={self.source!r}: one of {known}"
+            yield f"source={self.source!r}: one of {known}{hint}"
         if self.channels < 1:
             yield f"channels={self.channels}: 1 or more"
         for key in ("mean", "std"):
@@ -53,23 +56,19 @@ class Data:
                 yield f"{key} has {have} values for channels={self.channels}"
         if any(s <= 0 for s in self.std):
             yield f"std={self.std}: every value above 0"
-        if self.threads < 0 or self.workers < 0:
-            yield f"threads={self.threads}, workers={self.workers}: 0 or more"
+        if self.threads < -1 or self.workers < -1:
+            yield f"threads={self.threads}, workers={self.workers}: -1 (auto) or more"
 
     def open(self, split: str):
-        """Return the source of one split, tolerant of broken images if so set.
+        """Return the source of one split.
 
         Raises:
             DataError: what is missing, where, and what the layout should be.
-            UsageError: an option the source does not have.
+            UsageError: an option the source does not have, or other channels.
         """
-        options = dict(self.options)
-        try:
-            source = sources.SOURCES[self.source](self.root, split, **options)
-        except TypeError as e:
-            raise errors.UsageError(f"data.options={options}: {e}") from e
+        source = sources.open(self.source, self.root, split, **dict(self.options))
         if source.channels != self.channels:
             raise errors.UsageError(
                 f"data.channels={self.channels}: {self.source} has {source.channels}"
             )
-        return decode.Tolerant(source, self.on_bad_image)
+        return source

@@ -246,8 +246,9 @@ class Tolerant:
         if len(bad) > self.max_bad_fraction * len(self):
             shown = "\n  ".join(bad[:5])
             raise errors.DataError(
-                f"{self.name}: {printable(self.root)}: {len(bad)} of {len(self)} images are "
-                f"broken, more than {self.max_bad_fraction:.0%} of the set\n  {shown}"
+                f"{self.name}: {printable(self.root)}: {len(bad)} of {len(self)} "
+                f"images are broken, more than {self.max_bad_fraction:.0%} of the set"
+                f"\n  {shown}"
                 + "\n  ..."
                 * (len(bad) > 5)
             )

@@ -184,7 +184,7 @@ def hierarchical(rng, masks: Masks, grid, crops: int = 1, *, size_rng=None):
         crops: how many.
         size_rng: where `ijepa` takes its block sizes from. I-JEPA draws one size per
             batch: pass a Generator seeded by the number of the batch to every example
-            of it. None: `rng`, that is, each example has its own sizes.
+            of it. None: every crop has a size of its own.
 
     Returns:
         context: bool [crops, H, N], True = visible.
@@ -220,16 +220,15 @@ def multicrop(rng, masks: Masks, global_grid, local_grid, crops, *, size_rng=Non
     """
     if masks.strategy not in STRATEGIES:
         raise ValueError(f"strategy={masks.strategy!r}: one of {STRATEGIES}")
-    count, levels = crops, masks.num_hierarchies
     out = {}
-    if count[0]:
-        context, targets = _pair(rng, masks, global_grid, count[0], size_rng)
+    if crops[0]:
+        context, targets = _pair(rng, masks, global_grid, crops[0], size_rng)
         out |= dict(global_context=context, global_targets=targets)
-    if not count[1] or masks.strategy == "global_only":
+    if not crops[1] or masks.strategy == "global_only":
         return out
-    shape = (count[1], levels, local_grid[0] * local_grid[1])
+    shape = (crops[1], masks.num_hierarchies, local_grid[0] * local_grid[1])
     context, targets = np.ones(shape, bool), np.zeros(shape, bool)
-    hidden = count[1] // 2 if masks.strategy == "cross_crop_prediction" else 0
+    hidden = crops[1] // 2 if masks.strategy == "cross_crop_prediction" else 0
     if hidden:
         context[:hidden], targets[:hidden] = _pair(
             rng, masks, local_grid, hidden, size_rng
@@ -300,7 +299,11 @@ def _candidates(rng, masks, grid, crops, attempts, size_rng):
     # Drawn crop by crop, so that the first crops do not depend on the rest.
     u = rng.random((crops, 4, len(levels), rows, attempts + 1)).swapaxes(0, 1)
     if masks.sampler == "ijepa":
-        height, width = _ijepa_sizes(size_rng or rng, masks, grid, u.shape[1:])
+        one = u[0][..., [0, -1], :1]  # Target and context: [crops, H, 2, 1].
+        if size_rng is not None:
+            one = size_rng.random(one.shape[1:])
+        u[0] = one.repeat([rows - 1, 1], axis=-2)
+        height, width = _ijepa_sizes(u[0], *_ranges(masks, rows), grid)
     else:
         height, width = _sizes(u[0], u[1], *_ranges(masks, rows), grid)
         for k in levels:
@@ -326,24 +329,18 @@ def _sizes(u, v, scale, aspect, grid):
     return block_size(scale[0] + u * scale[1], aspect[0] + v * aspect[1], grid)
 
 
-def _ijepa_sizes(rng, masks, grid, shape):
-    """Draw one target and one context size per level, as I-JEPA does per batch.
+def _ijepa_sizes(u, scale, aspect, grid):
+    """Return block heights and widths of uniform draws `u` as I-JEPA computes them.
 
-    One uniform number drives both area and aspect; a block stays smaller than the
-    grid; the context block has aspect 1.
+    One number drives both area and aspect, a block stays smaller than the grid, and
+    the context block (the last row) has aspect 1.
     """
-    height, width = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    for k in range(masks.num_hierarchies):
-        ranges = (masks.target_scale(k), masks.aspect(k)), (masks.context_range(k),)
-        for rows, (scale, *aspect) in zip((slice(-1), -1), ranges, strict=True):
-            u = rng.random()
-            area = int(grid[0] * grid[1] * (scale[0] + u * (scale[1] - scale[0])))
-            low, high = aspect[0] if aspect else (1.0, 1.0)
-            ratio = low + u * (high - low)
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            height[:, k, rows] = max(1, min(h, grid[0] - 1))
-            width[:, k, rows] = max(1, min(w, grid[1] - 1))
-    return height, width
+    area = np.floor((scale[0] + u * scale[1]) * (grid[0] * grid[1]))
+    ratio = aspect[0] + u * aspect[1]
+    ratio[:, :, -1] = 1.0
+    sides = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    most = [max(1, n - 1) for n in grid]
+    return [x.clip(1, m).astype(np.int64) for x, m in zip(sides, most, strict=True)]
 
 
 def _visible(context, blocks, everything, keep):
@@ -401,36 +398,49 @@ def _bounds(masks, level, grid):
     """
     n, keep = grid[0] * grid[1], masks.keep(grid)
     least, most = _areas(masks, masks.target_scale(level), masks.aspect(level), grid)
-    inside = (1.0, 1.0) if masks.sampler == "ijepa" else masks.aspect(level)
-    small, large = _areas(masks, masks.context_range(level), inside, grid)
-    visible = max(keep, min(n - least, max(large, n - small + keep)))
-    if not keep:
-        visible = min(n - least, large)
-    spare = math.prod(masks.fallback(level, grid))
+    shape = (1.0, 1.0) if masks.sampler == "ijepa" else masks.aspect(level)
+    small, large = _areas(masks, masks.context_range(level), shape, grid)
+    visible = min(n - least, large)
+    if keep:
+        visible = max(keep, min(n - least, max(large, n - small + keep)))
+    others = most
     if masks.sampler != "ijepa":
-        most = [most] + [max(most, spare)] * (masks.blocks(level) - 1)
-    else:
-        most = [most] * masks.blocks(level)
-    return visible, min(n - keep, sum(most))
+        others = max(most, math.prod(masks.fallback(level, grid)))
+    targets = most + (masks.blocks(level) - 1) * others
+    return visible, min(n - keep, targets)
 
 
 def _areas(masks, scale, aspect, grid):
-    """Return the smallest and the largest area, in patches, of a block.
+    """Return a lower and an upper bound of the area of a block, in patches.
 
-    Both sides of a block grow with its area, so the extremes lie at the ends of
-    `scale`; over the aspect they are found on a fine grid, widened by one step of
-    rounding.
+    Both sides grow with the area that is asked for, so the ends of `scale` suffice.
     """
-    ratio = np.linspace(*aspect, 4001)
-    out = []
-    for end, scale_end in ((0, scale[0]), (1, scale[1])):
-        if masks.sampler == "ijepa":
-            ratio = np.linspace(*aspect, 4001)
-            area = np.floor(grid[0] * grid[1] * np.linspace(*scale, 4001))
-            h = np.rint(np.sqrt(area * ratio)).clip(1, max(1, grid[0] - 1))
-            w = np.rint(np.sqrt(area / ratio)).clip(1, max(1, grid[1] - 1))
-        else:
-            h, w = block_size(np.full_like(ratio, scale_end), ratio, grid)
-        area = h * w
-        out.append(int(area.max() if end else area.min()))
-    return out[0], out[1]
+    n = grid[0] * grid[1]
+    if masks.sampler == "ijepa":
+        # height = rint(sqrt(a r)), width = rint(sqrt(a / r)): at most half a patch more
+        # or less than a real number, and at least one patch smaller than the grid.
+        low, high = (int(n * x) for x in scale)
+        sides = max(math.sqrt(high * r) + math.sqrt(high / r) for r in aspect)
+        most = int(high + sides / 2 + 0.25)
+        h = min(grid[0] - 1, math.ceil(math.sqrt(low * aspect[0]) - 0.5))
+        w = min(grid[1] - 1, math.ceil(math.sqrt(low / aspect[1]) - 0.5))
+        fits = max(1, grid[0] - 1) * max(1, grid[1] - 1)
+        return max(1, h) * max(1, w), max(1, min(most, fits))
+    return (
+        min(_heights(scale[0] * n, aspect, grid, lambda h, r: math.ceil(h * r - 0.5))),
+        max(_heights(scale[1] * n, aspect, grid, lambda h, r: int(h * r + 0.5), -1)),
+    )
+
+
+def _heights(area, aspect, grid, width, end=0):
+    """Yield the area of a block of `area` patches for every height it can have.
+
+    A height h = rint(sqrt(area / r)) leaves an interval of aspects r; `end` is the end
+    of it that is looked at, `width` the most extreme width there.
+    """
+    for h in range(math.ceil(math.sqrt(area / aspect[0])) + 1):
+        low = max(aspect[0], area / (h + 0.5) ** 2)
+        high = min(aspect[1], area / (h - 0.5) ** 2 if h else math.inf)
+        if low <= high:
+            w = width(h, (low, high)[end])
+            yield min(max(h, 1), grid[0]) * min(max(w, 1), grid[1])

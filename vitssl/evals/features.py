@@ -54,7 +54,7 @@ def extract(
     ahead = None
     for batch in batches:
         rows = {key: batch[key] for key in ("image", "label", "index", "valid")}
-        rows = devices.put(rows, sharding) if sharding else jax.device_put(rows)
+        rows = _put(rows, sharding)
         now = _apply(state, rows, features=features, names=names, sharding=sharding)
         _collect(ahead, parts)
         ahead = now
@@ -64,6 +64,19 @@ def extract(
     order = np.argsort(np.concatenate(parts["index"]), kind="stable")
     # One name at a time, so that at most one of them is held twice.
     return {key: np.concatenate(parts.pop(key))[order] for key in list(parts)}
+
+
+def _put(rows, sharding):
+    """Return the rows of one batch on the device, or split over several."""
+    if sharding is None:
+        return jax.device_put(rows)
+    pad = -len(rows["valid"]) % len(sharding.addressable_devices)
+    if pad:  # Rows of zeros are not valid.
+        rows = {
+            key: np.pad(value, [(0, pad)] + [(0, 0)] * (np.ndim(value) - 1))
+            for key, value in rows.items()
+        }
+    return devices.put(rows, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("features", "names", "sharding"))

@@ -35,7 +35,9 @@ def singular_values(features, *, centre=True):
     square = np.linalg.eigvalsh(gram)[::-1]
     eps = np.finfo(np.float64).eps
     # Rounding of the product, and of the mean (constant features leave 1e-16).
-    noise = max(len(gram) * eps * square[0], (10 * eps) ** 2 * np.square(features).sum())
+    noise = max(
+        len(gram) * eps * square[0], (10 * eps) ** 2 * np.square(features).sum()
+    )
     return np.sqrt(np.where(square > noise, square, 0.0))
 
 

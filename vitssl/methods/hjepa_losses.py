@@ -138,9 +138,9 @@ class Objective:
         settings = self._vicreg_settings()
         along = dict(kind=self.sigreg, slices=self.slices)
         if self.type == "vicreg":
-            return vicreg.vicreg(a, b, valid, valid, weights=self.vicreg[0], **settings)[
-                0
-            ]
+            return vicreg.vicreg(
+                a, b, valid, valid, weights=self.vicreg[0], **settings
+            )[0]
         if self.type == "sigreg":
             return sigreg.two_views(a, b, key, valid, valid, **along)[0]
         return combined.hybrid(

@@ -48,7 +48,7 @@ class Networks:
         return {"drop_path": jax.random.fold_in(self.rng, self.calls)}
 
     def encode(self, image, **masks):
-        """Return (class token [B, D] or None, patch tokens [B, K, D]) of the encoder."""
+        """Return (class token [B, D] or None, patch tokens [B, K, D])."""
         tokens, _ = self.encoder.apply(
             {"params": self.params["encoder"]},
             image,
@@ -56,7 +56,7 @@ class Networks:
             rngs=self._rngs(),
             **masks,
         )
-        return _split(self.encoder, tokens)
+        return split(self.encoder, tokens)
 
     def encode_target(self, image):
         """Return the patch tokens [B, N, D] that are to be predicted.
@@ -70,7 +70,7 @@ class Networks:
             train=self.train and not self.detach,
             rngs={} if self.detach else self._rngs(),
         )
-        tokens = _split(self.encoder, tokens)[1]
+        tokens = split(self.encoder, tokens)[1]
         return jax.lax.stop_gradient(tokens) if self.detach else tokens
 
     def positions(self, grid):
@@ -115,6 +115,7 @@ class Networks:
         return out
 
 
-def _split(encoder, tokens):
+def split(encoder, tokens):
+    """Return (class token [B, D] or None, patch tokens [B, N, D])."""
     cls = tokens[:, 0] if encoder.cls else None
     return cls, tokens[:, encoder.prefix :]

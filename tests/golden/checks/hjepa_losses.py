@@ -22,7 +22,8 @@ def _vicreg_options(config):
     if "flatten_patches" in config:
         options["flatten"] = config["flatten_patches"]
     weights = [
-        config.get(f"{name}_weight", w) for name, w in zip(TERMS, vicreg.WEIGHTS, strict=True)
+        config.get(f"{name}_weight", w)
+        for name, w in zip(TERMS, vicreg.WEIGHTS, strict=True)
     ]
     return dict(weights=tuple(weights), covariance="mean", **options)
 

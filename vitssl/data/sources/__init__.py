@@ -25,7 +25,7 @@ from vitssl.data.sources import (
 
 
 def _mixture(
-    root, split, *, parts="", kind="concat", weights=(), temperature=1.0, seed=0
+    root, split, *, parts="", how="concat", weights=(), temperature=1.0, seed=0
 ):
     """Several data sets as one; see `mixture.Mixture`.
 
@@ -33,11 +33,11 @@ def _mixture(
         root: not used; each part names its own.
         split: of every part.
         parts: "kind=root,kind=root,...".
-        kind, weights, temperature, seed: see `mixture.mix`.
+        how, weights, temperature, seed: see `mixture.mix`; how is its kind.
     """
     made = [open(k, r, split) for k, r in mixture.parse(parts)]
     numbers = dict(weights=weights, temperature=temperature, seed=seed)
-    return mixture.mix(made, kind=kind, split=split, **numbers)
+    return mixture.mix(made, kind=how, split=split, **numbers)
 
 
 SOURCES = {
@@ -96,5 +96,5 @@ def options_of(kind):
     parameters = inspect.signature(SOURCES[kind]).parameters.values()
     options = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
     if kind == "scenes":
-        options |= scenes.DIFFICULTY
+        options |= scenes.difficulty()
     return options

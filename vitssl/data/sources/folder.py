@@ -95,20 +95,22 @@ def folders(path):
     return sorted(n for n in names if next(walk(os.path.join(path, n)), None))
 
 
-def split_folders(root):
+def split_folders(root, divided):
     """Dict from canonical split to its folder's name, {} if root is not so divided.
 
-    It is when no other folder of root holds images, or when two splits are there: a
-    lone "train" among "bus" and "tram" is a class.
+    With divided="auto" it is when no other folder of root holds images, or when two
+    splits are there: a lone "train" among "bus" and "tram" is a class.
     """
+    if divided == "no":
+        return {}
     present = folders(root)
     found = {}
     for split, aliases in layout.ALIASES.items():
         for folder in present:
             if folder.lower() in aliases:
                 found.setdefault(split, folder)
-    others = len(present) - len(found)
-    return found if found and (not others or len(found) > 1) else {}
+    sure = divided == "yes" or len(found) in (len(present), 2, 3)
+    return found if sure else {}
 
 
 def held_out(paths, labels, fraction):
@@ -154,7 +156,7 @@ def open(root, split, *, channels=3, holdout=0.1, labels="folder", divided="auto
             "labels is 'folder' or 'none'; divided is 'auto', 'yes' or 'no'"
         )
     base = layout.root_of("folder", root, EXPECTED)
-    splits = {} if divided == "no" else split_folders(base)
+    splits = split_folders(base, divided)
     if divided == "yes" and not splits:
         layout.fail("folder", "no train, val or test folder", base, EXPECTED)
     parts = _parts(base, split, splits)

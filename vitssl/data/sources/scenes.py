@@ -10,11 +10,6 @@ from vitssl.data.worlds import scenes as world
 
 SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 6000, "test": 1000}
-DIFFICULTY = {
-    field.name: field.default
-    for field in dataclasses.fields(world.World)
-    if field.name not in ("split", "size", "channels", "seed")
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +45,13 @@ class Scenes:
             raise IndexError(i)
         scene = self.world.scene(i)
         return {"image": scene.image, "label": scene.label}
+
+
+def difficulty():
+    """Dict from each further option of `open`, a field of the world, to its default."""
+    own = ("split", "size", "channels", "seed")
+    fields = dataclasses.fields(world.World)
+    return {f.name: f.default for f in fields if f.name not in own}
 
 
 def open(root, split, *, count=0, size=48, channels=1, seed=0, **difficulty):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import typing
 
 import numpy as np
@@ -73,15 +74,33 @@ def _library() -> typing.Any:
 
 
 def _builder(dataset, root):
+    """The builder of what is prepared on disk; the data set's own code is not run."""
     library = _library()
-    path = layout.root_of("tfds", root, EXPECTED)
+    path = _version(dataset, layout.root_of("tfds", root, EXPECTED))
     try:
-        if not dataset:
-            return library.core.builder_from_directory(path)
-        return library.builder(dataset, data_dir=str(path))
+        return library.core.builder_from_directory(path)
     except Exception as e:  # noqa: BLE001 - a dozen of its own kinds.
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        layout.fail("tfds", f"no data set {dataset!r}: {first}", path, EXPECTED)
+        layout.fail("tfds", f"not a prepared data set: {_first(e)}", path, EXPECTED)
+
+
+def _version(dataset, root):
+    """The folder of the newest, or the named, version of a prepared data set."""
+    name, _, version = dataset.partition(":")
+    found = sorted(p.parent for p in (root / name).rglob("dataset_info.json"))
+    found = [p for p in found if not version or p.name == version]
+    if not found:
+        layout.fail("tfds", f"no data set {dataset!r}", root / name, EXPECTED)
+    if len({p.parent for p in found}) > 1:
+        several = ", ".join(str(p.relative_to(root)) for p in found)
+        raise errors.DataError(
+            f"tfds: {root}: {dataset!r} could be each of {several}; name one"
+        )
+    return max(found, key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+
+
+def _first(error):
+    """The first line of what tensorflow-datasets says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def open(root, split, *, dataset="", image="image", label="label"):
@@ -90,7 +109,7 @@ def open(root, split, *, dataset="", image="image", label="label"):
     Args:
         root: its data_dir; or, with dataset="", the folder of the version itself.
         split: in its language: "train", "train[:50%]", "test" ...
-        dataset: "name", "name/config" or "name:version".
+        dataset: "name" or "name/config", the newest version or that after a ":".
         image, label: keys of the features; label="" leaves everything unlabelled.
 
     Raises:
@@ -122,9 +141,8 @@ def open(root, split, *, dataset="", image="image", label="label"):
         raise
     except Exception as e:  # noqa: BLE001 - a dozen of its own kinds.
         splits = ", ".join(builder.info.splits) or "none prepared"
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise errors.DataError(
-            f"tfds: {dataset or root} split {split!r}: {first}\n"
+            f"tfds: {dataset or root} split {split!r}: {_first(e)}\n"
             f"  expected: {EXPECTED}\n  found:    splits {splits}, format "
             f"{builder.info.file_format}"
         ) from e

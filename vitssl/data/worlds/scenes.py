@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from vitssl import errors
-from vitssl.data.sources import digits
+from vitssl.data.worlds import scans
 
 
 class Scene(typing.NamedTuple):
@@ -22,7 +22,7 @@ class Scene(typing.NamedTuple):
     Attributes:
         image: uint8 [S, S, C].
         label: the digit, 0..9.
-        digit: index of the scanned digit in `sources.digits.pixels()`.
+        digit: index of the scanned digit in `scans.pixels()`.
         box: float32 [4], (y0, x0, h, w) of the digit in pixels, before its slant.
         mask: float32 [S, S], how much of each pixel is ink of the digit, 0..1.
         clutter: float32 [K, 4], boxes of the pieces of other digits.
@@ -39,7 +39,7 @@ class Scene(typing.NamedTuple):
 @functools.cache
 def _order(split, seed):
     """A fixed shuffle of the split's digits; scene i shows the digit i mod N."""
-    at = digits.members(split)
+    at = scans.members(split)
     return np.random.default_rng((seed, 11)).permutation(at)
 
 
@@ -47,7 +47,7 @@ def _order(split, seed):
 def _large():
     """Every scan at 32x32, [1797, 32, 32]: smooth enough to be turned linearly."""
     cubic = functools.partial(cv2.resize, interpolation=cv2.INTER_CUBIC)
-    return np.stack([cubic(scan, (32, 32)) for scan in digits.pixels()[0]])
+    return np.stack([cubic(scan, (32, 32)) for scan in scans.pixels()[0]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class World:
     scale_min: float = 0.4
     scale_max: float = 0.65
     slant: float = 15.0
-    fragments: int = 4
+    fragments: int = 3
     shapes: int = 2
     contrast: float = 0.35
     noise: int = 8
@@ -100,7 +100,7 @@ class World:
     def label(self, i):
         """The digit of scene i, 0..9, without drawing it."""
         order = _order(self.split, self.seed)
-        return int(digits.pixels()[1][order[i % len(order)]])
+        return int(scans.pixels()[1][order[i % len(order)]])
 
     def scene(self, i):
         """Draw scene i.
@@ -118,7 +118,7 @@ class World:
             shape = (self.size, self.size, 1)
             canvas += rng.integers(-self.noise, self.noise, shape, np.int8, True)
         image = np.rint(canvas.clip(0, 255)).astype(np.uint8)
-        label = int(digits.pixels()[1][digit])
+        label = int(scans.pixels()[1][digit])
         return Scene(image, label, digit, box, mask, clutter)
 
     def _draw(self, digit, order, u):
@@ -131,10 +131,12 @@ class World:
         clutter = np.zeros((self.fragments, 4), np.float32)
         for k in range(self.fragments):
             piece = _piece(_large()[order[int(next(u) * len(order))]], u)
-            clutter[k], alpha = self._place(piece, u, inside=False)
-            _blend(canvas, alpha, self._ink(base, u))
-        box, mask = self._place(_large()[digit], u, inside=True)
-        _blend(canvas, mask, self._ink(base, u))
+            clutter[k], window, alpha = self._place(piece, u, inside=False)
+            _blend(canvas[window], alpha, self._ink(base, u))
+        box, window, alpha = self._place(_large()[digit], u, inside=True)
+        _blend(canvas[window], alpha, self._ink(base, u))
+        mask = np.zeros((self.size, self.size), np.float32)
+        mask[window] = alpha
         return canvas, box, mask, clutter
 
     def _background(self, base, u):
@@ -168,17 +170,27 @@ class World:
             cv2.rectangle(canvas, a, b, ink, 1)
 
     def _place(self, patch, u, *, inside):
-        """Put a patch [32, 32] somewhere: its box [4] and its ink [S, S] in 0..1."""
+        """Put a patch [32, 32] somewhere.
+
+        Returns:
+            its box [4]; the window of the canvas (two slices) it may touch; its ink
+            there, [h, w] in 0..1.
+        """
         s = self.size
         side = (self.scale_min + next(u) * (self.scale_max - self.scale_min)) * s
         angle = (2 * next(u) - 1) * self.slant
         margin = side / 2 if inside else 0.0
         cy, cx = (margin + next(u) * (s - 2 * margin) for _ in range(2))
+        half = 0.75 * side + 1  # Half the diagonal and a little, whatever the angle.
+        y0, y1 = max(0, int(cy - half)), min(s, int(cy + half) + 1)
+        x0, x1 = max(0, int(cx - half)), min(s, int(cx + half) + 1)
         matrix = cv2.getRotationMatrix2D((15.5, 15.5), angle, side / 32)
-        matrix[:, 2] += cx - 16, cy - 16
-        alpha = cv2.warpAffine(patch, matrix, (s, s), flags=cv2.INTER_LINEAR)
+        matrix[:, 2] += cx - 16 - x0, cy - 16 - y0
+        size = (x1 - x0, y1 - y0)
+        alpha = cv2.warpAffine(patch, matrix, size, flags=cv2.INTER_LINEAR)
         box = np.array((cy - side / 2, cx - side / 2, side, side), np.float32)
-        return box, alpha.astype(np.float32) / 255  # [4], [S, S]
+        window = (slice(y0, y1), slice(x0, x1))
+        return box, window, alpha.astype(np.float32) / 255
 
 
 def _piece(scan, u):
@@ -192,5 +204,5 @@ def _piece(scan, u):
 
 
 def _blend(canvas, alpha, ink):
-    """Lay ink [C] over the canvas [S, S, C] where alpha [S, S] is, in place."""
+    """Lay ink [C] over the canvas [h, w, C] where alpha [h, w] is, in place."""
     canvas += alpha[:, :, None] * (np.array(ink, np.float32) - canvas)

@@ -88,9 +88,9 @@ def heads(image, attention, grid=None, *, layers=6):
     figure, axes = panels.tiles(
         len(chosen),
         1 + number,
-        "Attention of the whole image, by layer and head",
+        "Attention of the whole image, by layer and head (each map has its own scale)",
         size=1.0,
-        heading=False,
+        headings="first",
     )
     for r, layer in enumerate(chosen):
         mean = on_patches(attention[layer].mean(0), grid[0] * grid[1])

@@ -37,51 +37,60 @@ def read(path):
     return curves
 
 
-def smooth(values, weight):
-    """Return the exponential moving average [n] of `values` [n], free of start-up bias.
+def smooth(values, width):
+    """Return the mean [n] of the values [n] around each, weighted by a Gaussian.
 
-    Non-finite values are passed over. weight=0 returns the values.
+    It does not lag behind, as a moving average over the past would. Non-finite values
+    are passed over.
+
+    Args:
+        values: [n].
+        width: standard deviation of the Gaussian, in entries; 0 returns the values.
     """
-    total, mass, out = 0.0, 0.0, np.empty(len(values))
-    for i, value in enumerate(values):
-        if np.isfinite(value):
-            total = weight * total + (1 - weight) * value
-            mass = weight * mass + (1 - weight)
-        out[i] = total / mass if mass else np.nan
-    return out
+    values = np.asarray(values, np.float64)
+    if width <= 0 or not len(values):
+        return values
+    reach = int(np.ceil(4 * width))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    finite = np.isfinite(values)
+    window = slice(reach, reach + len(values))
+    total = np.convolve(np.where(finite, values, 0.0), kernel)[window]
+    mass = np.convolve(finite, kernel)[window]
+    return np.where(mass > 1e-9, total / np.maximum(mass, 1e-9), np.nan)
 
 
-def _draw(axis, curve, label="", *, weight=0.8, colour=None):
+def _draw(axis, curve, label="", *, colour=None):
+    """Draw the raw values pale and, of a long curve, the smoothed ones over them."""
     steps, values = curve
-    if len(values) < 8:
-        axis.plot(steps, values, "o-", markersize=3, label=label, color=colour)
+    if len(values) < 30:
+        axis.plot(steps, values, "o-", markersize=2.5, label=label, color=colour)
         return
-    (line,) = axis.plot(steps, smooth(values, weight), label=label, color=colour)
-    axis.plot(steps, values, alpha=0.25, linewidth=0.8, color=line.get_color())
+    smoothed = smooth(values, len(values) / 60)
+    (line,) = axis.plot(steps, smoothed, label=label, color=colour)
+    axis.plot(steps, values, alpha=0.3, linewidth=0.8, color=line.get_color())
 
 
 @panels.picture
-def training(metrics, *, keys=(), weight=0.8):
+def training(metrics, *, keys=()):
     """Draw a chart for each metric: raw values pale, smoothed ones strong.
 
     Args:
         metrics: from `read`.
         keys: which; () is all of the run, without times, memory and other plumbing.
-        weight: of the past in the moving average, 0 to 1.
     """
     chosen = keys or [k for k in sorted(metrics) if not _PLUMBING.search(k)]
     # What everybody looks at first comes first.
     chosen = sorted(chosen, key=lambda k: (k != "loss", "loss" not in k))
     figure, axes = panels.charts(len(chosen), "Training", columns=4, size=(2.6, 1.8))
     for axis, key in zip(axes, chosen, strict=True):
-        _draw(axis, metrics[key], weight=weight, colour=panels.COLOURS[5])
+        _draw(axis, metrics[key], colour=panels.COLOURS[5])
         axis.set_title(key)
         axis.set_xlabel("step", size=7)
     return figure
 
 
 @panels.picture
-def levels(metrics, *, weight=0.8):
+def levels(metrics):
     """Draw the losses of all levels, `loss_h<k>`, on one logarithmic scale.
 
     Raises:
@@ -92,7 +101,7 @@ def levels(metrics, *, weight=0.8):
         raise ValueError(f"no metric loss_h<k>; there is {sorted(metrics)}")
     figure, axes = panels.charts(1, "Loss by level", size=(5.0, 3.0))
     for key in keys:
-        _draw(axes[0], metrics[key], key, weight=weight)
+        _draw(axes[0], metrics[key], key)
     axes[0].set(yscale="log", xlabel="step", ylabel="loss")
     axes[0].legend()
     return figure
@@ -118,13 +127,15 @@ def momentum(metrics):
     axes[0].plot(steps, values, color=panels.COLOURS[5])
     axes[0].set(title="momentum m", xlabel="step")
     axes[0].ticklabel_format(axis="y", useOffset=False)
-    axes[1].plot(steps, np.maximum(1 - values, 1e-12), color=panels.COLOURS[4])
+    # At the end m may be 1 exactly, which has no place on a logarithmic scale.
+    left = np.where(values < 1, 1 - values, np.nan)
+    axes[1].plot(steps, left, color=panels.COLOURS[4])
     axes[1].set(title="1 - m", xlabel="step", yscale="log")
     return figure
 
 
 @panels.picture
-def gradients(metrics, *, weight=0.8):
+def gradients(metrics):
     """Draw all gradient norms, of the whole and of parts, on a logarithmic scale.
 
     Raises:
@@ -135,7 +146,7 @@ def gradients(metrics, *, weight=0.8):
         raise ValueError(f"no metric of gradients; there is {sorted(metrics)}")
     figure, axes = panels.charts(1, "Gradient norms", size=(5.0, 3.0))
     for key in keys:
-        _draw(axes[0], metrics[key], key, weight=weight)
+        _draw(axes[0], metrics[key], key)
     axes[0].set(yscale="log", xlabel="step")
     axes[0].legend()
     return figure

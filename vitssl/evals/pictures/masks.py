@@ -103,9 +103,9 @@ def combined(image, context, targets, grid=None):
     )
     panels.show(axes[0, 0], panels.rgb(image), "image")
     panels.show(axes[0, 1], view, "use of each patch")
-    names = ((WANTED, "predicted"), (SEEN, "visible"), (UNUSED, "neither"))
+    names = ((WANTED, "predicted"), (SEEN, "visible"), (UNUSED, "unused"))
     axes[0, 1].legend(
-        handles=[Patch(color=c, label=f"{name}\nby all levels") for c, name in names],
+        handles=[Patch(color=c, label=f"{name}\nat every level") for c, name in names],
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
     )
@@ -137,10 +137,9 @@ def multicrop(global_crops, local_crops, masks):
             columns.append((f"{name} {i}", panels.rgb(crops[i]), *pair))
     levels = np.shape(masks["global_context"])[1]
     figure, axes = panels.tiles(
-        2 * levels, len(columns), "Masks of all crops", size=1.1, heading=False
+        2 * levels, len(columns), "Masks of all crops", size=1.1, headings="first"
     )
     for c, (name, image, context, targets) in enumerate(columns):
-        # The only headings are above the first row.
         axes[0, c].set_title(name, size=7.5, pad=2.5)
         for k in range(levels):
             pair = axes[2 * k : 2 * k + 2, c]
@@ -238,6 +237,7 @@ def statistics(context, targets, grid=None):
             left.axvline(share.mean(), color=colour, linestyle="--", linewidth=1)
             left.plot([], [], color=colour, label=f"{name}, mean {share.mean():.2f}")
         left.set(xlim=(0, 1), ylabel=f"level {k}: draws", xlabel="share of patches")
+        left.set_ylim(top=1.4 * left.get_ylim()[1])  # Room for the legend.
         left.legend(fontsize=6.5, loc="upper right")
         for axis, mask, name in zip(
             maps, (context, targets), ("visible", "predicted"), strict=True

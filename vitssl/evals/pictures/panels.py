@@ -20,6 +20,7 @@ INK = "#2B2D36"
 DPI = 130
 STYLE = {
     "axes.edgecolor": "#8A8D99",
+    "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
@@ -122,20 +123,23 @@ def outline(axis, mask, shape, colour, width=1.2):
     )
 
 
-def tiles(rows, columns, title="", *, size=1.25, heading=True, label=True, right=0.08):
+def tiles(
+    rows, columns, title="", *, size=1.25, headings="every", label=True, right=0.08
+):
     """Return (figure, axes [rows, columns]): equal squares with hardly a gap.
 
     Args:
         rows, columns: numbers of tiles.
         title: of the figure, at its top left.
         size: side of a tile, in inches.
-        heading: leave room for a title over every tile.
+        headings: leave room for titles over the tiles of "every" row, of the "first"
+            one, or of "none".
         label: leave room for a label left of every row.
         right: inches left free at the right.
     """
-    head, gap = (0.2 if heading else 0.0), 0.06
-    left = 0.3 if label else 0.08
-    top = 0.34 if title else 0.06
+    head, gap = (0.2 if headings == "every" else 0.0), 0.06
+    left = 0.34 if label else 0.08
+    top = (0.3 if title else 0.06) + (0.2 if headings == "first" else 0.0)
     # A title is longer than a single tile is wide.
     width = max(left + columns * (size + gap) + right, 0.075 * len(title) + 0.2)
     height = top + rows * (size + head + gap) + 0.06

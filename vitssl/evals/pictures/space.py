@@ -75,6 +75,7 @@ def embed(features, method, *, seed=42):
     # Nobody else here needs scikit-learn, which takes a second to import.
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     x = np.asarray(features, np.float64)
     count = 2 if method == "pca" else min(50, *x.shape)
@@ -82,7 +83,9 @@ def embed(features, method, *, seed=42):
     if method == "pca":
         return x
     perplexity = min(30.0, (len(x) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, random_state=seed).fit_transform(x)
+    # On a busy machine its threads wait for each other most of the time.
+    with threadpool_limits(1):
+        return TSNE(2, perplexity=perplexity, random_state=seed).fit_transform(x)
 
 
 @panels.picture
@@ -127,10 +130,11 @@ def distributions(features):
         features: {name: [M, D]}, for example the trained network and the untrained.
     """
     figure, axes = panels.charts(3, "Distribution of features")
+    norms = {k: np.linalg.norm(np.asarray(x), axis=1) for k, x in features.items()}
+    bins = np.histogram_bin_edges(np.concatenate(list(norms.values())), 50)
     for name, each in features.items():
         x = np.asarray(each, np.float64)
-        norms = np.linalg.norm(x, axis=1)
-        axes[0].hist(norms, 40, density=True, alpha=0.6, label=name)
+        axes[0].hist(norms[name], bins, density=True, alpha=0.6, label=name)
         deviation = np.sort(x.std(0))[::-1]
         axes[1].plot(np.arange(1, len(deviation) + 1), deviation, label=name)
         spectrum = np.linalg.svd(x - x.mean(0), compute_uv=False)

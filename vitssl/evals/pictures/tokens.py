@@ -40,7 +40,7 @@ def principal(images, tokens, grid=None):
     grid = grid or panels.square(tokens.shape[1])
     colours = components(tokens).reshape(len(images), *grid, 3)
     title = "Patch tokens: three principal components as red, green, blue"
-    figure, axes = panels.tiles(2, len(images), title, heading=False, label=False)
+    figure, axes = panels.tiles(2, len(images), title, headings="none", label=False)
     for b, image in enumerate(panels.rgb(images)):
         panels.show(axes[0, b], image)
         panels.show(axes[1, b], colours[b])
@@ -110,7 +110,9 @@ def level_statistics(predicted, target, valid):
 
     Arguments as `prediction`. Levels with nothing to predict stay empty.
     """
-    figure, axes = panels.charts(2, "Prediction by level", columns=2)
+    figure, axes = panels.charts(
+        2, "Prediction by level (the number is the mean)", columns=2
+    )
     names = ("squared error", "cosine of prediction and target")
     for axis, measure, name in zip(axes, (errors, cosines), names, strict=True):
         for k, where in enumerate(valid):
@@ -133,5 +135,5 @@ def level_statistics(predicted, target, valid):
             )
         axis.set_xticks(range(len(valid)), [f"level {k}" for k in range(len(valid))])
         axis.set_xlim(-0.6, len(valid) - 0.2)
-        axis.set_title(f"{name} (number: mean)")
+        axis.set_title(name)
     return figure

@@ -1,0 +1,267 @@
+r"""H-JEPA: predict the features of hidden patches at several levels, from several crops.
+
+    python -m vitssl.main --config=configs/hjepa.py
+
+Arguments (`--config=configs/hjepa.py:NAME`):
+    (none)          demo: real handwritten digits, a small ViT, minutes on two cores
+    smoke           two steps, seconds
+    evidence        multi-crop against single crop at equal compute, three seeds,
+                    composed scenes, an hour on two cores
+    cifar10_vitb    the system's flagship: ViT-B/16, CIFAR-10 at 224 px; needs
+                    --config.data.root=DIR
+    imagenet_vitb, imagenet_vitl, ijepa_vith14
+                    ImageNet recipes; need --config.data.root=DIR
+    end_to_end      no EMA target, SIGReg instead; demo size
+
+One override away:
+    --config.masking.strategy=cross_crop_prediction
+    --config.multicrop.num_local_crops=0            (single resolution)
+    --config.multicrop.local_crop_size=64
+    --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
+    --config.data.source=folder --config.data.root=DIR --config.data.channels=3 ...
+
+Published results: none (the original reports targets only).
+"""
+
+import ml_collections
+
+RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+SIZES = {  # name: width, depth, heads, predictor depth
+    "ti": (192, 12, 3, 4),
+    "s": (384, 12, 6, 6),
+    "b": (768, 12, 12, 6),
+    "l": (1024, 24, 16, 6),
+    "h": (1280, 32, 16, 12),
+}
+
+
+def _demo():
+    """Return the demo: every section, at the size of two cores."""
+    c = ml_collections.ConfigDict()
+    c.method, c.seed = "hjepa", 0
+    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 30.0, 0, 1
+    c.precision = "float32"
+    c.data = dict(
+        source="digits",
+        root="",
+        split="train",
+        bank_split="train",
+        test_split="test",
+        channels=1,
+        mean=(0.5,),
+        std=(0.5,),
+        on_bad_image="skip",
+        threads=-1,
+        workers=-1,
+        options={},
+    )
+    c.model = dict(
+        name="vit",
+        width=64,
+        depth=4,
+        heads=4,
+        patch=4,
+        image_size=32,
+        mlp_ratio=4.0,
+        drop_path=0.0,
+        layerscale=0.0,
+        rope=False,
+        remat=False,
+    )
+    c.predictor = dict(depth=2, heads=4, width=0, mlp_ratio=4.0, remat=False)
+    c.levels = dict(
+        pooling="spatial", norm="layernorm", fpn="", fpn_width=0, target="shared"
+    )
+    c.masking = dict(
+        strategy="global_only",
+        sampler="original",
+        num_hierarchies=3,
+        num_target_masks=4,
+        scale_progression="geometric",
+        base_scale=(0.05, 0.15),
+        aspect_ratio_range=(0.75, 1.5),
+        max_attempts=10,
+        min_keep=4,
+        targets_per_level="constant",
+        context_scale=(0.0, 0.0),
+        levels="finest",
+        mode="drop",
+        context="block",
+        packed=True,
+        slots=0.7,
+        accumulate_crops=False,
+    )
+    c.multicrop = dict(
+        num_global_crops=2,
+        num_local_crops=0,
+        global_crop_size=32,
+        local_crop_size=16,
+        global_crop_scale=(0.6, 1.0),
+        local_crop_scale=(0.2, 0.6),
+        global_color_jitter=0.0,
+        local_color_jitter=0.0,
+        color_jitter_prob=1.0,
+        horizontal_flip_prob=0.0,
+        interpolation="fast",
+        colour="host",
+        adaptive=False,
+        min_local_crops=2,
+        max_local_crops=10,
+        adaptive_warmup_epochs=0,
+    )
+    c.objective = dict(
+        type="mse",
+        normalize=False,
+        weights=(1.0, 0.5, 0.25),
+        view_weight=0.25,
+        local_weight=1.0,
+        views="crops",
+        vicreg_weight=(0.1,),
+        sigreg_weight=1.0,
+    )
+    c.ema = dict(start=0.99, end=1.0, warmup_steps=0, target_encoder=True)
+    c.optim = dict(
+        name="adamw",
+        lr=1e-3,
+        schedule="cosine",
+        warmup_epochs=3.0,
+        start_lr=0.0,
+        min_lr=1e-6,
+        wd=0.05,
+        clip_norm=3.0,
+        b1=0.9,
+        b2=0.95,
+        lr_rules=((".*", 1.0),),
+        # I-JEPA's rule: biases and vectors do not decay.
+        wd_rules=((".*/(bias|scale)", 0.0), (".*", 1.0)),
+    )
+    c.evals = dict(
+        image_size=32,
+        every_epochs=5.0,
+    )
+    c.log = dict(every_steps=50, tensorboard=True, wandb="", stall_seconds=1800.0)
+    c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="knn/top1")
+    return c
+
+
+def _published(size, data, image=224, patch=16):
+    """Return the original's numbers for a ViT of `size` on 224 px images."""
+    width, depth, heads, predictor_depth = SIZES[size]
+    c = _demo()
+    c.precision = "bfloat16"
+    c.data.update(source=data, on_bad_image="skip", **RGB)
+    c.data.update(split="train", bank_split="train", test_split="val")
+    c.model.update(width=width, depth=depth, heads=heads, patch=patch, image_size=image)
+    c.predictor.update(depth=predictor_depth, heads=heads)
+    c.masking.update(levels="per_level")
+    c.multicrop.update(
+        num_local_crops=6,
+        global_crop_size=image,
+        local_crop_size=96 // patch * patch,
+        global_crop_scale=(0.4, 1.0),
+        local_crop_scale=(0.05, 0.4),
+        global_color_jitter=0.4,
+        local_color_jitter=0.4,
+        horizontal_flip_prob=0.5,
+        interpolation="bicubic",
+    )
+    c.ema.update(start=0.996, warmup_steps=1000)
+    c.evals.update(image_size=image, every_epochs=10.0)
+    c.checkpoint.update(every_epochs=10.0, keep_best=3)
+    return c
+
+
+def _cifar10_vitb():
+    c = _published("b", "cifar10")
+    c.seed, c.batch_size, c.epochs = 42, 64, 100.0
+    c.data.test_split = "test"
+    # The recipe decays every parameter.
+    c.optim.update(lr=1e-4, min_lr=1e-6, warmup_epochs=10.0, wd_rules=((".*", 1.0),))
+    c.multicrop.update(global_crop_scale=(0.6, 1.0), local_crop_scale=(0.2, 0.6))
+    return c
+
+
+def _imagenet(size):
+    c = _published(size, "imagenet")
+    c.seed, c.batch_size, c.epochs = 42, 128, 300.0
+    c.masking.update(base_scale=(0.15, 0.2))
+    c.optim.update(lr=1.5e-4, min_lr=1e-6, warmup_epochs=40.0)
+    c.model.remat = size != "b"
+    c.log.every_steps = 100
+    return c
+
+
+def _ijepa_vith14():
+    """Return I-JEPA's own recipe (arXiv:2301.08243, appendix A): one crop, one level."""
+    c = _published("h", "imagenet", patch=14)
+    c.seed, c.batch_size, c.epochs = 0, 2048, 300.0
+    c.model.remat = True
+    c.predictor.update(depth=12, width=384, heads=16)
+    c.masking.update(
+        sampler="ijepa",
+        num_hierarchies=1,
+        base_scale=(0.15, 0.2),
+        context_scale=(0.85, 1.0),
+        min_keep=10,
+        levels="finest",
+    )
+    c.levels.norm = "none"
+    c.multicrop.update(
+        num_global_crops=1,
+        num_local_crops=0,
+        global_crop_scale=(0.3, 1.0),
+        global_color_jitter=0.0,
+        horizontal_flip_prob=0.0,
+    )
+    c.objective.update(type="smoothl1", weights=(1.0,), view_weight=0.0)
+    c.ema.update(start=0.996, end=1.0, warmup_steps=0)
+    c.optim.update(
+        lr=1e-3,
+        start_lr=2e-4,
+        min_lr=1e-6,
+        warmup_epochs=40.0,
+        stretch=1.25,
+        wd=0.04,
+        wd_end=0.4,
+        wd_schedule="cosine",
+        b2=0.999,
+        clip_norm=0.0,
+    )
+    return c
+
+
+def _end_to_end():
+    c = _demo()
+    c.ema.target_encoder = False
+    c.objective.type = "hjepa_sigreg"
+    return c
+
+
+def _smoke():
+    c = _demo()
+    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c.model.update(width=32, depth=2)
+    c.predictor.depth = 1
+    c.masking.strategy = "cross_crop_prediction"
+    c.multicrop.num_local_crops = 2
+    c.log.every_steps = 1
+    return c
+
+
+RECIPES = {
+    "": _demo,
+    "smoke": _smoke,
+    "cifar10_vitb": _cifar10_vitb,
+    "imagenet_vitb": lambda: _imagenet("b"),
+    "imagenet_vitl": lambda: _imagenet("l"),
+    "ijepa_vith14": _ijepa_vith14,
+    "end_to_end": _end_to_end,
+}
+
+
+def get_config(name=""):
+    """Return the recipe `name`."""
+    if name not in RECIPES:
+        known = ", ".join(k for k in RECIPES if k)
+        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
+    return RECIPES[name]()

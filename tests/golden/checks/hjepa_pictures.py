@@ -1,0 +1,17 @@
+"""H-JEPA pictures: the rollout of attention."""
+
+import numpy as np
+
+from vitssl.evals.pictures import attention
+
+
+def rollout(case):
+    """The product of the layers, and what of it reaches the patches."""
+    matrices = case.inputs["attention"]  # [layers, heads, T, T]
+    rolled = attention.rollout(matrices)
+    case.close("rollout", rolled)
+    patches = matrices.shape[-1] - 1  # The original has a class token, no registers.
+    case.close("cls_row", attention.on_patches(np.asarray(rolled), patches))
+
+
+CHECKS = {"attention rollout": rollout}

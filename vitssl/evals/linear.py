@@ -1,0 +1,349 @@
+"""Linear probe: how far a linear classifier gets on frozen features.
+
+Two ways to train it: SGD, the protocol of the papers, with its learning rate and
+epochs; and logistic regression solved to the end, which has no such numbers to choose
+and is what to compare networks by when the features are small enough.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from typing import Literal
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.optimize
+
+from vitssl import schedules
+from vitssl.evals import accuracy
+
+Pooling = Literal["mean", "max", "attention", "cls"]
+
+
+class LinearProbe(nn.Module):
+    """Pool tokens, then one linear layer.
+
+    Attributes:
+        classes: C.
+        pooling: of [B, N, D]; features [B, D] are taken as they are. attention: one
+            softmax over the tokens, its logits from D -> D/4, ReLU, -> 1. cls: the
+            features hold patches only, so that it is the mean (with a warning); probe
+            the entry "cls" of the features instead.
+        normalise: scale the pooled features to length one.
+
+    Source: jonwiggins/H-JEPA src/evaluation/linear_probe.py.
+    """
+
+    classes: int
+    pooling: Pooling = "mean"
+    normalise: bool = False
+
+    @nn.compact
+    def __call__(self, features):
+        """Return logits [B, C] of features [B, N, D] or [B, D]."""
+        x = features
+        if x.ndim == 3:
+            x = self._pool(x)  # [B, D]
+        if self.normalise:
+            # The square is clamped before the root: a zero row keeps its gradient.
+            x = x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+        start = nn.initializers.normal(0.01)
+        return nn.Dense(self.classes, kernel_init=start, name="classifier")(x)
+
+    def _pool(self, x):
+        if self.pooling == "max":
+            return x.max(1)
+        if self.pooling == "attention":
+            d = x.shape[-1]
+            hidden = nn.relu(_torch_linear(d, d // 4, "attention_fc1")(x))
+            score = _torch_linear(d // 4, 1, "attention_fc2")(hidden)  # [B, N, 1]
+            return (x * nn.softmax(score, axis=1)).sum(1)
+        if self.pooling == "cls":
+            warnings.warn(
+                "LinearProbe: pooling='cls' has no class token among the patches; "
+                "taking their mean",
+                stacklevel=2,
+            )
+        return x.mean(1)
+
+
+def _torch_linear(fan_in, width, name):
+    """A dense layer that starts as torch's: weight and bias uniform +-1/sqrt(in)."""
+    bound = fan_in**-0.5
+
+    def uniform(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(width, kernel_init=uniform, bias_init=uniform, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """How the probe is trained.
+
+    Attributes:
+        epochs: passes over the features.
+        lr: of the first epoch; constant within one.
+        schedule: cosine: half a cosine over the epochs, towards 0. step: a tenth after
+            every third of them.
+        momentum, weight_decay: torch's; the decay is added to the gradient.
+        batch_size: the last batch of an epoch is smaller.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    schedule: Literal["cosine", "step"] = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 256
+
+    def rate(self, epoch):
+        """Return the learning rate of 0-based `epoch`."""
+        if self.schedule == "step":
+            return self.lr * 0.1 ** (epoch // max(1, self.epochs // 3))
+        return schedules.cosine(
+            epoch, base=self.lr, final=0.0, total_steps=self.epochs
+        )
+
+
+def init(probe: LinearProbe, features, seed: int = 0):
+    """Return fresh parameters of the probe for such features."""
+    like = jnp.zeros((1, *features.shape[1:]))
+    return probe.init(jax.random.key(seed), like)["params"]
+
+
+def train(probe: LinearProbe, params, features, label, *, recipe: SGD, seed: int = 0):
+    """Train a probe by SGD on the cross-entropy; all of it is one compiled loop.
+
+    Args:
+        probe, params: the module and where it starts.
+        features: [M, D] or [M, N, D], on the device as a whole.
+        label: int [M] in 0..C-1.
+        recipe: see `SGD`.
+        seed: of the order of the samples.
+
+    Returns:
+        params: trained.
+        history: float32 [epochs, 2]: mean loss of the samples as they were met, and
+            the learning rate.
+    """
+    features = jax.device_put(np.asarray(features, np.float32))
+    label = jax.device_put(np.asarray(label, np.int32))
+    key = jax.device_put(np.uint32(seed))
+    params, history = _train(probe, params, features, label, key, recipe=recipe)
+    return params, np.asarray(jax.device_get(history))
+
+
+@functools.partial(jax.jit, static_argnames=("probe", "recipe"))
+def _train(probe, params, features, label, seed, *, recipe):
+    m = len(label)
+    size = min(m, recipe.batch_size)
+    steps = math.ceil(m / size)
+    momentum = optax.chain(
+        optax.add_decayed_weights(recipe.weight_decay), optax.trace(recipe.momentum)
+    )
+
+    def loss_of(params, taken):
+        logits = probe.apply({"params": params}, features[taken])  # [b, C]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label[taken])
+        real = taken < m  # Indices from m on fill up the last batch.
+        return (loss * real).sum() / real.sum(), real.sum()
+
+    def epoch(carry, e):
+        lr = recipe.rate(e)
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), e), m)
+        order = jnp.pad(order, (0, steps * size - m), constant_values=m)
+
+        def step(carry, taken):
+            params, velocity = carry
+            (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                params, taken
+            )
+            update, velocity = momentum.update(gradient, velocity, params)
+            params = jax.tree.map(lambda p, u: p - lr * u, params, update)
+            return (params, velocity), loss * count
+
+        batches = einops.rearrange(order, "(s b) -> s b", s=steps)
+        carry, losses = jax.lax.scan(step, carry, batches)
+        return carry, jnp.stack([losses.sum() / m, lr])
+
+    carry = (params, momentum.init(params))
+    (params, _), history = jax.lax.scan(epoch, carry, jnp.arange(recipe.epochs))
+    return params, history
+
+
+@functools.partial(jax.jit, static_argnames="probe")
+def _logits(probe, params, features):
+    return probe.apply({"params": params}, features)
+
+
+def logits(probe: LinearProbe, params, features, *, rows: int = 4096):
+    """Return logits float32 [M, C] on the host, computed `rows` at a time."""
+    parts = []
+    for start in range(0, len(features), rows):
+        part = np.asarray(features[start : start + rows], np.float32)
+        pad = min(rows, len(features)) - len(part)
+        part = np.pad(part, [(0, pad)] + [(0, 0)] * (part.ndim - 1))
+        found = jax.device_get(_logits(probe, params, jax.device_put(part)))
+        parts.append(found[: len(found) - pad])
+    return np.concatenate(parts)
+
+
+def measure(score, label) -> dict:
+    """Return what is reported of logits [M, C] against labels [M].
+
+    Returns:
+        "top1", "top5" (see `accuracy.top`), "loss" the mean cross-entropy in nats,
+        "confusion" int [C, C] with the true class in the row.
+    """
+    score = np.asarray(score, np.float64)
+    label = np.asarray(label)
+    classes = score.shape[1]
+    top = score.max(1, keepdims=True)
+    total = np.log(np.exp(score - top).sum(1)) + top[:, 0]
+    loss = total - np.take_along_axis(score, label[:, None], 1)[:, 0]
+    return {
+        **accuracy.top(accuracy.rank(score, label), classes),
+        "loss": float(loss.mean()),
+        "confusion": accuracy.confusion(label, score.argmax(1), classes),
+    }
+
+
+def folds(count: int, parts: int = 5, *, seed: int = 42):
+    """Return [(rows to train on, rows held out)], a random split into equal parts.
+
+    The same split as scikit-learn's KFold(parts, shuffle=True, random_state=seed).
+    """
+    if not 2 <= parts <= count:
+        raise ValueError(f"folds: {parts} parts of {count} samples; 2 to {count}")
+    order = np.arange(count)
+    np.random.RandomState(seed).shuffle(order)
+    found = []
+    for held in np.array_split(order, parts):
+        out = np.zeros(count, bool)
+        out[held] = True
+        found.append((np.flatnonzero(~out), np.flatnonzero(out)))
+    return found
+
+
+def cross_validate(
+    probe: LinearProbe, features, label, *, recipe: SGD, parts: int = 5, seed: int = 42
+) -> dict:
+    """Train and test a fresh probe on every fold.
+
+    Returns:
+        "top1" and "loss": mean over the folds; "top1_std", "loss_std": the spread
+        between them (of the population); "folds": top-1 of each.
+    """
+    results = []
+    for rows, held in folds(len(label), parts, seed=seed):
+        params = init(probe, features, seed)
+        params, _ = train(
+            probe, params, features[rows], label[rows], recipe=recipe, seed=seed
+        )
+        results.append(measure(logits(probe, params, features[held]), label[held]))
+    top1 = np.array([r["top1"] for r in results])
+    loss = np.array([r["loss"] for r in results])
+    return {
+        "top1": float(top1.mean()),
+        "top1_std": float(top1.std()),
+        "loss": float(loss.mean()),
+        "loss_std": float(loss.std()),
+        "folds": top1.tolist(),
+    }
+
+
+# Weights of the penalty that `logistic` chooses from, strongest first.
+PENALTIES = tuple(10.0**e for e in range(0, -7, -1))
+
+
+def logistic(
+    features,
+    label,
+    classes: int,
+    *,
+    penalties: tuple[float, ...] = PENALTIES,
+    held_out: float = 0.2,
+    iterations: int = 100,
+    seed: int = 0,
+):
+    """Fit multinomial logistic regression by L-BFGS, penalty chosen on a part.
+
+    Features are standardised by their own mean and deviation. The penalty
+    lambda / 2 |W|^2, added to the mean cross-entropy, is the one that does best on
+    `held_out` of the samples; then everything is fitted once more with it.
+
+    Args:
+        features: [M, D], on the device as a whole.
+        label: int [M].
+        classes: C.
+        penalties: values of lambda to try; each starts from the solution of the last.
+        held_out: share of the samples that chooses, if there are several penalties.
+        iterations: of L-BFGS for each penalty, at most.
+        seed: of the split.
+
+    Returns:
+        params: {"classifier": {"kernel": [D, C], "bias": [C]}} of a `LinearProbe`, for
+            features as they were given.
+        penalty: the one chosen.
+    """
+    features = np.asarray(features, np.float32)
+    label = np.asarray(label, np.int32)
+    mean, std = features.mean(0), features.std(0)
+    # A dimension that does not vary says nothing; its weight would be noise.
+    scale = np.where(std > 1e-6 * np.abs(mean), 1 / np.maximum(std, 1e-30), 0)
+    features = (features - mean) * scale
+    chosen = penalties
+    if len(penalties) > 1:
+        order = np.random.default_rng(seed).permutation(len(label))
+        cut = max(1, round(held_out * len(label)))
+        held, rest = order[:cut], order[cut:]
+        path = _path(features[rest], label[rest], classes, penalties, iterations)
+        right = [
+            (features[held] @ w["kernel"] + w["bias"]).argmax(1) == label[held]
+            for w in path
+        ]
+        best = int(np.argmax([r.mean() for r in right]))  # Of equals the strongest.
+        chosen = penalties[: best + 1]
+    w = _path(features, label, classes, chosen, iterations)[-1]
+    kernel = w["kernel"] * scale[:, None]
+    bias = w["bias"] - mean @ kernel
+    return {"classifier": {"kernel": kernel, "bias": bias}}, chosen[-1]
+
+
+def _path(features, label, classes, penalties, iterations):
+    """Return the solutions [{"kernel", "bias"}] for falling penalties."""
+    d = features.shape[1]
+    features, label = jax.device_put((features, label))
+
+    def value(flat, penalty):
+        w = flat.astype(np.float32).reshape(d + 1, classes)
+        w, strength = jax.device_put((w, np.float32(penalty)))
+        loss, slope = jax.device_get(_objective(w, features, label, strength))
+        return float(loss), slope.astype(np.float64).ravel()
+
+    flat, found = np.zeros((d + 1) * classes), []
+    options = {"maxiter": iterations, "ftol": 1e-7, "gtol": 1e-5}
+    for penalty in penalties:
+        result = scipy.optimize.minimize(
+            value, flat, penalty, jac=True, method="L-BFGS-B", options=options
+        )
+        flat = result.x
+        w = flat.astype(np.float32).reshape(d + 1, classes)
+        found.append({"kernel": w[:-1], "bias": w[-1]})
+    return found
+
+
+@jax.jit
+@jax.value_and_grad
+def _objective(w, features, label, penalty):
+    """Return mean cross-entropy + penalty / 2 |kernel|^2 of w [D + 1, C]."""
+    kernel, bias = w[:-1], w[-1]
+    score = jnp.matmul(features, kernel, precision="highest") + bias  # [M, C]
+    fit = optax.softmax_cross_entropy_with_integer_labels(score, label).mean()
+    return fit + 0.5 * penalty * (kernel**2).sum()
