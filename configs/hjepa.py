@@ -137,7 +137,16 @@ def _demo():
     )
     c.evals = dict(
         image_size=32,
-        every_epochs=5.0,
+        batch_size=256,
+        every_epochs=5,
+        online_samples_train=1000,
+        online_samples_test=360,
+        final=("knn", "linear", "quality"),
+        knn_k=(20,),
+        knn_temperature=(0.07,),
+        probe="lbfgs",
+        probe_epochs=90,
+        features="pooled",
     )
     c.log = dict(every_steps=50, tensorboard=True, wandb="", stall_seconds=1800.0)
     c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="knn/top1")
@@ -166,7 +175,7 @@ def _published(size, data, image=224, patch=16):
         interpolation="bicubic",
     )
     c.ema.update(start=0.996, warmup_steps=1000)
-    c.evals.update(image_size=image, every_epochs=10.0)
+    c.evals.update(image_size=image, every_epochs=10)
     c.checkpoint.update(every_epochs=10.0, keep_best=3)
     return c
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from vitssl import checkpoint, config, devices, evals, init, log, methods, optim
+from vitssl import checkpoint, config, devices, evals, log, methods, optim
+from vitssl import init as start_from
 from vitssl.data import dataset
 from vitssl.methods import table as methods_table
 from vitssl.models import MODELS
@@ -44,7 +45,7 @@ class Settings:
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     mesh: devices.Mesh = devices.Mesh()
-    init: init.Init = init.Init()
+    init: start_from.Init = start_from.Init()
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""

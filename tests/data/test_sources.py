@@ -50,7 +50,9 @@ def test_digits_are_the_scans_of_scikit_learn():
 
 
 def test_digits_split_is_stratified_disjoint_and_complete():
-    train, test, every = (sources.open("digits", "", s) for s in ("train", "test", "all"))
+    train, test, every = (
+        sources.open("digits", "", s) for s in ("train", "test", "all")
+    )
     assert (len(train), len(test), len(every)) == (1438, 359, 1797)
     # A fifth of the 174 to 183 scans of each digit.
     assert set(np.bincount(test.labels)) <= {35, 36, 37}
@@ -270,7 +272,12 @@ def test_concat_is_one_after_the_other():
     parts = _parts(3, 5)
     joined = mixture.mix(parts, kind="concat")
     assert len(joined) == 8
-    assert [joined.where(i, 0) for i in (0, 2, 3, 7)] == [(0, 0), (0, 2), (1, 0), (1, 4)]
+    assert [joined.where(i, 0) for i in (0, 2, 3, 7)] == [
+        (0, 0),
+        (0, 2),
+        (1, 0),
+        (1, 4),
+    ]
     np.testing.assert_array_equal(joined[4]["image"], parts[1][1]["image"])
     with pytest.raises(IndexError):
         joined[8]
@@ -300,7 +307,9 @@ def test_weighted_draws_follow_the_tempered_weights():
     assert counts.min() > 30  # Uniform: 60 each.
     assert counts.max() < 95
     assert mixed.where(5, 2) == mixed.where(5, 2)
-    assert [mixed.where(i, 0) for i in range(9)] != [mixed.where(i, 1) for i in range(9)]
+    assert [mixed.where(i, 0) for i in range(9)] != [
+        mixed.where(i, 1) for i in range(9)
+    ]
 
 
 def test_mixed_labels_are_shared_only_if_the_classes_are_the_same():

@@ -143,7 +143,9 @@ def test_a_malicious_cifar_file_runs_nothing(tmp_path, kind):
     trace.unlink()
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(data)
-    with pytest.raises(errors.DataError, match="data_batch_3: not a CIFAR file: it asks"):
+    with pytest.raises(
+        errors.DataError, match="data_batch_3: not a CIFAR file: it asks"
+    ):
         sources.open("cifar10", str(tmp_path), "train")
     assert not trace.exists()
 
@@ -393,7 +395,7 @@ def test_tfds_finds_the_newest_version_below_its_data_dir(prepared, tmp_path):
         found("nothing_like_it")
     (base / "big").mkdir()
     shutil.copytree(root, base / "big" / "1.0.0")
-    with pytest.raises(errors.DataError, match="tiny_blots/big/1.0.0, .*; name one"):
+    with pytest.raises(errors.DataError, match="tiny_blots/big/1.0.0; name one"):
         found("tiny_blots")
     assert str(found("tiny_blots/big")) == "1.0.0"
 

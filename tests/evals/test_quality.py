@@ -205,6 +205,7 @@ def test_collapse_metrics_are_finite_and_without_gradient(rows):
     def loss(x):
         return sum(COLLAPSE(x).values())
 
-    for x in (jnp.zeros((rows, 4)), jnp.ones((rows, 4))):
-        value, slope = jax.value_and_grad(loss)(x)
-        assert jnp.isfinite(value) and (slope == 0).all()
+    grad = jax.jit(jax.value_and_grad(loss))
+    for x in (np.zeros((rows, 4)), np.ones((rows, 4))):
+        value, slope = grad(x)
+        assert np.isfinite(value) and not np.any(slope)

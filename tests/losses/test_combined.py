@@ -6,7 +6,6 @@ import pytest
 from vitssl import errors
 from vitssl.losses import combined, sigreg, vicreg
 
-
 # Compiled whole: operation by operation is ten times slower on a first run.
 VICREG = jax.jit(vicreg.vicreg)
 SIGREG = jax.jit(sigreg.sigreg, static_argnames="slices")

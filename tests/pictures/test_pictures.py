@@ -39,7 +39,7 @@ def material(tmp_path):
         attention=attention / attention.sum(-1, keepdims=True),
         tokens=tokens,
         batch=batch,
-        blocks=draws[1][0],
+        crop_masks=(draws[0][0], draws[1][0]),
         draws=draws,
         samplers={"original": (draws[0][0, 0], draws[1][0, 0])},
         prediction=(

@@ -72,3 +72,49 @@ class Data:
                 f"data.channels={self.channels}: {self.source} has {source.channels}"
             )
         return source
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """Some images of a source, by index, as a source.
+
+    Attributes:
+        whole: the source.
+        indices: [M] which of its images.
+    """
+
+    whole: Any
+    indices: Any
+
+    def __len__(self):
+        """Return M."""
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        """Return example i of the subset."""
+        return self.whole[int(self.indices[i])]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the whole."""
+        return self.whole.name
+
+    @property
+    def root(self) -> str:
+        """Return the root of the whole."""
+        return self.whole.root
+
+    @property
+    def split(self) -> str:
+        """Return the split of the whole."""
+        return self.whole.split
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the class names of the whole."""
+        return self.whole.classes
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of the whole."""
+        return self.whole.channels

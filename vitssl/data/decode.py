@@ -248,7 +248,5 @@ class Tolerant:
             raise errors.DataError(
                 f"{self.name}: {printable(self.root)}: {len(bad)} of {len(self)} "
                 f"images are broken, more than {self.max_bad_fraction:.0%} of the set"
-                f"\n  {shown}"
-                + "\n  ..."
-                * (len(bad) > 5)
+                f"\n  {shown}" + "\n  ..." * (len(bad) > 5)
             )

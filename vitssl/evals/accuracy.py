@@ -39,3 +39,23 @@ def confusion(label, predicted, classes: int):
     """Return int [C, C]: row is the true class, column the predicted one."""
     cells = np.asarray(label, np.int64) * classes + np.asarray(predicted, np.int64)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def measure(score, label) -> dict:
+    """Return what is reported of logits [M, C] against labels [M].
+
+    Returns:
+        "top1", "top5" (see `top`), "loss" the mean cross-entropy in nats,
+        "confusion" int [C, C] with the true class in the row.
+    """
+    score = np.asarray(score, np.float64)
+    label = np.asarray(label)
+    classes = score.shape[1]
+    most = score.max(1, keepdims=True)
+    total = np.log(np.exp(score - most).sum(1)) + most[:, 0]
+    loss = total - np.take_along_axis(score, label[:, None], 1)[:, 0]
+    return {
+        **top(rank(score, label), classes),
+        "loss": float(loss.mean()),
+        "confusion": confusion(label, score.argmax(1), classes),
+    }

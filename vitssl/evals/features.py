@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vitssl import devices
+from vitssl import devices, errors
 
 
 def extract(
@@ -49,6 +49,7 @@ def extract(
 
     Raises:
         ValueError: there is no valid image, or `features` returns no such name.
+        NonFiniteError: a feature is not a finite number.
     """
     parts = collections.defaultdict(list)
     ahead = None
@@ -100,7 +101,10 @@ def _collect(rows, parts):
     rows = devices.get(rows)
     valid = rows.pop("valid")
     for key, value in rows.items():
-        parts[key].append(np.asarray(value)[valid])
+        value = np.asarray(value)[valid]
+        if not np.isfinite(value).all():
+            raise errors.NonFiniteError(f"features[{key!r}]: not all are finite")
+        parts[key].append(value)
 
 
 @dataclasses.dataclass(frozen=True)

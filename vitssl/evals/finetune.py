@@ -88,7 +88,7 @@ def finetune(
         {"params", "head"}: trained.
         [{"loss", "top1", "lr"} for each epoch], over the training images as met, lr of
             the head.
-        {"loss", "top1", "top5"} on the test images.
+        {"loss", "top1", "top5", "confusion"} on the test images.
 
     Raises:
         ValueError: an epoch, or the test, holds no labelled image.
@@ -126,22 +126,17 @@ def finetune(
 
 
 def measure(apply: Callable, weights, batches: Iterable[dict], *, head: Head) -> dict:
-    """Return {"loss", "top1", "top5"} of {"params", "head"} on labelled batches."""
-    position, loss = [], []
+    """Return `accuracy.measure` of {"params", "head"} on labelled batches."""
+    scores, labels = [], []
     for batch in batches:
-        batch = jax.device_put(_labelled(batch))
-        score = jax.device_get(_predict(weights, batch["image"], apply=apply, head=head))
-        real = np.asarray(jax.device_get(batch["real"]))
-        label = np.asarray(jax.device_get(batch["label"]))[real]
-        score = score[real].astype(np.float64)
-        position.append(accuracy.rank(score, label))
-        top = score.max(1, keepdims=True)
-        total = np.log(np.exp(score - top).sum(1)) + top[:, 0]
-        loss.append(total - score[np.arange(len(label)), label])
-    if not sum(map(len, position)):
+        rows = _labelled(batch)
+        image = jax.device_put(rows["image"])
+        score = jax.device_get(_predict(weights, image, apply=apply, head=head))
+        scores.append(score[rows["real"]])
+        labels.append(rows["label"][rows["real"]])
+    if not sum(map(len, labels)):
         raise ValueError("finetune: the test batches hold no labelled image")
-    found = accuracy.top(np.concatenate(position), head.classes)
-    return {"loss": float(np.concatenate(loss).mean()), **found}
+    return accuracy.measure(np.concatenate(scores), np.concatenate(labels))
 
 
 def _labelled(batch) -> dict:

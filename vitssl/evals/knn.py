@@ -71,16 +71,17 @@ def blocks(
         fixed = held * each + query * (2 * width + 12 * keep)
         return (floats - fixed) // (4 * query + 4 * width + 4)
 
+    short = min(rows, keep)  # A block holds at least the candidates.
     held = queries
-    while held > 1 and held * each > floats // 4:
+    while held > 1 and (held * each > floats // 4 or room(held, 1) < short):
         held = math.ceil(held / 2)
     query = min(held, 1024)
     while query > 1 and room(held, query) < least:
         query = math.ceil(query / 2)
     held = math.ceil(held / query) * query
     fit = min(rows, room(held, query))
-    if fit < min(rows, keep):
-        need = 4 * (each + 2 * width + 12 * keep + keep * (8 + 4 * width))
+    if fit < short:
+        need = 4 * (each + 2 * width + 12 * keep + short * (8 + 4 * width))
         raise errors.UsageError(
             f"knn_max_bytes={max_bytes}: too few for features of width {width} and "
             f"{keep} candidates; give {need} or, for speed, much more"

@@ -106,9 +106,7 @@ class SGD:
         """Return the learning rate of 0-based `epoch`."""
         if self.schedule == "step":
             return self.lr * 0.1 ** (epoch // max(1, self.epochs // 3))
-        return schedules.cosine(
-            epoch, base=self.lr, final=0.0, total_steps=self.epochs
-        )
+        return schedules.cosine(epoch, base=self.lr, final=0.0, total_steps=self.epochs)
 
 
 def init(probe: LinearProbe, features, seed: int = 0):
@@ -194,26 +192,6 @@ def logits(probe: LinearProbe, params, features, *, rows: int = 4096):
     return np.concatenate(parts)
 
 
-def measure(score, label) -> dict:
-    """Return what is reported of logits [M, C] against labels [M].
-
-    Returns:
-        "top1", "top5" (see `accuracy.top`), "loss" the mean cross-entropy in nats,
-        "confusion" int [C, C] with the true class in the row.
-    """
-    score = np.asarray(score, np.float64)
-    label = np.asarray(label)
-    classes = score.shape[1]
-    top = score.max(1, keepdims=True)
-    total = np.log(np.exp(score - top).sum(1)) + top[:, 0]
-    loss = total - np.take_along_axis(score, label[:, None], 1)[:, 0]
-    return {
-        **accuracy.top(accuracy.rank(score, label), classes),
-        "loss": float(loss.mean()),
-        "confusion": accuracy.confusion(label, score.argmax(1), classes),
-    }
-
-
 def folds(count: int, parts: int = 5, *, seed: int = 42):
     """Return [(rows to train on, rows held out)], a random split into equal parts.
 
@@ -246,7 +224,9 @@ def cross_validate(
         params, _ = train(
             probe, params, features[rows], label[rows], recipe=recipe, seed=seed
         )
-        results.append(measure(logits(probe, params, features[held]), label[held]))
+        results.append(
+            accuracy.measure(logits(probe, params, features[held]), label[held])
+        )
     top1 = np.array([r["top1"] for r in results])
     loss = np.array([r["loss"] for r in results])
     return {

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import einops
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
     options: Mapping
 
 
-class Context(NamedTuple):
+class Context(flax.struct.PyTreeNode):
     """What the context encoder says about some crops.
 
     Attributes:
@@ -76,7 +77,7 @@ class Context(NamedTuple):
     count: jax.Array | None
     seen: jax.Array
     cls: jax.Array | None
-    role: int
+    role: int = flax.struct.field(pytree_node=False)
 
     @property
     def pooled(self):
@@ -85,7 +86,7 @@ class Context(NamedTuple):
         return pool(self.tokens[:, :, 0], self.seen[:, :, 0])
 
 
-class Targets(NamedTuple):
+class Targets(flax.struct.PyTreeNode):
     """What is to be predicted in some crops.
 
     Attributes:
@@ -98,7 +99,7 @@ class Targets(NamedTuple):
     tokens: jax.Array
     where: jax.Array
     count: jax.Array
-    grid: tuple[int, int]
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
 
 class Level(NamedTuple):
@@ -209,7 +210,7 @@ def encode_visible(net: Networks, crops: Masked, mode) -> Context:
             return None
         return einops.rearrange(a, "(b c k) ... -> b c k ...", b=b, c=c)
 
-    return Context(*map(split, (tokens, count, seen, cls)), crops.role)
+    return Context(*map(split, (tokens, count, seen, cls)), role=crops.role)
 
 
 def encode_all(net: Networks, image):
@@ -231,7 +232,8 @@ def find_targets(net: Networks, crops: Masked, patch) -> Targets:
     tokens = net.encode_target(einops.rearrange(crops.image, "b c ... -> (b c) ..."))
     tokens = einops.rearrange(tokens, "(b c) n d -> b c n d", b=b)
     where, count = patches.pack(predictor.thin(crops.wanted, room), room)
-    return Targets(tokens, where, count, patches.grid(crops.image, patch))
+    grid = patches.grid(crops.image, patch)
+    return Targets(tokens, where, count, grid=grid)
 
 
 def extra_of(context: Context, crops) -> predictor.Extra:
@@ -367,16 +369,13 @@ def predict_and_compare(
         crops = context.tokens.shape[1]
         guess, crowded = predict(net, context, targets, extra(crops), slots)
         return Result(*compare(net, guess, targets, **options), crowded)
-    arrays = (context[:4], targets[:3])
-    arrays = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays)
+    arrays = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (context, targets))
     shared = extra(1)
 
     @jax.checkpoint
     def one(rng, xs):
         some, wanted = jax.tree.map(lambda x: x[:, None], xs)
         alone = dataclasses.replace(net, rng=rng)
-        wanted = Targets(*wanted, targets.grid)
-        some = Context(*some, context.role)
         guess, crowded = predict(alone, some, wanted, shared, slots)
         return Result(*compare(alone, guess, wanted, **options), crowded)
 

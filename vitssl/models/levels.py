@@ -6,8 +6,9 @@ then padding.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,7 +20,7 @@ Pooling = Literal["spatial", "sequence"]
 Norm = Literal["layernorm", "batchnorm", "none"]
 
 
-class Members(NamedTuple):
+class Members(flax.struct.PyTreeNode):
     """A set of patches per row of a batch.
 
     Attributes:
@@ -30,7 +31,7 @@ class Members(NamedTuple):
 
     where: jax.Array
     count: jax.Array
-    grid: tuple[int, int]
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
     @property
     def valid(self):

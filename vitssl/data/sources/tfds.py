@@ -78,7 +78,7 @@ def _builder(dataset, root):
     library = _library()
     path = _version(dataset, layout.root_of("tfds", root, EXPECTED))
     try:
-        return library.core.builder_from_directory(path)
+        return library.builder_from_directory(path)
     except Exception as e:  # noqa: BLE001 - a dozen of its own kinds.
         layout.fail("tfds", f"not a prepared data set: {_first(e)}", path, EXPECTED)
 
@@ -123,9 +123,9 @@ def open(root, split, *, dataset="", image="image", label="label"):
     if unknown:
         raise errors.DataError(
             f"tfds: {dataset or root} has no feature {', '.join(unknown)}; "
-            f"it has: {', '.join(features)}"
+            f"it has: {', '.join(sorted(features))}"
         )
-    shape, dtype = features[image].shape, np.dtype(features[image].dtype)
+    shape, dtype = features[image].shape, np.dtype(features[image].np_dtype)
     encoded = isinstance(features[image], _library().features.Image)
     if len(shape) != 3 or not shape[2] or (dtype != np.uint8 and not encoded):
         raise errors.DataError(

@@ -32,8 +32,8 @@ class Material:
         tokens: [B, N, D] of these images, patches only.
         batch: training batch of B images: "global", "local", the masks and boxes.
         originals: the B images [H, W, C] that the batch was cropped from.
-        blocks: bool [H, T, N]: the targets of crop 0 of image 0, block by block; None
-            draws their union.
+        crop_masks: (context [H, N], targets [H, T, N]) to draw on the first crop,
+            block by block; None takes the batch's own, in which blocks are united.
         draws: (context, targets) bool [S, H, N]: many masks of one generator.
         samplers: {name: (context [N], targets [T, N])} to compare.
         prediction: (images [B, H, W, C], predicted, target, valid), see
@@ -53,7 +53,7 @@ class Material:
     tokens: object = None
     batch: dict = dataclasses.field(default_factory=dict)
     originals: list | None = None
-    blocks: object = None
+    crop_masks: tuple | None = None
     draws: tuple | None = None
     samplers: dict = dataclasses.field(default_factory=dict)
     prediction: tuple | None = None
@@ -103,8 +103,8 @@ def _of_batch(m: Material):
     if "global_context" not in m.batch:
         return
     first = {k: v[0] for k, v in m.batch.items() if "context" in k or "targets" in k}
-    image, context = m.batch["global"][0, 0], first["global_context"][0]
-    targets = first["global_targets"][0] if m.blocks is None else m.blocks
+    own = first["global_context"][0], first["global_targets"][0]
+    image, (context, targets) = m.batch["global"][0, 0], m.crop_masks or own
     levels = image, context, targets
     finest = image, context[0], targets[0]
     yield "masks.png", partial(masks.hierarchical, *levels)

@@ -152,10 +152,11 @@ def gradients(metrics):
     return figure
 
 
+# Not every cosine is a bad sign: that of predictions and their targets is a good one.
 COLLAPSE = {
-    "deviation": r"(^|[/_])std($|[/_])",
-    "rank": r"rank",
-    "similarity": r"cosine|similarity",
+    "deviation": r"(^|[/_])std$",
+    "rank": r"(^|[/_])(rank|rankme|effective_rank)$",
+    "similarity": r"(^|[/_])mean_similarity$",
 }
 
 

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.test_colour import gap, picture
+from tests.data.test_masks import HJEPA
+from vitssl.data import crops, views
+
+
+@pytest.mark.parametrize("size", [(60, 84), (84, 60), (50, 50), (20, 90)])
+def test_evaluation_is_resize_and_centre_crop_by_pil(size):
+    image = picture(size)
+    got = views.Evaluate(32)({"image": image, "label": 2, "index": 5})
+    side = 36  # int(1.14 * 32)
+    short = min(size)
+    rows, columns = (int(side * n / short) for n in size)
+    pil = Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC)
+    top, left = round((rows - 32) / 2), round((columns - 32) / 2)
+    want = np.asarray(pil)[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(got["image"], want)
+    assert got["label"] == 2 and got["index"] == 5
+    assert got["label"].dtype == np.int32
+
+
+def test_evaluation_ratio_of_one_takes_the_largest_square():
+    image = picture((32, 50))
+    got = views.Evaluate(32, ratio=1.0)({"image": image})["image"]
+    np.testing.assert_array_equal(got, image[:, 9:41])
+    assert views.Evaluate(224).size * 1.14 // 1 == 255
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (3, 70), (100, 33)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "fast"])
+def test_every_image_becomes_a_square(channels, size, interpolation):
+    view = views.Evaluate(24, interpolation=interpolation)
+    got = view({"image": picture(size, channels)})["image"]
+    assert got.shape == (24, 24, channels) and got.dtype == np.uint8
+
+
+def test_small_images_are_enlarged_smoothly():
+    image = np.zeros((8, 8, 1), np.uint8)
+    image[:, 4:] = 200
+    got = views.Evaluate(32, ratio=1.0)({"image": image})["image"][16, :, 0]
+    assert got[2] == 0 and got[-3] == 200
+    edge = got[13:19].astype(int)
+    assert (np.diff(edge) > 5).all()  # No block of the source has flat sides.
+
+
+def test_evaluation_is_not_random():
+    image = picture((40, 50))
+    a = views.Evaluate(24)({"image": image}, np.random.default_rng(0))
+    b = views.Evaluate(24)({"image": image}, np.random.default_rng(1))
+    np.testing.assert_array_equal(a["image"], b["image"])
+    assert a["label"] == -1
+
+
+def test_hjepa_baseline_crops_mildly_after_a_resize():
+    transform = views.hjepa_single(32, color_jitter=0.0)
+    image = picture((100, 150))
+    boxes = np.array(
+        [
+            transform({"image": image}, np.random.default_rng(i))["global_box"][0]
+            for i in range(300)
+        ]
+    )
+    area = boxes[:, 2] * boxes[:, 3]
+    assert boxes[:, 4].mean() == pytest.approx(0.5, abs=0.1)
+    # 0.8 to 1 of a 64 x 96 image; shapes wider than 4/3 do not occur, so the
+    # largest boxes are refused and the central one is taken.
+    assert 0.75 < area.min() and area.max() <= 1.0
+    got = transform({"image": image, "label": 1}, np.random.default_rng(0))
+    assert got["global"].shape == (1, 32, 32, 3) and got["label"] == 1
+    assert "local" not in got
+
+
+def test_ijepa_baseline_is_a_crop_and_nothing_else():
+    transform = views.ijepa_single(24)
+    image = picture((60, 60))
+    rows = [transform({"image": image}, np.random.default_rng(i)) for i in range(200)]
+    boxes = np.array([row["global_box"][0] for row in rows])
+    assert not boxes[:, 4].any()
+    area = boxes[:, 2] * boxes[:, 3]
+    assert 0.28 < area.min() < 0.36 and area.max() > 0.9
+    # The pixels are those of the box, untouched.
+    top, left, height, width = (boxes[0, :4] * 60).round().astype(int)
+    cut = Image.fromarray(image[top : top + height, left : left + width])
+    want = cut.resize((24, 24), Image.Resampling.BICUBIC)
+    assert gap(rows[0]["global"][0], want).max() == 0
+
+
+def test_single_crops_carry_masks_like_multi_crops():
+    transform = views.ijepa_single(32, masks=HJEPA, patch=4)
+    got = transform({"image": picture()}, np.random.default_rng(0))
+    assert got["global_context"].shape == (1, 3, 64)
+    assert not (got["global_context"] & got["global_targets"]).any()
+
+
+def test_jitter_of_the_baseline_has_the_strength_it_says():
+    image = np.full((40, 40, 3), 128, np.uint8)
+    transform = views.hjepa_single(16, color_jitter=0.4)
+    means = [
+        transform({"image": image}, np.random.default_rng(i))["global"].mean()
+        for i in range(300)
+    ]
+    # Contrast, saturation and hue do nothing to flat grey; brightness is 1 +- 0.16.
+    np.testing.assert_allclose(
+        [min(means), max(means)], [128 * 0.84, 128 * 1.16], atol=2
+    )
+
+
+def test_sections_of_other_systems_have_the_numbers_of_the_papers():
+    assert crops.MultiCrop(**crops.dinov2()).global_crop_scale == (0.32, 1.0)
+    assert views.ijepa_single(224).scale == (0.3, 1.0)
+    assert views.hjepa_single(224).resize_to == 256

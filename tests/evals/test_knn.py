@@ -1,0 +1,258 @@
+"""Exact k-NN against loops in float64, whatever the blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vitssl import errors
+from vitssl.evals import knn
+
+# From all at once down to blocks of one query.
+BYTES = (2**28, 200_000, 60_000, 30_000)
+
+
+def _data(rows=517, queries=53, width=24, shift=0.0, spread=1.0):
+    rng = np.random.default_rng(rows + width)
+    bank = rng.normal(shift, spread, (rows, width)).astype(np.float32)
+    query = rng.normal(shift, spread, (queries, width)).astype(np.float32)
+    return bank, query
+
+
+def _score(bank, query, metric):
+    """[Q, M] in float64, one query at a time."""
+    bank, query = bank.astype(float), query.astype(float)
+    score = np.zeros((len(query), len(bank)))
+    length = np.linalg.norm(bank, axis=1)
+    for i, x in enumerate(query):
+        if metric == "euclidean":
+            score[i] = -np.linalg.norm(bank - x, axis=1)
+        elif x.any():
+            score[i] = bank @ x / np.linalg.norm(x) / np.where(length > 0, length, 1)
+    return score
+
+
+def _order(score, k):
+    return np.argsort(-score, 1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("max_bytes", BYTES)
+@pytest.mark.parametrize("shift, spread", [(0, 1), (30, 1), (5, 1e-4)])
+def test_it_finds_what_a_loop_finds(metric, max_bytes, shift, spread):
+    bank, query = _data(shift=shift, spread=spread)
+    truth = _score(bank, query, metric)
+    score, index = knn.search(bank, query, 7, metric=metric, max_bytes=max_bytes)
+    np.testing.assert_array_equal(index, _order(truth, 7))
+    np.testing.assert_allclose(score, np.take_along_axis(truth, index, 1), atol=1e-12)
+
+
+def test_these_limits_do_cut_the_search():
+    cuts = [knn.blocks(53, 517, 24, 15, b) for b in BYTES]
+    assert cuts[0] == knn.Blocks(held=53, query=53, bank=517)
+    assert cuts[1].query < 53 and cuts[1].bank < 517
+    assert cuts[3].held < 53 and cuts[3].query == 1
+    assert len(set(cuts)) == len(BYTES)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_the_blocks_do_not_show_in_the_answer_not_even_in_ties(metric):
+    # Small integers: equal distances in masses, exactly equal in float32.
+    rng = np.random.default_rng(0)
+    bank = rng.integers(0, 2, (400, 4)).astype(np.float32)
+    query = rng.integers(0, 2, (40, 4)).astype(np.float32)
+    bank = np.repeat(bank, 1 + (np.arange(400) == 7), 0)
+    found = [knn.search(bank, query, 5, metric=metric, max_bytes=b) for b in BYTES]
+    truth = _order(np.round(_score(bank, query, metric), 9), 5)
+    for score, index in found:
+        np.testing.assert_array_equal(index, truth)
+        np.testing.assert_array_equal(score, found[0][0])
+
+
+def test_collapsed_features_give_the_first_rows():
+    bank = np.tile(np.arange(1, 9, dtype=np.float32) * 0.3, (100, 1))
+    for metric in ("cosine", "euclidean"):
+        score, index = knn.search(bank, bank[:3], 4, metric=metric, max_bytes=30_000)
+        np.testing.assert_array_equal(index, [[0, 1, 2, 3]] * 3)
+        np.testing.assert_allclose(score, 1 if metric == "cosine" else 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_bytes", BYTES)
+def test_a_row_of_zeros_has_cosine_zero_to_all(max_bytes):
+    bank, query = _data(width=6)
+    bank[::2], query[0] = 0, 0
+    truth = _score(bank, query, "cosine")
+    score, index = knn.search(bank, query, 300, max_bytes=max_bytes)
+    np.testing.assert_array_equal(index, _order(truth, 300))
+    np.testing.assert_array_equal(index[0], np.arange(300))
+    np.testing.assert_allclose(score, np.take_along_axis(truth, index, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("max_bytes", BYTES)
+def test_leaving_one_out_leaves_out_that_one(max_bytes):
+    bank, _ = _data(rows=90)
+    bank[40] = bank[3]  # A twin is a neighbour, the row itself is not.
+    truth = _score(bank, bank, "cosine")
+    np.fill_diagonal(truth, -np.inf)
+    score, index = knn.search(bank, bank, 5, max_bytes=max_bytes, leave_one_out=True)
+    np.testing.assert_array_equal(index, _order(truth, 5))
+    assert index[3, 0] == 40 and index[40, 0] == 3
+    most, _ = knn.search(bank, bank, 89, max_bytes=max_bytes, leave_one_out=True)
+    assert np.isfinite(most).all()
+
+
+@pytest.mark.parametrize("m, k", [(64, 1), (1000, 3), (999, 40), (50, 50), (700, 200)])
+def test_selection_by_groups_is_top_k(m, k):
+    # Few values, so that most of them are equal.
+    score = np.random.default_rng(m).integers(-9, 10, (20, m)).astype(np.float32)
+    score[:, ::7] = -np.inf
+    value, column = jax.jit(knn._largest, static_argnums=1)(score, k)
+    truth, place = jax.lax.top_k(score, k)
+    np.testing.assert_array_equal(value, truth)
+    real = np.isfinite(truth)
+    np.testing.assert_array_equal(np.asarray(column)[real], np.asarray(place)[real])
+
+
+@pytest.mark.parametrize("width, k, max_bytes", [(64, 20, 2**24), (200, 200, 2**26)])
+def test_the_device_holds_no_more_than_it_may(width, k, max_bytes):
+    keep = k + 8
+    cut = knn.blocks(5000, 30_000, width, keep, max_bytes)
+    n = cut.held // cut.query
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    integer = like(dtype=jnp.int32)
+    best = like(n, cut.query, keep), like(n, cut.query, keep, dtype=jnp.int32)
+    arguments = (
+        best,
+        like(n, cut.query, width),
+        like(n, cut.query, dtype=jnp.int32),
+        like(width),
+        like(cut.bank, width),
+        integer,
+        integer,
+    )
+    used = knn._update.lower(*arguments, cosine=True).compile().memory_analysis()
+    total = (
+        used.argument_size_in_bytes
+        + used.output_size_in_bytes
+        - used.alias_size_in_bytes
+        + used.temp_size_in_bytes
+        + 4 * cut.bank * width  # The block that is on its way.
+    )
+    assert total <= max_bytes
+    # Nor so much less that the limit would mean nothing.
+    assert total > max_bytes / 8
+
+
+def test_a_limit_too_small_for_anything_says_how_much_it_takes():
+    with pytest.raises(errors.UsageError, match="knn_max_bytes=2000.* give") as e:
+        knn.blocks(10, 1000, 64, 28, 2000)
+    need = int(str(e.value).split("give ")[1].split()[0])
+    assert knn.blocks(10, 1000, 64, 28, need).query == 1
+
+
+def test_a_bank_on_disk_is_read_in_blocks(tmp_path):
+    bank, query = _data()
+    np.save(tmp_path / "bank.npy", bank)
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    for a, b in zip(
+        knn.search(mapped, query, 3, max_bytes=60_000),
+        knn.search(bank, query, 3),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_works_under_a_transfer_guard():
+    bank, query = _data()
+    with jax.transfer_guard("disallow"):
+        knn.search(bank, query, 3)
+
+
+def test_wrong_arguments_are_named():
+    bank, query = _data()
+    with pytest.raises(ValueError, match="k=518 of 517 rows; 1 to 517"):
+        knn.search(bank, query, 518)
+    with pytest.raises(ValueError, match="k=0"):
+        knn.search(bank, query, 0)
+    with pytest.raises(ValueError, match=r"\(517, 24\), \(53, 23\)"):
+        knn.search(bank, query[:, 1:], 1)
+    with pytest.raises(ValueError, match="leave_one_out needs"):
+        knn.search(bank, query, 1, leave_one_out=True)
+    with pytest.raises(ValueError, match="no row has a label"):
+        knn.evaluate(
+            bank, -np.ones(517), query, np.ones(53), classes=3, k=(1,), temperature=(1,)
+        )
+    bank[3, 3] = np.nan
+    with pytest.raises(errors.NonFiniteError):
+        knn.search(bank, query, 517)
+
+
+def _evaluate_by_loops(bank, bank_label, query, label, classes, k, tau, metric):
+    score = _score(bank, query, metric)
+    top1 = top5 = 0
+    for i in range(len(query)):
+        near = _order(score[i : i + 1], k)[0]
+        votes = np.zeros(classes)
+        for j in near:
+            votes[bank_label[j]] += np.exp(score[i, j] / tau)
+        ranked = np.argsort(-votes, kind="stable")
+        top1 += ranked[0] == label[i]
+        top5 += label[i] in ranked[:5]
+    return top1 / len(query), top5 / len(query)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("max_bytes", [2**28, 40_000])
+def test_a_sweep_is_every_pair_on_its_own(metric, max_bytes):
+    bank, query = _data(rows=120, width=5)
+    rng = np.random.default_rng(1)
+    bank_label, label = rng.integers(0, 7, 120), rng.integers(0, 7, 53)
+    found = knn.evaluate(
+        bank,
+        bank_label,
+        query,
+        label,
+        classes=7,
+        k=(20, 1, 500),
+        temperature=(0.07, 0.5),
+        metric=metric,
+        max_bytes=max_bytes,
+    )
+    # 500 neighbours of 120 are all 120.
+    assert list(found) == [(k, t) for k in (20, 1, 120) for t in (0.07, 0.5)]
+    for (k, tau), scores in found.items():
+        truth = _evaluate_by_loops(bank, bank_label, query, label, 7, k, tau, metric)
+        assert (scores["top1"], scores["top5"]) == pytest.approx(truth, abs=1e-12)
+
+
+def test_images_without_a_label_take_no_part():
+    bank, query = _data(rows=60)
+    rng = np.random.default_rng(1)
+    bank_label, label = rng.integers(-1, 3, 60), rng.integers(-1, 3, 53)
+    options = dict(classes=3, k=(5,), temperature=(0.07,))
+    found = knn.evaluate(bank, bank_label, query, label, **options)
+    b, q = bank_label >= 0, label >= 0
+    again = knn.evaluate(bank[b], bank_label[b], query[q], label[q], **options)
+    assert found == again and 0 < found[5, 0.07]["top1"] < 1
+
+
+def test_the_weights_are_a_softmax_of_cosine_over_temperature():
+    score = np.array([[1.0, 0.5, -1.0]])
+    truth = np.exp(score / 0.07) / np.exp(score / 0.07).sum()
+    np.testing.assert_allclose(knn.weights(score, temperature=0.07), truth)
+    # No overflow where exp(score / temperature) alone has one.
+    sharp = knn.weights(score, temperature=1e-4)
+    np.testing.assert_allclose(sharp, [[1, 0, 0]])
+
+
+def test_an_undecided_vote_goes_to_the_lower_class():
+    bank, query = np.eye(4, dtype=np.float32), np.ones((1, 4), np.float32)
+    options = dict(classes=4, k=(2,), temperature=(1.0,))
+    # The four are equally near; the first two are taken, with half a vote each.
+    for labels, right in (([3, 1, 0, 0], 1), ([2, 3, 0, 0], 2)):
+        for truth in range(4):
+            found = knn.evaluate(bank, labels, query, [truth], **options)
+            assert found[2, 1.0]["top1"] == (truth == right)

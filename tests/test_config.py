@@ -1,0 +1,163 @@
+"""Mistakes in configs and on the command line: all named at once, exit code 2."""
+
+import pathlib
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+
+from vitssl import config, errors, experiment, main
+
+ROOT = pathlib.Path(__file__).parents[1]
+HJEPA = str(ROOT / "configs" / "hjepa.py")
+
+# What is typed -> what the one message must say: key, value, what is allowed, the fix.
+MISTAKES = {
+    "optm.lr=1e-3": ["optm", "did you mean 'optim'"],
+    "optim.lrr=1e-3": ["optim.lrr", "did you mean 'lr'"],
+    "optim.lr=fast": ["optim.lr=fast", "float"],
+    "optim.lr=-1.0": ["optim.lr=-1.0", "above 0"],
+    "optim.lr=(1e-3,)": ["optim.lr", "float"],
+    "optim.name=adamW": ["optim.name='adamW'", "adamw, adam, sgd, lars"],
+    "optim.schedule=step": ["optim.schedule='step'", "cosine, linear, constant"],
+    "optim.warmup_epochs=40.0": ["warmup_epochs=40.0", "epochs="],
+    "optim.wd=-0.1": ["optim.wd=-0.1", "not be negative"],
+    "optim.b1=1.0": ["optim.b1=1.0", "[0, 1)"],
+    "optim.clip_norm=-3.0": ["optim.clip_norm=-3.0"],
+    "optim=3": ["optim", "section", "lr"],
+    "epochs=0.0": ["epochs=0.0", "above 0", "steps"],
+    "steps=-1": ["steps=-1"],
+    "seed=-1": ["seed=-1"],
+    "batch_size=0": ["batch_size=0", "1 or more"],
+    "batch_size=64.5": ["batch_size=64.5", "int"],
+    "accumulate=7": ["accumulate=7", "does not divide", "64"],
+    "method=hjeppa": ["method='hjeppa'", "did you mean 'hjepa'"],
+    "model.name=vitt": ["model.name='vitt'", "did you mean 'vit'"],
+    "model.heads=5": ["model.", "heads=5", "width 64"],
+    "model.patch=5": ["patch=5", "32"],
+    "model.depth=two": ["model.depth=two", "int"],
+    "data.source=digitz": ["data.source='digitz'", "did you mean 'digits'"],
+    "data.channels=3": ["data.mean has 1 values for channels=3"],
+    "data.std=(0.0,)": ["data.std", "above 0"],
+    "data.on_bad_image=ignore": ["data.on_bad_image='ignore'", "skip, raise"],
+    "multicrop.global_crop_size=30": ["30", "patch"],
+    "multicrop.global_crop_scale=(1.0,0.5)": ["global_crop_scale", "largest"],
+    "masking.strategy=globals": ["masking.strategy='globals'", "global_only"],
+    "masking.num_hierarchies=7": ["num_hierarchies=7", "1 to 4"],
+    "objective.weights=(1.0,0.5)": ["weights", "3"],
+    "objective.type=mae": ["objective.type='mae'", "mse"],
+    "predictor.heads=7": ["predictor", "heads", "7"],
+    "ema.start=1.5": ["ema.start=1.5", "[0, 1]"],
+    "log.every_steps=0": ["log.every_steps=0", "1 or more"],
+    "checkpoint.keep_last=1": ["checkpoint.keep_last=1", "2 or more"],
+    "mesh.fsdp=0": ["mesh"],
+    "precision=float16": ["precision='float16'", "float32, bfloat16"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_and_exit_code_2(mistake, capsys, tmp_path):
+    argv = [f"--config={HJEPA}", f"--workdir={tmp_path / 'w'}", f"--config.{mistake}"]
+    assert main.main(argv) == 2
+    said = capsys.readouterr().err
+    for part in MISTAKES[mistake]:
+        assert part in said, said
+    assert "Traceback" not in said and not (tmp_path / "w").exists()
+
+
+def test_all_mistakes_are_listed_at_once():
+    bad = ["optim.lr=-1.0", "ema.start=1.5", "model.heads=5"]
+    with pytest.raises(errors.UsageError) as caught:
+        experiment.read(config.load(HJEPA, bad))
+    assert all(s in str(caught.value) for s in ("lr=-1.0", "start=1.5", "heads=5"))
+    bad = ["optm.lr=1", "mdoel.depth=3", "seed=x"]
+    with pytest.raises(errors.UsageError) as caught:
+        config.load(HJEPA, bad)
+    assert all(s in str(caught.value) for s in ("optm", "mdoel", "seed=x"))
+
+
+def test_unknown_and_missing_keys_inside_the_file_are_found():
+    c = config.load(HJEPA)
+    c.optim.learning_rate = 0.1
+    c.maskin = ml_collections.ConfigDict()
+    del c.ema.end
+    del c.multicrop
+    with pytest.raises(errors.UsageError) as caught:
+        experiment.read(c)
+    for part in (
+        "optim.learning_rate: no such key",
+        "maskin: no such key; did you mean 'masking'?",
+        "ema.end: missing; want float",
+        "multicrop: missing",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ([], "--config=FILE is missing"),
+        (["--config=configs/hjepq.py"], "no such file"),
+        ([f"--config={HJEPA}:demo2"], "no recipe 'demo2'; there is:"),
+        ([f"--config={HJEPA}", "--wrkdir=x"], "did you mean --workdir?"),
+        ([f"--config={HJEPA}", "extra"], "extra: not a flag"),
+        ([f"--config={HJEPA}", "--workdir"], "needs a value"),
+    ],
+)
+def test_command_line_mistakes(argv, says, capsys):
+    assert main.main(argv) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_config_that_does_not_parse_is_one_line(tmp_path, capsys):
+    path = tmp_path / "c.py"
+    path.write_text("def get_config(:\n")
+    assert main.main([f"--config={path}"]) == 2
+    assert "line 1" in capsys.readouterr().err
+    path.write_text("x = 1\n")
+    assert main.main([f"--config={path}"]) == 2
+    assert "get_config" in capsys.readouterr().err
+
+
+def test_overrides_keep_types_and_accept_both_forms(capsys):
+    c = config.load(HJEPA, ["optim.lr=2", "data.root=a b/ü", "data.mean=(0.1,)"])
+    assert c.optim.lr == 2.0 and isinstance(c.optim.lr, float)
+    assert c.data.root == "a b/ü" and c.data.mean == (0.1,)
+    flags = main.parse(["--config", HJEPA, "--config.seed", "3", "--dry_run"])
+    assert flags["overrides"] == ["seed=3"] and flags["dry_run"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
+def test_every_recipe_is_valid(path):
+    module = config._import(str(path))
+    for name in module.RECIPES:
+        c = config.load(f"{path}:{name}")
+        if "study" in c:
+            from vitssl import study
+
+            assert study.read(c).runs
+        else:
+            assert experiment.read(c).settings.method == c.method
+
+
+def test_json_round_trip_is_the_same_experiment():
+    c = config.load(HJEPA, ["optim.lr=0.5"])
+    again = config.from_json(config.to_json(c))
+    assert list(config.differences(c, again)) == []
+    assert experiment.read(again).settings == experiment.read(c).settings
+    other = config.load(HJEPA, ["optim.lr=0.25"])
+    assert list(config.differences(c, other)) == ["optim.lr: 0.5 -> 0.25"]
+
+
+def test_nothing_of_a_bad_config_touches_devices_or_data():
+    code = (
+        "import sys; from vitssl import main\n"
+        f"code = main.main(['--config={HJEPA}', '--config.seed=-1'])\n"
+        "from jax._src import xla_bridge as b\n"
+        "print(code, b.backends_are_initialized(), 'sklearn' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.split() == ["2", "False", "False"], done

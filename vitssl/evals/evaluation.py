@@ -1,0 +1,137 @@
+"""The evaluations of one run: its images, when they are due, what they print."""
+
+import functools
+import logging
+
+import jax
+import numpy as np
+
+from vitssl import devices, evals
+from vitssl.data import dataset, pipeline, views
+from vitssl.evals import features
+
+logger = logging.getLogger(__name__)
+
+
+class Evaluation:
+    """Online and final evaluation with images read once and kept if they fit.
+
+    Args:
+        section: `evals` of the config.
+        data: `data` of the config; its bank_split teaches, its test_split is scored.
+        method: features come from `method.features`.
+        mesh: devices of the run.
+    """
+
+    def __init__(self, section: evals.Evals, data, method, mesh):
+        self._section, self._data = section, data
+        self._method, self._mesh = method, mesh
+        self._warned = False
+
+    def due(self, at: int, run) -> bool:
+        """Return whether an online evaluation is due after `at` updates."""
+        every = round(self._section.every_epochs * run.steps_per_epoch)
+        return every > 0 and at % every == 0
+
+    @functools.cached_property
+    def _sources(self):
+        return tuple(
+            self._data.open(split)
+            for split in (self._data.bank_split, self._data.test_split)
+        )
+
+    @functools.cached_property
+    def _online_images(self):
+        s = self._section
+        counts = (s.online_samples_train, s.online_samples_test)
+        return self._images(counts)
+
+    @functools.cached_property
+    def _final_images(self):
+        s = self._section
+        return self._images((s.final_samples_train, s.final_samples_test))
+
+    def _images(self, counts):
+        s, data = self._section, self._data
+
+        def make(source):
+            return pipeline.evaluate(
+                source,
+                views.Evaluate(s.image_size),
+                batch_size=self._rows(),
+                threads=data.threads,
+                process=(jax.process_index(), jax.process_count()),
+                on_bad_image=data.on_bad_image,
+            )
+
+        parts = [
+            dataset.Subset(source, features.subset(len(source), count))
+            for source, count in zip(self._sources, counts, strict=True)
+        ]
+        return [
+            features.Cached(functools.partial(make, part), s.cache_bytes)
+            for part in parts
+        ]
+
+    def _rows(self):
+        """Return the evaluation batch, rounded up to split over the devices."""
+        count = jax.device_count()
+        return -(-self._section.batch_size // count) * count
+
+    @property
+    def _classes(self):
+        return len(self._sources[0].classes)
+
+    def online(self, state) -> dict[str, float]:
+        """Return a few numbers of the state; {} if the run has no online evaluation."""
+        if not self._section.every_epochs:
+            return {}
+        values = evals.online(
+            self._section,
+            self._method.features,
+            (state.params, state.extra),
+            *self._online_images,
+            classes=self._classes,
+            sharding=devices.batch_sharding(self._mesh),
+        )
+        return {k: float(v) for k, v in values.items()}
+
+    def line(self, at: int, values: dict) -> str:
+        """Return the line of an online evaluation, with a warning on collapse."""
+        shown = []
+        for key, form in (
+            ("knn/top1", "k-NN {:.1%}"),
+            ("probe/top1", "probe {:.1%}"),
+            ("quality/rankme", "RankMe {:.1f}"),
+            ("quality/std", "std {:.3g}"),
+        ):
+            if key in values:
+                shown.append(form.format(values[key]))
+        text = f"  after step {at}: " + "  ".join(shown)
+        if values.get("quality/collapsed"):
+            text += "  WARNING: the features have collapsed or nearly so"
+        return text
+
+    def final(self, state, untrained) -> tuple[dict[str, float], str]:
+        """Compare the state with an untrained one and raw pixels.
+
+        Returns:
+            flat metrics "final/<row>/<metric>", and the table as text.
+        """
+        section = self._section
+        if not section.final:
+            return {}, "no final evaluation (evals.final is empty)"
+        rows = evals.final(
+            section,
+            self._method.features,
+            {
+                "trained": (state.params, state.extra),
+                "untrained": (untrained.params, untrained.extra),
+            },
+            *self._final_images,
+            classes=self._classes,
+            sharding=devices.batch_sharding(self._mesh),
+        )
+        values = evals.flat(rows)
+        values = {k: v for k, v in values.items() if np.isfinite(v)}
+        return values, evals.format_table(rows, section.protocol())

@@ -1,0 +1,82 @@
+"""Command line: `python -m vitssl.evals.pictures WORKDIR [--out=DIR] [--images=N]`.
+
+Reads WORKDIR/config.json and the newest checkpoint and writes the pictures to
+WORKDIR/pictures. A run that is still going on is not disturbed.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import jax
+
+from vitssl import checkpoint, config, devices, errors, experiment, init, log, train
+from vitssl.evals import pictures
+from vitssl.evals.pictures.gather import gather
+
+
+def restore(workdir):
+    """Return (parts, state) of a workdir's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or config.json is not its config.
+        UsageError: there is no config.json.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise errors.UsageError(f"{path}: missing; want the workdir of a run")
+    parts = train.build(experiment.read(config.from_json(path.read_text())))
+    directory, step = init.locate(workdir)
+    phase = parts.phase(max(0, step - 1))
+    target = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        parts.compiled.abstract(phase),
+        parts.compiled.state_sharding(phase),
+    )
+    return parts, checkpoint.read(directory, step, target)[0]
+
+
+def main(argv):
+    """Write the pictures of one run; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m vitssl.evals.pictures")
+    parser.add_argument("workdir", help="of a run of vitssl.main")
+    parser.add_argument("--out", default="", help="folder (default WORKDIR/pictures)")
+    parser.add_argument("--images", type=int, default=6, help="images drawn singly")
+    parser.add_argument("--points", type=int, default=400, help="images in t-SNE")
+    parser.add_argument(
+        "--landscape",
+        type=int,
+        default=0,
+        help="batches for the loss landscape, 1 to 10; slow (default 0: none)",
+    )
+    flags = parser.parse_args(argv)
+    if flags.images < 1 or flags.points < 8:
+        parser.error("--images must be 1 or more, --points 8 or more")
+    log.to_terminal()
+    try:
+        devices.start()
+        parts, state = restore(flags.workdir)
+        fresh, settings = parts.fresh(), parts.experiment.settings
+        material = gather(
+            parts.method,
+            (state.params, state.extra),
+            settings.data,
+            settings.evals,
+            seed=settings.seed,
+            images=flags.images,
+            points=flags.points,
+            landscape_batches=flags.landscape,
+            untrained=(fresh.params, fresh.extra),
+            metrics_path=pathlib.Path(flags.workdir) / "metrics.jsonl",
+        )
+    except errors.VitsslError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return e.code
+    out = flags.out or pathlib.Path(flags.workdir) / "pictures"
+    for path in pictures.write_all(out, material):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
