@@ -34,7 +34,7 @@ MISTAKES = {
     "accumulate=7": ["accumulate=7", "does not divide", "64"],
     "method=hjeppa": ["method='hjeppa'", "did you mean 'hjepa'"],
     "model.name=vitt": ["model.name='vitt'", "did you mean 'vit'"],
-    "model.heads=5": ["model.", "heads=5", "width 64"],
+    "model.heads=5": ["model.", "heads=5", "width=64"],
     "model.patch=5": ["patch=5", "32"],
     "model.depth=two": ["model.depth=two", "int"],
     "data.source=digitz": ["data.source='digitz'", "did you mean 'digits'"],

@@ -364,7 +364,13 @@ class _Loop:
         self.watchdog.beat(f"evaluation after step {at}")
         self.metrics.drain()
         start = time.perf_counter()
-        values = self.evaluate.online(state)
+        try:
+            values = self.evaluate.online(state)
+        except errors.VitsslError:
+            raise
+        except Exception:  # A bug in an evaluator must not cost the training.
+            logger.exception("the evaluation after step %d failed", at)
+            values = {}
         if values:
             self.scores = {k: v for k, v in values.items() if isinstance(v, float)}
             self.write(at, values)
@@ -392,7 +398,7 @@ class _Loop:
 
     def write(self, at, values):
         """Write one line of metrics, on the process that logs."""
-        if self.writers is not None:
+        if self.writers is not None and values:
             self.writers.scalars(at, values)
 
 

@@ -41,7 +41,7 @@ class Growing(Crop):
     """As many crops as the epoch's number and one."""
 
     def __call__(self, example, rng):
-        crops = [super(Growing, self).__call__(example, rng)["image"]]
+        crops = [super().__call__(example, rng)["image"]]
         return {"local": np.stack(crops * (example["epoch"] + 1))}
 
 
@@ -118,10 +118,10 @@ def test_threads_change_nothing(truth, threads, prefetch):
     _same(_batches(20, threads=threads, prefetch=prefetch), truth)
 
 
-@pytest.mark.parametrize("workers, threads", [(1, 0), (2, 2)])
-def test_worker_processes_change_nothing(truth, workers, threads):
-    got = _batches(9, workers=workers, threads=threads)
-    _same(got, truth[:9])
+@pytest.mark.parametrize("workers, threads, start", [(1, 0, 0), (2, 2, 5)])
+def test_worker_processes_change_nothing(truth, workers, threads, start):
+    got = _batches(6, workers=workers, threads=threads, start_step=start)
+    _same(got, truth[start : start + 6])
     # In memory of our own: shared memory would outlive the workers.
     assert all(type(v) is np.ndarray for b in got for v in b.values())
 
@@ -132,10 +132,6 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_would_have(
     truth, start, threads
 ):
     _same(_batches(20 - start, start_step=start, threads=threads), truth[start:])
-
-
-def test_resuming_with_workers_is_exact_too(truth):
-    _same(_batches(4, start_step=5, workers=2, threads=1), truth[5:9])
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -150,7 +146,8 @@ def test_processes_share_the_rows_of_the_same_global_batch(truth, count):
 
 def test_another_seed_is_another_run(truth):
     other = _batches(20, seed=4)
-    assert any(not np.array_equal(a["index"], b["index"]) for a, b in zip(other, truth))
+    pairs = zip(other, truth, strict=True)
+    assert any(not np.array_equal(a["index"], b["index"]) for a, b in pairs)
     ours = {tuple(n) for b in truth for n in b["noise"]}
     assert not ours & {tuple(n) for b in other for n in b["noise"]}
 
@@ -166,12 +163,8 @@ def test_order_is_a_permutation_that_depends_on_its_arguments():
     assert not np.array_equal(first, pipeline.order(100, 0, 1))
     assert not np.array_equal(first, pipeline.order(100, 1, 0))
     # Pinned: a change of it would silently break every run that is to be resumed.
-    assert pipeline.order(10, 0, 0).tolist() == PINNED_ORDER
-    assert pipeline.order(10, 7, 3).tolist() == PINNED_LATER
-
-
-PINNED_ORDER = []
-PINNED_LATER = []
+    assert pipeline.order(10, 0, 0).tolist() == [4, 3, 7, 1, 5, 6, 2, 0, 9, 8]
+    assert pipeline.order(10, 7, 3).tolist() == [0, 3, 1, 9, 8, 7, 4, 2, 6, 5]
 
 
 def test_steps_per_epoch_drops_the_rest():
@@ -218,8 +211,6 @@ def test_evaluation_sees_every_image_once_in_order():
     assert index.tolist() == [*range(20), -1, -1, -1, -1]
     label = np.concatenate([b["label"] for b in batches])
     assert label.tolist() == [i % 5 for i in range(20)] + [-1] * 4
-    with pipeline.evaluate(source, Crop(), batch_size=8, workers=2, threads=1) as again:
-        _same(list(again), batches)
     parts = [
         list(pipeline.evaluate(source, Crop(), batch_size=8, process=(p, 2)))
         for p in (0, 1)
@@ -255,17 +246,27 @@ def test_broken_images_are_replaced_the_same_way_by_every_loader(tmp_path, caplo
     )
     assert sorted(r.getMessage().count("013.png") for r in caplog.records) == [0, 1]
     _same(_batches(33, source, threads=3), alone)
-    _same(_batches(33, source, workers=2, threads=1), alone)
     _same(_batches(13, source, start_step=20), alone[20:])
 
 
-@pytest.mark.parametrize("options", [{"threads": 2}, {"workers": 1, "threads": 1}])
-def test_too_many_broken_images_stop_the_run(tmp_path, options):
+def test_broken_images_in_worker_processes(tmp_path):
+    source = _images(tmp_path, 100, broken=(50,))
+    at = pipeline.order(100, 3, 0).tolist().index(50) // BATCH
+    alone = _batches(at + 1, source)
+    assert 50 not in alone[at]["index"]
+    _same(_batches(at + 1, source, workers=1), alone)
     source = _images(tmp_path, 100, broken=(3, 50))
     with pytest.raises(errors.DataError, match="2 of 100 images are broken"):
-        _batches(16, source, **options)
+        _batches(16, source, workers=1)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_too_many_broken_images_stop_the_run(tmp_path, threads):
+    source = _images(tmp_path, 100, broken=(3, 50))
+    with pytest.raises(errors.DataError, match="2 of 100 images are broken"):
+        _batches(16, source, threads=threads)
     with pytest.raises(errors.DataError, match=r"0\d\d\.png: cannot be decoded"):
-        _batches(16, source, on_bad_image="raise", **options)
+        _batches(16, source, on_bad_image="raise", threads=threads)
 
 
 def test_a_broken_image_is_not_evaluated_in_place_of_another(tmp_path):

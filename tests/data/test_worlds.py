@@ -47,15 +47,15 @@ def test_the_digit_is_where_the_truth_says(size, channels):
         y, x, h, w = scene.box
         assert min(y, x) >= -1e-4
         assert max(y + h, x + w) <= size + 1e-4
-        # Where there is no ink the background is a plane: its columns differ by less
-        # than ink and background do.
+        # Where there is no ink the background is one plane, tilted a little; the ink
+        # differs from it by the contrast, less that tilt and the soft edge.
         ink = scene.mask > 0.9
         assert ink.any()
         seen = scene.image.astype(float)
         clear = seen[scene.mask == 0]
-        assert np.abs(clear - clear.mean(0)).max() < 0.25 * 255
+        assert np.abs(clear - clear.mean(0)).max() < 0.3 * 255
         difference = np.abs(seen[ink].mean(0) - clear.mean(0))
-        assert difference.min() > 0.2 * 255
+        assert difference.min() > 0.1 * 255
         # The ink's centre is inside the box, turned or not.
         rows, columns = np.nonzero(ink)
         assert y <= rows.mean() + 0.5 <= y + h

@@ -77,7 +77,7 @@ def test_collapsed_features_give_the_first_rows():
         np.testing.assert_allclose(score, 1 if metric == "cosine" else 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("max_bytes", BYTES)
+@pytest.mark.parametrize("max_bytes", [2**28, 200_000, 70_000])
 def test_a_row_of_zeros_has_cosine_zero_to_all(max_bytes):
     bank, query = _data(width=6)
     bank[::2], query[0] = 0, 0
@@ -88,7 +88,7 @@ def test_a_row_of_zeros_has_cosine_zero_to_all(max_bytes):
     np.testing.assert_allclose(score, np.take_along_axis(truth, index, 1), atol=1e-12)
 
 
-@pytest.mark.parametrize("max_bytes", BYTES)
+@pytest.mark.parametrize("max_bytes", [2**28, 200_000, 60_000])
 def test_leaving_one_out_leaves_out_that_one(max_bytes):
     bank, _ = _data(rows=90)
     bank[40] = bank[3]  # A twin is a neighbour, the row itself is not.

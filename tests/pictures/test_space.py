@@ -35,9 +35,9 @@ def test_neighbours_of_the_same_class_have_solid_frames():
     )
     assert len(figure.axes) == 5  # No more neighbours than there are images.
     assert figure.axes[0].get_title() == "query: seven"
-    assert figure.axes[1].get_title() == "seven  1.00"
+    assert figure.axes[1].get_title() == "seven  1.000"
     assert figure.axes[1].spines["left"].get_linestyle() == "-"
-    assert figure.axes[2].get_title() == "a  0.99"
+    assert figure.axes[2].get_title() == "a  0.994"
     assert figure.axes[2].spines["left"].get_linestyle() != "-"
     assert np.asarray(figure.axes[4].images[0].get_array()).max() == 1.0
 

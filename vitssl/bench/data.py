@@ -31,6 +31,7 @@ from vitssl.data.sources import folder
 HEIGHT, WIDTH = 375, 500  # A typical photograph of ImageNet.
 QUALITY = 92
 GRAIN = 9.0  # Standard deviation of the noise: gives files of 56 to 70 kB.
+WARM_UP = 2  # Batches per core, before the clock of a loader starts.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -223,18 +224,24 @@ def _loaders(root, paths, o, theirs):
         if theirs:
             from torch.utils import data
 
+            # As many more as are in the making when the clock stops, so that they
+            # are not faster for running out of work.
+            total = o.loader_batches + 2 * WARM_UP * n
             batches = data.DataLoader(
-                _Files([str(p) for p in paths] * 1000), batch_size=o.batch_size,
-                shuffle=True, num_workers=n, drop_last=True,
+                _Files([str(p) for p in paths], total * o.batch_size),
+                batch_size=o.batch_size, shuffle=True, num_workers=n,
                 multiprocessing_context="spawn",
             )  # fmt: skip
-            rates["torchvision"].append(_rate(iter(batches), 1, n, o.loader_batches))
+            batches = iter(batches)
+            rates["torchvision"].append(_rate(batches, 1, n, o.loader_batches))
+            for _ in batches:  # Workers that are stopped early complain.
+                pass
     return rates
 
 
 def _rate(batches, key, cores, count):
-    """Return samples per second and core, after a batch per core to warm up."""
-    for _ in range(2 * cores):
+    """Return samples per second and core, after a few batches to warm up."""
+    for _ in range(WARM_UP * cores):
         next(batches)
     start = time.perf_counter()
     samples = sum(len(next(batches)[key]) for _ in range(count))
@@ -244,14 +251,14 @@ def _rate(batches, key, cores, count):
 class _Files:
     """The files as a torch data set; a worker process builds its own transform."""
 
-    def __init__(self, paths):
-        self.paths = paths
+    def __init__(self, paths, length):
+        self.paths, self.length = paths, length
 
     def __len__(self):
-        return len(self.paths)
+        return self.length
 
     def __getitem__(self, i):
-        return _torchvision()(self.paths[i], i), 0
+        return _torchvision()(self.paths[i % len(self.paths)], i), 0
 
 
 @functools.cache

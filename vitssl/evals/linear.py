@@ -111,8 +111,13 @@ class SGD:
 
 def init(probe: LinearProbe, features, seed: int = 0):
     """Return fresh parameters of the probe for such features."""
-    like = jnp.zeros((1, *features.shape[1:]))
-    return probe.init(jax.random.key(seed), like)["params"]
+    seed = jax.device_put(np.uint32(seed))
+    return _init(seed, probe=probe, shape=features.shape[1:])
+
+
+@functools.partial(jax.jit, static_argnames=("probe", "shape"))
+def _init(seed, *, probe, shape):
+    return probe.init(jax.random.key(seed), jnp.zeros((1, *shape)))["params"]
 
 
 def train(probe: LinearProbe, params, features, label, *, recipe: SGD, seed: int = 0):
@@ -255,8 +260,8 @@ def logistic(
     """Fit multinomial logistic regression by L-BFGS, penalty chosen on a part.
 
     Features are standardised by their own mean and deviation. The penalty
-    lambda / 2 |W|^2, added to the mean cross-entropy, is the one that does best on
-    `held_out` of the samples; then everything is fitted once more with it.
+    lambda / 2 |W|^2, added to the mean cross-entropy, is the one with the smallest
+    cross-entropy on `held_out` of the samples; then all of them are fitted with it.
 
     Args:
         features: [M, D], on the device as a whole.
@@ -284,11 +289,12 @@ def logistic(
         cut = max(1, round(held_out * len(label)))
         held, rest = order[:cut], order[cut:]
         path = _path(features[rest], label[rest], classes, penalties, iterations)
-        right = [
-            (features[held] @ w["kernel"] + w["bias"]).argmax(1) == label[held]
+        # By cross-entropy: the accuracy of a few samples is too coarse to choose by.
+        losses = [
+            accuracy.measure(features[held] @ w["kernel"] + w["bias"], label[held])
             for w in path
         ]
-        best = int(np.argmax([r.mean() for r in right]))  # Of equals the strongest.
+        best = int(np.argmin([found["loss"] for found in losses]))
         chosen = penalties[: best + 1]
     w = _path(features, label, classes, chosen, iterations)[-1]
     kernel = w["kernel"] * scale[:, None]

@@ -88,7 +88,7 @@ def heads(image, attention, grid=None, *, layers=6):
     figure, axes = panels.tiles(
         len(chosen),
         1 + number,
-        "Attention of the whole image, by layer and head (each map has its own scale)",
+        "Attention of the whole image by layer and head, each from 0 to its maximum",
         size=1.0,
         headings="first",
     )

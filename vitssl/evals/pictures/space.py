@@ -47,9 +47,9 @@ def neighbours(queries, bank, features, *, labels=None, classes=(), count=5):
         panels.show(row[0], queries[q], name)
         for axis, i, cosine in zip(row[1:], found[q], similarity[q], strict=True):
             if labels is None:
-                panels.show(axis, bank[i], f"{cosine:.2f}")
+                panels.show(axis, bank[i], f"{cosine:.3f}")
                 continue
-            panels.show(axis, bank[i], f"{_name(labels[1][i], classes)}  {cosine:.2f}")
+            panels.show(axis, bank[i], f"{_name(labels[1][i], classes)}  {cosine:.3f}")
             same = labels[1][i] == labels[0][q]
             axis.spines[:].set(
                 visible=True,

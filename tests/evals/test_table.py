@@ -1,0 +1,280 @@
+"""The section `evals`, online and final evaluation, and the table at the end."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vitssl import config, evals
+
+SECTION = dict(
+    image_size=8,
+    batch_size=16,
+    every_epochs=1,
+    online_samples_train=0,
+    online_samples_test=0,
+    final=("knn", "linear", "fewshot", "quality"),
+    knn_k=(20, 5),
+    knn_temperature=(0.07,),
+    probe="lbfgs",
+    probe_epochs=3,
+)
+CLASSES = 3
+
+
+def _section(**changes):
+    return evals.Evals(**(SECTION | changes))
+
+
+def _images(count, seed):
+    """Class c is a bright column c, anywhere in brightness; the rest is noise."""
+    rng = np.random.default_rng(seed)
+    label = np.arange(count) % CLASSES
+    image = rng.integers(0, 120, (count, 8, 8, 1))
+    image[np.arange(count), :, label] += rng.integers(30, 136, (count, 1, 1))
+    return image.astype(np.uint8), label
+
+
+class Batches:
+    """An evaluation set that counts its passes."""
+
+    def __init__(self, count, seed, labelled=True):
+        self.image, self.label = _images(count, seed)
+        if not labelled:
+            self.label = np.full(count, -1)
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        count = len(self.label)
+        for start in range(0, count, 16):
+            index = np.arange(start, start + 16)
+            row = np.minimum(index, count - 1)
+            yield {
+                "image": self.image[row],
+                "label": np.where(index < count, self.label[row], -1).astype(np.int32),
+                "index": np.where(index < count, row, -1).astype(np.int32),
+                "valid": index < count,
+            }
+
+
+@dataclasses.dataclass
+class Network:
+    traces: int = 0
+
+    def features(self, params, extra, image):
+        """Columns, mixed by params: the identity tells the classes."""
+        self.traces += 1
+        x = image[..., 0].astype(jnp.float32) / 255 - 0.3  # [B, 8, 8]
+        tokens = x @ params  # [B, 8, D]
+        return {"pooled": tokens.mean(1) + extra, "tokens": tokens}
+
+
+GOOD = (np.eye(8, dtype=np.float32)[:, :4], np.float32(0))
+# The classes are in what is not looked at.
+BAD = (np.eye(8, dtype=np.float32)[:, 4:], np.float32(0))
+
+
+def test_online_tells_a_good_network_from_a_bad_one():
+    network, section = Network(), _section(online_probe_epochs=20)
+    good, bad = (
+        evals.online(
+            section,
+            network.features,
+            state,
+            Batches(120, 0),
+            Batches(50, 1),
+            classes=CLASSES,
+        )
+        for state in (GOOD, BAD)
+    )
+    assert network.traces == 1
+    assert set(good) == {
+        "knn/top1",
+        "knn/top5",
+        "quality/std",
+        "quality/rankme",
+        "quality/effective_rank",
+        "quality/collapsed",
+        "probe/top1",
+    }
+    assert good["knn/top1"] > 0.9 and good["probe/top1"] > 0.9
+    assert bad["knn/top1"] < 0.6 and bad["probe/top1"] < 0.6
+    assert all(isinstance(v, float) for v in good.values())
+
+
+def test_online_sees_a_collapse():
+    network = Network()
+    flat = (np.ones((8, 4), np.float32), np.float32(0))
+    dead = (np.zeros((8, 4), np.float32), np.float32(1))
+    found = [
+        evals.online(
+            _section(),
+            network.features,
+            state,
+            Batches(60, 0),
+            Batches(50, 1),
+            classes=CLASSES,
+        )
+        for state in (GOOD, flat, dead)
+    ]
+    good, flat, dead = found
+    assert good["quality/effective_rank"] > 3 > 1.01 > flat["quality/effective_rank"]
+    assert dead["quality/std"] == 0 and dead["quality/collapsed"] == 1
+    # All images alike: the neighbours are the first rows of the bank.
+    assert dead["knn/top1"] == pytest.approx(17 / 50)
+
+
+def test_without_labels_only_the_spread_is_measured():
+    bank = Batches(60, 0, labelled=False)
+    for classes, labelled in ((0, True), (CLASSES, False)):
+        found = evals.online(
+            _section(),
+            Network().features,
+            GOOD,
+            bank,
+            Batches(50, 1, labelled),
+            classes=classes,
+        )
+        assert {k.split("/")[0] for k in found} == {"quality"}
+    assert bank.passes == 0
+    rows = evals.final(
+        _section(),
+        Network().features,
+        {"trained": GOOD},
+        bank,
+        Batches(50, 1, labelled=False),
+        classes=0,
+    )
+    assert [row["features"] for row in rows] == ["trained", "raw pixels"]
+    assert "quality/rankme" in rows[0] and "knn/top1" not in rows[0]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """The final evaluation of a good and a bad state."""
+    return evals.final(
+        _section(),
+        Network().features,
+        {"trained": GOOD, "untrained": BAD},
+        Batches(120, 0),
+        Batches(100, 1),
+        classes=CLASSES,
+    )
+
+
+def test_final_compares_trained_untrained_pixels_and_guessing(rows):
+    names = ["trained", "untrained", "raw pixels", "largest class"]
+    assert [row["features"] for row in rows] == names
+    trained, untrained, pixels, largest = rows
+    for key in ("knn/top1", "linear/top1", "fewshot/5/top1"):
+        assert trained[key] > 0.9 and untrained[key] < 0.6
+    assert pixels["dim"] == 64 and trained["dim"] == 4
+    assert pixels["linear/top1"] > 0.9
+    assert largest["knn/top1"] == largest["linear/top1"] == 0.34
+    assert trained["bank"] == 120 and trained["query"] == 100
+    # The first k of the sweep is the one reported.
+    assert trained["knn/top1"] == trained["knn/k20_t0.07/top1"]
+    assert "knn/k5_t0.07/top5" in trained and 0 < trained["linear/penalty"] <= 1
+    assert trained["quality/uniformity"] < 0 and trained["quality/collapsed"] == 0
+
+
+def test_the_table_shows_the_headlines(rows):
+    text = evals.format_table(rows, _section().protocol())
+    lines = text.splitlines()
+    assert len(lines) == 2 + 4 + 1
+    heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert heads[:4] == ["features", "dim", "k-NN top-1", "linear top-1"]
+    assert heads[4:] == ["1-shot", "5-shot", "10-shot", "RankMe", "std"]
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[2] == f"{100 * rows[0]['knn/top1']:.1f}%"
+    cells = [cell.strip() for cell in lines[5].strip("|").split("|")]
+    assert cells == ["largest class", "-", "34.0%", "34.0%", *["-"] * 5]
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert "k=20, cosine, temperature 0.07" in lines[-1] and "lbfgs" in lines[-1]
+
+
+def test_all_results_are_metrics(rows):
+    found = evals.flat(rows)
+    assert found["final/trained/knn/top1"] == rows[0]["knn/top1"]
+    assert found["final/raw_pixels/dim"] == 64
+    assert all(isinstance(v, float) for v in found.values())
+    assert len(found) == sum(len(row) - 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "changes, better",
+    [
+        (dict(probe="sgd", probe_epochs=30, probe_folds=3), 0.9),
+        (dict(probe_pooling="max"), 0.6),
+        (dict(probe="sgd", probe_epochs=30, probe_pooling="attention"), 0.8),
+        (dict(features="tokens", final=("knn", "linear")), 0.9),
+    ],
+)
+def test_every_way_to_probe_runs(changes, better):
+    section = _section(**({"final": ("linear",)} | changes))
+    assert not list(section.check())
+    first = evals.final(
+        section,
+        Network().features,
+        {"trained": GOOD},
+        Batches(120, 0),
+        Batches(50, 1),
+        classes=CLASSES,
+    )[0]
+    assert first["linear/top1"] > better
+    if section.probe_folds:
+        assert first["linear/folds_top1"] > 0.8 and "linear/folds_top1_std" in first
+    if "knn" in section.final:
+        assert first["knn/top1"] > 0.9 and first["dim"] == 4
+
+
+def test_the_online_evaluation_moves_nothing_implicitly():
+    network, state = Network(), jax.device_put(GOOD)
+    with jax.transfer_guard("disallow"):
+        evals.online(
+            _section(online_probe_epochs=2),
+            network.features,
+            state,
+            Batches(60, 0),
+            Batches(50, 1),
+            classes=CLASSES,
+        )
+
+
+def test_a_good_section_has_no_faults():
+    problems = config.Problems()
+    built = config.section(evals.Evals, SECTION, "evals", problems)
+    assert problems == [] and built == _section()
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("image_size", 0),
+        ("batch_size", 0),
+        ("every_epochs", -1),
+        ("online_samples_train", -1),
+        ("final_samples_test", -1),
+        ("knn_k", ()),
+        ("knn_k", (5, 0)),
+        ("knn_temperature", (0.0,)),
+        ("knn_max_bytes", 1000),
+        ("final", ("knn", "svm")),
+        ("probe", "adam"),
+        ("probe_epochs", 0),
+        ("probe_lr", 0.0),
+        ("probe_folds", 1),
+        ("probe_pooling", "attention"),
+        ("probe_normalise", True),
+        ("fewshot_ways", 1),
+        ("fewshot_shots", ()),
+        ("fewshot_queries", 0),
+    ],
+)
+def test_each_fault_is_named_with_its_key(key, value):
+    problems = config.Problems()
+    config.section(evals.Evals, SECTION | {key: value}, "evals", problems)
+    assert len(problems) == 1 and problems[0].startswith(f"evals.{key}=")

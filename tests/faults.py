@@ -1,0 +1,195 @@
+"""Runs vitssl.main in this process with one fault injected.
+
+    python -m tests.faults FAULT[=NUMBER] -- <arguments of vitssl.main>
+
+The faults are real where they can be: SIGKILL and SIGTERM are signals to this
+process. Only what a test cannot have (a full disk, a NaN in uint8 data) is patched.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+def kill_after_step(n):
+    """SIGKILL as soon as step n is dispatched."""
+    from vitssl import log
+
+    push = log.Metrics.push
+
+    def wrapped(self, step, *args):
+        push(self, step, *args)
+        if step == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    log.Metrics.push = wrapped
+
+
+def kill_in_save(n):
+    """SIGKILL while the n-th checkpoint is on disk but not sealed."""
+    from vitssl import checkpoint
+
+    write, count = checkpoint._write_manifest, [0]
+
+    def wrapped(path):
+        count[0] += 1
+        if count[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path)
+
+    checkpoint._write_manifest = wrapped
+
+
+def kill_in_write(n):
+    """SIGKILL while orbax still writes the n-th checkpoint."""
+    import orbax.checkpoint as ocp
+
+    save, count = ocp.CheckpointManager.save, [0]
+
+    def wrapped(self, *args, **kwargs):
+        count[0] += 1
+        result = save(self, *args, **kwargs)
+        if count[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    ocp.CheckpointManager.save = wrapped
+
+
+def term_after_step(n):
+    """SIGTERM after step n, as a scheduler sends it."""
+    from vitssl import log
+
+    push = log.Metrics.push
+
+    def wrapped(self, step, *args):
+        push(self, step, *args)
+        if step == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    log.Metrics.push = wrapped
+
+
+def term_while_compiling(_):
+    """SIGTERM while the first step compiles."""
+    from vitssl import step
+
+    compile_ = step.Compiled.compile
+
+    def wrapped(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compile_(self, *args)
+
+    step.Compiled.compile = wrapped
+
+
+def full_disk_at_save(n):
+    """The n-th save fails with ENOSPC; 0: every save does."""
+    import orbax.checkpoint as ocp
+
+    save, count = ocp.CheckpointManager.save, [0]
+
+    def wrapped(self, *args, **kwargs):
+        count[0] += 1
+        if n in (0, count[0]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, *args, **kwargs)
+
+    ocp.CheckpointManager.save = wrapped
+
+
+def nan_at_step(n):
+    """The loss of step n is NaN."""
+    _nan(lambda step: step == n)
+
+
+def nan_from_step(n):
+    """The loss of step n and of all later ones is NaN."""
+    _nan(lambda step: step >= n)
+
+
+def _nan(when):
+    from vitssl import step
+
+    make = step.make
+
+    class Poisoned:
+        """A method whose loss is NaN at some steps."""
+
+        def __init__(self, method):
+            self.method = method
+
+        def __getattr__(self, key):
+            return getattr(self.method, key)
+
+        def loss(self, *args, **kwargs):
+            value, rest = self.method.loss(*args, **kwargs)
+            return jnp.where(when(self.step), jnp.nan, value), rest
+
+    def wrapped(method, *args, **kwargs):
+        method = Poisoned(method)
+        inner = make(method, *args, **kwargs)
+
+        def step_(state, batch, phase):
+            method.step = state.step
+            return inner(state, batch, phase)
+
+        return step_
+
+    step.make = wrapped
+
+
+def slow_data(n):
+    """The batch of the n-th step never comes."""
+    from vitssl.data import pipeline
+
+    take, count = pipeline.Loader.__next__, [0]
+
+    def wrapped(self):
+        count[0] += 1
+        if count[0] == n:
+            time.sleep(3600)
+        return take(self)
+
+    pipeline.Loader.__next__ = wrapped
+
+
+def out_of_memory(_):
+    """The device refuses the step."""
+    from vitssl import step
+
+    def refuse(self, *args):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes."
+        )
+
+    step.Compiled.compile = refuse
+
+
+def broken_evaluation(_):
+    """Every online evaluation raises."""
+    from vitssl.evals import evaluation
+
+    def broken(self, state):
+        raise RuntimeError("an evaluator has a bug")
+
+    evaluation.Evaluation.online = broken
+
+
+def none(_):
+    """Nothing at all."""
+
+
+if __name__ == "__main__":
+    cut = sys.argv.index("--")
+    for word in sys.argv[1:cut]:
+        name, _, number = word.partition("=")
+        globals()[name](int(number or 0))
+    from vitssl import main
+
+    sys.exit(main.main(sys.argv[cut + 1 :]))

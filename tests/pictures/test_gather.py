@@ -1,0 +1,120 @@
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests import toy
+from vitssl.data import dataset
+from vitssl.evals.pictures import __main__ as command
+from vitssl.evals.pictures import gather
+
+DATA = dataset.Data(
+    source="digits",
+    root="",
+    split="train",
+    bank_split="train",
+    test_split="test",
+    channels=1,
+    mean=(0.5,),
+    std=(0.5,),
+)
+EVALS = types.SimpleNamespace(image_size=16, features="pooled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown(toy.Toy):
+    """A method with pictures of its own."""
+
+    def pictures(self, params, extra, batch, image):
+        return {"grid": (len(batch["label"]), len(image))}
+
+
+@pytest.fixture(scope="module")
+def network():
+    method = toy.make(depth=1)
+    method = Shown(
+        **{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    )
+    return method, jax.jit(method.init)(jax.random.key(0), toy.batch())
+
+
+def collect(network, **options):
+    method, state = network
+    return gather.gather(method, state, DATA, EVALS, points=70, **options)
+
+
+def test_features_stand_in_the_order_of_the_images(network):
+    method, state = network
+    found = collect(network)
+    assert found.bank.shape == (70, 16, 16, 1)
+    assert set(found.features) == {"trained"}
+    want = jax.jit(method.features)(*state, found.bank)
+    np.testing.assert_allclose(found.features["trained"], want["pooled"], atol=1e-5)
+    np.testing.assert_array_equal(found.images, found.bank[:6])
+    np.testing.assert_allclose(found.tokens, want["tokens"][:6], atol=1e-5)
+
+
+def test_the_images_are_labelled_ones_of_the_test_split(network):
+    found = collect(network)
+    assert found.classes == tuple(DATA.open("test").classes)
+    view = gather.views.Evaluate(16)
+    test = DATA.open("test")
+    known = {
+        view(test[i])["image"].tobytes(): test[i]["label"] for i in range(len(test))
+    }
+    assert [known[image.tobytes()] for image in found.bank] == found.labels.tolist()
+    assert len(set(found.labels[:20])) > 4  # Mixed, though a source may be sorted.
+
+
+def test_the_same_seed_takes_the_same_images(network):
+    one, two, other = (collect(network, seed=seed).bank for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, two)
+    assert (one != other).any()
+
+
+def test_an_untrained_network_is_compared(network):
+    method, _ = network
+    other = jax.jit(method.init)(jax.random.key(1), toy.batch())
+    found = collect(network, untrained=other)
+    assert list(found.features) == ["trained", "untrained"]
+    assert (found.features["trained"] != found.features["untrained"]).any()
+
+
+def test_a_method_adds_pictures_of_its_own_from_a_batch_of_four(network):
+    assert collect(network).grid == (4, 6)
+    assert collect(network, images=2).grid == (2, 2)
+
+
+def test_batches_without_crops_are_not_drawn_but_their_originals_are_there(network):
+    found = collect(network)
+    assert found.batch == {}
+    assert len(found.originals) == 4
+    assert all(image.shape == (8, 8, 1) for image in found.originals)
+
+
+def test_the_landscape_is_of_the_mean_loss_over_the_first_batches(network, monkeypatch):
+    method, state = network
+    monkeypatch.setattr(
+        gather.landscape, "plane", lambda loss, params: float(loss(params))
+    )
+    found = collect(network, landscape_batches=2)
+    stream = gather._batches(method, DATA.open("train"), 32, 0)
+    each = [
+        float(method.loss(*state, next(stream), jax.random.key(0), phase=())[0])
+        for _ in range(2)
+    ]
+    assert found.plane == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_a_folder_that_is_no_workdir_is_a_usage_error(tmp_path, capsys):
+    assert command.main([str(tmp_path)]) == 2
+    assert "config.json: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--images=0", "--points=3", "--nonsense"])
+def test_bad_flags_are_refused_before_any_work(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["somewhere", flag])
+    assert stopped.value.code == 2

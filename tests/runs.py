@@ -1,0 +1,104 @@
+"""Small real runs in processes of their own, and what to compare of them."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vitssl import tree
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# 12 steps of a tiny H-JEPA on real digits; a checkpoint each 4 steps.
+TINY = {
+    "steps": 12,
+    "batch_size": 16,
+    "model.width": 16,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.drop_path": 0.1,
+    "model.image_size": 16,
+    "predictor.depth": 1,
+    "predictor.heads": 2,
+    "masking.num_hierarchies": 1,
+    "masking.strategy": "global_only",
+    "multicrop.num_local_crops": 0,
+    "multicrop.global_crop_size": 16,
+    "objective.weights": "(1.0,)",
+    "objective.view_weight": 0.0,
+    "log.every_steps": 3,
+    "log.tensorboard": False,
+    "checkpoint.every_epochs": 4 / 89,
+    "evals.image_size": 16,
+    "evals.every_epochs": 0,
+    "evals.final": "()",
+}
+
+
+def arguments(workdir, **changes):
+    """Return the command line of a tiny run; keys with __ for dots."""
+    values = TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    return [
+        f"--config={ROOT / 'configs' / 'hjepa.py'}:smoke",
+        f"--workdir={workdir}",
+        *(f"--config.{k}={v}" for k, v in values.items()),
+    ]
+
+
+def run(workdir, *faults, devices=1, env=None, timeout=400, **changes):
+    """Run to the end; return the finished process with its output as text."""
+    done = subprocess.run(
+        command(workdir, *faults, **changes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment(devices) | (env or {}),
+    )
+    done.said = done.stdout + done.stderr
+    return done
+
+
+def command(workdir, *faults, **changes):
+    """Return the command of a run with faults injected."""
+    fault = [sys.executable, "-m", "tests.faults", *faults, "--"]
+    return fault + arguments(workdir, **changes)
+
+
+def environment(devices=1):
+    """Return the environment of a run on so many simulated devices."""
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+
+
+def state(workdir, step=12):
+    """Return {name: array} of everything in a checkpoint."""
+    path = pathlib.Path(workdir) / "checkpoints" / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = tree.flat(reader.restore(path))
+    found["rng"] = jax.random.key_data(found["rng"])
+    return {k: np.asarray(v) for k, v in found.items() if v is not None}
+
+
+def digest(workdir, step=12):
+    """Return a digest of every bit of a checkpoint's arrays."""
+    h = hashlib.sha256()
+    for name, array in sorted(state(workdir, step).items()):
+        h.update(name.encode() + str(array.dtype).encode() + array.tobytes())
+    return h.hexdigest()
+
+
+def metrics(workdir):
+    """Return the lines of metrics.jsonl without what depends on the clock."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = map(json.loads, path.read_text().splitlines())
+    free = ("time/", "compile/", "memory/")
+    return [
+        {k: v for k, v in line.items() if not k.startswith(free)} for line in lines
+    ]

@@ -1,0 +1,196 @@
+"""Killed anywhere, started again by the same command: the same run, bit for bit."""
+
+import json
+import pathlib
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = runs.run(workdir)
+    assert done.returncode == 0, done.said
+    return workdir
+
+
+def _same(workdir, whole):
+    assert runs.digest(workdir) == runs.digest(whole)
+    assert runs.metrics(workdir) == runs.metrics(whole)
+
+
+# Steps drawn once from a generator with seed 0; before, at and after a checkpoint.
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill_after_step=0",
+        "kill_after_step=6",
+        "kill_after_step=7",
+        "kill_after_step=11",
+        "kill_in_save=2",
+        "kill_in_write=2",
+        "kill_in_write=3",
+    ],
+)
+def test_kill_9_changes_nothing(fault, whole, tmp_path):
+    workdir = tmp_path / "a b" / "ü"  # Spaces and other alphabets are fine.
+    killed = runs.run(workdir, fault)
+    assert killed.returncode == -signal.SIGKILL, killed.said
+    again = runs.run(workdir)
+    assert again.returncode == 0, again.said
+    _same(workdir, whole)
+
+
+@pytest.mark.parametrize("fault", ["term_after_step=4", "term_while_compiling"])
+def test_sigterm_saves_exits_75_and_resumes_exactly(fault, whole, tmp_path):
+    stopped = runs.run(tmp_path, fault)
+    assert stopped.returncode == 75, stopped.said
+    assert "Preempted: SIGTERM: saved after step" in stopped.stderr
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "preempted" and status["step"] in (1, 5)
+    again = runs.run(tmp_path)
+    assert f"resuming after step {status['step']} of 12" in again.said, again.said
+    _same(tmp_path, whole)
+
+
+def test_sigint_from_outside_saves_too(whole, tmp_path):
+    process = subprocess.Popen(
+        runs.command(tmp_path, "none", steps=4000),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=runs.ROOT,
+        env=runs.environment(),
+    )
+    for line in process.stdout:
+        if "loss" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(120) == 75, rest
+
+
+def test_a_finished_run_says_so_and_trains_no_more(whole, tmp_path):
+    before = runs.digest(whole)
+    again = runs.run(whole)
+    assert again.returncode == 0 and "already complete (12 steps)" in again.stdout
+    assert runs.digest(whole) == before
+    assert json.loads((whole / "status.json").read_text())["state"] == "finished"
+
+
+def test_another_number_of_devices_goes_on_with_the_same_losses(whole, tmp_path):
+    stopped = runs.run(tmp_path, "term_after_step=5", devices=4)
+    assert stopped.returncode == 75, stopped.said
+    again = runs.run(tmp_path, devices=2)
+    assert again.returncode == 0, again.said
+    ours, theirs = runs.metrics(tmp_path), runs.metrics(whole)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+def test_workers_and_threads_do_not_change_the_run(whole, tmp_path):
+    done = runs.run(tmp_path, data__workers=1, data__threads=1)
+    assert done.returncode == 0, done.said
+    _same(tmp_path, whole)
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+    assert runs.run(tmp_path, seed=1).returncode == 0
+    assert runs.digest(tmp_path) != runs.digest(whole)
+
+
+def _newest_data_file(workdir):
+    files = (workdir / "checkpoints" / "12" / "state").rglob("d/*")
+    return max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _flip(path: pathlib.Path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_flipped_byte_falls_back_to_the_checkpoint_before(whole, tmp_path):
+    assert runs.run(tmp_path).returncode == 0
+    _flip(_newest_data_file(tmp_path))
+    again = runs.run(tmp_path)
+    assert again.returncode == 0, again.said
+    assert "checkpoint 12 is damaged" in again.said and "sha256" in again.said
+    assert "resuming after step 8" in again.said
+    _same(tmp_path, whole)
+
+
+def test_when_every_checkpoint_is_damaged_the_exit_code_is_4(tmp_path):
+    assert runs.run(tmp_path).returncode == 0
+    for path in (tmp_path / "checkpoints").rglob("d/*"):
+        if path.is_file():
+            _flip(path)
+    again = runs.run(tmp_path)
+    assert again.returncode == 4, again.said
+    assert "no checkpoint is intact" in again.stderr
+    assert "Traceback" not in again.said
+
+
+def test_a_checkpoint_of_another_model_is_named_leaf_by_leaf(whole):
+    before = runs.digest(whole)
+    done = runs.run(whole, model__width=32)
+    assert done.returncode == 4, done.said
+    assert "params/encoder/block_0/attn/proj/kernel: (16, 16)" in done.stderr
+    assert "model (32, 32)" in done.stderr and "Traceback" not in done.said
+    assert runs.digest(whole) == before
+
+
+def test_a_changed_value_is_reported_on_resume(tmp_path):
+    assert runs.run(tmp_path, "term_after_step=4").returncode == 75
+    again = runs.run(tmp_path, optim__lr=5e-4)
+    assert "config changed since this run began: optim.lr" in again.said
+
+
+def test_retention_keeps_the_last_and_each_nth(tmp_path):
+    every = 1 / 89
+    done = runs.run(
+        tmp_path,
+        checkpoint__every_epochs=every,
+        checkpoint__keep_every_epochs=5 * every,
+    )
+    assert done.returncode == 0, done.said
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [0, 5, 10, 11, 12]
+
+
+def test_two_processes_on_loopback_train_like_one(whole, tmp_path):
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for i in range(2):
+        env = runs.environment() | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(i),
+        }
+        processes.append(
+            subprocess.Popen(
+                runs.command(tmp_path, "none"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=runs.ROOT,
+                env=env,
+            )
+        )
+    said = [p.communicate(timeout=400)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], said
+    ours, theirs = runs.metrics(tmp_path), runs.metrics(whole)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    one, two = runs.state(whole), runs.state(tmp_path)
+    kernel = "params/encoder/block_0/mlp/fc1/kernel"
+    np.testing.assert_allclose(one[kernel], two[kernel], rtol=1e-3, atol=1e-5)
