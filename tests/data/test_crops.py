@@ -221,6 +221,11 @@ def test_number_of_local_crops_changes_nothing_else():
     np.testing.assert_array_equal(none["global"], few["global"])
 
 
+def test_number_of_global_crops_does_not_change_the_local_ones():
+    one, two = (run(change(num_global_crops=n), masks=CROSS) for n in (1, 2))
+    np.testing.assert_array_equal(one["local"], two["local"])
+
+
 def test_masks_change_no_crop():
     with_masks, without = run(SMALL, masks=CROSS), run(SMALL)
     for key in without:

@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,7 +88,7 @@ def test_padding_of_a_level_goes_with_its_half():
     other = combined.pairs("levels", predictions=spoiled, valids=valids)
     want, _ = combined.vicreg_of(pairs)
     got, _ = combined.vicreg_of(other)
-    assert jnp.isfinite(want) and got == want
+    assert np.isfinite(want) and got == want
     dense, _ = combined.vicreg_of(combined.pairs("levels", predictions=PREDICTIONS))
     assert dense != want
 
@@ -139,7 +138,7 @@ def test_gradient_reaches_the_regularised_features():
         )
 
     slope = jax.jit(jax.grad(loss))(PREDICTIONS[0])
-    assert jnp.isfinite(slope).all() and (slope != 0).all()
+    assert np.isfinite(slope).all() and (slope != 0).all()
 
 
 def test_wrong_options_say_what_is_allowed():

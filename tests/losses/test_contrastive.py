@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -50,14 +49,14 @@ def test_nt_xent_is_the_sum_in_the_paper(batch, temperature, cosine):
 
 
 def test_chance_is_log_of_the_candidates_and_no_hit():
-    ones = jnp.ones((4, 3))
+    ones = np.ones((4, 3))
     loss, metrics = NT_XENT(ones, ones, temperature=0.1)
     np.testing.assert_allclose(loss, np.log(7), rtol=1e-6)
     assert metrics["accuracy"] == 0
 
 
 def test_orthogonal_images_are_the_optimum():
-    z = jnp.eye(4)
+    z = np.eye(4)
     loss, metrics = NT_XENT(z, 2 * z, temperature=0.05)
     np.testing.assert_allclose(loss, np.log1p(6 * np.exp(-20)), atol=1e-6)
     assert metrics["accuracy"] == 1
@@ -82,8 +81,8 @@ def test_pairs_that_do_not_count_are_neither_anchors_nor_negatives():
 
     spoiled = [np.where(valid[:, None], z, np.nan) for z in (a, b)]
     grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (got, metrics), slope = grad(*spoiled, valid)
-    (want, wanted), dense = grad(a[valid], b[valid], None)
+    (got, metrics), slope = jax.device_get(grad(*spoiled, valid))
+    (want, wanted), dense = jax.device_get(grad(a[valid], b[valid], None))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for name in NAMES:
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5)
@@ -93,21 +92,21 @@ def test_pairs_that_do_not_count_are_neither_anchors_nor_negatives():
 
 @pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("valid", [None, np.array([1, 0, 0]), np.zeros(3)])
-@pytest.mark.parametrize("z", [jnp.zeros((3, 4)), jnp.ones((3, 4))])
+@pytest.mark.parametrize("z", [np.zeros((3, 4)), np.ones((3, 4))])
 def test_gradients_are_finite_on_constants_and_single_rows(z, valid, cosine):
     def loss(a, b):
         value, metrics = NT_XENT(a, b, valid, temperature=0.1, cosine=cosine)
         return value, metrics
 
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (value, metrics), slopes = grad(z, z)
-    assert all(jnp.isfinite(x).all() for x in (value, *metrics.values(), *slopes))
+    (value, metrics), slopes = jax.device_get(grad(z, z))
+    assert all(np.isfinite(x).all() for x in (value, *metrics.values(), *slopes))
 
 
 def test_a_batch_of_one_has_nothing_to_learn():
     a, b = _views(1)
     loss, metrics = NT_XENT(a, b, temperature=0.1)
-    assert loss == 0 and all(jnp.isfinite(v) for v in metrics.values())
+    assert loss == 0 and all(np.isfinite(v) for v in metrics.values())
 
 
 def test_order_of_samples_and_of_views_does_not_matter():
@@ -139,7 +138,7 @@ def test_cjepa_adds_its_two_terms():
     a, b = _views()
     term, metrics = NT_XENT(a, b, temperature=0.3)
     loss, parts = contrastive.cjepa(
-        jnp.float32(2.0), a, b, jepa_weight=0.5, contrastive_weight=0.2, temperature=0.3
+        np.float32(2.0), a, b, jepa_weight=0.5, contrastive_weight=0.2, temperature=0.3
     )
     np.testing.assert_allclose(loss, 1.0 + 0.2 * term, rtol=1e-6)
     np.testing.assert_allclose(parts["contrastive"], term, rtol=1e-6)

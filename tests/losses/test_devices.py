@@ -31,8 +31,10 @@ def test_four_devices_give_the_loss_and_gradient_of_one(name):
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     a, b = np.random.default_rng(0).normal(size=(2, 8, 4, 6)).astype(np.float32)
     step = jax.jit(jax.value_and_grad(LOSSES[name], argnums=(0, 1)))
-    want, slopes = step(a, b)
-    got, split_slopes = step(*(jax.device_put(z, split) for z in (a, b)))
+    want, slopes = jax.device_get(step(a, b))
+    got, split_slopes = jax.device_get(
+        step(*(jax.device_put(z, split) for z in (a, b)))
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for x, y in zip(split_slopes, slopes, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)

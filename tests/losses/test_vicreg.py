@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -115,7 +114,7 @@ def test_rows_that_do_not_count_change_nothing():
 
 
 def test_collapse_costs_the_threshold_and_white_noise_nothing():
-    constant = jnp.full((8, 4), 3.0)
+    constant = np.full((8, 4), 3.0)
     loss, parts = VICREG(constant, constant, eps=1e-8)
     np.testing.assert_allclose(parts["variance"], 1.0, atol=2e-4)
     np.testing.assert_allclose(loss, 25.0, atol=5e-3)
@@ -129,10 +128,10 @@ def test_collapse_costs_the_threshold_and_white_noise_nothing():
 @pytest.mark.parametrize("rows", [1, 2, 6])
 @pytest.mark.parametrize("valid", [False, True])
 def test_gradients_are_finite_on_constants_and_single_rows(rows, valid):
-    mask = jnp.arange(rows) == 0 if valid else None
+    mask = np.arange(rows) == 0 if valid else None
     grad = jax.jit(jax.value_and_grad(lambda a, b: vicreg.vicreg(a, b, mask, mask)[0]))
     for z in (np.zeros((rows, 4)), np.full((rows, 4), 0.1)):
-        value, slope = grad(z, z)
+        value, slope = jax.device_get(grad(z, z))
         assert np.isfinite(value) and np.isfinite(slope).all()
 
 
@@ -153,8 +152,8 @@ def test_invariance_pulls_halves_of_a_batch_together_but_not_two_views():
 
 
 def test_adapted_weights_move_to_small_terms():
-    parts = dict(invariance=jnp.float32(1), variance=jnp.float32(3))
-    parts |= dict(covariance=jnp.float32(4), variance_a=jnp.float32(9))
+    parts = dict(invariance=np.float32(1), variance=np.float32(3))
+    parts |= dict(covariance=np.float32(4), variance_a=np.float32(9))
     got = vicreg.adapt((25.0, 25.0, 1.0), parts, momentum=0.9, eps=2.0)
     want = 0.9 * np.array([25, 25, 1]) + 0.1 * np.array([27, 21, 1.2])
     np.testing.assert_allclose(got, want, rtol=1e-6)

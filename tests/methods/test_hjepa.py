@@ -146,9 +146,8 @@ def test_features_of_images_of_any_size(fpn):
         np.testing.assert_allclose(found["last4"], found["pooled"], atol=1e-5)
         for k in range(3):
             each = m.extract_features(params, extra, image, k)
-            cells = -(-side // 4 // 2**k) ** 2 if k == 0 else (-(-side // 4 >> k)) ** 2
-            assert each.shape[0] == 2 and each.shape[2] == 16
-            del cells
+            rows = -(-side // (4 * 2**k))
+            assert each.shape == (2, rows * rows, 16)
             np.testing.assert_allclose(found[f"level{k}"], each.mean(1), atol=1e-5)
         online = m.extract_features(params, extra, image, 0, use_target_encoder=False)
         assert not np.allclose(online, m.extract_features(params, extra, image, 0))

@@ -9,6 +9,7 @@ starting at another step, so no state of an iterator is ever stored.
 
 import dataclasses
 import functools
+import multiprocessing
 import os
 import signal
 import threading
@@ -200,12 +201,10 @@ def _start_worker(index, count):
     cv2.setNumThreads(0)
     # The parent answers an interrupt by saving, and needs batches until it has.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
 
     def leave_with_parent():
         # A parent that was killed cannot say so, and we would wait for ever.
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
@@ -270,6 +269,10 @@ class Loader:
         size = self._batches.batch_size
         arrays = {key: np.asarray(value) for key, value in row.items()}
         return {k: Spec((size, *v.shape), v.dtype) for k, v in arrays.items()}
+
+    def load(self, step):
+        """The batch of a step, made here and now: no threads, no grain."""
+        return self._batches[step]
 
     def close(self):
         """Stop threads and workers. May be called twice."""

@@ -13,6 +13,7 @@ from absl import logging
 from flax import linen as nn
 
 from vitssl.models import posemb
+from vitssl.ops import cpu
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -21,9 +22,38 @@ Implementation = Literal["auto", "xla", "cudnn"]
 normal = nn.initializers.normal(0.02)
 
 
+class Dense(nn.Module):
+    """Linear layer of the last axis; weights normal(0.02), bias 0, as in timm's ViT.
+
+    Leading axes are merged: of a product over several axes XLA transposes the
+    activations to get the gradient of the weights, of a plain matrix product not.
+    """
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):  # [..., C] -> [..., features]
+        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return linear(x, kernel, bias, self.dtype)
+
+
 def dense(features, dtype, name):
-    """Linear layer of timm's ViT: weights normal(0.02), bias 0."""
-    return nn.Dense(features, dtype=dtype, kernel_init=normal, name=name)
+    """Return a named `Dense`."""
+    return Dense(features, dtype, name=name)
+
+
+def linear(x, kernel, bias, dtype):
+    """Return x kernel + bias: [..., C], [C, D], [D] -> [..., D] in `dtype`."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    y = rows @ kernel.astype(dtype) + bias.astype(dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _on_cpu():
+    """Whether to trace the forms that suit a CPU."""
+    return jax.default_backend() == "cpu"
 
 
 class LayerNorm(nn.Module):
@@ -40,6 +70,8 @@ class LayerNorm(nn.Module):
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,))
         bias = self.param("bias", nn.initializers.zeros, (d,))
+        if _on_cpu():
+            return cpu.layer_norm(x, scale, bias, self.eps).astype(self.dtype)
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
@@ -83,6 +115,8 @@ def attend(q, k, v, length=None, implementation="auto"):
         meaningless.
     """
     if implementation == "auto":
+        if _on_cpu():
+            return cpu.attention(q, k, v, length)
         half = q.dtype in (jnp.bfloat16, jnp.float16)
         if half and jax.default_backend() == "gpu":
             try:
@@ -93,7 +127,7 @@ def attend(q, k, v, length=None, implementation="auto"):
                 )
     elif implementation == "cudnn":
         return _fused(q, k, v, length, "cudnn")
-    return softmax_attention(q, k, v, length)[0]
+    return _fused(q, k, v, length, "xla")
 
 
 def _fused(q, k, v, length, implementation):
@@ -141,7 +175,11 @@ class Attention(nn.Module):
         if d % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {d}")
         qkv = dense(3 * d, self.dtype, "qkv")(x)  # [B, T, 3 D]
-        q, k, v = einops.rearrange(qkv, "b n (t h c) -> t b n h c", t=3, h=self.heads)
+        # Splitting, whose gradient is one concatenation, not indexing.
+        q, k, v = (
+            einops.rearrange(x, "b n (h c) -> b n h c", h=self.heads)
+            for x in jnp.split(qkv, 3, axis=-1)
+        )
         if self.qk_norm:
             q = LayerNorm(self.eps, self.dtype, name="q_norm")(q)
             k = LayerNorm(self.eps, self.dtype, name="k_norm")(k)
@@ -165,7 +203,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., D]
         y = dense(self.hidden, self.dtype, "fc1")(x)
-        y = nn.gelu(y, approximate=False)
+        y = cpu.gelu(y) if _on_cpu() else nn.gelu(y, approximate=False)
         return dense(x.shape[-1], self.dtype, "fc2")(y)
 
 

@@ -42,8 +42,8 @@ class PatchEmbed(nn.Module):
         x = patches.patchify(image.astype(self.dtype), p)  # [B, N, p p C]
         if keep is not None:
             x = patches.take(x, keep)  # [B, K, p p C]
-        kernel = einops.rearrange(kernel.astype(self.dtype), "p q c d -> (p q c) d")
-        return x @ kernel + bias.astype(self.dtype)
+        kernel = einops.rearrange(kernel, "p q c d -> (p q c) d")
+        return layers.linear(x, kernel, bias, self.dtype)
 
 
 class ViT(nn.Module):

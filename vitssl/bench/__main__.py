@@ -1,0 +1,30 @@
+"""Benchmarks: `python -m vitssl.bench NAME [--KEY=VALUE ...]`, one JSON line each.
+
+step    a whole training step of a config, or of a plain ViT, on synthetic batches
+data    the input pipeline, samples per second and core
+knn     exact nearest neighbours
+"""
+
+import importlib
+import sys
+
+NAMES = ("step", "data", "knn")
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark argv[0] with the other arguments; return the exit code."""
+    from vitssl import errors
+
+    if not argv or argv[0] not in NAMES:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"vitssl.bench.{argv[0]}").main(argv[1:])
+    except errors.VitsslError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return e.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

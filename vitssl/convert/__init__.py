@@ -1,0 +1,221 @@
+"""Weights from PyTorch to Flax and back, by one table for both directions.
+
+A table is a list of rules `Rule(torch name, flax name, rearrangement)`. Names are
+templates: `{i}` stands for the same integer on both sides. A rearrangement is an
+einops pattern from the PyTorch layout to ours, so its inverse is the pattern read
+backwards. Every key of the state dict and every leaf of the model is used exactly
+once, or named in the error.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import einops
+import numpy as np
+
+from vitssl import errors, tree
+
+Tree = Any  # Nested dicts of arrays.
+
+LINEAR = "o i -> i o"  # nn.Linear, and the packed in_proj of MultiheadAttention.
+CONV = "o i h w -> h w i o"  # nn.Conv2d.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One family of tensors: its two names, and how its layout changes.
+
+    Attributes:
+        torch: template of the key, "blocks.{i}.norm1.weight".
+        flax: template of the leaf, "block_{i}/norm1/scale", with the same fields.
+        pattern: einops pattern PyTorch -> Flax; "" = unchanged. Sizes that a
+            pattern needs in order to split an axis stand in `sizes`.
+        sizes: ((axis, size), ...).
+    """
+
+    torch: str
+    flax: str
+    pattern: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def to_flax(self, x):
+        """Return a tensor of the state dict in our layout."""
+        if not self.pattern:
+            return x
+        return einops.rearrange(x, self.pattern, **dict(self.sizes))
+
+    def to_torch(self, x):
+        """Return a leaf of ours in the layout of the state dict."""
+        if not self.pattern:
+            return x
+        ours, theirs = reversed(self.pattern.split("->"))
+        return einops.rearrange(x, f"{ours} -> {theirs}", **dict(self.sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rules, and the keys of a state dict that are left aside on purpose.
+
+    The first rule that fits a name wins; rules for parts a model lacks do no harm.
+
+    Attributes:
+        rules: tuple of `Rule`.
+        ignore: templates of keys to skip; `{*}` stands for any text.
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+
+    def __add__(self, other: "Table") -> "Table":
+        """Return the table of both: one model made of two parts."""
+        return Table(self.rules + other.rules, self.ignore + other.ignore)
+
+    def under(self, torch: str = "", flax: str = "") -> "Table":
+        """Return the table with prefixes before every name of either side.
+
+        A prefix may hold fields of its own, "levels.{k}.".
+        """
+        rules = tuple(
+            dataclasses.replace(r, torch=torch + r.torch, flax=flax + r.flax)
+            for r in self.rules
+        )
+        return Table(rules, tuple(torch + name for name in self.ignore))
+
+
+def convert(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> Tree:
+    """Fill a tree like `like` with the tensors of a PyTorch state dict.
+
+    Args:
+        state: {key: array}.
+        like: nested dicts of arrays or `jax.ShapeDtypeStruct`.
+        table: what belongs where.
+
+    Returns:
+        Nested dicts of numpy arrays with the shapes and dtypes of `like`.
+
+    Raises:
+        CheckpointError: naming every key no rule knows, every leaf left unfilled or
+            filled twice, and every pair of shapes that differ.
+    """
+    want = tree.flat(like)
+    forward = [(_compile(r.torch), r) for r in table.rules]
+    ignored = [_compile(name) for name in table.ignore]
+    filled, origin, faults = {}, {}, _Faults()
+    for key in state:
+        found = _first(forward, key)
+        name = None if found is None else found[0].flax.format_map(found[1])
+        if name not in want:  # Known to the table is not enough.
+            if not any(p.fullmatch(key) for p in ignored):
+                faults.surplus.append(key if name is None else f"{key} (-> {name})")
+            continue
+        if name in filled:
+            faults.twice.append(f"{name}: {origin[name]} and {key}")
+            continue
+        filled[name] = _fit(key, state[key], found[0], name, want[name], faults)
+        origin[name] = key
+    faults.missing = [_expect(name, table.rules) for name in want if name not in filled]
+    faults.raise_if_any()
+    return tree.nest({name: filled[name] for name in want})
+
+
+def export(params: Tree, table: Table) -> dict[str, np.ndarray]:
+    """Return the PyTorch state dict of a tree: `convert` backwards.
+
+    Where several rules lead to one leaf, the first names the key.
+
+    Raises:
+        CheckpointError: naming every leaf no rule knows.
+    """
+    backward = [(_compile(r.flax), r) for r in table.rules]
+    state, faults = {}, _Faults()
+    for name, leaf in tree.flat(params).items():
+        found = _first(backward, name)
+        if found is None:
+            faults.nameless.append(name)
+            continue
+        rule, fields = found
+        value = rule.to_torch(np.asarray(leaf))
+        state[rule.torch.format_map(fields)] = np.ascontiguousarray(value)
+    faults.raise_if_any()
+    return state
+
+
+@functools.cache
+def _compile(template):
+    """Return the pattern of a template: {i} an integer, {*} anything."""
+    parts, seen = [], set()
+    for text, field in re.findall(r"([^{]+)|\{([^}]*)\}", template):
+        if text:
+            parts.append(re.escape(text))
+        elif field == "*":
+            parts.append(".*")
+        elif field in seen:
+            parts.append(f"(?P={field})")
+        else:
+            seen.add(field)
+            parts.append(rf"(?P<{field}>\d+)")
+    return re.compile("".join(parts))
+
+
+def _first(patterns, name):
+    """Return (rule, fields) of the first pattern that matches the whole name."""
+    for pattern, rule in patterns:
+        if match := pattern.fullmatch(name):
+            return rule, match.groupdict()
+    return None
+
+
+def _fit(key, value, rule, name, leaf, faults):
+    """Return the tensor in our layout and dtype, or note that its shape is wrong."""
+    value = np.asarray(value)
+    try:
+        ours = rule.to_flax(value)
+    except einops.EinopsError:
+        ours = None
+    if ours is None or ours.shape != tuple(leaf.shape):
+        got = f"{key} {value.shape}"
+        if ours is not None and ours.shape != value.shape:
+            got += f", here {ours.shape}"
+        faults.misshapen.append(f"{name} {tuple(leaf.shape)}: {got}")
+        return None
+    return np.ascontiguousarray(ours).astype(leaf.dtype)
+
+
+def _expect(name, rules):
+    """Return a leaf's name with the key the table would have filled it from."""
+    found = _first([(_compile(r.flax), r) for r in rules], name)
+    if found is None:
+        return f"{name} (no rule)"
+    return f"{name} (<- {found[0].torch.format_map(found[1])})"
+
+
+@dataclasses.dataclass
+class _Faults:
+    """Everything that does not fit, told at once."""
+
+    surplus: list[str] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    twice: list[str] = dataclasses.field(default_factory=list)
+    misshapen: list[str] = dataclasses.field(default_factory=list)
+    nameless: list[str] = dataclasses.field(default_factory=list)
+
+    def raise_if_any(self):
+        """Raise CheckpointError with all faults, one per line."""
+        told = {
+            "keys of the checkpoint that the model has no place for": self.surplus,
+            "parameters of the model that the checkpoint lacks": self.missing,
+            "parameters with more than one key": self.twice,
+            "shapes that differ (model: checkpoint)": self.misshapen,
+            "parameters without a PyTorch name": self.nameless,
+        }
+        lines = [f"{what}:\n{_list(names)}" for what, names in told.items() if names]
+        if lines:
+            message = "the weights do not fit.\n" + "\n".join(lines)
+            raise errors.CheckpointError(message)
+
+
+def _list(names: Iterable[str]) -> str:
+    return "\n".join(f"  {name}" for name in names)
