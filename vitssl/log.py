@@ -35,6 +35,8 @@ class Log:
             without it, or without a network, goes on unchanged.
         nonfinite_limit: so many non-finite steps in a row end the run (exit code 5).
         stall_seconds: a step that takes longer ends the run (exit code 7); 0 is off.
+        pictures: write WORKDIR/pictures/*.png at the end (crops, masks, attention,
+            tokens, curves ...), as `python -m vitssl.evals.pictures WORKDIR` does.
         profile_steps: first and last step of a profiler trace; (0, 0) is off.
     """
 
@@ -44,6 +46,7 @@ class Log:
     wandb_mode: Literal["online", "offline"] = "offline"
     nonfinite_limit: int = 3
     stall_seconds: float = 1800.0
+    pictures: bool = False
     profile_steps: tuple[int, int] = (0, 0)
 
     def check(self) -> Iterator[str]:

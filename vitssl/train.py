@@ -177,8 +177,7 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
 
 def _run(parts, workdir, name, saves, signals, stack) -> dict:
     s, run_ = parts.experiment.settings, parts.run
-    target = _restore_target(parts)
-    found = saves.restore(target)
+    found = saves.restore(restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at = int(state.step)
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
@@ -213,16 +212,42 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     else:
         state = loop.go(state)
     watchdog.beat("final evaluation")
-    values, text = evaluate.final(state, parts.fresh())
+    untrained = parts.fresh()
+    values, text = evaluate.final(state, untrained)
     logger.info("%s", text)
     loop.write(int(state.step), values)
+    if s.log.pictures and devices.is_main():
+        _pictures(parts, workdir, state, untrained)
     log.write_status(
         workdir, state="finished", step=int(state.step), metrics=values, name=name
     )
     return values
 
 
-def _restore_target(parts):
+def _pictures(parts, workdir, state, untrained):
+    """Write the pictures of a finished run; a failure is reported, no more."""
+    from vitssl.evals import pictures
+    from vitssl.evals.pictures.gather import gather
+
+    s = parts.experiment.settings
+    try:
+        material = gather(
+            parts.method,
+            (state.params, state.extra),
+            s.data,
+            s.evals,
+            seed=s.seed,
+            untrained=(untrained.params, untrained.extra),
+            metrics_path=workdir / "metrics.jsonl",
+        )
+        paths = pictures.write_all(workdir / "pictures", material)
+    except Exception:
+        logger.exception("the pictures could not be drawn")
+        return
+    logger.info("%d pictures in %s", len(list(paths)), workdir / "pictures")
+
+
+def restore_target(parts: Parts):
     """Return step -> abstract state with shardings, in the phase of that step."""
 
     def target(at):

@@ -69,10 +69,12 @@ def test_the_blocks_do_not_show_in_the_answer_not_even_in_ties(metric):
         np.testing.assert_array_equal(score, found[0][0])
 
 
-def test_collapsed_features_give_the_first_rows():
-    bank = np.tile(np.arange(1, 9, dtype=np.float32) * 0.3, (100, 1))
-    for metric in ("cosine", "euclidean"):
-        score, index = knn.search(bank, bank[:3], 4, metric=metric, max_bytes=30_000)
+@pytest.mark.parametrize("value", [0.3, 1e-3, 77.7])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_collapsed_features_give_the_first_rows(metric, value):
+    bank = np.tile(np.arange(1, 34, dtype=np.float32) * value, (300, 1))
+    for max_bytes in (2**28, 60_000):
+        score, index = knn.search(bank, bank[:3], 4, metric=metric, max_bytes=max_bytes)
         np.testing.assert_array_equal(index, [[0, 1, 2, 3]] * 3)
         np.testing.assert_allclose(score, 1 if metric == "cosine" else 0, atol=1e-12)
 

@@ -127,6 +127,21 @@ def test_online_sees_a_collapse():
     assert dead["knn/top1"] == pytest.approx(17 / 50)
 
 
+def test_few_images_of_many_dimensions_are_no_collapse():
+    rng = np.random.default_rng(0)
+    wide = (rng.normal(size=(8, 400)).astype(np.float32), np.float32(0))
+    found = evals.online(
+        _section(),
+        Network().features,
+        wide,
+        Batches(8, 0),
+        Batches(30, 1),
+        classes=CLASSES,
+    )
+    # At most 8 directions of 400, and of 29 that 30 images can span.
+    assert 3 < found["quality/effective_rank"] < 8 and not found["quality/collapsed"]
+
+
 def test_without_labels_only_the_spread_is_measured():
     bank = Batches(60, 0, labelled=False)
     for classes, labelled in ((0, True), (CLASSES, False)):

@@ -113,14 +113,14 @@ def test_lejepa_of_a_gaussian_is_its_known_mean_whatever_the_number_of_rows():
     weight = np.exp(-t * t / 2) * np.where((t == 0) | (t == 3), 0.1875, 0.375)
     known = (weight * (1 - np.exp(-t * t))).sum()
     for rows in (32, 512):
-        z = _gaussian(rows, *(rows, 64))
+        z = _gaussian(rows, rows, 64)
         got = SIGREG(z, jax.random.key(0), slices=512)
         np.testing.assert_allclose(got, known, rtol=0.12)
     np.testing.assert_allclose(known, 1.05, atol=0.01)
 
 
 def test_only_lejepa_sees_shrinking_and_shifting():
-    z = _gaussian(0, *(256, 16))
+    z = _gaussian(0, 256, 16)
     spoiled = {"shrunk": 1e-3 * z, "shifted": z + 5, "collapsed": 1e-3 * z + 5}
     for kind in KINDS:
         along = _along(16, 16)
@@ -135,7 +135,7 @@ def test_only_lejepa_sees_shrinking_and_shifting():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shape_of_the_distribution_matters_to_every_kind(kind):
-    z = _gaussian(0, *(512, 1))
+    z = _gaussian(0, 512, 1)
     two = np.sign(z)  # Mean 0, variance 1, two points.
 
     def loss(z):
@@ -180,7 +180,7 @@ def test_gradients_are_finite_on_constants_and_single_rows(kind, valid):
 
 
 def test_descent_on_lejepa_spreads_a_collapsed_batch():
-    z = 0.1 * _gaussian(0, *(64, 4)) + 1
+    z = 0.1 * _gaussian(0, 64, 4) + 1
     loss = jax.jit(jax.grad(lambda z, k: SIGREG(z, k, slices=16)))
     for i in range(100):
         z = z - 0.5 * loss(z, jax.random.key(i))

@@ -54,7 +54,7 @@ class Evals:
 
     image_size: int
     batch_size: int
-    every_epochs: int
+    every_epochs: float
     online_samples_train: int
     online_samples_test: int
     final: tuple[Literal["knn", "linear", "fewshot", "quality"], ...]
@@ -275,7 +275,10 @@ def _spread(x, prefix="quality/") -> dict[str, float]:
     x = quality.subsample(np.asarray(x, np.float64))
     variance = x.var(0)
     found = quality.rank_metrics(x) | {"mean_variance": float(variance.mean())}
-    collapsed = quality.collapse_flags(found)["any_collapse"]
+    # A few images cannot span many dimensions, which is no collapse.
+    room = max(1, min(x.shape[1], len(x) - 1))
+    shares = {"rank_ratio": found["effective_rank"] / room, "feature_dim": room}
+    collapsed = quality.collapse_flags(found | shares)["any_collapse"]
     return {
         f"{prefix}std": float(np.sqrt(variance).mean()),
         f"{prefix}rankme": found["rankme"],

@@ -128,7 +128,8 @@ def search(
     cut = blocks(q, m, bank.shape[1], keep, max_bytes)
     # Differences to a point amid the features keep the digits that tell them apart.
     middle = jax.device_put(np.asarray(bank[:_CENTRE], np.float32))
-    centre = _middle(middle, cosine=metric == "cosine")
+    middle = jax.device_get(_unit(middle) if metric == "cosine" else middle)
+    centre = jax.device_put(middle.mean(0, dtype=np.float64).astype(np.float32))
     found = []
     for start in range(0, q, cut.held):
         lot = np.asarray(query[start : start + cut.held], np.float32)
@@ -183,7 +184,7 @@ def _update(best, query, own, centre, bank, start, new, *, cosine):
         bank: [m, D], rows start .. start + m of it, of which those from `new` count.
     """
     m, keep = len(bank), best[0].shape[-1]
-    rows = (_unit(bank) if cosine else bank) - centre
+    rows = _offset(bank, centre, cosine)
     half = 0.5 * (rows * rows).sum(1)  # [m]
     blank = ~bank.any(1)  # [m]
     number = start + jnp.arange(m, dtype=jnp.int32)
@@ -191,7 +192,7 @@ def _update(best, query, own, centre, bank, start, new, *, cosine):
 
     def one(part):
         near, index, x, self_row = part
-        delta = (_unit(x) if cosine else x) - centre  # [q, D]
+        delta = _offset(x, centre, cosine)  # [q, D]
         # Half the squared distance, negative, but for what is equal for all rows.
         score = jnp.einsum("qd,md->qm", delta, rows, precision="highest") - half
         if cosine:  # Zeros have no direction: cosine 0, squared distance 2.
@@ -210,16 +211,17 @@ def _update(best, query, own, centre, bank, start, new, *, cosine):
     return jax.lax.map(one, (*best, query, own))
 
 
+@jax.jit
 def _unit(x):
     """Return [.., D] with rows of length one; a row of zeros stays."""
     squared = (x * x).sum(-1, keepdims=True)
     return x / jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
 
 
-@functools.partial(jax.jit, static_argnames="cosine")
-def _middle(rows, *, cosine):
-    """Return the mean [D] of rows [M, D], of their directions if `cosine`."""
-    return (_unit(rows) if cosine else rows).mean(0)
+def _offset(x, centre, cosine):
+    """Return x - centre, of the direction of x if `cosine`, without mere rounding."""
+    away = (_unit(x) if cosine else x) - centre
+    return jnp.where(jnp.abs(away) < 3e-7 * jnp.abs(centre), 0.0, away)
 
 
 def _largest(score, k):

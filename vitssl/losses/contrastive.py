@@ -41,8 +41,9 @@ def nt_xent(a, b, valid=None, *, temperature, cosine=True, eps=1e-8):
     keep = jnp.ones(a.shape[:-1], bool) if valid is None else valid > 0
     if keep.shape != a.shape[:-1]:
         raise ValueError(f"nt_xent: valid {keep.shape} is not {a.shape[:-1]}")
-    keep = einops.rearrange([keep, keep], "v ... -> (v ...)")  # [2B]
-    z = einops.rearrange([a, b], "v ... d -> (v ...) d").astype(jnp.float32)  # [2B, D]
+    keep = einops.rearrange(jnp.concatenate([keep, keep]), "... -> (...)")  # [2B]
+    z = jnp.concatenate([a, b]).astype(jnp.float32)
+    z = einops.rearrange(z, "... d -> (...) d")  # [2B, D]
     z = jnp.where(keep[:, None], z, 0.0)
     z = regression.unit(z, eps) if cosine else z
     # Full float32 products: a GPU's default keeps 10 bits, the temperature loses 3.

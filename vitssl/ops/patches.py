@@ -126,4 +126,5 @@ def put(tokens, keep, count, into):
     if count is not None:
         keep = jnp.where(valid(count, slots), keep, n)  # Out of range: dropped.
     rows = jnp.arange(len(into))[:, None]  # [B, 1]
+    into = jnp.asarray(into)
     return into.at[rows, keep].set(tokens.astype(into.dtype), mode="drop")

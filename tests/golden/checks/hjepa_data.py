@@ -134,7 +134,7 @@ def _section(c, **changes):
     return dataclasses.replace(section, **changes)
 
 
-def _statistics(section, grid, samples=6000):
+def _statistics(section, grid, samples=12_000):
     """Return the nine numbers per level that the case's layout lists, [H, 9]."""
     rng = np.random.default_rng(1)
     context, targets = masks.hierarchical(rng, section, grid, samples)

@@ -8,8 +8,6 @@ import argparse
 import pathlib
 import sys
 
-import jax
-
 from vitssl import checkpoint, config, devices, errors, experiment, init, log, train
 from vitssl.evals import pictures
 from vitssl.evals.pictures.gather import gather
@@ -27,12 +25,7 @@ def restore(workdir):
         raise errors.UsageError(f"{path}: missing; want the workdir of a run")
     parts = train.build(experiment.read(config.from_json(path.read_text())))
     directory, step = init.locate(workdir)
-    phase = parts.phase(max(0, step - 1))
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        parts.compiled.abstract(phase),
-        parts.compiled.state_sharding(phase),
-    )
+    target = train.restore_target(parts)(step)
     return parts, checkpoint.read(directory, step, target)[0]
 
 
