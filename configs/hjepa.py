@@ -27,7 +27,7 @@ import ml_collections
 
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # Scanned digits with random place, size and clutter: raw pixels do not solve them.
-SCENES = dict(size=48, count=0)
+SCENES = dict(size=48, count=0, fragments=1, shapes=1, scale_min=0.55, scale_max=0.8)
 SIZES = {  # name: width, depth, heads, predictor depth
     "ti": (192, 12, 3, 4),
     "s": (384, 12, 6, 6),

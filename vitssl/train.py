@@ -297,7 +297,10 @@ class _Loop:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
                     state = step.enter(state, phase)
-                state, metrics = parts.compiled.get(phase, batch)(state, batch)
+                executable = parts.compiled.get(phase, batch)
+                # A silent copy between host and device here would stall every step.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = executable(state, batch)
                 self.clock.step(waited)
                 self.watchdog.beat(f"step {at + 1}")
                 self._push(state, at, metrics, ids)

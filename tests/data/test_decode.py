@@ -85,6 +85,27 @@ def test_cmyk_is_not_inverted(backend):
     data = _file(Image.fromarray(PICTURE).convert("CMYK"), "JPEG", quality=95)
     got = decode.decode(data, channels=3)
     assert np.abs(got.astype(int) - PICTURE).mean() < 6
+    luma = PICTURE @ np.array([0.299, 0.587, 0.114])
+    got = decode.decode(data, channels=1)
+    assert np.abs(got[..., 0] - luma).mean() < 6
+
+
+def test_a_few_bytes_too_many_are_no_fault(backend):
+    data = _file(Image.fromarray(PICTURE), "JPEG", quality=92)
+    truth = decode.decode(data, channels=3)
+    at = data.index(b"\xff\xda")  # Between two segments.
+    for extra in (data[:at] + b"\x00\x11\x22" + data[at:], data + b"\x00\x01\x02"):
+        np.testing.assert_array_equal(decode.decode(extra, channels=3), truth)
+
+
+def test_a_hole_in_a_jpeg_is_not_filled_with_gray():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    data = _file(Image.fromarray(noise), "JPEG")
+    holed = data[: len(data) * 2 // 3] + b"\xff\xd9"
+    assert Image.open(io.BytesIO(holed)).convert("RGB").getpixel((63, 63)) is not None
+    with pytest.raises(errors.DataError, match="premature end"):
+        decode.decode(holed, channels=3)
 
 
 def test_sixteen_bits_keep_their_range():

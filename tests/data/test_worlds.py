@@ -62,6 +62,15 @@ def test_the_digit_is_where_the_truth_says(size, channels):
         assert x <= columns.mean() + 0.5 <= x + w
 
 
+@pytest.mark.parametrize("slant", [0.0, 45.0])
+def test_the_whole_digit_is_drawn(slant):
+    world = scenes.World(slant=slant, scale_min=0.5, scale_max=0.6)
+    for i in range(40):
+        scene = world.scene(i)
+        ink = scans.pixels()[0][scene.digit].sum() / 255 * (scene.box[2] / 8) ** 2
+        assert abs(scene.mask.sum() / ink - 1) < 0.08
+
+
 def test_ink_keeps_its_distance_from_the_background():
     world = scenes.World(contrast=0.4)
     u = iter(np.random.default_rng(0).random(4000).tolist())

@@ -6,6 +6,7 @@ knn     exact nearest neighbours
 """
 
 import importlib
+import json
 import sys
 
 NAMES = ("step", "data", "knn")
@@ -19,7 +20,8 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"vitssl.bench.{argv[0]}").main(argv[1:])
+        found = importlib.import_module(f"vitssl.bench.{argv[0]}").run(argv[1:])
+        print(json.dumps(found), flush=True)
     except errors.VitsslError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return e.code

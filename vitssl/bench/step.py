@@ -9,7 +9,6 @@ device's peak is known, bytes of memory, versions. Needs neither grain nor a dat
 """
 
 import argparse
-import json
 import time
 
 import jax
@@ -20,8 +19,8 @@ from vitssl import config, devices, errors, methods, optim, report, step
 from vitssl.bench import flops, plain
 
 
-def main(argv: list[str]) -> None:
-    """Parse the options, run, print."""
+def run(argv: list[str]) -> dict:
+    """Parse the options, measure, return the figures."""
     own, overrides = [], []
     for word in argv:
         if word.startswith("--config."):
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> None:
     if bool(o.config) == bool(o.vit):
         raise errors.UsageError("bench step: give --config=FILE or --vit=NAME")
     case = _of_config(o, overrides) if o.config else _of_vit(o)
-    print(json.dumps(measure(**case, o=o)), flush=True)
+    return measure(**case, o=o)
 
 
 def _of_vit(o) -> dict:

@@ -1,6 +1,5 @@
 """Bytes of an image file -> uint8 [H, W, C], or one error that names the file."""
 
-import contextlib
 import dataclasses
 import io
 import logging
@@ -93,17 +92,9 @@ def _jpeg(data, channels):
             if image.getexif().get(ORIENTATION, 1) != 1:
                 return None
     if simplejpeg is not None:
-        with contextlib.suppress(ValueError):
-            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            _bounded(width, height)
-            # Strict: a truncated file is an error here, not a half gray picture. CMYK
-            # goes to Pillow, which knows that Adobe's files hold it inverted.
-            if space in ("YCbCr", "RGB", "Gray"):
-                space = "RGB" if channels == 3 else "GRAY"
-                return simplejpeg.decode_jpeg(data, space)
-        return None
-    # OpenCV fills what is missing of a truncated file with gray and says nothing, so
-    # it may only see files that end as they should.
+        return _simplejpeg(data, "RGB" if channels == 3 else "GRAY")
+    # Some versions of OpenCV fill what is missing of a truncated file with gray and
+    # say nothing, so it may only see files that end as they should.
     if data[-2:] != b"\xff\xd9":
         return None
     with Image.open(io.BytesIO(data)) as image:
@@ -115,6 +106,20 @@ def _jpeg(data, channels):
         np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION
     )
     return None if image is None else image.reshape(*image.shape[:2], channels)
+
+
+def _simplejpeg(data, space):
+    """Decode a JPEG, or raise ValueError where parts of it are missing."""
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        _bounded(width, height)
+        return simplejpeg.decode_jpeg(data, space)
+    except ValueError as e:
+        # What is missing Pillow would fill with gray: do not ask it. But a few bytes
+        # too many, as in some of ImageNet's files, hurt nobody.
+        if any(fault in str(e) for fault in ("remature end", "bad Huffman")):
+            raise
+        return None
 
 
 def _pillow(data, channels):

@@ -114,6 +114,7 @@ class _Training:
         example["label"] = np.int32(example["label"])
         example["index"] = np.int32(example["index"])
         example["epoch"] = epoch
+        example["step"] = t  # What a batch shares may be drawn from it.
         rng = _generator(self.seed, t * self.batch_size + r)
         return self.transform(example, rng)
 
@@ -305,7 +306,7 @@ def train(
     Args:
         source: see `vitssl.data.sources`.
         transform: (example, rng) -> dict of arrays. The example has image, label,
-            index and epoch; all randomness must come from rng.
+            index, epoch and step; all randomness must come from rng.
         batch_size: of the global batch.
         seed: of order and augmentation.
         start_step: first step.

@@ -3,7 +3,8 @@
 The bank is scanned in blocks. Matrix products rank its rows, and the best few of each
 query are then compared again one by one in float64: a matrix product in float32 rounds
 differently for every block size. So the answer does not depend on the blocks, and of
-equal neighbours the lower index always comes first.
+equal neighbours the lower index comes first (the limit: more than `_SPARE` rows that
+are as near as the k-th to within float32, yet are not copies of one row).
 """
 
 import concurrent.futures

@@ -134,10 +134,11 @@ def _section(c, **changes):
     return dataclasses.replace(section, **changes)
 
 
-def _statistics(section, grid, samples=12_000):
+def _statistics(section, grid, rounds=10):
     """Return the nine numbers per level that the case's layout lists, [H, 9]."""
     rng = np.random.default_rng(1)
-    context, targets = masks.hierarchical(rng, section, grid, samples)
+    draws = [masks.hierarchical(rng, section, grid, 1000) for _ in range(rounds)]
+    context, targets = (np.concatenate(x) for x in zip(*draws, strict=True))
     seen, block = context.mean(-1), targets.mean(-1)  # [S, H], [S, H, T]
     union = targets.any(2)  # [S, H, N]
     columns = [
