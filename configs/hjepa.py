@@ -41,7 +41,7 @@ def _demo():
     """Return the demo: every section, at the size of two cores."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "hjepa", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 30.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 36.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="digits",
@@ -140,7 +140,7 @@ def _demo():
     c.evals = dict(
         image_size=32,
         batch_size=256,
-        every_epochs=5,
+        every_epochs=6,
         online_samples_train=1000,
         online_samples_test=360,
         final=("knn", "linear", "quality"),
@@ -157,7 +157,7 @@ def _demo():
         pictures=True,
         stall_seconds=1800.0,
     )
-    c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="knn/top1")
+    c.checkpoint = dict(every_epochs=6.0, keep_last=2, keep_best=1, best="knn/top1")
     return c
 
 
@@ -250,7 +250,7 @@ def _ijepa_vith14():
 
 def _end_to_end():
     c = _demo()
-    c.ema.target_encoder = False
+    c.ema.target_encoder, c.levels.target = False, "shared"
     c.objective.type = "hjepa_sigreg"
     return c
 

@@ -69,16 +69,16 @@ def test_a_mistake_is_one_message_and_exit_code_2(mistake, capsys, tmp_path):
 def test_all_mistakes_are_listed_at_once():
     bad = ["optim.lr=-1.0", "ema.start=1.5", "model.heads=5"]
     with pytest.raises(errors.UsageError) as caught:
-        experiment.read(config.load(HJEPA, bad))
+        experiment.read(experiment.load(HJEPA, bad))
     assert all(s in str(caught.value) for s in ("lr=-1.0", "start=1.5", "heads=5"))
     bad = ["optm.lr=1", "mdoel.depth=3", "seed=x"]
     with pytest.raises(errors.UsageError) as caught:
-        config.load(HJEPA, bad)
+        experiment.load(HJEPA, bad)
     assert all(s in str(caught.value) for s in ("optm", "mdoel", "seed=x"))
 
 
 def test_unknown_and_missing_keys_inside_the_file_are_found():
-    c = config.load(HJEPA)
+    c = experiment.load(HJEPA)
     c.optim.learning_rate = 0.1
     c.maskin = ml_collections.ConfigDict()
     del c.ema.end
@@ -121,7 +121,7 @@ def test_a_config_that_does_not_parse_is_one_line(tmp_path, capsys):
 
 
 def test_overrides_keep_types_and_accept_both_forms(capsys):
-    c = config.load(HJEPA, ["optim.lr=2", "data.root=a b/ü", "data.mean=(0.1,)"])
+    c = experiment.load(HJEPA, ["optim.lr=2", "data.root=a b/ü", "data.mean=(0.1,)"])
     assert c.optim.lr == 2.0 and isinstance(c.optim.lr, float)
     assert c.data.root == "a b/ü" and c.data.mean == (0.1,)
     flags = main.parse(["--config", HJEPA, "--config.seed", "3", "--dry_run"])
@@ -132,7 +132,7 @@ def test_overrides_keep_types_and_accept_both_forms(capsys):
 def test_every_recipe_is_valid(path):
     module = config._import(str(path))
     for name in module.RECIPES:
-        c = config.load(f"{path}:{name}")
+        c = experiment.load(f"{path}:{name}")
         if "study" in c:
             from vitssl import study
 
@@ -142,11 +142,11 @@ def test_every_recipe_is_valid(path):
 
 
 def test_json_round_trip_is_the_same_experiment():
-    c = config.load(HJEPA, ["optim.lr=0.5"])
+    c = experiment.load(HJEPA, ["optim.lr=0.5"])
     again = config.from_json(config.to_json(c))
     assert list(config.differences(c, again)) == []
     assert experiment.read(again).settings == experiment.read(c).settings
-    other = config.load(HJEPA, ["optim.lr=0.25"])
+    other = experiment.load(HJEPA, ["optim.lr=0.25"])
     assert list(config.differences(c, other)) == ["optim.lr: 0.5 -> 0.25"]
 
 

@@ -6,13 +6,13 @@ import ml_collections
 import pytest
 
 from tests import runs
-from vitssl import config, errors, study
+from vitssl import errors, experiment, study
 
 
 def _config(tmp_path, **arms):
     words = runs.arguments(tmp_path, steps=2)
     overrides = [w.removeprefix("--config.") for w in words if "--config." in w]
-    c = config.load(words[0].removeprefix("--config="), overrides)
+    c = experiment.load(words[0].removeprefix("--config="), overrides)
     c.evals.final = ("knn",)
     c.study = ml_collections.ConfigDict(
         dict(seeds=(0, 1), arms=arms, columns=("final/trained/knn/top1",))
@@ -21,9 +21,9 @@ def _config(tmp_path, **arms):
 
 
 def test_every_arm_and_seed_runs_once_and_the_table_has_their_values(tmp_path):
-    c = _config(tmp_path, slow={"optim.lr": 1e-6}, fast={"optim.lr": 1e-2})
+    c = _config(tmp_path, slow=("optim.lr=1e-6",), fast=("optim.lr=1e-2",))
     plan = study.read(c)
-    assert list(plan.runs) == [("slow", 0), ("slow", 1), ("fast", 0), ("fast", 1)]
+    assert set(plan.runs) == {(a, s) for a in ("slow", "fast") for s in (0, 1)}
     assert plan.runs["fast", 1].settings.optim.lr == 1e-2
     assert plan.runs["slow", 1].settings.seed == 1
     found = study.run(plan, tmp_path, name="test")
@@ -37,7 +37,7 @@ def test_every_arm_and_seed_runs_once_and_the_table_has_their_values(tmp_path):
 
 
 def test_faults_of_arms_are_found_before_the_first_run(tmp_path):
-    c = _config(tmp_path, a={"optim.lrr": 1.0}, b={"model.heads": 3})
+    c = _config(tmp_path, a=("optim.lrr=1.0",), b=("model.heads=3",))
     with pytest.raises(errors.UsageError) as caught:
         study.read(c)
     assert "study.arms.a" in str(caught.value) and "did you mean" in str(caught.value)

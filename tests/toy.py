@@ -66,6 +66,9 @@ class Toy:
     def after(self, params, extra, step):
         return {"ema": tree.ema(extra["ema"], params, self.ema.decay)}
 
+    def adopt(self, params, extra):
+        return {"ema": tree.copy(params)}
+
     def phase(self, step):
         return ()
 

@@ -16,7 +16,7 @@ import keyword
 import pathlib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import flax.linen as nn
 import ml_collections
@@ -33,12 +33,16 @@ class Problems(list):
             raise errors.UsageError("config:\n  " + "\n  ".join(self))
 
 
-def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load(
+    spec: str, overrides: Sequence[str] = (), complete: Callable = lambda c: None
+) -> ml_collections.ConfigDict:
     """Return the config of `PATH[:ARGUMENT]` with `key.path=value` overrides applied.
 
     Args:
         spec: a Python file, and what to hand to its `get_config`.
         overrides: "optim.lr=1e-3": Python literals; text needs no quotes.
+        complete: adds the keys that the file may leave out (`experiment.complete`), so
+            that they can be overridden too.
 
     Raises:
         UsageError: no such file or argument; every override that names no key or has
@@ -51,15 +55,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     except ValueError as e:
         raise errors.UsageError(f"--config={spec}: {e}") from e
     c = ml_collections.ConfigDict(c)
+    complete(c)
     problems = Problems()
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            problems.append(f"--config.{override}: write --config.{key}=VALUE")
-        else:
-            _override(c, key, text, problems)
+    override(c, overrides, problems)
     problems.stop()
     return c
+
+
+def override(c, overrides: Sequence[str], problems: Problems) -> None:
+    """Apply "key.path=value" texts to a config; what does not fit is reported."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if equals:
+            _override(c, key, value, problems)
+        else:
+            problems.append(f"--config.{text}: write --config.{key}=VALUE")
 
 
 def name_of(spec: str) -> str:
@@ -103,13 +113,6 @@ def _override(c, key: str, text: str, problems: Problems):
             problems.append(f"{key}={text}: want {_like(old)}")
             return
     _replace(parent, leaf, key, value, problems)
-
-
-def assign(c, key: str, value, problems: Problems) -> None:
-    """Set the dotted `key` of `c`, which must exist and keep its type."""
-    found = _find(c, key, problems)
-    if found is not None:
-        _replace(*found, key, value, problems)
 
 
 def _find(c, key, problems):
@@ -183,13 +186,13 @@ def section(cls, values, path: str, problems: Problems, **given):
         if key not in fields or key in given:
             problems.append(f"{_join(path, key)}: {unknown(key, list(fields))}")
     kwargs = dict(given)
-    for key, (annotation, required) in fields.items():
+    for key, (annotation, default) in fields.items():
         if key in given:
             continue
         if key in values:
             where = _join(path, key)
             kwargs[key] = typed(annotation, values[key], where, problems)
-        elif required:
+        elif default is dataclasses.MISSING:
             where = _join(path, key)
             problems.append(f"{where}: missing; want {describe(annotation)}")
     if len(problems) > before:
@@ -210,18 +213,32 @@ def _field(key: str) -> str:
 
 
 def schema(cls) -> dict:
-    """Return {field: (annotation, required)} of a dataclass or linen module."""
+    """Return {key: (annotation, default)} of a dataclass or linen module.
+
+    The default of a key that a config must have is `dataclasses.MISSING`.
+    """
     hints = typing.get_type_hints(cls)
     own = {}
     for f in dataclasses.fields(cls):
         if issubclass(cls, nn.Module) and f.name in ("parent", "name"):
             continue
-        required = (
-            f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
-        )
-        own[f.name.removesuffix("_")] = (hints[f.name], required)
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        own[f.name.removesuffix("_")] = (hints[f.name], default)
     return own
+
+
+def fill(c: ml_collections.ConfigDict, cls) -> None:
+    """Add to a section the keys of `cls` that have a default and are not there."""
+    for key, (annotation, default) in schema(cls).items():
+        if dataclasses.is_dataclass(annotation):
+            if key not in c and default is not dataclasses.MISSING:
+                c[key] = ml_collections.ConfigDict()
+            if isinstance(c.get(key), ml_collections.ConfigDict):
+                fill(c[key], annotation)
+        elif key not in c and default is not dataclasses.MISSING:
+            c[key] = default
 
 
 def typed(annotation, value, path, problems):

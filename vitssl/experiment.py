@@ -6,7 +6,7 @@ the method: its fields name them and their types.
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import ml_collections
@@ -102,6 +102,28 @@ class Experiment:
         )
 
 
+def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """Return a config file's config, complete, with overrides; see `config.load`."""
+    return config.load(spec, overrides, complete)
+
+
+def complete(c: ml_collections.ConfigDict) -> None:
+    """Add the keys that a config file may leave out, with their defaults."""
+    config.fill(c, Settings)
+    cls = methods_table.METHODS.get(c.get("method"))
+    for key, (annotation, _) in (_sections_of(cls) if cls else {}).items():
+        section = c.get(key)
+        if key == "model" and isinstance(section, ml_collections.ConfigDict):
+            model = MODELS.get(section.get("name", "vit"))
+            if model is not None:
+                config.fill(section, model)
+                # The compute dtype is `precision`, once for the whole run.
+                if "dtype" in section:
+                    del section["dtype"]
+        elif isinstance(section, ml_collections.ConfigDict):
+            config.fill(section, annotation)
+
+
 def read(c: ml_collections.ConfigDict) -> Experiment:
     """Check a config and return its typed form.
 
@@ -123,10 +145,10 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     settings = config.section(Settings, {k: c[k] for k in c if k in own}, "", problems)
     precision = c.get("precision", "float32")
     sections = {}
-    for key, (annotation, required) in wanted.items():
+    for key, (annotation, default) in wanted.items():
         if key in c:
             sections[key] = _section(annotation, c[key], key, precision, problems)
-        elif required:
+        elif default is dataclasses.MISSING:
             problems.append(f"{key}: missing; {config.describe(annotation)}")
     problems.stop()
     experiment = Experiment(settings, sections, c)
@@ -142,7 +164,7 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
 
 
 def _sections_of(cls) -> dict:
-    """Return {section: (annotation, required)} of a method's class."""
+    """Return {section: (annotation, default)} of a method's class."""
     fields = config.schema(cls)
     fields.pop("run")
     return fields

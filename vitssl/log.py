@@ -343,9 +343,16 @@ def _plain(value):
     return str(value)
 
 
+class _Terminal(logging.Handler):
+    """Writes to whatever standard output is now (notebooks and tests replace it)."""
+
+    def emit(self, record):
+        print(self.format(record), file=sys.stdout, flush=True)
+
+
 def to_terminal(verbose: bool = True) -> None:
     """Send the package's log records to standard output, without decoration."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Terminal()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("vitssl")
     package.handlers[:] = [handler]

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 def _run(flags) -> int:
     from vitssl import config, experiment, log
 
-    c = config.load(flags["config"], flags["overrides"])
+    c = experiment.load(flags["config"], flags["overrides"])
     name = config.name_of(flags["config"])
     workdir = flags["workdir"] or str(pathlib.Path("runs") / name)
     log.to_terminal()

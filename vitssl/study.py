@@ -1,10 +1,10 @@
 """A study: several arms of one config, several seeds each, one table.
 
-A config becomes a study by its section `study`:
+A config becomes a study by its section `study`; arms are overrides as typed:
 
     c.study = dict(
         seeds=(0, 1, 2),
-        arms=dict(multi={}, single={"multicrop.num_local_crops": 0}),
+        arms=dict(multi=(), single=("multicrop.num_local_crops=0",)),
         columns=("knn/trained", "knn/untrained"),
     )
 
@@ -56,8 +56,7 @@ def read(c: ml_collections.ConfigDict) -> Plan:
         for seed in study.seeds:
             copy = config.without(base)
             faults = config.Problems()
-            for key, value in {**dict(overrides), "seed": seed}.items():
-                config.assign(copy, key, value, faults)
+            config.override(copy, (*overrides, f"seed={seed}"), faults)
             try:
                 faults.stop()
                 runs[arm, seed] = experiment.read(copy)

@@ -184,7 +184,9 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     if found:
         logger.info("resuming after step %d of %d", at, run_.total_steps)
     elif s.init.from_:
-        state = state.replace(params=init.load(s.init, state.params))
+        params = init.load(s.init, state.params)
+        extra = parts.method.adopt(params, state.extra)
+        state = state.replace(params=params, extra=extra)
     watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
     writers = None
     if devices.is_main():

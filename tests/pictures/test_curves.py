@@ -99,3 +99,35 @@ def test_momentum_of_exactly_one_has_no_place_on_the_logarithmic_scale():
 def test_a_metric_that_is_missing_is_named(draw):
     with pytest.raises(ValueError, match=r"no metric.*\['lr'\]"):
         draw({"lr": run()["lr"]})
+
+
+def test_collapse_watches_features_and_not_predictions():
+    at = np.arange(1, 4)
+    values = {
+        "target_std": np.array([0.5, 0.2, 0.005]),
+        "online_rank": np.array([20.0, 10.0, 2.0]),
+        "quality/rankme": np.array([8.0, 8.0, 8.0]),
+        "quality/mean_similarity": np.array([0.1, 0.5, 0.95]),
+        "cosine_h0": np.array([0.1, 0.9, 0.99]),  # Of predictions: high is good.
+        "crank": np.array([1.0, 1.0, 1.0]),
+    }
+    figure = curves.collapse({k: (at, v) for k, v in values.items()}, width=64)
+    names = [
+        sorted(t.get_text() for t in a.get_legend().get_texts()) for a in figure.axes
+    ]
+    assert names == [
+        ["target_std"],
+        ["online_rank", "quality/rankme"],
+        ["quality/mean_similarity"],
+    ]
+    zones = [
+        (a.patches[0].get_y(), a.patches[0].get_y() + a.patches[0].get_height())
+        for a in figure.axes
+    ]
+    np.testing.assert_allclose(zones, [(0, 0.01), (0, 6.4), (0.9, 1.0)])
+
+
+def test_what_was_not_logged_is_said():
+    figure = curves.collapse({"target_std": (np.arange(3), np.ones(3))}, width=8)
+    texts = [[t.get_text() for t in a.texts] for a in figure.axes]
+    assert texts == [[], ["not logged"], ["not logged"]]

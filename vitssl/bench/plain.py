@@ -57,6 +57,10 @@ class Plain:
         """Return `extra`; there is nothing to update."""
         return extra
 
+    def adopt(self, params, extra):
+        """Return `extra`; it does not depend on the parameters."""
+        return extra
+
     def phase(self, step):
         """Return (): every step is alike."""
         return ()

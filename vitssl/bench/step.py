@@ -88,7 +88,7 @@ def _of_config(o, overrides) -> dict:
     """Return what to measure for a config; its data are replaced by random ones."""
     from vitssl import experiment, train
 
-    c = config.load(o.config, overrides)
+    c = experiment.load(o.config, overrides)
     if "study" in c:
         raise errors.UsageError(f"bench step: {o.config} is a study; name one recipe")
     c.data.source, c.data.root = "fake", ""

@@ -57,6 +57,9 @@ class Method(Protocol):
     def after(self, params, extra, step) -> Tree:
         """Return `extra` after update number `step` (0-based): EMA and the like."""
 
+    def adopt(self, params, extra) -> Tree:
+        """Return `extra` for parameters loaded from elsewhere: targets follow them."""
+
     def phase(self, step: int) -> Hashable:
         """Return the static part of step `step`: each distinct value is compiled."""
 

@@ -263,6 +263,15 @@ class HJEPA:
             found["momentum"] = extra["momentum"]
         return jax.lax.stop_gradient(found)
 
+    def adopt(self, params, extra):
+        """Return `extra` with targets that start as copies of loaded parameters."""
+        moved = {}
+        if self.ema.target_encoder:
+            moved["target"] = tree.copy(params["encoder"])
+        if self.levels.target == "ema":
+            moved["target_levels"] = tree.copy(params["levels"])
+        return extra | moved
+
     def after(self, params, extra, step):
         """Return `extra` after update `step`: the targets follow the new parameters."""
         if not self.ema.target_encoder:

@@ -99,7 +99,6 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
 
 def _load(method, state):
     """Put a case's parameters in, through the table users use."""
-    image = {"global": jnp.zeros((1, 1, method.model.image_size, 1, 3))}
     image = {"global": jnp.zeros((1, 1, *(method.model.image_size,) * 2, 3))}
     fresh = jax.eval_shape(lambda: method.init(jax.random.key(0), image))
     params, extra = table.load(state, *fresh)
@@ -138,7 +137,12 @@ def _predictor(case):
 def _batch_norm(case):
     c, x = case.config, jnp.asarray(case.inputs["x"])
     net = levels.BatchNorm(eps=c["eps"], momentum=c["momentum"])
-    state = net.init(jax.random.key(0), x)
+    fresh = net.init(jax.random.key(0), x)
+    named = {"params": "params", "batch_stats": "stats"}
+    like = {ours: {"proj_0": {"norm": fresh[flax]}} for flax, ours in named.items()}
+    state = {f"hierarchy_projections.0.1.{k}": v for k, v in case.param.items()}
+    found = convert.convert(state, like, table.levels("params/"))
+    state = {flax: found[ours]["proj_0"]["norm"] for flax, ours in named.items()}
     y, moved = net.apply(state, x, None, True, mutable=["batch_stats"])
     case.close("y", y)
     case.close("running_mean", moved["batch_stats"]["mean"])
