@@ -27,7 +27,7 @@ import ml_collections
 
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # Scanned digits with random place, size and clutter: raw pixels do not solve them.
-SCENES = dict(size=48, count=0, fragments=1, shapes=1, scale_min=0.55, scale_max=0.8)
+SCENES = dict(size=24, count=0, fragments=1, shapes=0, scale_min=0.6, scale_max=0.85)
 SIZES = {  # name: width, depth, heads, predictor depth
     "ti": (192, 12, 3, 4),
     "s": (384, 12, 6, 6),
@@ -260,15 +260,15 @@ def _evidence():
     c = _demo()
     c.batch_size, c.epochs = 64, 10.0
     c.data.update(source="scenes", mean=(0.4,), std=(0.3,), options=SCENES)
-    c.model.update(patch=6, image_size=48)
+    c.model.update(image_size=24)
     c.multicrop.update(
         num_local_crops=6,
-        global_crop_size=48,
-        local_crop_size=24,
+        global_crop_size=24,
+        local_crop_size=12,
         global_crop_scale=(0.4, 1.0),
         local_crop_scale=(0.1, 0.4),
     )
-    c.evals.update(image_size=48, online_samples_train=2000, online_samples_test=500)
+    c.evals.update(image_size=24, online_samples_train=2000, online_samples_test=500)
     return c
 
 

@@ -91,6 +91,21 @@ def test_four_devices_give_the_rows_of_one(size):
     assert found["index"].tolist() == list(range(11))
 
 
+def test_every_device_gets_all_rows_as_every_process_needs_them():
+    mesh = devices.mesh(devices.Mesh(), 4)
+    sharding = devices.batch_sharding(mesh)
+    batch = next(_batches(8))
+    batch.pop("box")
+    found = features._apply(
+        jax.device_put(_state(2, 1), devices.replicated(mesh)),
+        jax.device_put(batch, sharding),
+        features=Network().features,
+        names=("pooled",),
+        sharding=sharding,
+    )
+    assert all(rows.is_fully_replicated for rows in found.values())
+
+
 def test_what_cannot_be_extracted_is_said():
     state = _state(1, 0)
     with pytest.raises(ValueError, match=r"no \['cls'\]; there is \['pooled', 'tok"):

@@ -13,7 +13,7 @@ IMAGE = RNG.integers(0, 256, (48, 4, 4, 1)).astype(np.uint8)
 # Brightness of the left half, of which `START` looks at nothing.
 LABEL = (IMAGE[:, :, :2].mean((1, 2, 3)) > 127.5).astype(np.int32)
 START = {"kernel": np.repeat(np.array([[0.0], [0.0], [1.0], [1.0]]) / 2, 3, 1)}
-START = jax.tree.map(lambda a: a.astype(np.float32), START)
+START = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), START)
 
 
 def encode(params, image, train, rng):

@@ -109,6 +109,13 @@ def test_a_batch_of_one_has_nothing_to_learn():
     assert loss == 0 and all(np.isfinite(v) for v in metrics.values())
 
 
+def test_no_pair_that_counts_is_a_loss_of_zero():
+    a, b = _views()
+    # Not compiled: a compiler may fold 0 * nan to the 0 this is about.
+    loss, metrics = contrastive.nt_xent(a, b, np.zeros(6), temperature=0.1)
+    assert loss == 0 and all(v == 0 for v in metrics.values())
+
+
 def test_order_of_samples_and_of_views_does_not_matter():
     a, b = _views()
     want, _ = NT_XENT(a, b, temperature=0.1)

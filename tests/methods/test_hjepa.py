@@ -138,9 +138,7 @@ def test_features_of_images_of_any_size(fpn):
         image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), np.uint8)
         found = jax.jit(m.features)(params, extra, image)
         assert found["tokens"].shape == (2, n, 16)
-        np.testing.assert_allclose(
-            found["pooled"], found["tokens"].mean(1), atol=1e-5
-        )
+        np.testing.assert_allclose(found["pooled"], found["tokens"].mean(1), atol=1e-5)
         assert found["cls"].shape == (2, 16)
         # One block: its tokens, normalised, are the last ones.
         np.testing.assert_allclose(found["last4"], found["pooled"], atol=1e-5)

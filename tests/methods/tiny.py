@@ -10,6 +10,9 @@ from vitssl.data import crops
 from vitssl.methods import hjepa, hjepa_losses, hjepa_sections
 from vitssl.models import vit
 
+# Compiling is most of the time of these tests: two and a half times faster this way.
+QUICK = {"xla_backend_optimization_level": 0}
+
 STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
 
 MODEL = dict(width=16, depth=1, heads=2, patch=4, image_size=24)
@@ -93,23 +96,26 @@ def batch(of, seed=0, size=None):
 def init(of, seed=0):
     """Return (params, extra) of fresh networks."""
     shapes = jax.eval_shape(lambda: batch(of))
-    return jax.jit(lambda: of.init(jax.random.key(seed), shapes))()
+    fresh = jax.jit(
+        lambda: of.init(jax.random.key(seed), shapes), compiler_options=QUICK
+    )
+    return fresh()
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def loss(of, params, extra, batch, rng):
     """Return (loss, (extra, metrics))."""
     return of.loss(params, extra, batch, rng, phase=None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def grad(of, params, extra, batch, rng):
     """Return ((loss, (extra, metrics)), gradient of the parameters)."""
     value = jax.value_and_grad(of.loss, has_aux=True)
     return value(params, extra, batch, rng, phase=None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def terms(of, params, extra, batch):
     """Return `hjepa_step.Terms` in evaluation mode."""
     return of.terms(of.networks(params, extra, train=False), batch)
