@@ -65,7 +65,7 @@ def _method(key, dtype, batch_size):
             std=(0.25, 0.2, 0.3),
             dtype=dtype,
         ),
-        model=vit.ViT(**MODEL | own.get("model", {})),
+        model=vit.ViT(**MODEL | dict(dtype=dtype) | own.get("model", {})),
         predictor=hjepa_sections.Predictor(**PREDICTOR | own.get("predictor", {})),
         levels=hjepa_sections.Levels(**LEVELS | own.get("levels", {})),
         multicrop=crops.MultiCrop(**MULTICROP | own.get("multicrop", {})),

@@ -53,7 +53,7 @@ class HJEPA:
     @property
     def encoder(self) -> vit.ViT:
         """The context encoder; the target encoder is the same module."""
-        return self.model.clone(dtype=self.run.dtype)
+        return self.model
 
     @property
     def predictor_module(self) -> predictor.Predictor:
@@ -63,7 +63,7 @@ class HJEPA:
             **dataclasses.asdict(self.predictor),
             roles=strategy != "global_only" and most > 0,
             pooled=self.uses_views and most > 0,
-            dtype=self.run.dtype,
+            dtype=self.model.dtype,
             attention=self.model.attention,
         )
 
@@ -77,7 +77,7 @@ class HJEPA:
             pooling=self.levels.pooling,
             fpn=self.levels.fpn,
             fpn_width=self.levels.fpn_width,
-            dtype=self.run.dtype,
+            dtype=self.model.dtype,
         )
 
     def networks(self, params, extra, *, rng=None, train) -> hjepa_networks.Networks:
@@ -110,8 +110,7 @@ class HJEPA:
 
     @property
     def _most_locals(self) -> int:
-        c = self.multicrop
-        return c.max_local_crops if c.adaptive else c.num_local_crops
+        return self.multicrop.locals_at(10**9)
 
     def transform(self) -> crops.MultiCropTransform:
         """Return the training transform; it makes no crops that are not used."""

@@ -73,7 +73,13 @@ def slots(masking, grid, passes) -> Slots:
 def _counts(masking, grid, passes):
     """Return numbers of visible patches and of targets of many draws, [draws K]."""
     rng = np.random.default_rng(0)
-    context, targets = masks.hierarchical(rng, masking.blocks_only, grid, DRAWS)
+    # One call of this sampler gives all crops blocks of the same size.
+    calls = DRAWS // 4 if masking.sampler == "ijepa" else 1
+    drawn = [
+        masks.hierarchical(rng, masking.blocks_only, grid, DRAWS // calls)
+        for _ in range(calls)
+    ]
+    context, targets = map(np.concatenate, zip(*drawn, strict=True))
     targets = targets.any(2)[:, :passes]  # [draws, K, N]
     context = context[:, :passes] if masking.context == "block" else ~targets
     return context.sum(-1).ravel(), targets.sum(-1).ravel()

@@ -290,7 +290,8 @@ def predict(net: Networks, context: Context, targets: Targets, extra, slots: Slo
     for e in extra:
         offered += e.tokens.shape[1] if e.valid is None else e.valid.sum(-1)
     offered = jnp.broadcast_to(offered, asked.shape)
-    crowded = jnp.maximum(0, asked + offered - room).sum() / offered.sum()
+    surplus = jnp.maximum(0, asked + offered - room).sum()
+    crowded = surplus / jnp.maximum(offered.sum(), 1)
     guess = einops.rearrange(guess, "(b c k) m d -> b c k m d", b=b, c=c)
     return guess, crowded
 

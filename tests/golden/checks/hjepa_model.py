@@ -11,7 +11,7 @@ from vitssl import convert, methods, optim, step, tree
 from vitssl.convert import hjepa as table
 from vitssl.data import crops
 from vitssl.losses import regression
-from vitssl.methods import hjepa, hjepa_losses, hjepa_sections, hjepa_step
+from vitssl.methods import hjepa, hjepa_losses, hjepa_sections
 from vitssl.models import levels, predictor, vit
 
 # I-JEPA decays no bias and no 1-D tensor; these are all of ours.
