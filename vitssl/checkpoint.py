@@ -282,8 +282,16 @@ def _shapes(tree) -> dict:
         for p in path:
             part = getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))
             parts.append(str(part))
-        found["/".join(parts)] = tuple(getattr(leaf, "shape", ()))
+        shape = tuple(getattr(leaf, "shape", ()))
+        if _is_key(leaf):  # Stored as the two integers of its data.
+            shape = (*shape, 2)
+        found["/".join(parts)] = shape
     return found
+
+
+def _is_key(leaf) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _digest(path: pathlib.Path) -> str:

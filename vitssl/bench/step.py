@@ -3,9 +3,13 @@
     python -m vitssl.bench step --config=configs/hjepa.py [--config.KEY=VALUE ...]
     python -m vitssl.bench step --vit=b16 --image=224 --batch=256 --dtype=bfloat16
 
-Prints one JSON line: median, first and last decile of the step time in ms, images per
-second and device, compile seconds, XLA's and the formula's FLOPs, MFU where the
-device's peak is known, bytes of memory, versions. Needs neither grain nor a data set.
+One JSON line: median and deciles of the step time in ms, images per second and device,
+compile seconds, XLA's and the formula's FLOPs, MFU where the device's peak is known,
+bytes of memory, versions. Needs neither grain nor a data set. Two steps are compared in
+one process, in turns (ABAB), because machines are noisy:
+
+    --versus=KEY=VALUE[;KEY=VALUE]   the same config with these overrides
+    --torch=eager | compile          the same ViT in PyTorch (extra `[torch]`)
 """
 
 import argparse
@@ -34,15 +38,60 @@ def run(argv: list[str]) -> dict:
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--remat", action="store_true")
-    parser.add_argument("--phase_step", type=int, default=0)
+    parser.add_argument("--versus", default="")
+    parser.add_argument("--torch", default="", choices=("", "eager", "compile"))
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args(own)
     if bool(o.config) == bool(o.vit):
         raise errors.UsageError("bench step: give --config=FILE or --vit=NAME")
     case = _of_config(o, overrides) if o.config else _of_vit(o)
-    return measure(**case, o=o)
+    if o.versus and not o.config or o.torch and not o.vit:
+        raise errors.UsageError("bench step: --versus needs --config, --torch --vit")
+    ours, figures = prepare(**case, seed=o.seed)
+    if not (o.versus or o.torch):
+        times = _times(ours, o.warmup, o.steps)
+        return figures | _speed(figures, times)
+    if o.versus:
+        other = _of_config(o, [*overrides, *o.versus.split(";")])
+        theirs, facts = prepare(**other, seed=o.seed)
+    else:
+        theirs, facts = _rival(o, case), {"batch": figures["batch"], "devices": 1}
+    seconds = {"ours": [], "theirs": []}
+    for turn in range(o.turns):
+        for key, one in (("ours", ours), ("theirs", theirs)):
+            seconds[key] += _times(one, 0 if turn else o.warmup, o.steps)
+    medians = [
+        [float(np.median(part)) for part in np.array_split(seconds[key], o.turns)]
+        for key in ("ours", "theirs")
+    ]
+    ratios = [b / a for a, b in zip(*medians, strict=True)]
+    return figures | {
+        **_speed(figures, seconds["ours"]),
+        "versus": o.versus or f"torch {o.torch}",
+        "theirs": facts | _speed(facts, seconds["theirs"]),
+        "speed_ratio": float(np.median(ratios)),
+        "speed_ratio_each_turn": ratios,
+    }
+
+
+def _rival(o, case):
+    from vitssl.bench import rival
+
+    net = case["method"].model
+    return rival.step(
+        width=net.width,
+        depth=net.depth,
+        heads=net.heads,
+        patch=net.patch,
+        image=o.image,
+        classes=case["method"].run.classes,
+        batch=case["batch"],
+        dtype=o.dtype,
+        compiled=o.torch == "compile",
+    )
 
 
 def _of_vit(o) -> dict:
@@ -103,7 +152,7 @@ def _of_config(o, overrides) -> dict:
     if o.batch:
         c.batch_size = o.batch
     parts = train.build(experiment.read(c))
-    batch = parts.stream(o.phase_step).load(o.phase_step)
+    batch = parts.stream(0).load(0)
     return {
         "name": config.name_of(o.config),
         "method": parts.method,
@@ -123,12 +172,16 @@ def random_batch(shapes, seed: int) -> dict:
     }
 
 
-def measure(*, name, method, optimizer, batch, accumulate, analytic, o) -> dict:
-    """Compile and time the step; return the figures."""
+def prepare(*, name, method, optimizer, batch, accumulate, analytic, seed):
+    """Compile a step and put its state and batch on the devices.
+
+    Returns:
+        a function that does one step and waits for it, and the figures known so far.
+    """
     mesh_spec = devices.Mesh()
     rows = len(next(iter(batch.values())))
     mesh = devices.mesh(mesh_spec, rows, accumulate)
-    phase = step.phase_at(method, optimizer, o.phase_step)
+    phase = step.phase_at(method, optimizer, 0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -146,45 +199,57 @@ def measure(*, name, method, optimizer, batch, accumulate, analytic, o) -> dict:
         return step.init(method, optimizer, rng, zeros, phase)
 
     sharding = compiled.state_sharding(phase)
-    state = jax.jit(fresh, out_shardings=sharding)(jax.random.key(o.seed))
+    state = [jax.jit(fresh, out_shardings=sharding)(jax.random.key(seed))]
     batch = devices.put(batch, devices.batch_sharding(mesh))
-    times = _time(executable, state, batch, o.warmup, o.steps)
+
+    def one():
+        state[0], metrics = executable(state[0], batch)
+        jax.block_until_ready(metrics)
+
     count = jax.device_count()
-    median = float(np.median(times))
     xla = (executable.cost_analysis() or {}).get("flops", 0.0) * count * accumulate
-    peak = devices.peak_flops(method.run.dtype) * count
     memory = executable.memory_analysis()
-    found = jax.local_devices()[0].memory_stats() or {}
-    return {
+    return one, {
         "bench": "step",
         "name": name,
         "batch": rows,
         "dtype": method.run.dtype,
         "device": jax.devices()[0].device_kind,
         "devices": count,
-        "ms_per_step": 1e3 * median,
-        "ms_p10_p90": [1e3 * float(q) for q in np.quantile(times, (0.1, 0.9))],
-        "images_per_second_per_device": rows / median / count,
         "compile_seconds": compile_seconds,
         "xla_gflop_per_image": xla / rows / 1e9,
         "analytic_gflop_per_image": analytic / 1e9,
-        "tflops": (analytic * rows or xla) / median / 1e12,
-        "mfu_percent": 100 * (analytic * rows or xla) / median / peak if peak else None,
-        "peak_bytes": found.get("peak_bytes_in_use")
-        or getattr(memory, "peak_memory_in_bytes", None),
+        "compiled_peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
         "versions": report.versions(),
     }
 
 
-def _time(executable, state, batch, warmup: int, steps: int) -> list[float]:
-    """Return seconds of each step, the device drained after every one."""
+def _speed(figures: dict, times: list[float]) -> dict:
+    """Return what follows from the seconds of the steps."""
+    median, rows, count = float(np.median(times)), figures["batch"], figures["devices"]
+    found = {
+        "ms_per_step": 1e3 * median,
+        "ms_p10_p90": [1e3 * float(q) for q in np.quantile(times, (0.1, 0.9))],
+        "images_per_second_per_device": rows / median / count,
+    }
+    if "xla_gflop_per_image" in figures:
+        flop = figures["analytic_gflop_per_image"] or figures["xla_gflop_per_image"]
+        rate = 1e9 * flop * rows / median
+        peak = devices.peak_flops(figures["dtype"]) * count
+        stats = jax.local_devices()[0].memory_stats() or {}
+        found["tflops"] = rate / 1e12
+        found["mfu_percent"] = 100 * rate / peak if peak else None
+        found["peak_bytes"] = stats.get("peak_bytes_in_use")
+    return found
+
+
+def _times(one, warmup: int, steps: int) -> list[float]:
+    """Return the seconds of each step, after some that do not count."""
     for _ in range(warmup):
-        state, metrics = executable(state, batch)
-    jax.block_until_ready(metrics)
+        one()
     times = []
     for _ in range(steps):
         start = time.perf_counter()
-        state, metrics = executable(state, batch)
-        jax.block_until_ready(metrics)
+        one()
         times.append(time.perf_counter() - start)
     return times

@@ -64,7 +64,7 @@ class Method(Protocol):
         """Return the static part of step `step`: each distinct value is compiled."""
 
     def features(self, params, extra, image) -> dict:
-        """Return {"pooled": [B, D], "tokens": [B, N, D], ...} of images [B, H, W, C]."""
+        """Return {"pooled": [B, D], "tokens": [B, N, D], ...} of [B, H, W, C]."""
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""

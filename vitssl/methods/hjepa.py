@@ -262,6 +262,10 @@ class HJEPA:
             found["momentum"] = extra["momentum"]
         return jax.lax.stop_gradient(found)
 
+    def pictures(self, params, extra, batch, image):
+        """Return fields of `evals.pictures.Material`."""
+        return hjepa_pictures.arrays(self, params, extra, batch, image)
+
     def adopt(self, params, extra):
         """Return `extra` with targets that start as copies of loaded parameters."""
         moved = {}
