@@ -99,6 +99,4 @@ def metrics(workdir):
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = map(json.loads, path.read_text().splitlines())
     free = ("time/", "compile/", "memory/")
-    return [
-        {k: v for k, v in line.items() if not k.startswith(free)} for line in lines
-    ]
+    return [{k: v for k, v in line.items() if not k.startswith(free)} for line in lines]

@@ -13,12 +13,12 @@ from vitssl import config, experiment, init, log, train
 def _read(workdir, **changes):
     words = runs.arguments(workdir, **changes)
     overrides = [w.removeprefix("--config.") for w in words if "--config." in w]
-    return experiment.read(experiment.load(words[0].removeprefix("--config="), overrides))
+    return experiment.read(
+        experiment.load(words[0].removeprefix("--config="), overrides)
+    )
 
 
-def test_the_loop_neither_compiles_nor_transfers_behind_our_back(
-    tmp_path, monkeypatch
-):
+def test_the_loop_neither_compiles_nor_transfers_behind_our_back(tmp_path, monkeypatch):
     seen, counts = [], {"compile": 0, "put": 0, "get": 0}
 
     def on_event(name, seconds, **unused):

@@ -156,9 +156,7 @@ def test_rules_that_do_not_fit_are_named(changes, says):
 
 def test_layer_decay_grows_towards_the_head():
     method = toy.make(depth=3)
-    params, _ = jax.eval_shape(
-        method.init, jax.random.key(0), toy.batch()
-    )
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), toy.batch())
     rules = optim.layer_decay(0.5, 3, prefix="model/")
     factor = tree.match(tree.flat(params), rules, what="optim.lr_rules")
     assert factor["model/pos_embed"] == factor["model/patch_embed/kernel"] == 0.5**4

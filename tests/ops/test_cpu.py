@@ -51,7 +51,12 @@ def _plain_norm(x, scale, bias, eps):
 
 @pytest.mark.parametrize("eps", [1e-6, 0.3])
 def test_layer_norm_and_its_derivatives_are_those_of_the_plain_form(eps):
-    x, scale, bias, g = _draw(0, 2, 5, 8) + 3, _draw(1, 8), _draw(2, 8), _draw(3, 2, 5, 8)
+    x, scale, bias, g = (
+        _draw(0, 2, 5, 8) + 3,
+        _draw(1, 8),
+        _draw(2, 8),
+        _draw(3, 2, 5, 8),
+    )
     with jax.enable_x64(True):
         wide = [jnp.asarray(t, jnp.float64) for t in (x, scale, bias)]
         want, pull = jax.vjp(lambda *a: _plain_norm(*a, eps), *wide)

@@ -10,7 +10,10 @@ def norm(torch, flax):
 
 def linear(torch, flax):
     """Return the rules of a linear layer."""
-    return (convert.Rule(f"{torch}.weight", f"{flax}/kernel", convert.LINEAR), bias(torch, flax))
+    return (
+        convert.Rule(f"{torch}.weight", f"{flax}/kernel", convert.LINEAR),
+        bias(torch, flax),
+    )
 
 
 def bias(torch, flax):

@@ -142,7 +142,10 @@ def _attention_vjp(saved, g):
     dq = _dot("bhqk,bhkc->bhqc", d, k) * q.shape[-1] ** -0.5
     dk = _dot("bhqk,bhqc->bhkc", d, q)
     grads = (x.swapaxes(1, 2).astype(dtype) for x in (dq, dk, dv))
-    return (*grads, None if length is None else np.zeros(length.shape, jax.dtypes.float0))
+    return (
+        *grads,
+        None if length is None else np.zeros(length.shape, jax.dtypes.float0),
+    )
 
 
 attention.defvjp(_attention, _attention_vjp)
