@@ -85,7 +85,9 @@ def test_pack_refuses_slots_that_cannot_be_filled(slots):
 def test_take_gathers_tokens_of_each_sample_or_of_one_table():
     tokens, keep = _draw(0, 2, 5, 3), np.array([[4, 0], [2, 2]])
     got = patches.take(tokens, keep)
-    np.testing.assert_array_equal(got, np.stack([t[k] for t, k in zip(tokens, keep)]))
+    np.testing.assert_array_equal(
+        got, np.stack([t[k] for t, k in zip(tokens, keep, strict=False)])
+    )
     table = patches.take(tokens[:1], keep)
     np.testing.assert_array_equal(table, tokens[0][keep])
 

@@ -23,6 +23,7 @@ from vitssl.methods import (
     hjepa_losses,
     hjepa_networks,
     hjepa_sections,
+    hjepa_pictures,
     hjepa_slots,
     hjepa_step,
 )
