@@ -22,8 +22,8 @@ from vitssl.losses import combined
 from vitssl.methods import (
     hjepa_losses,
     hjepa_networks,
-    hjepa_sections,
     hjepa_pictures,
+    hjepa_sections,
     hjepa_slots,
     hjepa_step,
 )
