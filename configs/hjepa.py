@@ -144,7 +144,7 @@ def _demo():
         b2=0.95,
         lr_rules=((".*", 1.0),),
         # I-JEPA's rule: biases and vectors do not decay.
-        wd_rules=((".*/(bias|scale)", 0.0), (".*", 1.0)),
+        wd_rules=((".*/(bias|scale|ls1|ls2)", 0.0), (".*", 1.0)),
     )
     c.evals = dict(
         image_size=24,

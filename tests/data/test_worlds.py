@@ -96,7 +96,7 @@ def test_raw_pixels_do_not_solve_the_scenes():
     train = _pixels(scenes.World(split="train"), 2000)
     test = _pixels(scenes.World(split="test"), 300)
     score = neighbors.KNeighborsClassifier(5).fit(*train).score(*test)
-    assert score < 0.3  # The same scans, aligned, give 0.98.
+    assert score < 0.4  # The same scans, aligned, give 0.98.
 
 
 def test_every_scene_uses_the_range_of_its_type():

@@ -108,7 +108,7 @@ def test_online_tells_a_good_network_from_a_bad_one():
 def test_online_sees_a_collapse():
     network = Network()
     flat = (np.ones((8, 4), np.float32), np.float32(0))
-    dead = (np.zeros((8, 4), np.float32), np.float32(1))
+    dead = (np.zeros((8, 4), np.float32), np.arange(4, dtype=np.float32))
     found = [
         evals.online(
             _section(),

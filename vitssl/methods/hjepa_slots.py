@@ -8,8 +8,10 @@ patches than that is thinned out evenly (`predictor.thin`), as I-JEPA thins all 
 them to the batch's minimum. Targets always have room for the largest set seen in
 `DRAWS` draws and a margin.
 
-With the default quantile of 0.7 the step does the work of the mean crop within 8 %,
-and 5 % of all visible patches find no room; with 1.0 every patch has room.
+With the default quantile of 0.7 a step costs 4 to 9 % more than one with the mean
+number of tokens would (2 global and 6 local crops, ViT-B/16), and of all visible
+patches 4 to 6 % do not enter the encoder, 6 to 9 % not the predictor. The metrics
+`dropped_context` and `dropped_targets` say what a run loses. With 1.0 it is nothing.
 """
 
 import functools

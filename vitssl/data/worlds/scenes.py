@@ -54,6 +54,10 @@ def _large():
 class World:
     """All scenes of one seed: scene i is a pure function of the fields and i.
 
+    With the defaults raw pixels give 0.3 to 0.5 (k-NN, cosine the better), and a
+    supervised convolutional net of 0.4 M weights passes 0.7 in seven epochs of the
+    6000. Smaller digits and more pieces are much harder.
+
     Attributes:
         split: "train" or "test"; scanned digits are shared by no two splits.
         size: S, side of the canvas in pixels.
@@ -71,11 +75,11 @@ class World:
     size: int = 48
     channels: int = 1
     seed: int = 0
-    scale_min: float = 0.4
-    scale_max: float = 0.65
+    scale_min: float = 0.55
+    scale_max: float = 0.8
     slant: float = 15.0
-    fragments: int = 3
-    shapes: int = 2
+    fragments: int = 1
+    shapes: int = 1
     contrast: float = 0.35
     noise: int = 8
 
