@@ -7,7 +7,7 @@ import sys
 import ml_collections
 import pytest
 
-from vitssl import config, errors, experiment, main
+from vitssl import config, errors, experiment, main, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 HJEPA = str(ROOT / "configs" / "hjepa.py")
@@ -21,7 +21,7 @@ MISTAKES = {
     "optim.lr=(1e-3,)": ["optim.lr", "float"],
     "optim.name=adamW": ["optim.name='adamW'", "adamw, adam, sgd, lars"],
     "optim.schedule=step": ["optim.schedule='step'", "cosine, linear, constant"],
-    "optim.warmup_epochs=40.0": ["warmup_epochs=40.0", "epochs="],
+    "optim.warmup_epochs=400.0": ["warmup_epochs=400.0", "epochs="],
     "optim.wd=-0.1": ["optim.wd=-0.1", "not be negative"],
     "optim.b1=1.0": ["optim.b1=1.0", "[0, 1)"],
     "optim.clip_norm=-3.0": ["optim.clip_norm=-3.0"],
@@ -31,11 +31,11 @@ MISTAKES = {
     "seed=-1": ["seed=-1"],
     "batch_size=0": ["batch_size=0", "1 or more"],
     "batch_size=64.5": ["batch_size=64.5", "int"],
-    "accumulate=7": ["accumulate=7", "does not divide", "64"],
+    "accumulate=7": ["accumulate=7", "does not divide", "32"],
     "method=hjeppa": ["method='hjeppa'", "did you mean 'hjepa'"],
     "model.name=vitt": ["model.name='vitt'", "did you mean 'vit'"],
     "model.heads=5": ["model.", "heads=5", "width=64"],
-    "model.patch=5": ["patch=5", "32"],
+    "model.patch=5": ["patch=5", "24"],
     "model.depth=two": ["model.depth=two", "int"],
     "data.source=digitz": ["data.source='digitz'", "did you mean 'digits'"],
     "data.channels=3": ["data.mean has 1 values for channels=3"],
@@ -57,7 +57,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message_and_exit_code_2(mistake, capsys, tmp_path):
+def test_a_mistake_is_one_message_and_exit_code_2(
+    mistake, capsys, tmp_path, monkeypatch
+):
+    # A mistake that is not found must fail here, not train for minutes.
+    monkeypatch.setattr(train, "run", lambda *a, **k: pytest.fail("it would train"))
     argv = [f"--config={HJEPA}", f"--workdir={tmp_path / 'w'}", f"--config.{mistake}"]
     assert main.main(argv) == 2
     said = capsys.readouterr().err
