@@ -69,6 +69,15 @@ def test_the_blocks_do_not_show_in_the_answer_not_even_in_ties(metric):
         np.testing.assert_array_equal(score, found[0][0])
 
 
+def test_what_differs_from_the_centre_by_rounding_does_not_differ():
+    centre = np.array([0.3, -77.7, 1e-3, 0.0], np.float32)
+    near = np.nextafter(np.nextafter(centre, np.float32(9)), np.float32(9))
+    near[3] = 0
+    assert not np.asarray(knn._offset(near[None], centre, False)).any()
+    away = np.asarray(knn._offset(centre[None] * np.float32(1 + 1e-6), centre, False))
+    assert away[0, :3].all()
+
+
 @pytest.mark.parametrize("value", [0.3, 1e-3, 77.7])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_collapsed_features_give_the_first_rows(metric, value):

@@ -69,7 +69,7 @@ def test_number_of_parameters_of_the_published_sizes(sizes, trained, everything)
     m = tiny.method(
         model=dict(width=width, depth=depth, heads=heads, patch=16, image_size=224),
         predictor=dict(depth=predictor_depth, heads=predictor_heads, mlp_ratio=4.0),
-        masking=dict(strategy="global_only"),
+        masking=dict(strategy="global_only", num_hierarchies=3),
     )
     image = jax.ShapeDtypeStruct((1, 2, 224, 224, 3), jnp.uint8)
     params, extra = jax.eval_shape(
@@ -142,15 +142,15 @@ def test_features_of_images_of_any_size(fpn):
         assert found["cls"].shape == (2, 16)
         # One block: its tokens, normalised, are the last ones.
         np.testing.assert_allclose(found["last4"], found["pooled"], atol=1e-5)
-        for k in range(3):
+        for k in range(2):
             each = m.extract_features(params, extra, image, k)
             rows = -(-side // (4 * 2**k))
             assert each.shape == (2, rows * rows, 16)
             np.testing.assert_allclose(found[f"level{k}"], each.mean(1), atol=1e-5)
         online = m.extract_features(params, extra, image, 0, use_target_encoder=False)
         assert not np.allclose(online, m.extract_features(params, extra, image, 0))
-    with pytest.raises(errors.UsageError, match="level=3: 0 to 2"):
-        m.extract_features(params, extra, image, 3)
+    with pytest.raises(errors.UsageError, match="level=2: 0 to 1"):
+        m.extract_features(params, extra, image, 2)
 
 
 def test_float_images_are_taken_as_normalised():
@@ -171,7 +171,7 @@ IMPOSSIBLE = [
     (dict(multicrop=dict(num_global_crops=0)), "num_global_crops=0", "at least 1"),
     (dict(predictor=dict(heads=3)), "predictor.heads=3", "width 16"),
     (dict(predictor=dict(width=6, heads=4)), "predictor.heads=4", "width 6"),
-    (dict(objective=dict(weights=(1.0, 1.0))), "objective.weights", "give 1 or 3"),
+    (dict(objective=dict(weights=(1.0,) * 3)), "objective.weights", "give 1 or 2"),
     (dict(ema=dict(target_encoder=False)), "target_encoder=False", "hjepa_sigreg"),
     (
         dict(

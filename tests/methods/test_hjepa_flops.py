@@ -49,8 +49,10 @@ def test_a_packed_step_costs_what_the_table_says(levels, strategy, view_weight):
         model=dict(width=768, depth=12, heads=12, patch=16, image_size=224),
         predictor=dict(depth=6, heads=12, mlp_ratio=4.0),
         multicrop=dict(num_local_crops=6, global_crop_size=224, local_crop_size=96),
-        masking=dict(strategy=strategy, levels=levels, min_keep=4, slots=0.7),
-        objective=dict(view_weight=view_weight),
+        masking=dict(
+            strategy=strategy, levels=levels, num_hierarchies=3, min_keep=4, slots=0.7
+        ),
+        objective=dict(view_weight=view_weight, weights=(1.0, 0.5, 0.25)),
     )
     flops = _flops(m, patches={"global": 196, "local": 36}, local_crops=6)
     ratio = flops / 2 / SINGLE_CROP

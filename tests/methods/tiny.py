@@ -35,7 +35,7 @@ MULTICROP = dict(
 MASKING = dict(
     strategy="cross_crop_prediction",
     sampler="original",
-    num_hierarchies=3,
+    num_hierarchies=2,
     num_target_masks=4,
     scale_progression="geometric",
     base_scale=(0.05, 0.15),
@@ -47,7 +47,7 @@ MASKING = dict(
     mode="drop",
     slots=1.0,
 )
-OBJECTIVE = dict(type="mse", normalize=False, weights=(1.0, 0.5, 0.25), slices=16)
+OBJECTIVE = dict(type="mse", normalize=False, weights=(1.0, 0.5), slices=16)
 EMA = dict(start=0.9, end=1.0)
 
 
