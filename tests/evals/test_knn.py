@@ -78,6 +78,15 @@ def test_what_differs_from_the_centre_by_rounding_does_not_differ():
     assert away[0, :3].all()
 
 
+def test_candidates_that_tie_are_taken_by_index_whatever_their_order():
+    bank, query = np.ones((9, 3), np.float32), np.ones((2, 3), np.float32)
+    bank[4] = -1
+    near = np.array([[8, 4, 2, 7, 0], [4, 3, 6, 5, 1]], np.int32)
+    for metric in ("cosine", "euclidean"):
+        _, index = knn._compare(bank, query, near, 3, metric)
+        np.testing.assert_array_equal(index, [[0, 2, 7], [1, 3, 5]])
+
+
 @pytest.mark.parametrize("value", [0.3, 1e-3, 77.7])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_collapsed_features_give_the_first_rows(metric, value):
