@@ -275,9 +275,9 @@ def _evidence():
     c.study = dict(
         seeds=(0, 1, 2),
         arms=dict(
-            multi=("epochs=5.0",),
+            multi=("epochs=4.0",),
             single=(
-                "epochs=19.3",
+                "epochs=15.4",
                 "multicrop.num_local_crops=0",
                 "multicrop.num_global_crops=1",
             ),
@@ -294,7 +294,7 @@ def _evidence():
 def _evidence_run():
     """Return one run of `evidence`: 2 + 6 crops."""
     c = _demo()
-    c.batch_size, c.epochs = 32, 5.0
+    c.batch_size, c.epochs = 32, 4.0
     c.data.update(source="scenes", mean=(0.4,), std=(0.3,), options=SCENES)
     c.multicrop.update(
         num_local_crops=6,

@@ -81,7 +81,13 @@ def state(workdir, step=12):
     """Return {name: array} of everything in a checkpoint."""
     path = pathlib.Path(workdir) / "checkpoints" / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        found = tree.flat(reader.restore(path))
+        # The devices that wrote it may have been those of several processes.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        args = jax.tree.map(
+            lambda _: ocp.ArrayRestoreArgs(sharding=here),
+            reader.metadata(path).item_metadata.tree,
+        )
+        found = tree.flat(reader.restore(path, restore_args=args))
     found["rng"] = jax.random.key_data(found["rng"])
     return {k: np.asarray(v) for k, v in found.items() if v is not None}
 

@@ -257,7 +257,9 @@ def _compare(path, stored, target, most=8):
     """Raise CheckpointError if stored leaves are not the target's, naming them."""
     have, want = _shapes(stored), _shapes(target)
     lines = []
-    for name in sorted(set(have) | set(want)):
+    # Parameters first: moments and averages of them differ in the same way.
+    order = sorted(set(have) | set(want), key=lambda n: (n[:7] != "params/", n))
+    for name in order:
         if name not in have:
             lines.append(f"{name}: not in the checkpoint, model has {want[name]}")
         elif name not in want:

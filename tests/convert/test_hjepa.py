@@ -29,7 +29,9 @@ def test_there_and_back_gives_every_leaf(norm, fpn):
 
 def test_names_and_layouts_are_the_originals():
     m = tiny.method(
-        masking=dict(strategy="global_only"), levels=dict(norm="batchnorm", fpn="add")
+        masking=dict(strategy="global_only", num_hierarchies=3),
+        levels=dict(norm="batchnorm", fpn="add"),
+        objective=dict(weights=(1.0, 0.5, 0.25)),
     )
     params, extra = _fresh(m)
     state = hjepa.export(params, extra)

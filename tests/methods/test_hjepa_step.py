@@ -205,8 +205,8 @@ def test_who_hears_whom():
 
     near, far = _jit(jax.jacrev(losses))(pixels)
 
-    def heard(jacobian, kind):  # [losses, crops]
-        x = np.abs(jacobian[kind]).sum((1, 4, 5, 6)) > 0  # [C, B, c, ...]
+    def heard(jacobian, kind):  # [C, B, c, H, W, 3] -> [C, c]
+        x = np.abs(jacobian[kind]).sum((1, 3, 4, 5)) > 0
         return x.tolist()
 
     # A global crop hears itself, and all local crops, but not the other global one.
@@ -383,7 +383,7 @@ def test_the_complement_of_the_targets_may_be_the_context():
     m = tiny.method(masking=given | dict(context="complement"))
     batch, (params, extra) = tiny.batch(m), tiny.init(m)
     everything = batch | {
-        k: np.ones_like(batch[k]) for k in ("global_context", "local_context")
+        k: np.ones_like(v) for k, v in batch.items() if k.endswith("_context")
     }
     plain = tiny.method(masking=given)
     a = tiny.loss(m, params, extra, batch, tiny.KEY)[0]
@@ -400,7 +400,9 @@ def test_extra_context_carries_the_role_of_its_crop():
         (predictor.LOCAL, True, True),
     ):
         changed = dict(params)
-        roles = params["predictor"]["roles"].at[role].add(1.0)
+        # Not a constant: the predictor's first LayerNorm would take it out again.
+        other = jnp.arange(16.0)
+        roles = params["predictor"]["roles"].at[role].add(other)
         changed["predictor"] = params["predictor"] | {"roles": roles}
         after = tiny.terms(m, changed, extra, batch)
         assert np.allclose(before.near.losses, after.near.losses) != near

@@ -54,16 +54,16 @@ def slots(masking, grid, passes) -> Slots:
     if not masking.packed:
         return Slots(n, n, 2 * n)
     seen, asked = _counts(masking, grid, passes)
+    bound = max(masking.max_targets(k, grid) for k in range(passes))
     if masking.slots >= 1.0:
-        asked = max(masking.max_targets(k, grid) for k in range(passes))
-        most = n
+        asked, most = bound, n
         if masking.context == "block":
             most = max(masking.max_visible(k, grid) for k in range(passes))
         seen, both = min(n, most), n
     else:
         most = math.ceil(np.quantile(seen, masking.slots))
         both = np.minimum(seen, most) + asked
-        asked = min(n, int(asked.max()) + math.ceil(MARGIN * n))
+        asked = min(bound, int(asked.max()) + math.ceil(MARGIN * n))
         both = max(math.ceil(np.quantile(both, masking.slots)), asked)
         seen = most
     seen, asked = max(1, seen), max(1, asked)
