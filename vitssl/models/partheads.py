@@ -86,7 +86,7 @@ class PartGain(nn.Module):
 
     @nn.compact
     def __call__(self, x):  # [B, K+1, D] -> [B, K+1, D]
-        return x * self.param("scale", nn.initializers.ones, x.shape[1:])
+        return x * self.param("gain", nn.initializers.ones, x.shape[1:])
 
 
 class PerPart(nn.Module):

@@ -124,7 +124,7 @@ def masks(maps, keep=None):
     front = soft[..., 0] >= soft[..., 1]
     hard = jnp.stack([front, ~front], axis=-1).astype(maps.dtype)
     through = parts.sum(-1, keepdims=True)
-    return hard + through - jax.lax.stop_gradient(through), soft
+    return hard + (through - jax.lax.stop_gradient(through)), soft
 
 
 def without_parts(maps, removed, removal: Removal = "zero"):
