@@ -126,23 +126,24 @@ class MaskedClassifier(nn.Module):
         return self.head(self.fc_norm(cls) if self.norm else cls)
 
     def _pruned(self, image, seen, train):
-        """Return tokens [B, P + ., D] of the seen [B, N] patches."""
+        """Return the class token [B, 1, D] beside the seen [B, N] patches."""
         n = seen.shape[-1]
         rooms = sorted({max(1, min(n, round(f * n))) for f in self.rooms})
         if self.is_initializing() or len(rooms) == 1:
-            return self._in_room(rooms[-1])(self, image, seen, train)[:, :1]
+            return self._in_room(rooms[-1], train)(self, image, seen)
         most = seen.sum(-1).max()
         which = jnp.searchsorted(jnp.asarray(rooms), most, side="left")
-        branches = [
-            lambda m, i, s, f=self._in_room(r): f(m, i, s, train)[:, :1] for r in rooms
-        ]
+        branches = [self._in_room(r, train) for r in rooms]
         return nn.switch(which, branches, self, image, seen)
 
     @staticmethod
-    def _in_room(slots):
-        def run(self, image, seen, train):
+    def _in_room(slots, train):
+        """Return the computation of the class token [B, 1, D] in so many slots."""
+
+        def run(self, image, seen):
             keep, count = patches.pack(seen, slots)
-            return self.backbone(image, keep=keep, count=count, train=train)[0]
+            tokens, _ = self.backbone(image, keep=keep, count=count, train=train)
+            return tokens[:, :1]
 
         return run
 
