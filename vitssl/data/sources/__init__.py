@@ -12,15 +12,19 @@ import inspect
 from vitssl import errors
 from vitssl.data.sources import (
     cifar,
+    cub,
     digits,
     fake,
     folder,
     imagenet,
     layout,
+    metashift,
     mixture,
     scenes,
+    siim_acr,
     stl10,
     tfds,
+    waterbirds,
 )
 
 
@@ -50,6 +54,10 @@ SOURCES = {
     "imagenet": imagenet.open,
     "imagenet100": imagenet.open100,
     "tfds": tfds.open,
+    "cub": cub.open,
+    "waterbirds": waterbirds.open,
+    "siim_acr": siim_acr.open,
+    "metashift": metashift.open,
     "fake": fake.open,
     "mixture": _mixture,
 }
