@@ -25,8 +25,15 @@ def _each(frame, images, labels):
     return out
 
 
-def resize(frame, size, interpolation="bilinear"):
-    """Resize to size = (height, width); label maps take the nearest pixel."""
+def resize(frame, size, interpolation="bilinear", scale=None):
+    """Resize to size = (height, width); label maps take the nearest pixel.
+
+    Args:
+        frame: see the module.
+        size: of the result.
+        interpolation: "bilinear", "bicubic" (PIL's) or "plain" (OpenCV's bilinear).
+        scale: of the coordinates, (y, x); None = new size over old.
+    """
     old = frame["image"].shape[:2]
     if tuple(old) == tuple(size):
         return dict(frame)
@@ -37,17 +44,21 @@ def resize(frame, size, interpolation="bilinear"):
             return resized.reshape(*size, image.shape[-1])
         return resample.resize(image, size, None, interpolation)
 
-    out = _each(frame, picture, lambda m: _nearest(m, size))
-    sy, sx = size[0] / old[0], size[1] / old[1]
+    at = 0.0 if interpolation == "plain" else 0.5  # OpenCV reads at the corner.
+    out = _each(frame, picture, lambda m: _nearest(m, size, at))
+    sy, sx = scale or (size[0] / old[0], size[1] / old[1])
     return _points(out, lambda xy: xy * (sx, sy), lambda b: b * (sx, sy, sx, sy))
 
 
 def resize_short(frame, side, interpolation="bilinear"):
-    """Resize so that the shorter side is `side`; the longer one is cut to an integer."""
+    """Resize so that the shorter side is `side`; the longer one is cut to an integer.
+
+    Coordinates are scaled alike in both directions, by side / shorter side.
+    """
     rows, columns = frame["image"].shape[:2]
     short = min(rows, columns)
     size = max(side, side * rows // short), max(side, side * columns // short)
-    return resize(frame, size, interpolation)
+    return resize(frame, size, interpolation, (side / short,) * 2)
 
 
 def crop(frame, top, left, side):
@@ -144,10 +155,10 @@ def _points(frame, move, move_box):
     return frame
 
 
-def _nearest(labels, size):
-    """Resize a label map: pixel i reads floor((i + 1/2) old / new)."""
+def _nearest(labels, size, at):
+    """Resize a label map: pixel i reads floor((i + at) old / new)."""
     rows, columns = (
-        ((np.arange(n) + 0.5) * old / n).astype(int)
+        ((np.arange(n) + at) * old / n).astype(int)
         for n, old in zip(size, labels.shape, strict=True)
     )
     return labels[rows[:, None], columns]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from vitssl.data import colour, crops, frames, planckian, resample
+from vitssl.data import colour, crops, frames, planckian
 
 Name = Literal["cub_original", "siim_acr", "timm", "given_mask", "none"]
 # What an evaluation hands on, where the data set has it.

@@ -177,7 +177,9 @@ class Parts:
             first=out.found.class_logits,
         )
         own = self.parts.modulated_orthogonality
-        terms |= o.of_maps(out.found, out.found.modulated if own else out.found.features)
+        terms |= o.of_maps(
+            out.found, out.found.modulated if own else out.found.features
+        )
         if o.equivariance:
             moved, _ = self._apply(
                 params,
