@@ -125,7 +125,7 @@ class Optimizer:
     steps_per_epoch: int = 1
 
     def lr(self, step, factor=1.0):
-        """Return the learning rate of step `step` for leaves of a factor, float32 []."""
+        """Return the rate of step `step` for leaves of a factor, float32 []."""
         s = self.spec
         if s.per_epoch:
             step = step // self.steps_per_epoch * self.steps_per_epoch

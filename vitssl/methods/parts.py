@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import methods, schedules, tree
-from vitssl.data import augment
+from vitssl.data import recipes
 from vitssl.evals import partmeasures, partscores
 from vitssl.methods import parts_networks, parts_pictures, parts_sections
 from vitssl.models import baselines, vit
-from vitssl.ops import affine, partmaps, patches
+from vitssl.ops import affine as warps
+from vitssl.ops import partmaps, patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Parts:
     run: methods.Run
     model: Any
     parts: parts_sections.Parts
-    augment: augment.Augment
+    augment: recipes.Augment
     objective: parts_sections.Objective = parts_sections.Objective()
-    affine: affine.Range = affine.Range()
+    affine: warps.Range = warps.Range()
     average: parts_sections.Average = parts_sections.Average()
     measures: partscores.Measures = partscores.Measures()
 
@@ -104,13 +105,13 @@ class Parts:
         whole = o.presence > 0 and o.presence_group == 0
         return self.parts.finds_parts and whole
 
-    def transform(self) -> augment.Training:
+    def transform(self) -> recipes.Training:
         """Return the training transform."""
-        return augment.Training(self.augment)
+        return recipes.Training(self.augment, self._masked)
 
-    def evaluation_transform(self, size) -> augment.Evaluation:
+    def evaluation_transform(self, size) -> recipes.Evaluation:
         """Return the transform of test images, with what the scores need."""
-        return augment.Evaluation(self.augment, size)
+        return recipes.Evaluation(self.augment, size)
 
     def phase(self, step: int) -> tuple:
         """Return (): one program for the whole run."""
@@ -184,7 +185,7 @@ class Parts:
             moved, _ = self._apply(
                 params,
                 extra,
-                affine.bilinear(image, warp),
+                warps.bilinear(image, warp),
                 draws[1],
                 train=True,
                 rng=rngs[1],
@@ -344,9 +345,10 @@ class Parts:
         size, group = self.augment.size, self.objective.presence_group
         if is_vit and self.model.patch >= 1 and size % self.model.patch:
             below = size // self.model.patch * self.model.patch
+            near = f"nearest are {below} and {below + self.model.patch}"
             yield (
                 f"augment.size={size}: must be a multiple of model.patch="
-                f"{self.model.patch}; nearest are {below} and {below + self.model.patch}"
+                f"{self.model.patch}; {near}"
             )
         if not is_vit and p.kind != "single_stage":
             yield f"parts.kind={p.kind}: convolutional models are single_stage only"

@@ -202,7 +202,7 @@ class TwoStage(nn.Module):
         return self.stage_2(image, mask, masking=self.masking)
 
     def embed(self, image):
-        """Return (tokens [B, h, w, D] of stage 1, class embedding [B, D] of stage 2)."""
+        """Return (tokens [B, h, w, D] of stage 1, embedding [B, D] of stage 2)."""
         z = self.stage_1.tokens(image)
         found = self.stage_1.head(z, partmaps.Draws())
         mask = (found.soft if self.masking == "soft" else found.hard)[..., 0]
