@@ -29,7 +29,6 @@ Published results (third-party table of arXiv:2506.08915): Waterbirds 99.0 avera
 CUB-trained on Waterbirds 86.2, MetaShift 88.7; PDiscoFormer CUB 89.1.
 """
 
-import ml_collections
 
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

@@ -11,7 +11,6 @@ import optax
 from configs import parts as config
 from tests.golden.checks import ifam_losses, ifam_model
 from vitssl import convert, methods, optim, schedules, tree
-from vitssl.convert import dinov2
 from vitssl.convert import parts as table
 from vitssl.data import recipes
 from vitssl.methods import parts, parts_sections
@@ -175,7 +174,9 @@ def _ours(names, rules, hf):
     for name in names:
         joined = name
         for one in ("query", "key", "value") if hf else ():
-            joined = joined.replace(f"attention.attention.{one}", "attention.attention.qkv")
+            joined = joined.replace(
+                f"attention.attention.{one}", "attention.attention.qkv"
+            )
         for rule in rules.rules:
             match = convert._compile(rule.torch).fullmatch(joined)
             if match:
