@@ -11,6 +11,7 @@ import inspect
 
 from vitssl import errors
 from vitssl.data.sources import (
+    birds,
     cifar,
     cub,
     digits,
@@ -47,6 +48,7 @@ def _mixture(
 SOURCES = {
     "digits": digits.open,
     "scenes": scenes.open,
+    "birds": birds.open,
     "folder": folder.open,
     "cifar10": cifar.open10,
     "cifar100": cifar.open100,
