@@ -182,7 +182,9 @@ def equivariance(maps, returned):
     a, b = (
         x[..., :-1].reshape(len(x), -1, x.shape[-1] - 1) for x in (maps, returned)
     )  # [B, h w, K]
-    dot = (a * b).sum(1)
-    # The squared lengths are clamped, as torch does: zero maps have a gradient.
-    length = jnp.maximum((a * a).sum(1), 1e-16) * jnp.maximum((b * b).sum(1), 1e-16)
-    return 1.0 - (dot * jax.lax.rsqrt(length)).mean()
+    dot = (a * b).sum(1)  # [B, K]
+    # The squared lengths are clamped, as torch does, each on its own: their product
+    # would leave float32 for maps of zeros, and take the gradient with it.
+    for x in (a, b):
+        dot = dot * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(1), 1e-16))
+    return 1.0 - dot.mean()
