@@ -105,7 +105,7 @@ def _demo():
         on_bad_image="skip",
         threads=-1,
         workers=-1,
-        options={},
+        options=dict(count=0, purity=0.95),
     )
     c.model = dict(
         name="vit",

@@ -235,9 +235,7 @@ def test_keys_cannot_be_weighed_and_dropped_at_once():
     keep, weight = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 25))
     with pytest.raises(ValueError, match="keep .* or weight"):
         jax.eval_shape(
-            lambda: _vit().init(
-                jax.random.key(0), _images(1), keep=keep, weight=weight
-            )
+            lambda: _vit().init(jax.random.key(0), _images(1), keep=keep, weight=weight)
         )
 
 
