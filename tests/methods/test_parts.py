@@ -127,11 +127,11 @@ def test_evaluation_is_deterministic_unless_noise_is_asked_for():
     given = batch(evaluation=True)
     m, noisy = method(), method(parts=dict(eval_noise=True))
     params, extra = init(m, given["image"])
-    maps = lambda of, seed: (
-        of.predict(  # noqa: E731
-            params, extra, given["image"], rng=jax.random.key(seed)
-        ).found.maps
-    )
+
+    def maps(of, seed):
+        rng = jax.random.key(seed)
+        return of.predict(params, extra, given["image"], rng=rng).found.maps
+
     np.testing.assert_array_equal(maps(m, 0), maps(m, 1))
     assert np.abs(maps(noisy, 0) - maps(noisy, 1)).max() > 0.01
     out = m.predict(params, extra, given["image"])

@@ -107,7 +107,7 @@ def presence(maps, kind: Presence = "original", *, beta=0.1, group=0):
         t = jnp.tanh(a.sum(1))  # [groups, K]
         if kind == "soft_tanh":
             return (1.0 - t).mean()
-        return -jnp.maximum(jnp.log(t), -100.0).mean()
+        return _surprise(t).mean()
     u = a.max(1)  # [groups, K]
     if kind == "original":
         return (1.0 - u).mean()
@@ -142,7 +142,13 @@ def background_presence(maps, kind: Background = "enforced_presence"):
         return (1.0 - p).mean()
     if kind == "mse":
         return jnp.square(1.0 - p).mean()
-    return -jnp.maximum(jnp.log(p), -100.0).mean()
+    return _surprise(p).mean()
+
+
+def _surprise(p):
+    """Return -log p, cut off at 100; the gradient at 0 is 0, not infinite."""
+    some = p > 0
+    return jnp.where(some, -jnp.log(jnp.where(some, p, 1.0)), 100.0).clip(max=100.0)
 
 
 def pixel_entropy(maps):
