@@ -180,6 +180,15 @@ def _demo():
     return c
 
 
+def _demo_baseline():
+    """Return the demo's ViT without parts: what the background costs it."""
+    c = _demo()
+    c.parts.kind = "baseline"
+    c.measures.leave_one_out = False
+    c.optim.update(**groups("baseline", scratch=1.0, freeze_backbone=False))
+    return c
+
+
 def _smoke():
     c = _demo()
     c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
@@ -331,6 +340,7 @@ def _given_mask(kind, **keys):
 RECIPES = {
     "": _demo,
     "smoke": _smoke,
+    "demo_baseline": _demo_baseline,
     "cub_k8": lambda: _cub(8),
     "cub_k4": lambda: _cub(4),
     "waterbirds": _waterbirds,
