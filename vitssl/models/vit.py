@@ -61,6 +61,8 @@ class ViT(nn.Module):
         rope: turn queries and keys of patches by their grid position, on top of the
             position table.
         rope_theta: base of the rotary frequencies.
+        rope_unit: rotary positions in [-1, 1], see `posemb.rope_angles`.
+        position_table: add a learned position to every patch.
         cls: prepend a class token.
         class_position: the position table has a row for the class token too.
         registers: number of register tokens after the class token; they have no
@@ -87,6 +89,8 @@ class ViT(nn.Module):
     layerscale: float = 0.0
     rope: bool = False
     rope_theta: float = 10000.0
+    rope_unit: bool = False
+    position_table: bool = True
     cls: bool = True
     class_position: bool = True
     registers: int = 0
@@ -105,7 +109,7 @@ class ViT(nn.Module):
     @property
     def _first(self):
         """Row of the position table that belongs to the first patch."""
-        return int(self.cls and self.class_position)
+        return int(self.cls and self.class_position and self.position_table)
 
     def setup(self):
         """Declare the parameters; names do not depend on `remat`."""
@@ -117,7 +121,8 @@ class ViT(nn.Module):
         if self.registers:
             shape = (1, self.registers, self.width)
             self.register_tokens = self.param("registers", tiny, shape)
-        self.pos_embed = self.param("pos_embed", layers.normal, positions)
+        if self.position_table:
+            self.pos_embed = self.param("pos_embed", layers.normal, positions)
         self.patch_embed = PatchEmbed(self.width, self.patch, self.dtype)
         rates = np.linspace(0.0, self.drop_path, self.depth)
         self.block = [
@@ -137,7 +142,12 @@ class ViT(nn.Module):
         self.norm = layers.LayerNorm(self.norm_eps, self.dtype)
 
     def positions(self, grid):
-        """Return the position table of the patches of `grid` = (h, w): [h w, D]."""
+        """Return the position table of the patches of `grid` = (h, w): [h w, D].
+
+        All zeros without a table.
+        """
+        if not self.position_table:
+            return jnp.zeros((grid[0] * grid[1], self.width))
         side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
         return posemb.resample(table, (side, side), grid, self.resampling)
@@ -189,15 +199,16 @@ class ViT(nn.Module):
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]
-        pos = self.positions(grid)[None]  # [1, N, D]
-        if keep is not None:
-            pos = patches.take(pos, keep)
-        x = x + pos.astype(x.dtype)
+        if self.position_table:
+            pos = self.positions(grid)[None]  # [1, N, D]
+            if keep is not None:
+                pos = patches.take(pos, keep)
+            x = x + pos.astype(x.dtype)
         if hide is not None:
             x = jnp.where(hide[..., None], 0.0, x)
         prefix = []
         if self.cls:
-            place = self.pos_embed[:, :1] if self.class_position else 0.0
+            place = self.pos_embed[:, :1] if self._first else 0.0
             prefix.append(self.class_token + place)
         if self.registers:
             prefix.append(self.register_tokens)
@@ -210,7 +221,9 @@ class ViT(nn.Module):
     def _rotation(self, grid, keep):
         """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
         head_dim = self.width // self.heads
-        angles = posemb.rope_angles(grid, head_dim, self.rope_theta)[None]
+        angles = posemb.rope_angles(
+            grid, head_dim, self.rope_theta, self.rope_unit
+        )[None]
         if keep is not None:
             angles = patches.take(jnp.asarray(angles), keep)
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))
