@@ -136,6 +136,12 @@ def views(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> dict:
     return {name: filled[name] for name in want}
 
 
+def leaf_of(key: str, table: Table) -> str | None:
+    """Return the leaf that a key of a state dict belongs to, or None."""
+    found = _first([(_compile(r.torch), r) for r in table.rules], key)
+    return None if found is None else found[0].flax.format_map(found[1])
+
+
 def left_aside(state: Mapping, table: Table) -> list[str]:
     """Return the keys of a state dict that a table knows and leaves aside."""
     forward = [(_compile(r.torch), r) for r in table.rules]

@@ -47,7 +47,7 @@ def find(tree, name: str = "auto", part: str = "") -> tuple[family.Family, dict,
         raise errors.UsageError(f"--part={part}: the file has {_parts(dicts)}")
     wanted = ORDER if name == "auto" else (FAMILIES[name],)
     for one in wanted:
-        for place in _places(one, dicts, part):
+        for place in _places(one, dicts, part, name == "auto"):
             state = family.stripped(dicts[place], one.strip)
             # A name given by the user decides; its table tells what does not fit.
             if one.fits(state) or (name != "auto" and _same_names(one, state)):
@@ -60,12 +60,13 @@ def find(tree, name: str = "auto", part: str = "") -> tuple[family.Family, dict,
     )
 
 
-def _places(one, dicts, part):
-    """Yield where to look, the family's favourites first."""
+def _places(one, dicts, part, auto):
+    """Return where to look, the family's favourites first."""
     if part:
         return [part]
     first = [p for p in one.places if p in dicts]
-    return first + [p for p in dicts if p not in first]
+    rest = [] if one.named and auto else [p for p in dicts if p not in first]
+    return first + rest
 
 
 def _same_names(one, state):

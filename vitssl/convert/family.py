@@ -57,6 +57,7 @@ class Family:
             what it added, folded or left out.
         places: dicts of a training checkpoint to look into, best first.
         strip: prefixes to take off every key that has one.
+        named: fits only the dicts of a training checkpoint that `places` names.
         rule: how its code resamples position tables.
         mean, std: pixel normalisation it was trained with, of [0, 1] values.
         pool: what its users call the feature of an image.
@@ -70,6 +71,7 @@ class Family:
     prepare: Callable[[Mapping, list], dict] = lambda state, notes: dict(state)
     places: tuple[str, ...] = ("model", "state_dict", "module", "")
     strip: tuple[str, ...] = ("module.",)
+    named: bool = False
     rule: positions.Rule = "antialias"
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
@@ -89,13 +91,19 @@ def encoder_and_head(table: Table, head: str = "head") -> Table:
 
 
 def stripped(state: Mapping, prefixes) -> dict:
-    """Return the state with the first fitting prefix taken off every key."""
+    """Return the state with prefixes taken off every key, in their order.
+
+    Raises:
+        CheckpointError: two keys become one.
+    """
     found = {}
     for key, value in state.items():
+        short = key
         for prefix in prefixes:
-            if key.startswith(prefix):
-                key = key.removeprefix(prefix)
-        found[key] = value
+            short = short.removeprefix(prefix)
+        if short in found:
+            raise errors.CheckpointError(f"{key}: another key is {short} too")
+        found[short] = value
     return found
 
 

@@ -43,7 +43,7 @@ def _model(**fixed):
 
 
 def _prepare(state: Mapping, notes: list) -> dict:
-    """Return a timm state: qkv with bias, registers without position, no pooled norm."""
+    """Return a timm state: qkv with bias, registers without position."""
     state = dict(state)
     if "fc_norm.weight" in state:
         raise errors.CheckpointError(
@@ -164,7 +164,7 @@ IJEPA = family.Family(
     table=_table(),
     prepare=_prepare,
     places=("target_encoder", "encoder"),
-    strip=("module.",),
+    named=True,
     rule="plain",
     pool="mean",
 )
