@@ -17,6 +17,8 @@ from vitssl import errors
 from vitssl.convert import CONV, Rule, Table, family, vit
 
 THETA = 100.0
+_QKV = "(s h t c) i -> i (s h c t)"
+_QKV_BIAS = "(s h t c) -> (s h c t)"
 
 _HF_NAMES = (  # transformers -> facebookresearch.
     (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
@@ -33,6 +35,18 @@ _HF_NAMES = (  # transformers -> facebookresearch.
 _TIMM_NAMES = (  # timm -> facebookresearch.
     (r"^reg_token$", "storage_tokens"),
     (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),
+    (r"^(blocks\.\d+)\.attn\.([qkv])_bias$", r"\1.attn.\2.bias"),
+)
+_TO_HF = (
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+    (r"^cls_token", "embeddings.cls_token"),
+    (r"^storage_tokens", "embeddings.register_tokens"),
+    (r"^blocks\.", "layer."),
+    (r"^(layer\.\d+)\.attn\.proj\.", r"\1.attention.o_proj."),
+    (r"^(layer\.\d+)\.attn\.qkv\.", r"\1.attention.qkv."),
+    (r"^(layer\.\d+)\.ls([12])\.gamma", r"\1.layer_scale\2.lambda1"),
+    (r"^(layer\.\d+)\.mlp\.fc1\.", r"\1.mlp.up_proj."),
+    (r"^(layer\.\d+)\.mlp\.fc2\.", r"\1.mlp.down_proj."),
 )
 _NAMES = {
     "kernel": "patch_embed.proj.weight",
@@ -74,8 +88,29 @@ def table(heads: int, torch: str = "", flax: str = "") -> Table:
     return (Table(stem, aside) + blocks).under(torch, flax)
 
 
-_QKV = "(s h t c) i -> i (s h c t)"
-_QKV_BIAS = "(s h t c) -> (s h c t)"
+def export_hf(state: Mapping) -> dict:
+    """Return a state dict of `table` with the names of transformers' DINOv3ViTModel.
+
+    Raises:
+        CheckpointError: keys have a bias, which that model does without.
+    """
+    found = {}
+    for key, value in state.items():
+        for pattern, new in _TO_HF:
+            key = re.sub(pattern, new, key)
+        if ".attention.qkv." not in key:
+            found[key] = value
+            continue
+        for name, part in zip("qkv", np.split(value, 3), strict=True):
+            short = key.replace(".qkv.", f".{name}_proj.")
+            if short.endswith("k_proj.bias"):
+                if np.any(part):
+                    raise errors.CheckpointError(
+                        f"{short}: transformers' DINOv3 has no bias of keys"
+                    )
+                continue
+            found[short] = part
+    return found
 
 
 def _prepare(state: Mapping, notes: list) -> dict:

@@ -58,6 +58,12 @@ def vit_table(torch: str = "", flax: str = "") -> Table:
     return (Table(_STEM, aside) + blocks).under(torch, flax)
 
 
+def dinov2_table(torch: str = "", flax: str = "") -> Table:
+    """Return the table of Dinov2Model with or without registers, likewise."""
+    registers = Table((Rule(NAMES["registers"], "registers"),))
+    return dinov2.table(torch, flax) + registers.under(torch, flax)
+
+
 def old_names(state: Mapping, of_vit: bool) -> dict:
     """Return the state with the names of transformers 4, whichever it has."""
     found = {}
@@ -118,9 +124,7 @@ DINOV2 = family.Family(
     about="transformers' Dinov2Model, Dinov2WithRegistersModel, microsoft/rad-dino",
     fits=lambda state: _is_ours(state) and NAMES["ls1"] in state,
     model=_model(NAMES, 1e-6),
-    table=lambda fields: family.encoder_and_head(
-        dinov2.table() + Table((Rule(NAMES["registers"], "registers"),)), "classifier"
-    ),
+    table=lambda fields: family.encoder_and_head(dinov2_table(), "classifier"),
     prepare=_prepare(False),
     places=("", "model", "state_dict"),
     strip=("dinov2_with_registers.", "dinov2."),

@@ -1,4 +1,4 @@
-"""From a file of published weights to a `Backbone`: `python -m vitssl.convert import`."""
+"""From a file of published weights to a `Backbone`."""
 
 import collections
 import dataclasses

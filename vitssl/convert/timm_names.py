@@ -37,7 +37,10 @@ def _model(**fixed):
     """Return the function (state, options) -> fields of ViT."""
 
     def model(state: Mapping, options: family.Options) -> dict:
-        return family.geometry(state, NAMES, options) | fixed
+        fields = family.geometry(state, NAMES, options) | fixed
+        if "blocks.0.attn.q_norm.weight" in state:
+            fields["qk_norm"] = True
+        return fields
 
     return model
 
