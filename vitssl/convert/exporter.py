@@ -45,7 +45,8 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
 
     Args:
         source: what to write.
-        to: `.safetensors` file, or a folder. For "hf" a folder is best: it gets
+        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder. For "hf" a
+            folder is best: it gets
             `model.safetensors` and `config.json`, as from_pretrained expects.
         layout: key of `LAYOUTS`, or "vitssl".
 
@@ -58,11 +59,16 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         raise errors.UsageError(f"--layout={layout}: one of {names}")
     if layout == "vitssl":
         file = backbone.write(to, source)
-        card.write(file, source, layout, _OURS)
+        card.write(file, source, layout, OURS)
         return file
     made = LAYOUTS[layout](source)
-    file = to if to.suffix == ".safetensors" else to / "model.safetensors"
+    ending = ".npz" if layout == "bigvision" else ".safetensors"
+    file = to if to.suffix == ending else to / f"model{ending}"
     file.parent.mkdir(parents=True, exist_ok=True)
+    if layout == "bigvision":
+        np.savez(file, **made.arrays)
+        card.write(file, source, layout, made.snippet)
+        return file
     metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
     safetensors.write(file, made.arrays, metadata)
     if layout == "hf":
@@ -71,7 +77,7 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     return file
 
 
-_OURS = """\
+OURS = """\
 import vitssl
 features = vitssl.load("{file}")
 pooled = features(images)["pooled"]  # images: uint8 [B, H, W, C]
@@ -225,7 +231,7 @@ def _hf_vit(source, module, hidden):
     return kind, dict(intermediate_size=hidden), dinov2.split(state)
 
 
-def npz(source: backbone.Backbone) -> Export:
+def big_vision(source: backbone.Backbone) -> Export:
     """Return big_vision's layout, as `.npz` arrays by name.
 
     Raises:
@@ -238,10 +244,18 @@ def npz(source: backbone.Backbone) -> Export:
         raise errors.UsageError(f"layout bigvision: its ViT has no {', '.join(extra)}")
     leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
     state = convert.export(tree.nest(leaves), bigvision.table({}))
-    return Export(bigvision.export(state, module.heads), {}, "")
+    return Export(bigvision.export(state, module.heads), {}, _BIG_VISION)
 
 
-LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {"timm": timm, "hf": hf}
+_BIG_VISION = """\
+import numpy as np
+params = dict(np.load("{file}"))  # {"Transformer/encoderblock_0/...": array}
+"""
+LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {
+    "timm": timm,
+    "hf": hf,
+    "bigvision": big_vision,
+}
 
 
 def _encoder(source) -> dict:

@@ -213,7 +213,7 @@ class ViT(nn.Module):
         if self.registers:
             prefix.append(self.register_tokens)
         if prefix:
-            shape = (len(x), self.prefix, self.width)
+            shape = (x.shape[0], self.prefix, self.width)
             prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)  # [1, P, D]
             x = jnp.concatenate([jnp.broadcast_to(prefix, shape), x], axis=1)
         return x, self._rotation(grid, keep) if self.rope else None
@@ -221,9 +221,8 @@ class ViT(nn.Module):
     def _rotation(self, grid, keep):
         """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
         head_dim = self.width // self.heads
-        angles = posemb.rope_angles(
-            grid, head_dim, self.rope_theta, self.rope_unit
-        )[None]
+        theta, unit = self.rope_theta, self.rope_unit
+        angles = posemb.rope_angles(grid, head_dim, theta, unit)[None]
         if keep is not None:
             angles = patches.take(jnp.asarray(angles), keep)
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))
