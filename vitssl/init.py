@@ -22,18 +22,26 @@ class Init:
     Attributes:
         from_: key `from`: "" (random weights), a workdir, or WORKDIR/checkpoints/STEP.
         skip: patterns of parameter names that keep their random value.
+        rename: ((pattern of our name, stored name), ...), the first that fits wins;
+            "\\1" stands for the first group. Several of ours may take one stored leaf:
+            (("stage_[12]/backbone/(.*)", r"encoder/\\1"),) fills two networks.
     """
 
     from_: str = ""
     skip: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
 
     def check(self) -> Iterator[str]:
         """Yield what is wrong with the patterns."""
-        for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                yield f"skip: {pattern!r} is not a regular expression: {e}"
+        for key, patterns in (
+            ("skip", self.skip),
+            ("rename", [pattern for pattern, _ in self.rename]),
+        ):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    yield f"{key}: {pattern!r} is not a regular expression: {e}"
 
 
 def load(spec: Init, params):
@@ -43,7 +51,7 @@ def load(spec: Init, params):
         CheckpointError: no checkpoint there; no name in common; leaves of another
             shape or absent that `spec.skip` does not name (all of them listed).
     """
-    stored = read_params(spec.from_)
+    stored = renamed(read_params(spec.from_), tree.flat(params), spec.rename)
     leaves, taken, faults = tree.flat(params), {}, []
     for name, leaf in leaves.items():
         if any(re.fullmatch(p, name) for p in spec.skip):
@@ -76,6 +84,24 @@ def load(spec: Init, params):
         return jax.device_put(value, getattr(leaf, "sharding", None))
 
     return tree.nest({k: place(k, v) for k, v in leaves.items()})
+
+
+def renamed(stored, names, rules) -> dict:
+    """Return the stored leaves, each once more under every name a rule gives it.
+
+    Args:
+        stored: {name: array}.
+        names: of the leaves that are to be filled.
+        rules: see `Init.rename`.
+    """
+    more = {}
+    for name in names:
+        for pattern, there in rules:
+            if match := re.fullmatch(pattern, name):
+                if (key := match.expand(there)) in stored:
+                    more[name] = stored[key]
+                break
+    return {**stored, **more}
 
 
 def locate(path) -> tuple[pathlib.Path, int]:
