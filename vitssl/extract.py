@@ -93,7 +93,8 @@ def _watched(batches, total, batch_size, show, every=5.0):
             done = min(total, (i + 1) * batch_size)
             left = (now - start) / done * (total - done)
             show(
-                f"{done}/{total} images, {done / (now - start):.0f}/s, {left:.0f} s left"
+                f"{done}/{total} images, {done / (now - start):.0f}/s, "
+                f"{left:.0f} s left"
             )
             last = now
 
