@@ -1,6 +1,6 @@
 """What freezing saves: every phase of a LocalMIM run, compiled, timed and counted.
 
-    python -m vitssl.bench freeze [--config=configs/localmim.py] [--config.KEY=VALUE ...]
+    python -m vitssl.bench freeze [--config=FILE] [--config.KEY=VALUE ...]
 
 One row per phase: the layers that are frozen; XLA's FLOPs of a step; step time against
 the unfrozen step, both measured in turns (ABAB) because machines are noisy; the ratio
@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 
-from vitssl import config, errors, tree
+from vitssl import config, errors, freezeout, tree
 from vitssl.bench import flops
 from vitssl.bench import step as bench_step
 
