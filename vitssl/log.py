@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -328,7 +329,8 @@ def write_status(workdir, **values) -> None:
     A failure to write is not the run's.
     """
     path = pathlib.Path(workdir) / "status.json"
-    values = {"time": time.time(), "pid": os.getpid(), **values}
+    now = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    values = {**now, **values}
     try:
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(values, indent=1, default=_plain) + "\n")

@@ -106,10 +106,5 @@ def _run(flags) -> int:
     return 0
 
 
-def cli() -> None:
-    """Run `sys.argv` and exit."""
-    sys.exit(main(sys.argv[1:]))
-
-
 if __name__ == "__main__":
-    cli()
+    sys.exit(main(sys.argv[1:]))

@@ -167,12 +167,33 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )
-        try:
+        with _last_words(workdir), _memory_errors(parts):
             return _run(parts, workdir, name, saves, signals, stack)
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
-                raise errors.OutOfMemoryError(_memory_advice(parts, e)) from e
-            raise
+
+
+@contextlib.contextmanager
+def _last_words(workdir):
+    """Say in status.json why a run ended that did not finish."""
+    try:
+        yield
+    except errors.Preempted:
+        raise  # Said already, with the step.
+    except Exception as e:
+        if devices.is_main():
+            error = f"{type(e).__name__}: {e}"
+            log.write_status(workdir, state="failed", error=error)
+        raise
+
+
+@contextlib.contextmanager
+def _memory_errors(parts):
+    """Turn the device's refusal into our error, with advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
+            raise errors.OutOfMemoryError(_memory_advice(parts, e)) from e
+        raise
 
 
 def _run(parts, workdir, name, saves, signals, stack) -> dict:
@@ -180,6 +201,10 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     found = saves.restore(restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at = int(state.step)
+    if devices.is_main():
+        log.write_status(
+            workdir, state="starting", step=at, total_steps=run_.total_steps, name=name
+        )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
         logger.info("resuming after step %d of %d", at, run_.total_steps)
@@ -221,7 +246,12 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     if s.log.pictures and devices.is_main():
         _pictures(parts, workdir, state, untrained)
     log.write_status(
-        workdir, state="finished", step=int(state.step), metrics=values, name=name
+        workdir,
+        state="finished",
+        step=int(state.step),
+        total_steps=run_.total_steps,
+        metrics=values,
+        name=name,
     )
     return values
 
@@ -366,7 +396,12 @@ class _Loop:
             self._save(state, at)
         if stop and not last:
             self.saves.wait()
-            log.write_status(self.workdir, state="preempted", step=at)
+            log.write_status(
+                self.workdir,
+                state="preempted",
+                step=at,
+                total_steps=self.parts.run.total_steps,
+            )
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
 
     def _log(self, at):
