@@ -13,7 +13,7 @@ from vitssl import errors
 USAGE = """\
 usage: vitssl COMMAND ...
 
-  train --config=FILE[:ARGUMENT] ...   train or go on (the same as python -m vitssl.main)
+  train --config=FILE[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
   doctor                               what works on this machine, and what to install
   runs [DIR]                           a table of the runs below DIR
   compare RUN RUN ...                  configs and curves of runs, side by side

@@ -396,12 +396,13 @@ class _Loop:
             self._save(state, at)
         if stop and not last:
             self.saves.wait()
-            log.write_status(
-                self.workdir,
-                state="preempted",
-                step=at,
-                total_steps=self.parts.run.total_steps,
-            )
+            if devices.is_main():
+                log.write_status(
+                    self.workdir,
+                    state="preempted",
+                    step=at,
+                    total_steps=self.parts.run.total_steps,
+                )
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
 
     def _log(self, at):

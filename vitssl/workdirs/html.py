@@ -9,7 +9,8 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ee; --soft: #9aa0b0;
   --line: #363a46; --paper: #16181d; --tile: #1f222a; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); max-width: 1100px; margin: 0 auto; padding: 24px 20px 60px; }
+  background: var(--paper); max-width: 1100px; margin: 0 auto;
+  padding: 24px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 34px 0 10px; }
 p.note, figcaption, summary small { color: var(--soft); font-size: 13px; }
 nav a { margin-right: 14px; color: inherit; }

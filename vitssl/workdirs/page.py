@@ -1,0 +1,227 @@
+"""`vitssl report RUN`: everything a run left behind, on one self-contained page."""
+
+import base64
+import itertools
+import json
+import pathlib
+
+from vitssl import errors, log
+from vitssl.evals import table
+from vitssl.workdirs import charts, html, read
+
+_KINDS = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".svg": "svg+xml"}
+# Files of more than this are named, not embedded: a page must stay light.
+MOST_BYTES = 8_000_000
+
+# What a picture shows: the start of its file name, the heading, the sentence.
+CAPTIONS = (
+    ("neighbours", "Neighbours", "Nearest neighbours of test images in feature space."),
+    (
+        "confusion",
+        "Neighbours",
+        "What k-NN takes each class for, images of a class = 1.",
+    ),
+    ("feature", "Features", "The features of test images."),
+    (
+        "tokens",
+        "What it sees",
+        "Tokens of single images in three principal components.",
+    ),
+    ("attention", "What it sees", "Where the tokens look."),
+    ("part", "What it sees", "Parts found in single images."),
+    ("segment", "What it sees", "Segmentation of single images."),
+    ("prediction", "What it predicts", "Predicted and true features."),
+    ("reconstruct", "What it predicts", "Hidden patches, filled in."),
+    ("crops", "Crops and masks", "Training crops as the network gets them."),
+    ("masks", "Crops and masks", "What is hidden and what is to be predicted."),
+    ("collapse", "Health", "Signs of a collapse."),
+    ("landscape", "Health", "The loss around the trained parameters."),
+)
+# Curves by heading: how the names of their metrics begin.
+GROUPS = {
+    "Evaluation while training": ("knn/", "probe/", "quality/", "parts/", "val/"),
+    "Timing and memory": ("time/", "memory/", "compile/"),
+}
+
+
+def page(run: read.Workdir) -> str:
+    """Return the page of a run, finished or not."""
+    shown = pictures(run.path / "pictures")
+    sections = [
+        html.section("Results", *_results(run)),
+        *_curves(run),
+        *_pictures(shown),
+        *_confusion(run),
+        html.section("Config", *_config(run)),
+    ]
+    title = f"{run.name}: {run.config.get('method', '?')}"
+    return html.document(
+        f"vitssl: {title}",
+        [html.element("h1", title), _subtitle(run), _tiles(run), *sections],
+    )
+
+
+def pictures(folder) -> dict[str, list[tuple[pathlib.Path, str]]]:
+    """Return {heading: [(file, caption)]} of the pictures in a folder, in order."""
+    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in _KINDS]
+    found = {heading: [] for _, heading, _ in CAPTIONS} | {"More pictures": []}
+    for path in files:
+        if path.name.startswith("training"):
+            continue  # The page draws those curves itself.
+        for start, heading, caption in CAPTIONS:
+            if path.name.startswith(start):
+                found[heading].append((path, caption))
+                break
+        else:
+            found["More pictures"].append((path, path.stem.replace("_", " ")))
+    return {heading: each for heading, each in found.items() if each}
+
+
+def _subtitle(run):
+    versions = run.versions
+    parts = [str(run.path.resolve()), f"vitssl {versions.get('vitssl', '?')}"]
+    if versions.get("commit", "unknown") != "unknown":
+        parts.append(f"commit {versions['commit']}")
+    parts += [f"{k} {versions[k]}" for k in ("jax", "flax", "python") if k in versions]
+    return html.element("p", " · ".join(parts), class_="note")
+
+
+def _tiles(run):
+    total = run.status.get("total_steps")
+    pairs = [(run.state, "state"), (f"{run.step}/{total or '?'}", "steps")]
+    for key, name, form in (
+        ("loss", "last loss", "{:.4g}"),
+        ("knn/top1", "k-NN, online", "{:.1%}"),
+        ("final/trained/knn/top1", "k-NN, final", "{:.1%}"),
+        ("final/untrained/knn/top1", "k-NN, untrained", "{:.1%}"),
+        ("final/trained/linear/top1", "linear probe", "{:.1%}"),
+        ("time/images_per_second", "images/s", "{:.0f}"),
+        ("time/mfu_percent", "MFU", "{:.1f} %"),
+    ):
+        value = run.last(key)
+        if value is not None:
+            pairs.append((form.format(value), name))
+    if run.state == "training" and run.status.get("eta_seconds") is not None:
+        pairs.append((log.duration(run.status["eta_seconds"]), "left"))
+    return html.tiles(pairs)
+
+
+def _results(run):
+    """Yield the error of a run that failed, and the table of the final evaluation."""
+    if run.status.get("error"):
+        yield html.element("pre", run.status["error"])
+    rows = final_rows(run)
+    if rows:
+        lines = table.format_table(rows).splitlines()
+        cells = [[c.strip() for c in line.strip("| ").split("|")] for line in lines]
+        yield html.table(cells[0], cells[2:])
+        yield html.element("p", _protocol(run), class_="note")
+    else:
+        text = "The final evaluation has not run yet, or the config asks for none."
+        yield html.element("p", text, class_="note")
+
+
+def _protocol(run) -> str:
+    section = run.config.get("evals", {})
+    return (
+        f"Features: {section.get('features', '?')}; k-NN with k = "
+        f"{section.get('knn_k', ['?'])[0]}; linear probe by {section.get('probe', '?')}; "
+        f"data: {run.config.get('data', {}).get('source', '?')}"
+    )
+
+
+def final_rows(run) -> list[dict]:
+    """Return the rows of the final evaluation: the inverse of `evals.flat`."""
+    rows = {}
+    for key in run.metrics:
+        if key.startswith("final/"):
+            _, row, metric = key.split("/", 2)
+            rows.setdefault(row, {"features": row.replace("_", " ")})
+            rows[row][metric] = run.last(key)
+    return list(rows.values())
+
+
+def _curves(run):
+    """Yield a section per group of metrics."""
+    groups = {"Training": [], **{heading: [] for heading in GROUPS}}
+    for key in sorted(run.metrics, key=charts.importance):
+        if key.startswith(("final/", "freeze/")) and len(run.metrics[key][0]) < 2:
+            continue
+        heading = next((h for h, s in GROUPS.items() if key.startswith(s)), "Training")
+        groups[heading].append(key)
+    for heading, keys in groups.items():
+        plots = [charts.lines(key, [(key, *run.metrics[key])]) for key in keys]
+        if heading == "Timing and memory":
+            last = [[key, f"{run.last(key):.5g}"] for key in keys]
+            values = html.table(["metric", "last value"], last)
+            yield html.section(heading, html.grid([], plots), values)
+        elif plots:
+            yield html.section(heading, html.grid([], plots))
+
+
+def _pictures(shown):
+    """Yield a section per heading, each picture inside the page."""
+    if not shown:
+        note = (
+            "None yet. They are drawn at the end of a run with log.pictures=True, or "
+            "now with `vitssl report RUN --draw`."
+        )
+        yield html.section("Pictures", html.element("p", note, class_="note"))
+    for heading, each in shown.items():
+        yield html.section(heading, *itertools.starmap(figure, each))
+
+
+def figure(path: pathlib.Path, caption: str) -> html.Safe:
+    """Return a picture with its caption, embedded unless it is very large."""
+    text = html.element("figcaption", f"{caption} ({path.name})")
+    if path.stat().st_size > MOST_BYTES:
+        size = path.stat().st_size / 1e6
+        return html.element(
+            "p", f"{path}: {size:.0f} MB, open it itself", class_="note"
+        )
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    source = f"data:image/{_KINDS[path.suffix.lower()]};base64,{data}"
+    image = html.Safe(f'<img src="{source}" alt="{html.escape(caption)}">')
+    return html.element("figure", image, text)
+
+
+def _confusion(run):
+    """Yield the confusion matrix of a run that wrote confusion.json.
+
+    Raises:
+        UsageError: the file is there and does not hold what it should.
+    """
+    path = run.path / "confusion.json"
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_text())
+        classes, matrix = stored["classes"], stored["matrix"]
+        sums = [max(1, sum(row)) for row in matrix]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise errors.UsageError(
+            f'{path}: want {{"classes": [names], "matrix": [[counts]]}} ({e})'
+        ) from e
+    rows = []
+    for name, row, total in zip(classes, matrix, sums, strict=True):
+        cells = [
+            html.Safe(
+                f'<span style="background:rgba(0,114,178,{0.75 * n / total:.2f});'
+                f'padding:2px 6px;border-radius:4px">{int(n)}</span>'
+            )
+            for n in row
+        ]
+        rows.append([name, *cells])
+    note = html.element("p", "Rows: truth. Columns: prediction.", class_="note")
+    yield html.section("Confusion matrix", note, html.table(["", *classes], rows))
+
+
+def _config(run):
+    """Yield the resolved config, section by section, and what ran it."""
+    plain = {k: v for k, v in run.config.items() if not isinstance(v, dict)}
+    yield html.code(plain)
+    for key, value in run.config.items():
+        if isinstance(value, dict):
+            first = ", ".join(f"{k}={v}" for k, v in list(value.items())[:3])
+            yield html.folded(key, html.code(value), note=first[:90])
+    yield html.folded("versions", html.code(run.versions))
