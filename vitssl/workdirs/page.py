@@ -15,17 +15,17 @@ MOST_BYTES = 8_000_000
 
 # What a picture shows: the start of its file name, the heading, the sentence.
 CAPTIONS = (
-    ("neighbours", "Neighbours", "Nearest neighbours of test images in feature space."),
+    ("neighbours", "Neighbours", "Test images and those with the nearest features."),
     (
         "confusion",
         "Neighbours",
-        "What k-NN takes each class for, images of a class = 1.",
+        "What k-NN takes the images of each class for.",
     ),
     ("feature", "Features", "The features of test images."),
     (
         "tokens",
         "What it sees",
-        "Tokens of single images in three principal components.",
+        "Tokens in three principal components.",
     ),
     ("attention", "What it sees", "Where the tokens look."),
     ("part", "What it sees", "Parts found in single images."),
@@ -123,9 +123,10 @@ def _results(run):
 
 def _protocol(run) -> str:
     section = run.config.get("evals", {})
+    k = (section.get("knn_k") or ["?"])[0]
     return (
-        f"Features: {section.get('features', '?')}; k-NN with k = "
-        f"{section.get('knn_k', ['?'])[0]}; linear probe by {section.get('probe', '?')}; "
+        f"Features: {section.get('features', '?')}; k-NN with k = {k}; linear probe by "
+        f"{section.get('probe', '?')}; "
         f"data: {run.config.get('data', {}).get('source', '?')}"
     )
 
@@ -145,18 +146,20 @@ def _curves(run):
     """Yield a section per group of metrics."""
     groups = {"Training": [], **{heading: [] for heading in GROUPS}}
     for key in sorted(run.metrics, key=charts.importance):
-        if key.startswith(("final/", "freeze/")) and len(run.metrics[key][0]) < 2:
-            continue
-        heading = next((h for h, s in GROUPS.items() if key.startswith(s)), "Training")
-        groups[heading].append(key)
+        if not key.startswith("final/"):
+            heading = next((h for h, s in GROUPS.items() if key.startswith(s)), "")
+            groups[heading or "Training"].append(key)
     for heading, keys in groups.items():
-        plots = [charts.lines(key, [(key, *run.metrics[key])]) for key in keys]
+        # A flat line says no more than its value.
+        moving = [key for key in keys if len(set(run.metrics[key][1])) > 1]
+        plots = [charts.lines(key, [(key, *run.metrics[key])]) for key in moving]
+        still = [key for key in keys if key not in moving]
         if heading == "Timing and memory":
-            last = [[key, f"{run.last(key):.5g}"] for key in keys]
-            values = html.table(["metric", "last value"], last)
+            still = keys
+        rows = [[key, f"{run.last(key):.5g}"] for key in still]
+        if keys:
+            values = html.table(["metric", "last value"], rows) if rows else html.Safe()
             yield html.section(heading, html.grid([], plots), values)
-        elif plots:
-            yield html.section(heading, html.grid([], plots))
 
 
 def _pictures(shown):
