@@ -19,6 +19,7 @@ from vitssl import config, errors, experiment
 from vitssl.workdirs import listing, read
 
 SBATCH = pathlib.Path(__file__).parents[1] / "launch" / "slurm.sbatch"
+RUN = (sys.executable, "-m", "vitssl.main")
 RESTARTS = 3  # A run that exits with 75 while the sweep goes on is started again.
 
 HELP = """\
@@ -192,9 +193,7 @@ def _flags(argv):
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--workdir", default="", help="default: runs/<name of FILE>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, here")
-    parser.add_argument(
-        "--gpus", type=int, default=0, help="GPUs to share between jobs"
-    )
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs the jobs share")
     parser.add_argument("--slurm", action="store_true", help="submit a Slurm array")
     parser.add_argument(
         "--sbatch", default="", help='options of sbatch: --sbatch="--partition=gpu"'
@@ -317,7 +316,7 @@ class _Local:
         with (directory / "log.txt").open("a") as log:
             # A session of its own: Ctrl-C reaches it once, through `_stop`.
             process = subprocess.Popen(
-                [sys.executable, "-m", "vitssl.main", *one.arguments(self._workdir)],
+                [*RUN, *one.arguments(self._workdir)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
