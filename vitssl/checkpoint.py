@@ -38,6 +38,8 @@ class Checkpoint:
         keep_every_epochs: keep one each so many epochs for ever; 0.0 is off.
         keep_best: how many of the best by `best` to keep; 0 is off.
         best: metric of the online evaluation, higher is better.
+        patience: the run ends after so many online evaluations in a row without a
+            better `best`; 0 is off.
         failures: after so many failed saves in a row the run ends with exit code 4.
     """
 
@@ -46,6 +48,7 @@ class Checkpoint:
     keep_every_epochs: float = 0.0
     keep_best: int = 0
     best: str = "knn/top1"
+    patience: int = 0
     failures: int = 3
 
     def check(self) -> Iterator[str]:
@@ -54,10 +57,43 @@ class Checkpoint:
             yield f"every_epochs={self.every_epochs}: must be above 0"
         if self.keep_last < 2:
             yield f"keep_last={self.keep_last}: 2 or more"
+        if self.patience < 0:
+            yield f"patience={self.patience}: 0 (off) or more evaluations"
         if self.keep_best < 0:
             yield f"keep_best={self.keep_best}: 0 (off) or more"
         if self.keep_every_epochs < 0:
             yield f"keep_every_epochs={self.keep_every_epochs}: 0.0 (off) or more"
+
+
+class Patience:
+    """Counts evaluations since the best one (early stopping).
+
+    Args:
+        spec: the config section.
+        state: from `state` of an earlier part of the run.
+    """
+
+    def __init__(self, spec: Checkpoint, state: dict):
+        self._spec = spec
+        self._best, self._since = state.get("best"), state.get("since", 0)
+
+    def look(self, scores: dict) -> None:
+        """Take note of one online evaluation."""
+        value = scores.get(self._spec.best)
+        if value is None:
+            return
+        better = self._best is None or value > self._best
+        self._best = value if better else self._best
+        self._since = 0 if better else self._since + 1
+
+    @property
+    def over(self) -> bool:
+        """Return whether the run should end."""
+        return 0 < self._spec.patience <= self._since
+
+    def state(self) -> dict:
+        """Return what a resumed run needs."""
+        return {"best": self._best, "since": self._since}
 
 
 class Checkpoints:

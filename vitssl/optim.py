@@ -30,11 +30,20 @@ class Optim:
         lr: peak learning rate; for `lr_batch` images if that is not 0.
         lr_batch: 0, or the batch for which `lr` is meant: the rate used is
             lr * batch_size / lr_batch (MAE's `blr` has 256).
-        schedule: shape after the warm-up; ends at `min_lr`.
+        lr_batch_power: of that quotient; 0.5 is the square-root rule.
+        schedule: shape after the warm-up; ends at `min_lr`. "stairs" multiplies by
+            `gamma` every `stair_epochs` instead.
+        per_epoch: the rate changes at the start of an epoch only.
         warmup_epochs, start_lr: linear warm-up from start_lr.
+        warmup_over: the warm-up covers the beginning of the schedule, which does not
+            wait for it (timm).
+        floors: "scaled": min_lr and start_lr are multiplied by a leaf's factor like
+            the rate; "absolute": they hold for every leaf.
         stretch: the schedules are laid over `stretch` times the run and cut off
             (I-JEPA's ipe_scale of 1.25); 1.0 is none.
         wd: weight decay; with wd_schedule "cosine" it ends at `wd_end`.
+        wd_normalised: the decay used is wd * sqrt(1 / steps of the run), Loshchilov &
+            Hutter 2019, arXiv:1711.05101, appendix B.1.
         clip_norm: largest global gradient norm over trainable leaves; 0.0 is off.
         lr_rules: ((pattern, factor), ...), first match wins; factor 0.0 freezes.
         wd_rules: ((pattern, factor), ...) of the decay.
@@ -44,16 +53,23 @@ class Optim:
 
     name: Literal["adamw", "adam", "sgd", "lars"]
     lr: float
-    schedule: Literal["cosine", "linear", "constant"]
+    schedule: Literal["cosine", "linear", "constant", "stairs"]
     warmup_epochs: float
     min_lr: float
     wd: float
     clip_norm: float
     start_lr: float = 0.0
     lr_batch: int = 0
+    lr_batch_power: float = 1.0
+    per_epoch: bool = False
+    stair_epochs: float = 0.0
+    gamma: float = 0.1
+    warmup_over: bool = False
+    floors: Literal["scaled", "absolute"] = "scaled"
     stretch: float = 1.0
     wd_schedule: Literal["constant", "cosine"] = "constant"
     wd_end: float = 0.0
+    wd_normalised: bool = False
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -78,6 +94,8 @@ class Optim:
                 yield f"{key}={getattr(self, key)}: must be in [0, 1)"
         if self.warmup_epochs < 0:
             yield f"warmup_epochs={self.warmup_epochs}: must not be negative"
+        if self.schedule == "stairs" and self.stair_epochs <= 0:
+            yield f"stair_epochs={self.stair_epochs}: schedule=stairs needs its length"
         if self.stretch < 1:
             yield f"stretch={self.stretch}: must be 1.0 or more"
         for pattern, fraction in self.freeze:
@@ -92,7 +110,7 @@ class Optimizer:
     Attributes:
         spec: the config section.
         peak: learning rate at the end of the warm-up, after scaling by the batch.
-        total_steps, warmup_steps: optimizer steps.
+        total_steps, warmup_steps, steps_per_epoch: optimizer steps.
         lr_factor, wd_factor: {name: factor}.
         frozen_from: {name: first step at which the leaf is frozen}.
     """
@@ -104,25 +122,32 @@ class Optimizer:
     lr_factor: dict
     wd_factor: dict
     frozen_from: dict
+    steps_per_epoch: int = 1
 
-    def lr(self, step):
-        """Return the learning rate of step `step` (before the factors), float32 []."""
+    def lr(self, step, factor=1.0):
+        """Return the learning rate of step `step` for leaves of a factor, float32 []."""
         s = self.spec
-        return schedules.SCHEDULES[s.schedule](
-            step,
-            base=self.peak,
-            final=s.min_lr,
-            start=s.start_lr,
-            warmup_steps=self.warmup_steps,
-            total_steps=self._span,
-        )
+        if s.per_epoch:
+            step = step // self.steps_per_epoch * self.steps_per_epoch
+        least = factor if s.floors == "scaled" else 1.0
+        base, start = self.peak * factor, s.start_lr * least
+        given = dict(base=base, final=s.min_lr * least, total_steps=self._span)
+        if s.schedule == "stairs":
+            given |= dict(length=s.stair_epochs * self.steps_per_epoch, gamma=s.gamma)
+        curve = schedules.SCHEDULES[s.schedule]
+        rise = dict(start=start, warmup_steps=self.warmup_steps)
+        if not s.warmup_over:
+            return curve(step, **given, **rise)
+        return schedules.warmup(step, curve(step, **given), base=base, **rise)
 
     def wd(self, step):
         """Return the weight decay of step `step` (before the factors)."""
         s = self.spec
+        unit = self.total_steps**-0.5 if s.wd_normalised else 1.0
         if s.wd_schedule == "constant":
-            return jnp.float32(s.wd)
-        return schedules.cosine(step, base=s.wd, final=s.wd_end, total_steps=self._span)
+            return jnp.float32(s.wd * unit)
+        both = dict(base=s.wd * unit, final=s.wd_end * unit)
+        return schedules.cosine(step, **both, total_steps=self._span)
 
     @property
     def _span(self):
@@ -169,10 +194,12 @@ class Optimizer:
         if coupled:
             grads = {k: g + decay[k] for k, g in grads.items()}
         move, opt = self._direction.update(grads, opt, params)
+        factors = {self.lr_factor[k] for k in params}
+        rates = {factor: self.lr(step, factor) for factor in factors}
         new = {}
         for k, p in params.items():
             m = move[k] if coupled else move[k] + decay[k]
-            new[k] = (p - lr * self.lr_factor[k] * m).astype(p.dtype)
+            new[k] = (p - rates[self.lr_factor[k]] * m).astype(p.dtype)
         return new, opt, {"grad_norm": norm, "lr": lr, "wd": wd}
 
     @property
@@ -225,9 +252,16 @@ def make(
             f"optim.warmup_epochs={spec.warmup_epochs} is {warmup_steps} steps, which "
             f"leaves nothing of a run of {total_steps} steps"
         )
-    peak = spec.lr * (batch_size / spec.lr_batch if spec.lr_batch else 1.0)
+    ratio = batch_size / spec.lr_batch if spec.lr_batch else 1.0
     return Optimizer(
-        spec, peak, total_steps, warmup_steps, lr_factor, wd_factor, frozen_from
+        spec=spec,
+        peak=spec.lr * ratio**spec.lr_batch_power,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        lr_factor=lr_factor,
+        wd_factor=wd_factor,
+        frozen_from=frozen_from,
+        steps_per_epoch=steps_per_epoch,
     )
 
 

@@ -38,6 +38,29 @@ def constant(step, *, base, final=0.0, total_steps=0, warmup_steps=0, start=0.0)
     return warmup(step, flat, start=start, base=base, warmup_steps=warmup_steps)
 
 
+def stairs(
+    step, *, base, length, gamma, final=0.0, total_steps=0, warmup_steps=0, start=0.0
+):
+    """Linear warm-up, then base times gamma for every `length` steps since step 0.
+
+    Source: torch.optim.lr_scheduler.StepLR.
+    """
+    del final, total_steps
+    decay = base * gamma ** jnp.floor(step / length)
+    return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
+
+
+def averaging(step, *, decay, gamma=1.0, power=2 / 3):
+    """EMA decay that grows with the updates: min(decay, 1 - (1 + t / gamma)^-power).
+
+    t = step - 1, and the decay is 0 (a copy) until t is positive.
+
+    Source: timm's ModelEmaV3 with use_warmup.
+    """
+    t = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - 1.0)
+    return jnp.minimum(decay, 1.0 - (1.0 + t / gamma) ** -power)
+
+
 def momentum(step, *, start, end, total_steps, warmup_steps=0):
     """EMA momentum: `start` during the warm-up, then a line to `end` at the last step.
 
@@ -54,4 +77,4 @@ def _progress(step, warmup_steps, total_steps):
     return jnp.clip(x, 0.0, 1.0)
 
 
-SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant}
+SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "stairs": stairs}

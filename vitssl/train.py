@@ -15,6 +15,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitssl import (
     checkpoint,
@@ -99,6 +100,7 @@ def _stream(source, method, settings, start: int):
         workers=settings.data.workers,
         process=(jax.process_index(), jax.process_count()),
         on_bad_image=settings.data.on_bad_image,
+        sampling=settings.data.sampling,
     )
 
 
@@ -242,6 +244,8 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     untrained = parts.fresh()
     values, text = evaluate.final(state, untrained)
     logger.info("%s", text)
+    if evaluate.arrays and devices.is_main():
+        np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
     loop.write(int(state.step), values)
     if s.log.pictures and devices.is_main():
         _pictures(parts, workdir, state, untrained)
@@ -307,6 +311,8 @@ class _Loop:
         self.writers, self.evaluate = writers, evaluate
         self.metrics = log.Metrics(parts.experiment.settings.log, meta.get("log", {}))
         self.scores = dict(meta.get("metrics", {}))
+        spec = parts.experiment.settings.checkpoint
+        self.patience = checkpoint.Patience(spec, meta.get("patience", {}))
         self.clock = None
 
     def go(self, state):
@@ -325,7 +331,7 @@ class _Loop:
         self.clock.restart()
         with contextlib.closing(parts.stream(at)) as stream:
             batch, ids, waited = _next(stream, sharding)
-            while at < total:
+            while at < total and not self.patience.over:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
                     state = step.enter(state, phase)
@@ -385,12 +391,21 @@ class _Loop:
 
     def _after(self, state, at, s):
         """Log, evaluate, save, stop: whatever is due after `at` updates."""
-        last = at == self.parts.run.total_steps
+        total = self.parts.run.total_steps
+        last = at == total
         if at % s.log.every_steps == 0 or last:
             self.metrics.drain()
             self._log(at)
         if self.evaluate.due(at, self.parts.run) and not last:
             self._evaluate(state, at)
+            if self.patience.over:
+                logger.info(
+                    "  no better %s for %d evaluations: the run ends after step %d",
+                    s.checkpoint.best,
+                    s.checkpoint.patience,
+                    at,
+                )
+                last = True
         stop = self.signals.stop(at)
         if self.saves.due(at) or last or stop:
             self._save(state, at)
@@ -439,6 +454,8 @@ class _Loop:
             values = {}
         if values:
             self.scores = {k: v for k, v in values.items() if isinstance(v, float)}
+            if at:
+                self.patience.look(self.scores)
             self.write(at, values)
             logger.info("%s", self.evaluate.line(at, values))
         self._pause(start)
@@ -447,7 +464,11 @@ class _Loop:
         self.watchdog.beat(f"checkpoint after step {at}")
         self.metrics.drain()
         start = time.perf_counter()
-        meta = {"log": self.metrics.state(), "versions": report.versions()}
+        meta = {
+            "log": self.metrics.state(),
+            "patience": self.patience.state(),
+            "versions": report.versions(),
+        }
         self.saves.save(at, state, meta, self.scores)
         self._pause(start)
 

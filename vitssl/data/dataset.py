@@ -21,6 +21,8 @@ class Data:
         test_split: labelled split whose accuracy is reported.
         channels: channels of an image; sources convert 1 <-> 3.
         mean, std: per-channel normalisation in units of [0, 1].
+        sampling: shuffle visits every image once per epoch; balanced draws with
+            replacement, every class equally often (weight 1 / its count).
         on_bad_image: a file that does not decode is replaced by the next one and
             counted ("skip", at most 1 % of the set) or ends the run ("raise").
         threads, workers: decoding threads and processes of each process of the run;
@@ -36,6 +38,7 @@ class Data:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
     on_bad_image: Literal["skip", "raise"] = "skip"
     threads: int = -1
     workers: int = -1
@@ -93,6 +96,12 @@ class Subset:
     def __getitem__(self, i):
         """Return example i of the subset."""
         return self.whole[int(self.indices[i])]
+
+    @property
+    def labels(self):
+        """Return the labels [M], or None if the whole does not know them."""
+        labels = getattr(self.whole, "labels", None)
+        return None if labels is None else labels[self.indices]
 
     @property
     def name(self) -> str:

@@ -53,6 +53,26 @@ def order(n, seed, epoch):
     return _generator(seed, np.uint64(epoch) | _ORDER).permutation(n)
 
 
+@functools.lru_cache(maxsize=4)
+def balanced(labels, seed, epoch):
+    """Draw as many images as there are, each class equally often on average.
+
+    Args:
+        labels: int32 [N] as bytes, so that it can be hashed; unlabelled (-1) images
+            count as a class of their own.
+        seed: of the run.
+        epoch: 0-based.
+
+    Returns:
+        int64 [N], with replacement: image i with weight 1 / (images of its class).
+    """
+    labels = np.frombuffer(labels, np.int32)
+    _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
+    weight = 1.0 / count[group]
+    rng = _generator(seed, np.uint64(epoch) | _ORDER)
+    return rng.choice(len(labels), len(labels), p=weight / weight.sum())
+
+
 def steps_per_epoch(source, batch_size):
     """Full batches in one epoch, floor(N / batch).
 
@@ -101,6 +121,7 @@ class _Training:
     seed: int
     batch_size: int
     process: tuple[int, int]
+    labels: bytes | None = None  # If classes are drawn equally often.
 
     def __len__(self):
         return _FOREVER
@@ -109,7 +130,11 @@ class _Training:
         """Row r of the global batch t."""
         n = len(self.source)
         epoch, step = divmod(t, n // self.batch_size)
-        i = int(order(n, self.seed, epoch)[step * self.batch_size + r])
+        if self.labels is None:
+            visits = order(n, self.seed, epoch)
+        else:
+            visits = balanced(self.labels, self.seed, epoch)
+        i = int(visits[step * self.batch_size + r])
         example = self.source.at(i, epoch)
         example["label"] = np.int32(example["label"])
         example["index"] = np.int32(example["index"])
@@ -300,6 +325,7 @@ def train(
     prefetch=-1,
     process=(0, 1),
     on_bad_image="skip",
+    sampling="shuffle",
 ):
     """Endless training batches from `start_step` on.
 
@@ -313,18 +339,28 @@ def train(
         threads, workers, prefetch: see `resources`; -1 = suit the machine.
         process: (index, count); process p of n gets rows [p B/n, (p+1) B/n).
         on_bad_image: "skip" or "raise"; see `decode.Tolerant`.
+        sampling: "shuffle", or "balanced" (see `balanced`).
 
     Returns:
         a `Loader` of dicts [B/n, ...].
 
     Raises:
         DataError: fewer images than a batch; from `next`, broken images.
-        UsageError: the batch does not split over the processes.
+        UsageError: the batch does not split over the processes; balanced sampling of
+            a source that does not know its labels.
     """
     steps_per_epoch(source, batch_size)
     _share(batch_size, process)
+    labels = None
+    if sampling == "balanced":
+        if getattr(source, "labels", None) is None:
+            raise errors.UsageError(
+                f"data.sampling=balanced: {source.name} knows no labels before its "
+                "images are read; use shuffle"
+            )
+        labels = np.asarray(source.labels, np.int32).tobytes()
     source = decode.Tolerant(source, on_bad_image)
-    batches = _Training(source, transform, seed, batch_size, process)
+    batches = _Training(source, transform, seed, batch_size, process, labels)
     return Loader(
         batches, start_step, threads=threads, workers=workers, prefetch=prefetch
     )

@@ -30,6 +30,8 @@ class Evals:
         every_epochs: epochs between online evaluations; 0 = only at the end.
         online_samples_train, online_samples_test: images of the bank and the test set
             that the online evaluation uses, drawn once; 0 = all.
+        online: whether the online evaluation looks at the features (k-NN, spread); a
+            method's own test scores are there either way.
         final: what is measured at the end.
         knn_k, knn_temperature: neighbours and temperatures to try; the first of each
             is the one reported, the others are for the logs.
@@ -63,6 +65,7 @@ class Evals:
     probe: Literal["lbfgs", "sgd"]
     probe_epochs: int
     features: str = "pooled"
+    online: bool = True
     final_samples_train: int = 0
     final_samples_test: int = 0
     cache_bytes: int = 2**28
@@ -216,7 +219,8 @@ def final(
     """
     rows = []
     todo = [(name, network, state, section.names) for name, state in states.items()]
-    todo.append(("raw pixels", PIXELS, (), ("pooled",)))
+    if "image" in next(iter(query)):
+        todo.append(("raw pixels", PIXELS, (), ("pooled",)))
     for name, function, state, names in todo:
         pair = [
             features.extract(function, state, part, names=names, sharding=sharding)

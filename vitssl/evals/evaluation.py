@@ -26,7 +26,7 @@ class Evaluation:
     def __init__(self, section: evals.Evals, data, method, mesh):
         self._section, self._data = section, data
         self._method, self._mesh = method, mesh
-        self._warned = False
+        self.arrays = {}  # Of the last scores: what is no number.
 
     def due(self, at: int, run) -> bool:
         """Return whether an online evaluation is due after `at` updates."""
@@ -54,10 +54,12 @@ class Evaluation:
     def _images(self, counts):
         s, data = self._section, self._data
 
+        transform = getattr(self._method, "evaluation_transform", views.Evaluate)
+
         def make(source):
             return pipeline.evaluate(
                 source,
-                views.Evaluate(s.image_size),
+                transform(s.image_size),
                 batch_size=self._rows(),
                 threads=data.threads,
                 process=(jax.process_index(), jax.process_count()),
@@ -86,19 +88,35 @@ class Evaluation:
         """Return a few numbers of the state; {} if the run has no online evaluation."""
         if not self._section.every_epochs:
             return {}
-        values = evals.online(
-            self._section,
-            self._method.features,
+        values = self._scores(state, self._online_images[1])
+        if self._section.online:
+            values |= evals.online(
+                self._section,
+                self._method.features,
+                (state.params, state.extra),
+                *self._online_images,
+                classes=self._classes,
+                sharding=devices.batch_sharding(self._mesh),
+            )
+        return {k: float(v) for k, v in values.items()}
+
+    def _scores(self, state, images) -> dict[str, float]:
+        """Return the method's own scores on the test split, "test/<name>"."""
+        if not hasattr(self._method, "outputs"):
+            return {}
+        rows = features.outputs(
+            self._method.outputs,
             (state.params, state.extra),
-            *self._online_images,
-            classes=self._classes,
+            images,
             sharding=devices.batch_sharding(self._mesh),
         )
-        return {k: float(v) for k, v in values.items()}
+        found = self._method.scores(rows)
+        self.arrays = {k: v for k, v in found.items() if np.ndim(v)}
+        return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
 
     def line(self, at: int, values: dict) -> str:
         """Return the line of an online evaluation, with a warning on collapse."""
-        shown = []
+        shown = [f"{k[5:]} {v:.4g}" for k, v in values.items() if k[:5] == "test/"][:4]
         for key, form in (
             ("knn/top1", "k-NN {:.1%}"),
             ("probe/top1", "probe {:.1%}"),
@@ -119,8 +137,12 @@ class Evaluation:
             flat metrics "final/<row>/<metric>", and the table as text.
         """
         section = self._section
+        scores = self._scores(state, self._final_images[1])
+        text = "  ".join(f"{k[5:]} {v:.4g}" for k, v in scores.items())
+        scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
-            return {}, "no final evaluation (evals.final is empty)"
+            none = "no final evaluation (evals.final is empty)"
+            return scores, f"test split: {text}" if text else none
         rows = evals.final(
             section,
             self._method.features,
@@ -133,5 +155,6 @@ class Evaluation:
             sharding=devices.batch_sharding(self._mesh),
         )
         values = evals.flat(rows)
-        values = {k: v for k, v in values.items() if np.isfinite(v)}
-        return values, evals.format_table(rows, section.protocol())
+        values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
+        table = evals.format_table(rows, section.protocol())
+        return values, f"{table}\ntest split: {text}" if text else table

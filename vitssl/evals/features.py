@@ -35,7 +35,7 @@ def extract(
 
     Args:
         features: hashable; features(*state, image [B, H, W, C]) -> dict of arrays. A
-            bound method of the same object counts as the same function.
+            bound method of the same object counts as the same function. See `picture`.
         state: leading arguments of `features`, such as (params, extra).
         batches: {"image": uint8 [B, H, W, C], "label", "index": int32 [B], "valid":
             bool [B]}; rows that are not valid (padding) are dropped.
@@ -51,12 +51,44 @@ def extract(
         ValueError: there is no valid image, or `features` returns no such name.
         NonFiniteError: a feature is not a finite number.
     """
+
+    def run(batch):
+        rows = {k: v for k, v in batch.items() if k in _KEYS or k.startswith("image/")}
+        rows = _put(rows, sharding)
+        return _apply(state, rows, features=features, names=names, sharding=sharding)
+
+    return _all(run, batches)
+
+
+def outputs(
+    function: Callable,
+    state: tuple,
+    batches: Iterable[dict],
+    *,
+    sharding: NamedSharding | None = None,
+) -> dict[str, np.ndarray]:
+    """Return function(*state, batch) of every valid row, ordered by "index".
+
+    Like `extract`, but the function gets the whole batch and all it returns is kept,
+    in its own dtype.
+    """
+
+    def run(batch):
+        rows = _put(dict(batch), sharding)
+        return _outputs(state, rows, function=function, sharding=sharding)
+
+    return _all(run, batches)
+
+
+_KEYS = ("image", "label", "index", "valid")
+
+
+def _all(run, batches):
+    """Return the rows of all batches, on the host, one batch ahead on the devices."""
     parts = collections.defaultdict(list)
     ahead = None
     for batch in batches:
-        rows = {key: batch[key] for key in ("image", "label", "index", "valid")}
-        rows = _put(rows, sharding)
-        now = _apply(state, rows, features=features, names=names, sharding=sharding)
+        now = run(batch)
         _collect(ahead, parts)
         ahead = now
     _collect(ahead, parts)
@@ -65,6 +97,14 @@ def extract(
     order = np.argsort(np.concatenate(parts["index"]), kind="stable")
     # One name at a time, so that at most one of them is held twice.
     return {key: np.concatenate(parts.pop(key))[order] for key in list(parts)}
+
+
+def picture(batch):
+    """Return what a network gets of a batch: "image", or its parts as a dict."""
+    if "image" in batch:
+        return batch["image"]
+    cut = len("image/")
+    return {k[cut:]: v for k, v in batch.items() if k.startswith("image/")}
 
 
 def _put(rows, sharding):
@@ -82,10 +122,20 @@ def _put(rows, sharding):
 
 @functools.partial(jax.jit, static_argnames=("features", "names", "sharding"))
 def _apply(state, batch, *, features, names, sharding):
-    found = features(*state, batch["image"])
+    found = features(*state, picture(batch))
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"features: no {missing}; there is {sorted(found)}")
     rows = {name: found[name].astype(jnp.float32) for name in names}
+    return _whole(rows, batch, sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("function", "sharding"))
+def _outputs(state, batch, *, function, sharding):
+    return _whole(dict(function(*state, batch)), batch, sharding)
+
+
+def _whole(rows, batch, sharding):
+    """Return the rows with their labels, held whole by every process."""
     rows |= {key: batch[key] for key in ("label", "index", "valid")}
     if sharding is None:
         return rows

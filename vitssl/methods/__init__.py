@@ -64,7 +64,37 @@ class Method(Protocol):
         """Return the static part of step `step`: each distinct value is compiled."""
 
     def features(self, params, extra, image) -> dict:
-        """Return {"pooled": [B, D], "tokens": [B, N, D], ...} of [B, H, W, C]."""
+        """Return {"pooled": [B, D], "tokens": [B, N, D], ...} of [B, H, W, C].
+
+        Where batches hold "image/<part>" instead of "image": of {part: array}.
+        """
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
+
+
+class Scored(Protocol):
+    """What a method adds that is scored on the test split by its own measure.
+
+    A classifier, a part discoverer: `outputs` runs on the devices for every batch of
+    the test split, `scores` once on the host over all rows. The results are metrics
+    "test/<name>", online and at the end, and may choose the best checkpoint.
+    """
+
+    def outputs(self, params, extra, batch) -> dict:
+        """Return {name: [B, ...]} of one evaluation batch; pure, jitted once.
+
+        "label" and "index" are added, rows of padding are taken away.
+        """
+
+    def scores(self, rows: dict) -> dict:
+        """Return {name: float} of all rows {name: numpy [M, ...]}, by rising index.
+
+        Arrays are allowed too (a confusion matrix); they go to WORKDIR/scores.npz.
+        """
+
+    def evaluation_transform(self, size: int) -> Callable:
+        """Return the transform of evaluation images, `views.Evaluate(size)` if absent.
+
+        It may hand on further columns of the source's examples.
+        """

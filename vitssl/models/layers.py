@@ -136,6 +136,35 @@ def _fused(q, k, v, length, implementation):
     )
 
 
+def weighted_attention(q, k, v, weight):
+    """Attention to keys that count more or less: a_ij = m_j e^s_ij / sum_j m_j e^s_ij.
+
+    A key of weight 0 takes no part, bit for bit: nothing of it reaches the output,
+    whatever it holds. Adding log m_j to the scores is the same number, but has no
+    gradient at 0; this form has one, which is what straight-through masks need.
+
+    Args:
+        q, k, v: [B, T, heads, c].
+        weight: [B, T] not negative, at least one of each row above 0.
+
+    Returns:
+        (output [B, T, heads, c] in the dtype of v, map [B, heads, T, T] float32).
+
+    Source: ananthu-aniraj/ifam layers/transformer_layers.py (boolean and additive
+    masks), rewritten as one multiplication.
+    """
+    weight = weight.astype(jnp.float32)[:, None, None]  # [B, 1, 1, T]
+    logits = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    # Only keys that count may set the scale, or a hidden one would change roundings.
+    top = jnp.where(weight > 0, logits, -jnp.inf).max(-1, keepdims=True)
+    # A hidden key may lie far above the others; bounded, its term stays finite.
+    e = weight * jnp.exp(jnp.minimum(logits - jax.lax.stop_gradient(top), 60.0))
+    probs = e / e.sum(-1, keepdims=True)  # [B, heads, T, T]
+    y = jnp.einsum("bhqk,bkhc->bqhc", probs.astype(v.dtype), v)
+    return y, probs
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one packed query-key-value product.
 
@@ -157,13 +186,15 @@ class Attention(nn.Module):
     attention: Implementation = "auto"
 
     @nn.compact
-    def __call__(self, x, length=None, rope=None):
+    def __call__(self, x, length=None, rope=None, weight=None):
         """Mix the tokens.
 
         Args:
             x: [B, T, D].
             length: [B] int32 valid leading keys, or None.
             rope: (cos, sin) [1 or B, T, D / heads] of `posemb.rotation`, or None.
+            weight: [B, T] how much every key counts, see `weighted_attention`; None =
+                all alike. Not together with length.
 
         Returns:
             [B, T, D] in `dtype`.
@@ -185,7 +216,10 @@ class Attention(nn.Module):
             k = LayerNorm(self.eps, self.dtype, name="k_norm")(k)
         if rope is not None:
             q, k = posemb.rotate(q, *rope), posemb.rotate(k, *rope)
-        if self.is_mutable_collection("intermediates"):
+        if weight is not None:
+            y, probs = weighted_attention(q, k, v, weight)
+            self.sow("intermediates", "attention", probs)
+        elif self.is_mutable_collection("intermediates"):
             y, probs = softmax_attention(q, k, v, length)
             self.sow("intermediates", "attention", probs)
         else:
@@ -246,14 +280,14 @@ class Block(nn.Module):
     attention: Implementation = "auto"
 
     @nn.compact
-    def __call__(self, x, length=None, rope=None, train=False):
+    def __call__(self, x, length=None, rope=None, train=False, weight=None):
         """Return the block's output [B, T, D]; arguments as in `Attention`."""
         drop = DropPath(self.drop_path, name="drop")
         attn = Attention(
             self.heads, self.qk_norm, self.eps, self.dtype, self.attention, name="attn"
         )
         mlp = MLP(self.hidden, self.dtype, name="mlp")
-        y = attn(LayerNorm(self.eps, self.dtype, name="norm1")(x), length, rope)
+        y = attn(LayerNorm(self.eps, self.dtype, name="norm1")(x), length, rope, weight)
         x = x + drop(self._gain("ls1", y), train)
         y = mlp(LayerNorm(self.eps, self.dtype, name="norm2")(x))
         return x + drop(self._gain("ls2", y), train)

@@ -1,30 +1,64 @@
 """Where a token is: tables resampled to a grid, and rotary angles."""
 
+from typing import Literal
+
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+Resampling = Literal["antialias", "plain"]
 
-def resample(table, old, new):
+
+def resample(table, old, new, resampling="antialias"):
     """Resample a position table from one patch grid to another.
 
-    Bicubic with antialiasing (a = -0.5, weights renormalised at the border), as in
-    timm; the table itself where the grids agree.
-
     Args:
-        table: [..., h w, D] of grid `old` = (h, w).
+        table: [..., h w, D] of grid `old` = (h, w); itself where the grids agree.
         old, new: grids (h, w).
+        resampling: "antialias": bicubic with a = -0.5, widened when shrinking, weights
+            renormalised at the border, as in timm; "plain": bicubic with a = -0.75 and
+            repeated border, as torch interpolates and DINOv2 and its Hugging Face
+            port do.
 
     Returns:
         [..., h' w', D] of grid `new`, in the table's dtype.
     """
     if tuple(old) == tuple(new):
         return table
+    if resampling == "plain":
+        rows, columns = (cubic_matrix(a, b) for a, b in zip(old, new, strict=True))
+        x = einops.rearrange(table, "... (h w) d -> ... h w d", h=old[0], w=old[1])
+        x = jnp.einsum("ah,bw,...hwd->...abd", rows, columns, x)
+        return einops.rearrange(x, "... h w d -> ... (h w) d").astype(table.dtype)
     x = einops.rearrange(table, "... (h w) d -> ... h w d", h=old[0], w=old[1])
     shape = x.shape[:-3] + (new[0], new[1], x.shape[-1])
     x = jax.image.resize(x, shape, "cubic", antialias=True)
     return einops.rearrange(x, "... h w d -> ... (h w) d")
+
+
+def cubic_matrix(old, new):
+    """Weights of bicubic interpolation with a = -0.75 along one axis.
+
+    Sample i of `new` lies at (i + 1/2) old / new - 1/2 of `old`; taps beyond the border
+    repeat its value.
+
+    Returns:
+        [new, old] float32 numpy, rows summing to 1.
+
+    Source: Keys 1981, Eq. 4, with the constant of torch.nn.functional.interpolate.
+    """
+    a = -0.75
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    base = np.floor(at).astype(int)
+    matrix = np.zeros((new, old), np.float64)
+    for tap in range(-1, 3):
+        t = np.abs(at - base - tap)
+        near = ((a + 2) * t - (a + 3)) * t * t + 1
+        far = a * (((t - 5) * t + 8) * t - 4)
+        index = np.clip(base + tap, 0, old - 1)
+        np.add.at(matrix, (np.arange(new), index), np.where(t <= 1, near, far))
+    return matrix.astype(np.float32)
 
 
 def rope_angles(grid, head_dim, theta):

@@ -62,8 +62,10 @@ class ViT(nn.Module):
             position table.
         rope_theta: base of the rotary frequencies.
         cls: prepend a class token.
+        class_position: the position table has a row for the class token too.
         registers: number of register tokens after the class token; they have no
             position.
+        resampling: of the position table for other grids, see `posemb.resample`.
         qk_norm: LayerNorm of queries and keys, per head.
         norm_eps: of every LayerNorm.
         remat: recompute every block in the backward pass instead of storing it.
@@ -86,7 +88,9 @@ class ViT(nn.Module):
     rope: bool = False
     rope_theta: float = 10000.0
     cls: bool = True
+    class_position: bool = True
     registers: int = 0
+    resampling: posemb.Resampling = "antialias"
     qk_norm: bool = False
     norm_eps: float = 1e-6
     remat: bool = False
@@ -98,10 +102,15 @@ class ViT(nn.Module):
         """How many tokens precede the patches."""
         return int(self.cls) + self.registers
 
+    @property
+    def _first(self):
+        """Row of the position table that belongs to the first patch."""
+        return int(self.cls and self.class_position)
+
     def setup(self):
         """Declare the parameters; names do not depend on `remat`."""
         side = self.image_size // self.patch
-        positions = (1, int(self.cls) + side * side, self.width)
+        positions = (1, self._first + side * side, self.width)
         tiny = nn.initializers.normal(1e-6)
         if self.cls:
             self.class_token = self.param("cls", tiny, (1, 1, self.width))
@@ -130,10 +139,12 @@ class ViT(nn.Module):
     def positions(self, grid):
         """Return the position table of the patches of `grid` = (h, w): [h w, D]."""
         side = self.image_size // self.patch
-        table = self.pos_embed[0, int(self.cls) :]
-        return posemb.resample(table, (side, side), grid)
+        table = self.pos_embed[0, self._first :]
+        return posemb.resample(table, (side, side), grid, self.resampling)
 
-    def __call__(self, image, *, keep=None, count=None, hide=None, train=False):
+    def __call__(
+        self, image, *, keep=None, count=None, hide=None, weight=None, train=False
+    ):
         """Encode images.
 
         Args:
@@ -144,6 +155,8 @@ class ViT(nn.Module):
                 are padding that no token attends to. None = all.
             hide: [B, N] bool, patches whose token becomes 0 once it has its position
                 ("zero" masking); they stay in the sequence.
+            weight: [B, N] how much every patch counts as a key, in every block
+                (`layers.weighted_attention`); the prefix counts 1. None = all alike.
             train: drop paths, from the stream "drop_path".
 
         Returns:
@@ -154,18 +167,22 @@ class ViT(nn.Module):
 
         Raises:
             ValueError: the patch does not divide the image, or keep and hide are
-                both given, or count comes without keep.
+                both given, or count comes without keep, or weight with keep.
         """
         if keep is not None and hide is not None:
             raise ValueError("ViT: give keep (drop) or hide (zero), not both")
         if count is not None and keep is None:
             raise ValueError("ViT: count says how much of keep is meant; give keep")
+        if weight is not None:
+            if keep is not None:
+                raise ValueError("ViT: give keep (drop) or weight, not both")
+            weight = jnp.pad(weight, ((0, 0), (self.prefix, 0)), constant_values=1.0)
         grid = patches.grid(image, self.patch)
         x, rope = self._embed(image, grid, keep, hide)  # [B, P + K, D]
         length = None if count is None else (count + self.prefix).astype(jnp.int32)
         blocks = []
         for block in self.block:
-            x = block(x, length, rope, train)
+            x = block(x, length, rope, train, weight)
             blocks.append(x)
         return self.norm(x), {"blocks": blocks, "grid": grid}
 
@@ -180,7 +197,8 @@ class ViT(nn.Module):
             x = jnp.where(hide[..., None], 0.0, x)
         prefix = []
         if self.cls:
-            prefix.append(self.class_token + self.pos_embed[:, :1])
+            place = self.pos_embed[:, :1] if self.class_position else 0.0
+            prefix.append(self.class_token + place)
         if self.registers:
             prefix.append(self.register_tokens)
         if prefix:

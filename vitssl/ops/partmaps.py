@@ -1,0 +1,187 @@
+"""Soft maps of parts, and the masks of foreground made from them.
+
+Axes: B images, (h, w) patch grid, K parts, D width. Maps have K + 1 channels on the
+last axis; the last channel is the background. All arithmetic is float32.
+
+Sources: Aniraj et al. 2025, arXiv:2506.08915, section 3 (two stages, masks); Aniraj et
+al. 2024, arXiv:2407.04538, section 3 (maps); code ananthu-aniraj/ifam@bc8eeae.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Removal = Literal["zero", "keep", "keep_all"]
+
+
+class Draws(NamedTuple):
+    """The random numbers of one pass; None = none: no noise, nothing dropped.
+
+    Attributes:
+        maps: [B, h, w, K+1] Gumbel(0, 1) added to the logits of the maps.
+        mask: the same, independent, for the mask.
+        keep_mask: [B, K] bool, parts that may be foreground in the mask.
+        keep_features: [B, K] bool, parts that the first classifier sees.
+    """
+
+    maps: jax.Array | None = None
+    mask: jax.Array | None = None
+    keep_mask: jax.Array | None = None
+    keep_features: jax.Array | None = None
+
+
+def draw(rng, size, parts, *, gumbel, mask_dropout, part_dropout, train, noise=True):
+    """Draw what a pass over images needs.
+
+    Args:
+        rng: a key.
+        size: (B, h, w).
+        parts: K.
+        gumbel: noise in the maps; the mask has it always, as in the original.
+        mask_dropout, part_dropout: probability that a part is dropped (training).
+        train: drop parts.
+        noise: False: no Gumbel noise at all (deterministic evaluation).
+
+    Returns:
+        `Draws`.
+    """
+    keys, shape = jax.random.split(rng, 4), (*size, parts + 1)
+
+    def kept(key, rate):
+        if not train or rate == 0.0:
+            return None
+        return jax.random.bernoulli(key, 1.0 - rate, (size[0], parts))
+
+    return Draws(
+        maps=jax.random.gumbel(keys[0], shape) if gumbel and noise else None,
+        mask=jax.random.gumbel(keys[1], shape) if noise else None,
+        keep_mask=kept(keys[2], mask_dropout),
+        keep_features=kept(keys[3], part_dropout),
+    )
+
+
+def similarities(z, prototypes):
+    """Compare tokens with prototypes.
+
+    Args:
+        z: [B, h, w, D].
+        prototypes: [K+1, D].
+
+    Returns:
+        (dot products z w_k, minus squared distances -|z - w_k|^2), each
+        [B, h, w, K+1] float32.
+    """
+    z, w = z.astype(jnp.float32), prototypes.astype(jnp.float32)
+    dot = jnp.einsum("bhwd,kd->bhwk", z, w, preferred_element_type=jnp.float32)
+    z2 = jnp.square(z).sum(-1, keepdims=True)
+    return dot, 2.0 * dot - z2 - jnp.square(w).sum(-1)
+
+
+def threshold(dot, logits, least, *, on_distance=False):
+    """Take parts away where they are not confident.
+
+    Args:
+        dot, logits: of `similarities`.
+        least: [K], the smallest dot product at which a part may claim a patch.
+        on_distance: False: every logit becomes the raw dot product, as the original
+            does, which may move even confident patches from part to part; True: the
+            logits that stay are left alone.
+
+    Returns:
+        [B, h, w, K+1], -inf where a part is not confident; never in the background.
+    """
+    kept = logits if on_distance else dot
+    least = jnp.append(jnp.asarray(least, jnp.float32), -jnp.inf)
+    return jnp.where(dot >= least, kept, -jnp.inf)
+
+
+def assign(logits, noise=None, temperature=1.0):
+    """Return the soft maps softmax((logits + noise) / temperature): [B, h, w, K+1]."""
+    logits = logits.astype(jnp.float32)
+    logits = logits if noise is None else logits + noise
+    return jax.nn.softmax(logits / temperature, axis=-1)
+
+
+def masks(maps, keep=None):
+    """Return where the foreground is, once hard and once soft.
+
+    A patch is foreground if its strongest kept part is at least as strong as the
+    background. Dropped parts count 0, the others are not scaled up.
+
+    Args:
+        maps: [B, h, w, K+1], drawn for the mask.
+        keep: [B, K] bool, parts that may be foreground; None = all.
+
+    Returns:
+        (hard, soft), each [B, h, w, 2] as (foreground, background). The gradient of
+        hard, in both channels, is that of the summed foreground (straight through).
+    """
+    parts, background = maps[..., :-1], maps[..., -1]
+    if keep is not None:
+        parts = parts * keep[:, None, None].astype(maps.dtype)
+    soft = jnp.stack([parts.max(-1), background], axis=-1)  # [B, h, w, 2]
+    front = soft[..., 0] >= soft[..., 1]
+    hard = jnp.stack([front, ~front], axis=-1).astype(maps.dtype)
+    through = parts.sum(-1, keepdims=True)
+    return hard + (through - jax.lax.stop_gradient(through)), soft
+
+
+def without_parts(maps, removed, removal: Removal = "zero"):
+    """Return the foreground when some parts are taken away.
+
+    Hard: patches whose strongest channel is neither the background nor a removed part.
+
+    Args:
+        maps: [B, h, w, K+1].
+        removed: ids of the parts, static.
+        removal: of the soft mask at patches of a removed part. "zero": 0, as in the
+            hard mask; "keep": the strongest part that stays, as in the original's timm
+            model; "keep_all": the strongest of all, as in its Hugging Face model.
+
+    Returns:
+        (hard, soft), each [B, h, w], the foreground alone.
+    """
+    k = maps.shape[-1] - 1
+    gone = jnp.isin(jnp.arange(k), jnp.asarray(removed, jnp.int32))  # [K]
+    parts, background = maps[..., :-1], maps[..., -1]
+    left = jnp.where(gone, 0.0, parts)
+    top = parts.max(-1)
+    owner_gone = jnp.take(gone, parts.argmax(-1))
+    hard = ((top >= background) & ~owner_gone).astype(maps.dtype)
+    if removal == "keep_all":
+        return hard, top
+    soft = left.max(-1)
+    if removal == "zero":
+        soft = jnp.where(owner_gone, 0.0, soft)
+    return hard, soft
+
+
+def pool(maps, z):
+    """Sum the tokens of every part over the grid, divided by its size h w.
+
+    Not by the mass of the map: a small part has a short vector.
+
+    Args:
+        maps: [B, h, w, K+1].
+        z: [B, h, w, D].
+
+    Returns:
+        [B, K+1, D] float32.
+    """
+    size = maps.shape[1] * maps.shape[2]
+    total = jnp.einsum(
+        "bhwk,bhwd->bkd", maps, z, preferred_element_type=jnp.float32
+    )  # [B, K+1, D]
+    return total / size
+
+
+def centroids(maps, eps=0.0):
+    """Return the centre of mass of every map, in patches: (rows, columns) [B, K+1]."""
+    mass = maps.sum((1, 2)) + eps
+    rows = jnp.arange(maps.shape[1], dtype=maps.dtype)
+    columns = jnp.arange(maps.shape[2], dtype=maps.dtype)
+    return (
+        jnp.einsum("bhwk,h->bk", maps, rows) / mass,
+        jnp.einsum("bhwk,w->bk", maps, columns) / mass,
+    )
