@@ -25,6 +25,7 @@ from vitssl import (
     guard,
     init,
     log,
+    memory,
     optim,
     report,
     step,
@@ -169,7 +170,7 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )
-        with _last_words(workdir), _memory_errors(parts):
+        with _last_words(workdir), memory.refusals(parts):
             return _run(parts, workdir, name, saves, signals, stack)
 
 
@@ -184,17 +185,6 @@ def _last_words(workdir):
         if devices.is_main():
             error = f"{type(e).__name__}: {e}"
             log.write_status(workdir, state="failed", error=error)
-        raise
-
-
-@contextlib.contextmanager
-def _memory_errors(parts):
-    """Turn the device's refusal into our error, with advice."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
-            raise errors.OutOfMemoryError(_memory_advice(parts, e)) from e
         raise
 
 
@@ -425,9 +415,9 @@ class _Loop:
         values = {**self.metrics.means(), **times}
         values["freeze/leaves"] = len(self.parts.phase(at - 1).frozen)
         values["compile/seconds"] = self.parts.compiled.seconds
-        memory = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in memory:
-            values["memory/peak_bytes"] = memory["peak_bytes_in_use"]
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["memory/peak_bytes"] = stats["peak_bytes_in_use"]
         self.write(at, values)
         if devices.is_main():
             total = self.parts.run.total_steps
@@ -508,15 +498,3 @@ def _record_config(workdir, c, *, resumed: bool):
             logger.warning("config changed since this run began: %s", line)
     path.write_text(config.to_json(c))
     (workdir / "versions.json").write_text(json.dumps(report.versions(), indent=1))
-
-
-def _memory_advice(parts, error) -> str:
-    s = parts.experiment.settings
-    first = str(error).strip().splitlines()[0][:300]
-    return (
-        f"out of device memory: {first}\n"
-        f"  batch_size={s.batch_size}, accumulate={s.accumulate}, "
-        f"precision={s.precision}. Lower batch_size, or raise accumulate (same batch, "
-        "less memory), set model.remat=True, precision=bfloat16, mesh.fsdp over more "
-        "devices, or use fewer or smaller crops"
-    )

@@ -74,7 +74,8 @@ def echoing_root(folder):
     """Return a root whose Python only says what it was asked to run."""
     root = fake_root(folder)
     (root / "python").write_text(
-        '#!/usr/bin/env bash\necho "ids=$JAX_LOCAL_DEVICE_IDS args=$*"\nexit ${CODE:-0}\n'
+        "#!/usr/bin/env bash\n"
+        'echo "ids=$JAX_LOCAL_DEVICE_IDS args=$*"\nexit ${CODE:-0}\n'
     )
     return str(root)
 

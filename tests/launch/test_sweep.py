@@ -162,7 +162,7 @@ def test_a_sweep_of_smoke_runs_ends_in_one_table(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("finished already") == 2
 
 
-def test_a_slurm_array_runs_every_line(tmp_path, monkeypatch, capsys):
+def test_a_slurm_array_runs_every_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PATH", f"{test_slurm.FAKE}:{os.environ['PATH']}")
     root = test_slurm.echoing_root(tmp_path / "root")
     monkeypatch.setenv("FAKE_ROOT", root)
@@ -171,7 +171,10 @@ def test_a_slurm_array_runs_every_line(tmp_path, monkeypatch, capsys):
     path.write_text(f"{SMOKE}\nseed={{0,1}} data.mean=(0.5,)\n")
     flags = [f"--workdir={tmp_path}/w", "--slurm", "--jobs=4", "--sbatch=--time=1:00"]
     assert cli.main(["sweep", str(path), *flags]) == 0
-    assert "--array=0-1%4" in capsys.readouterr().out
+    said = capfd.readouterr().out
+    assert "--array=0-1%4" in said and "--time=1:00" in said
+    for seed in (0, 1):
+        assert f"--config.seed={seed} --config.data.mean=(0.5,)\n" in said
     (listed,) = (tmp_path / "w").glob("array-*.txt")
     lines = listed.read_text().splitlines()
     assert len(lines) == 2 and "'--config.data.mean=(0.5,)'" in lines[1]
