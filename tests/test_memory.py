@@ -99,7 +99,7 @@ def test_dry_run_prints_config_parameters_and_memory_and_trains_nothing(
     for part in ('"seed": 0', "trained at the start", "optimizer", "of the device"):
         assert part in said
     assert not (tmp_path / "w").exists()
-    monkeypatch.setattr(memory, "limit", lambda: 2**20)
+    monkeypatch.setattr(memory, "estimate", lambda *unused: _e())
     assert main.main(argv) == 6
     assert "OutOfMemoryError: a step does not fit" in capsys.readouterr().err
 

@@ -223,7 +223,7 @@ def _fewer(parts, images: int):
 def _switches(parts):
     """Yield the switches that save memory and are not yet on."""
     s, sections = parts.experiment.settings, parts.experiment.sections
-    if s.precision == "float32" and jax.default_backend() != "cpu":
+    if s.precision == "float32":
         yield "  --config.precision=bfloat16: half the activations"
     if getattr(sections.get("model"), "remat", None) is False:
         yield "  --config.model.remat=True: a third more time, far fewer activations"
