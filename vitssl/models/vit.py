@@ -62,6 +62,8 @@ class ViT(nn.Module):
             position table.
         rope_theta: base of the rotary frequencies.
         cls: prepend a class token.
+        positions: learned: a trained table that starts at random. sincos: the fixed
+            table of `posemb.sincos`, no parameter. learned_sincos: trained from there.
         class_position: the position table has a row for the class token too.
         registers: number of register tokens after the class token; they have no
             position.
@@ -88,6 +90,7 @@ class ViT(nn.Module):
     rope: bool = False
     rope_theta: float = 10000.0
     cls: bool = True
+    positions: Literal["learned", "sincos", "learned_sincos"] = "learned"
     class_position: bool = True
     registers: int = 0
     resampling: posemb.Resampling = "antialias"
@@ -110,14 +113,16 @@ class ViT(nn.Module):
     def setup(self):
         """Declare the parameters; names do not depend on `remat`."""
         side = self.image_size // self.patch
-        positions = (1, self._first + side * side, self.width)
         tiny = nn.initializers.normal(1e-6)
         if self.cls:
             self.class_token = self.param("cls", tiny, (1, 1, self.width))
         if self.registers:
             shape = (1, self.registers, self.width)
             self.register_tokens = self.param("registers", tiny, shape)
-        self.pos_embed = self.param("pos_embed", layers.normal, positions)
+        if self.positions != "sincos":
+            shape = (1, self._first + side * side, self.width)
+            init = layers.normal if self.positions == "learned" else self._sincos
+            self.pos_embed = self.param("pos_embed", init, shape)
         self.patch_embed = PatchEmbed(self.width, self.patch, self.dtype)
         rates = np.linspace(0.0, self.drop_path, self.depth)
         self.block = [
@@ -136,8 +141,17 @@ class ViT(nn.Module):
         ]
         self.norm = layers.LayerNorm(self.norm_eps, self.dtype)
 
-    def positions(self, grid):
+    def _sincos(self, key, shape):
+        """Return the fixed table as initial value; the class token's row is 0."""
+        del key
+        side = self.image_size // self.patch
+        table = posemb.sincos((side, side), self.width)[None]
+        return jnp.pad(table, ((0, 0), (shape[1] - side * side, 0), (0, 0)))
+
+    def position_table(self, grid):
         """Return the position table of the patches of `grid` = (h, w): [h w, D]."""
+        if self.positions == "sincos":
+            return jnp.asarray(posemb.sincos(grid, self.width))
         side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
         return posemb.resample(table, (side, side), grid, self.resampling)
@@ -189,7 +203,7 @@ class ViT(nn.Module):
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]
-        pos = self.positions(grid)[None]  # [1, N, D]
+        pos = self.position_table(grid)[None]  # [1, N, D]
         if keep is not None:
             pos = patches.take(pos, keep)
         x = x + pos.astype(x.dtype)
@@ -197,7 +211,8 @@ class ViT(nn.Module):
             x = jnp.where(hide[..., None], 0.0, x)
         prefix = []
         if self.cls:
-            place = self.pos_embed[:, :1] if self.class_position else 0.0
+            has = self.class_position and self.positions != "sincos"
+            place = self.pos_embed[:, :1] if has else 0.0
             prefix.append(self.class_token + place)
         if self.registers:
             prefix.append(self.register_tokens)
@@ -225,6 +240,8 @@ class ViT(nn.Module):
                 f"heads={self.heads}: must divide width={self.width}; "
                 f"{_divisors(self.width, self.heads)}"
             )
+        elif self.positions != "learned" and self.width % 4:
+            yield f"width={self.width}: {self.positions} positions need a multiple of 4"
         elif self.rope and self.heads >= 1 and self.width // self.heads % 4:
             yield (
                 f"rope=True: needs width / heads divisible by 4, it is "
