@@ -134,7 +134,7 @@ def test_overrides_keep_types_and_accept_both_forms(capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
 def test_every_recipe_is_valid(path):
-    module = config._import(str(path))
+    module = config.module(str(path))
     for name in module.RECIPES:
         c = experiment.load(f"{path}:{name}")
         if "study" in c:

@@ -14,6 +14,7 @@ USAGE = """\
 usage: vitssl COMMAND ...
 
   train --config=FILE[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
+  recipes                              every recipe of configs/, and what it needs
   doctor                               what works on this machine, and what to install
   runs [DIR]                           a table of the runs below DIR
   compare RUN RUN ...                  configs and curves of runs, side by side
@@ -78,6 +79,23 @@ def _train(argv):
     from vitssl import main as train
 
     return train.main(argv)
+
+
+def _recipes(argv):
+    parser = _parser("recipes", "List the recipes of a folder of configs.")
+    parser.add_argument("folder", nargs="?", default="configs", metavar="DIR")
+    parser.add_argument("--write", action="store_true", help="write DIR/README.md")
+    flags = parser.parse_args(argv)
+    from vitssl import recipes
+
+    found = recipes.read(flags.folder)
+    if flags.write:
+        path = pathlib.Path(flags.folder) / "README.md"
+        path.write_text(recipes.markdown(found))
+        print(path)
+    else:
+        print(recipes.text(found))
+    return 0
 
 
 def _doctor(argv):
@@ -175,6 +193,7 @@ def _write(path, text):
 
 COMMANDS = {
     "train": _train,
+    "recipes": _recipes,
     "doctor": _doctor,
     "runs": _runs,
     "compare": _compare,
