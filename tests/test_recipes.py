@@ -62,7 +62,8 @@ def test_a_recipe_that_is_not_explained_is_an_error(tmp_path, capsys):
 def test_arguments_are_read_from_a_docstring():
     lines = (
         "Title.\n\nArguments (`x`):\n    (none)     demo,\n               slow\n"
-        "    a, b\n               two of them\n    c          one\n\nOther:\n    d   no\n"
+        "    a, b\n               two of them\n"
+        "    c          one\n\nOther:\n    d   no\n"
     ).splitlines()
     assert recipes.arguments(lines) == {
         "": "demo, slow",

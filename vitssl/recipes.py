@@ -156,22 +156,29 @@ def markdown(files) -> str:
     """Return configs/README.md."""
     lines = ["# Recipes", "", BEGIN, ""]
     lines += [
-        "`vitssl train --config=configs/FILE.py:NAME`, or `launch/local.sh --config=...`",
-        "in a fresh clone. Any value is one override away:",
-        "`--config.optim.lr=1e-3`; `--dry_run` prints all of them, and the memory of a",
-        "step. Recipes that need `data.root` need the data set, and the published ones a",
-        "GPU.",
+        "`vitssl train --config=configs/FILE.py:NAME`; in a fresh clone",
+        "`launch/local.sh --config=...` does the same and installs what it needs. Any",
+        "value is one override away: `--config.optim.lr=1e-3`; `--dry_run` prints all of",
+        "them, and the memory of a step. Recipes that need `data.root` need the data",
+        "set, and the published ones a GPU.",
     ]
     for file in files:
-        lines += ["", f"## {file.path.name}: {file.title}", ""]
+        lines += ["", f"## `{file.path.name}`: {file.title}", ""]
         lines += ["| `--config=` | what | model | data | batch | length |"]
         lines += ["| --- " * 6 + "|"]
         for r in file.recipes:
             cells = (f"`{r.spec}`", r.text, r.model, r.data, r.batch, r.length)
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         if file.overrides:
-            lines += ["", "One override away:", "", "```sh", *file.overrides, "```"]
+            shown = [_as_shell(line) for line in file.overrides]
+            lines += ["", "One override away:", "", "```sh", *shown, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _as_shell(line) -> str:
+    """Return "--config.X=1    (remark)" as "--config.X=1  # remark"."""
+    words, _, remark = line.partition("  ")
+    return words + (f"  # {remark.strip(' ()')}" if remark.strip() else "")
 
 
 def text(files) -> str:

@@ -57,7 +57,7 @@ def test_compare_shows_what_differs_and_nothing_else(tmp_path, capsys):
     "argv, says",
     [
         (["rnus"], "no such command; did you mean runs?"),
-        (["zzz"], "no such command; one of train, doctor"),
+        (["zzz"], "no such command; one of train, recipes"),
         (["runs", "nowhere"], "nowhere: no such directory"),
         (["runs", "--metrics"], "expected one argument (vitssl runs --help)"),
         (["runs", "RUNS", "--metrics=knn"], "no run has the metric 'knn'; there is: "),
