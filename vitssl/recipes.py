@@ -157,10 +157,10 @@ def markdown(files) -> str:
     lines = ["# Recipes", "", BEGIN, ""]
     lines += [
         "`vitssl train --config=configs/FILE.py:NAME`; in a fresh clone",
-        "`launch/local.sh --config=...` does the same and installs what it needs. Any",
-        "value is one override away: `--config.optim.lr=1e-3`; `--dry_run` prints all of",
-        "them, and the memory of a step. Recipes that need `data.root` need the data",
-        "set, and the published ones a GPU.",
+        "`launch/local.sh --config=...` does the same and installs what it needs.",
+        "Any value is one override away: `--config.optim.lr=1e-3`; `--dry_run` prints",
+        "all of them, and the memory of a step. Recipes that need `data.root` need the",
+        "data set, and the published ones a GPU.",
     ]
     for file in files:
         lines += ["", f"## `{file.path.name}`: {file.title}", ""]
