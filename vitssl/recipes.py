@@ -2,12 +2,16 @@
 
 A config's docstring says what its arguments are, in a block that begins with a line
 "Arguments ...:": a line of four spaces holds one name or several, and what they are;
-deeper lines go on with it. A block "One override away:" lists overrides that are
-worth knowing.
+deeper lines go on with it. `freeze_*` and `vitb_{1,4}gpu` stand for several names. What
+the block leaves out is taken from the docstring of the recipe's function. A paragraph
+"Options ...", and a block "One override away:", are shown as they are.
 """
 
 import dataclasses
+import fnmatch
 import functools
+import inspect
+import itertools
 import pathlib
 import re
 
@@ -45,21 +49,24 @@ class File:
         path: the file.
         title: first line of its docstring.
         recipes: in the order of its RECIPES.
+        options: what may follow a name, in words.
         overrides: ["--config.KEY=VALUE ...    (remark)"] worth knowing.
+        absent: names that are explained, but not there.
     """
 
     path: pathlib.Path
     title: str
     recipes: tuple[Recipe, ...]
+    options: str
     overrides: tuple[str, ...]
+    absent: tuple[str, ...]
 
 
 def read(folder) -> list[File]:
     """Return all configs of a folder, by name.
 
     Raises:
-        UsageError: there is none; a recipe that its docstring does not explain, or
-            one that is explained and not there.
+        UsageError: there is none.
     """
     paths = sorted(pathlib.Path(folder).glob("*.py"))
     if not paths:
@@ -69,18 +76,53 @@ def read(folder) -> list[File]:
 
 def _file(path) -> File:
     module = config.module(str(path))
-    names = list(module.RECIPES)
     lines = (module.__doc__ or "").splitlines()
     said = arguments(lines)
-    for name in sorted(set(names) ^ set(said)):
-        what = "explained, but not there" if name in said else "not explained"
-        raise errors.UsageError(
-            f"{path}: recipe {name or '(none)'!r} is {what}; RECIPES and the block "
-            '"Arguments" of the docstring must agree'
-        )
-    recipes = tuple(_recipe(path, name, said[name]) for name in names)
-    overrides = tuple(x.strip() for x in block(lines, "One override away"))
-    return File(path, lines[0].rstrip("."), recipes, overrides)
+    configs = {name: _config(path, name) for name in module.RECIPES}
+    texts = {n: explain(n, said, made) for n, made in module.RECIPES.items()}
+    first = {}  # Of the recipes with one text, to say how the others differ from it.
+    recipes = []
+    for name, text in texts.items():
+        base = first.setdefault(text, name)
+        if name != base:
+            changes = list(config.differences(configs[base], configs[name]))
+            text = f"{text} ({_some(changes)})"
+        recipes.append(_recipe(_spec(path, name), text, configs[name]))
+    recipes = tuple(recipes)
+    return File(
+        path,
+        lines[0].rstrip("."),
+        recipes,
+        paragraph(lines, "Options"),
+        tuple(x.strip() for x in block(lines, "One override away")),
+        # Patterns stand for whatever there is.
+        tuple(n for n in said if n not in module.RECIPES and "*" not in n),
+    )
+
+
+def explain(name, said, function) -> str:
+    """Return what a recipe is, from the block of arguments or its function; or ""."""
+    if name in said:
+        return said[name]
+    for pattern, text in said.items():
+        if "*" in pattern and fnmatch.fnmatchcase(name, pattern):
+            return text
+    first = (inspect.getdoc(function) or "").partition("\n")[0]
+    if first:
+        return first.removeprefix("Return ").rstrip(".")
+    mentions = (text for text in said.values() if re.search(rf"\b{name}\b", text))
+    return next(mentions, "")
+
+
+def paragraph(lines, heading) -> str:
+    """Return the paragraph that begins with `heading` as one line, or ""."""
+    found = []
+    for line in lines:
+        if found and not line.strip():
+            break
+        if found or line.startswith(heading):
+            found.append(line.strip())
+    return " ".join(found)
 
 
 def block(lines, heading) -> list[str]:
@@ -102,7 +144,8 @@ def arguments(lines) -> dict[str, str]:
     for line in block(lines, "Arguments"):
         entry = re.fullmatch(r" {4}(\S.*?)(?: {2,}(\S.*))?", line)
         if entry:
-            names = [n.strip() for n in entry[1].split(",")]
+            names = re.split(r",\s*(?![^{]*})", entry[1])
+            names = itertools.chain.from_iterable(map(_braces, names))
             current = ["" if n == "(none)" else n for n in names]
             found |= {name: entry[2] or "" for name in current}
         else:
@@ -111,9 +154,31 @@ def arguments(lines) -> dict[str, str]:
     return found
 
 
-def _recipe(path, name, text) -> Recipe:
-    spec = f"{path.parent.name}/{path.name}" + (f":{name}" if name else "")
-    c = experiment.load(f"{path}:{name}" if name else str(path))
+def _braces(name) -> list[str]:
+    """Return "a1", "a2" of "a{1,2}"."""
+    head, brace, rest = name.strip().partition("{")
+    if not brace:
+        return [head]
+    inside, _, tail = rest.partition("}")
+    return [f"{head}{one}{tail}" for one in inside.split(",")]
+
+
+def _spec(path, name) -> str:
+    return f"{path.parent.name}/{path.name}" + (f":{name}" if name else "")
+
+
+def _config(path, name):
+    return experiment.load(f"{path}:{name}" if name else str(path))
+
+
+def _some(changes, most=4) -> str:
+    """Return "key=new, ..." of "key: old -> new" lines."""
+    words = [c.replace(": ", "=", 1).split("=", 1) for c in changes]
+    shown = [f"{key}={value.split(' -> ')[-1]}" for key, value in words[:most]]
+    return ", ".join(shown) + (", ..." if len(words) > most else "")
+
+
+def _recipe(spec, text, c) -> Recipe:
     length = f"{c.steps} steps" if c.steps else f"{c.epochs:g} epochs"
     if "study" in c:
         runs = len(c.study.arms) * len(c.study.seeds)
@@ -169,6 +234,8 @@ def markdown(files) -> str:
         for r in file.recipes:
             cells = (f"`{r.spec}`", r.text, r.model, r.data, r.batch, r.length)
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+        if file.options:
+            lines += ["", file.options]
         if file.overrides:
             shown = [_as_shell(line) for line in file.overrides]
             lines += ["", "One override away:", "", "```sh", *shown, "```"]
