@@ -163,3 +163,51 @@ def test_layer_decay_grows_towards_the_head():
     assert factor["model/block_0/norm1/scale"] == 0.5**3
     assert factor["model/block_2/mlp/fc1/kernel"] == 0.5
     assert factor["model/norm/bias"] == factor["head/kernel"] == 1.0
+
+
+def test_the_rate_follows_the_root_of_the_batch():
+    made = _make(lr=1e-6, lr_batch=16, lr_batch_power=0.5, batch_size=64)
+    np.testing.assert_allclose(made.peak, 2e-6)
+    # The published figure of 128 images a step.
+    made = _make(lr=1e-6, lr_batch=16, lr_batch_power=0.5, batch_size=128)
+    np.testing.assert_allclose(made.peak, 2.828427e-6, rtol=1e-6)
+
+
+def test_a_normalised_decay_shrinks_with_the_length_of_the_run():
+    # CUB: floor(5994 / 128) steps of an epoch, 90 epochs.
+    made = _make(wd=0.05, wd_normalised=True, total_steps=46 * 90)
+    np.testing.assert_allclose(made.wd(0), 7.7709e-4, rtol=1e-4)
+
+
+def test_a_rate_by_the_epoch_is_constant_inside_it():
+    made = _make(per_epoch=True, schedule="cosine", total_steps=8, steps_per_epoch=2)
+    rates = [float(made.lr(s)) for s in range(8)]
+    assert rates[0::2] == rates[1::2]
+    want = [0.01 * (1 + np.cos(np.pi * e / 4)) / 2 for e in range(4)]
+    np.testing.assert_allclose(rates[::2], want, rtol=1e-6)
+
+
+def test_stairs():
+    made = _make(schedule="stairs", stair_epochs=2.0, gamma=0.5, steps_per_epoch=3)
+    rates = [float(made.lr(s)) / 0.01 for s in (0, 5, 6, 11, 12)]
+    np.testing.assert_allclose(rates, [1, 1, 0.5, 0.5, 0.25])
+    assert any("stair_epochs" in line for line in _made_spec(schedule="stairs").check())
+
+
+def _made_spec(**changes):
+    return optim.Optim(**{**VALUES, **changes})
+
+
+def test_floors_are_scaled_or_absolute():
+    both = dict(schedule="cosine", min_lr=1e-4, start_lr=1e-5, warmup_epochs=1.0)
+    for floors, factor in (("scaled", 10.0), ("absolute", 1.0)):
+        made = _make(floors=floors, **both)
+        np.testing.assert_allclose(made.lr(10, 10.0), factor * 1e-4, rtol=1e-5)
+        np.testing.assert_allclose(made.lr(0, 10.0), factor * 1e-5, rtol=1e-5)
+    np.testing.assert_allclose(made.lr(2, 10.0), 0.1, rtol=1e-5)
+
+
+def test_a_warm_up_may_cover_the_beginning_of_the_schedule():
+    made = _make(schedule="cosine", warmup_epochs=2.0, warmup_over=True)
+    np.testing.assert_allclose(made.lr(2), 0.005, rtol=1e-6)
+    np.testing.assert_allclose(made.lr(5), 0.005, rtol=1e-5)  # Half of the cosine.

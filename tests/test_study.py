@@ -50,3 +50,40 @@ def test_the_table_shows_mean_spread_and_every_seed():
         "| one | 0.6 ± 0.14 (0.5, 0.7) |",
         "| two | 0.25 (0.25) |",
     ]
+
+
+def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
+    base = _config(tmp_path, plain=(), warm=("init.from=@first",))
+    with pytest.raises(errors.UsageError, match="study.first: missing"):
+        study.read(base)
+    alone = experiment.read(
+        base.copy_and_resolve_references().__class__(
+            {k: v for k, v in base.items() if k != "study"}
+        )
+    )
+    monkeypatch.setattr(experiment, "load", lambda spec: alone.config)
+    base.study.first = "some/config.py:pretrain"
+    plan = study.read(base)
+    assert plan.first.settings == alone.settings
+    ran = []
+
+    def fake(one, directory, **_):
+        directory.mkdir(parents=True)
+        start = one.settings.init.from_
+        assert one.config.init["from"] == start
+        ran.append((directory.relative_to(tmp_path).as_posix(), start))
+        return {}
+
+    monkeypatch.setattr("vitssl.train.run", fake)
+    study.run(plan, tmp_path, name="test")
+    first = str((tmp_path / "first").resolve())
+    assert ran[0] == ("first", "")
+    assert dict(ran[1:]) == {
+        "plain/seed0": "",
+        "plain/seed1": "",
+        "warm/seed0": first,
+        "warm/seed1": first,
+    }
+    ran.clear()
+    study.run(plan, tmp_path, name="test")
+    assert not ran

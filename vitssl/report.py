@@ -50,7 +50,6 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
         power = "" if power == 1.0 else f" to the power {power:g}"
         rate += f" (= {s.optim.lr:g} x {s.batch_size} / {s.optim.lr_batch}{power})"
     parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
-    decay = float(optimizer.wd(0))
     lines = [
         f"vitssl {v['vitssl']} ({v['commit']})  run {name}  method {s.method}",
         "  " + "  ".join(f"{k} {v[k]}" for k in ("python", "jax", "flax", "optax")),

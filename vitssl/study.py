@@ -8,7 +8,10 @@ A config becomes a study by its section `study`; arms are overrides as typed:
         columns=("knn/trained", "knn/untrained"),
     )
 
-Every run is an ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that
+    c.study.first = "configs/x.py:pretrain"
+
+The optional key `first` is a config that is run once, in WORKDIR/first; arms start from
+it by the override init.from=@first. Every run is an ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that
 was killed goes on where it stopped.
 """
 
@@ -25,6 +28,8 @@ from vitssl import config, errors, experiment
 
 logger = logging.getLogger(__name__)
 
+FIRST = "@first"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -33,10 +38,12 @@ class Plan:
     Attributes:
         runs: {(arm, seed): checked experiment}.
         columns: metrics of the final evaluation that the table shows.
+        first: what is run before all others, or None.
     """
 
     runs: dict
     columns: tuple[str, ...]
+    first: experiment.Experiment | None = None
 
 
 def read(c: ml_collections.ConfigDict) -> Plan:
@@ -63,8 +70,24 @@ def read(c: ml_collections.ConfigDict) -> Plan:
             except errors.UsageError as e:
                 problems.append(f"study.arms.{arm}: {e}")
                 break
+    first = None
+    if study.get("first", ""):
+        first = experiment.read(experiment.load(study.first))
+    elif any(run.settings.init.from_ == FIRST for run in runs.values()):
+        problems.append(f"study.first: missing; arms have init.from={FIRST}")
     problems.stop()
-    return Plan(runs, tuple(study.columns))
+    return Plan(runs, tuple(study.columns), first)
+
+
+def started_from(one, directory):
+    """Return an experiment whose init.from=@first names the directory of that run."""
+    if one.settings.init.from_ != FIRST:
+        return one
+    init = dataclasses.replace(one.settings.init, from_=str(directory))
+    c = config.without(one.config)
+    c.init["from"] = str(directory)
+    settings = dataclasses.replace(one.settings, init=init)
+    return dataclasses.replace(one, settings=settings, config=c)
 
 
 def run(plan: Plan, workdir, *, name: str, force_unlock: bool = False) -> dict:
@@ -78,6 +101,10 @@ def run(plan: Plan, workdir, *, name: str, force_unlock: bool = False) -> dict:
     devices.start()
     workdir = pathlib.Path(workdir)
     found = {}
+    before = workdir / "first"
+    if plan.first is not None and not (before / "final.json").exists():
+        values = train.run(plan.first, before, name="first", force_unlock=force_unlock)
+        (before / "final.json").write_text(json.dumps(values, indent=1))
     for i, ((arm, seed), one) in enumerate(plan.runs.items()):
         directory = workdir / arm / f"seed{seed}"
         logger.info("\nstudy %s: run %d of %d", name, i + 1, len(plan.runs))
@@ -88,7 +115,10 @@ def run(plan: Plan, workdir, *, name: str, force_unlock: bool = False) -> dict:
             logger.info("  %s is finished", directory)
         else:
             values = train.run(
-                one, directory, name=f"{arm}-{seed}", force_unlock=force_unlock
+                started_from(one, before.resolve()),
+                directory,
+                name=f"{arm}-{seed}",
+                force_unlock=force_unlock,
             )
             values = {**values, "minutes": (time.perf_counter() - start) / 60}
             path.write_text(json.dumps(values, indent=1))

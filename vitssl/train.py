@@ -117,13 +117,21 @@ def build(experiment) -> Parts:
     Raises:
         UsageError, DataError: what cannot work, before any time is spent.
     """
+    experiment = experiment.on(jax.device_count())
     s = experiment.settings
     mesh = devices.mesh(s.mesh, s.batch_size, s.accumulate)
     source = s.data.open(s.data.split)
     per_epoch = pipeline.steps_per_epoch(source, s.batch_size)
-    total = s.steps or max(1, round(s.epochs * per_epoch))
+    total = s.steps or round(s.epochs * per_epoch)
+    if s.epochs or s.steps:
+        total = max(1, total)
+    labels = getattr(source, "labels", None)
+    classes, counts = len(source.classes), ()
+    if labels is not None and classes:
+        known = np.asarray(labels)[np.asarray(labels) >= 0]
+        counts = tuple(np.bincount(known, minlength=classes).tolist())
     run = experiment.run(
-        total_steps=total, steps_per_epoch=per_epoch, classes=len(source.classes)
+        total_steps=total, steps_per_epoch=per_epoch, classes=classes, counts=counts
     )
     method = experiment.method(run)
     shapes = _shapes(_stream(source, method, s, 0), 0)
@@ -231,7 +239,8 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     loop = _Loop(parts, workdir, saves, signals, watchdog, writers, evaluate, meta)
     stack.callback(parts.compiled.close)
     if at >= run_.total_steps:
-        logger.info("already complete (%d steps); final evaluation only", at)
+        done = f"already complete ({at} steps)" if found else "epochs=0"
+        logger.info("%s; final evaluation only", done)
     else:
         state = loop.go(state)
     watchdog.beat("final evaluation")

@@ -67,6 +67,21 @@ def test_background_is_wanted_at_the_border_not_in_the_middle():
     assert far > 1.0
 
 
+@pytest.mark.parametrize("lead", [60.0, 85.0, 88.0, 92.0, 100.0, 110.0])
+@pytest.mark.parametrize("kind", ["enforced_presence", "log"])
+def test_a_background_on_the_verge_of_float32_has_a_finite_gradient(kind, lead):
+    def loss(logit):
+        x = jnp.stack([jnp.full((1, 4, 4), lead), jnp.zeros((1, 4, 4)) + logit], -1)
+        return losses.background_presence(jax.nn.softmax(x, axis=-1), kind)
+
+    value, grad = jax.value_and_grad(loss)(0.0)
+    assert np.isfinite(value) and np.isfinite(grad)
+    if lead < 86:  # Beyond, a CPU rounds the softmax to 0, another device may not.
+        np.testing.assert_allclose(value, lead, rtol=0.05)
+    if lead < 80:  # One more of logit is one less of surprise.
+        np.testing.assert_allclose(grad, -1.0, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", losses.BACKGROUND)
 def test_no_background_at_all_has_a_finite_gradient(kind):
     none = _one_hot(np.zeros((2, 5, 5), int), 1)

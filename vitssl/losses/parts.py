@@ -146,9 +146,15 @@ def background_presence(maps, kind: Background = "enforced_presence"):
 
 
 def _surprise(p):
-    """Return -log p, cut off at 100; the gradient at 0 is 0, not infinite."""
-    some = p > 0
-    return jnp.where(some, -jnp.log(jnp.where(some, p, 1.0)), 100.0).clip(max=100.0)
+    """Return -log p, cut off at 100.
+
+    The gradient is -1 / p down to 1e-37, below which it would leave float32; there it
+    is 0, as the gradient of a softmax is that made such a p.
+    """
+    some = p > 1e-37
+    steep = -jnp.log(jnp.where(some, p, 1.0))
+    flat = jnp.where(p > 0, -jnp.log(jnp.where(p > 0, p, 1.0)), 100.0)
+    return jnp.where(some, steep, jax.lax.stop_gradient(jnp.minimum(flat, 100.0)))
 
 
 def pixel_entropy(maps):
