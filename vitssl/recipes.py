@@ -173,6 +173,8 @@ def _config(path, name):
 
 def _some(changes, most=4) -> str:
     """Return "key=new, ..." of "key: old -> new" lines."""
+    if not changes:
+        return "the same"
     words = [c.replace(": ", "=", 1).split("=", 1) for c in changes]
     shown = [f"{key}={value.split(' -> ')[-1]}" for key, value in words[:most]]
     return ", ".join(shown) + (", ..." if len(words) > most else "")
@@ -184,8 +186,10 @@ def _recipe(spec, text, c) -> Recipe:
         runs = len(c.study.arms) * len(c.study.seeds)
         length = f"{runs} runs, see `study`"
         c = config.without(c, "study")
-    data = experiment.read(c).settings.data
-    source = data.source + (" (give `data.root`)" if _needs_root(data) else "")
+    needs = ["data.root"] if _needs_root(c.data) else []
+    needs += ["init.from"] if _needs_start(c) else []
+    given = f" (give {' and '.join(f'`{n}`' for n in needs)})" if needs else ""
+    source = c.data.source + given
     model = c.get("model", {})
     shape = [model.get("name", "vit")]
     for key, unit in (("width", "wide"), ("depth", "deep"), ("patch", "px patches")):
@@ -202,6 +206,15 @@ def _plain(value) -> str:
 
 def _needs_root(data) -> bool:
     return _opens_without_root(data.source) is False and not data.root
+
+
+def _needs_start(c) -> bool:
+    """Return whether a recipe makes no sense from random weights, and says so."""
+    try:
+        experiment.read(c)
+    except errors.UsageError as e:
+        return "init.from" in str(e)
+    return False
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from vitssl.data import crops, resample
-from vitssl.data.augment import randaugment
+from vitssl.data.augment.randaugment import RandAugment
 from vitssl.data.masks import Masks
 
 
@@ -139,7 +139,7 @@ class Supervised:
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
-    randaugment: randaugment.RandAugment | None = None
+    randaugment: RandAugment | None = None
     crop: str = "sampled"
     interpolation: str = "bicubic"
     fill: tuple[int, ...] = (124, 116, 104)
