@@ -2,9 +2,9 @@ r"""k-NN of a pre-trained ViT: nothing is trained.
 
     python -m vitssl.main --config=configs/knn.py --config.init.from=WORKDIR
 
-Class token through the last stage's norm, cosine similarity, votes exp(sim / 0.07), k of
-10, 20, 100 and 200. Features stay beside their labels and every image counts once, so
-the batch size does not matter.
+Class token through the last stage's norm, cosine similarity, votes exp(sim / 0.07), k
+of 10, 20, 100 and 200. Features stay beside their labels and every image counts once,
+so the batch size does not matter.
 
 Arguments (`--config=configs/knn.py:NAME`):
     (none)          for a checkpoint of the demo of configs/localmim.py

@@ -61,7 +61,8 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
         f"  length    {run.total_steps} steps = {epochs:.4g} epochs of "
         f"{run.steps_per_epoch} steps",
         f"  {s.optim.name:<9} {rate}, warm-up {optimizer.warmup_steps} steps, "
-        f"{s.optim.schedule} to {s.optim.min_lr:g}, decay {decay:.4g}, "
+        f"{s.optim.schedule} to {s.optim.min_lr:g}, "
+        f"decay {float(optimizer.wd(0)):.4g}, "
         f"clip {s.optim.clip_norm or 'off'}",
     ]
     return "\n".join([*lines, *parameter_table(params, optimizer)])

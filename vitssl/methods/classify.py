@@ -292,8 +292,8 @@ class Classify:
             )
         if self.mix.on and self.run.batch_size % 2:
             yield (
-                f"batch_size={self.run.batch_size}: mixup and cutmix pair the images of "
-                "a batch; an even number is needed (or mix.prob=0)"
+                f"batch_size={self.run.batch_size}: mixup and cutmix pair the images "
+                "of a batch; an even number is needed (or mix.prob=0)"
             )
         if self.head.pool == "cls" and not getattr(self.model, "cls", True):
             yield "head.pool=cls: needs the class token, model.cls=True"
