@@ -84,6 +84,13 @@ def test_a_loss_over_the_batch_is_not_told_to_accumulate(monkeypatch):
     assert "--config.accumulate" not in said
 
 
+def test_what_a_device_takes_at_a_time_is_lowered_where_it_is_set(monkeypatch):
+    given = _parts("batch_size=64", "per_device=8")
+    assert memory._state(given).images == 8
+    said = memory.advice(given)
+    assert "--config.per_device=4:" in said and "--config.accumulate" not in said
+
+
 def test_when_the_state_alone_is_too_large_it_says_so(parts, whole, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda: whole.fixed)
     assert "shard them (mesh.fsdp)" in memory.advice(parts)

@@ -1,10 +1,10 @@
 """The page of a run: self-contained, with what the run made, and well formed."""
 
 import html.parser
-import json
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from tests.workdirs import made
@@ -45,8 +45,8 @@ class Reader(html.parser.HTMLParser):
 
 def test_the_page_of_a_finished_run(tmp_path):
     run = made.run(tmp_path / "a <b>")
-    matrix = {"classes": ["cat", "dog"], "matrix": [[3, 1], [0, 4]]}
-    (run / "confusion.json").write_text(json.dumps(matrix))
+    matrix = np.array([[13, 1], [0, 14]])
+    np.savez(run / "scores.npz", **{"val/confusion": matrix, "val/other": matrix})
     text = page.page(read.workdir(run))
     found = Reader(text)
     assert found.foreign == [] and "<script" not in text
@@ -59,6 +59,7 @@ def test_the_page_of_a_finished_run(tmp_path):
         "anything else",
     ]
     assert "a &lt;b&gt;" in text and "a <b>" not in text
+    assert "val/confusion" in text and ">13</span>" in text and ">14</span>" in text
     assert 'aria-label="loss"' in text and 'aria-label="wd"' not in text
     assert "<td>50.0%</td>" in text and "<td>25.0%</td>" in text  # Final k-NN.
     assert "&quot;lr&quot;: 0.003" in text and "0.10.2" in text
@@ -73,10 +74,21 @@ def test_a_run_that_has_just_begun_or_failed_has_a_page(tmp_path):
     assert "--draw" in text
 
 
-def test_a_damaged_confusion_matrix_is_named(tmp_path):
+def test_of_many_classes_the_worst_confusions_are_listed(tmp_path):
     run = made.run(tmp_path / "a")
-    (run / "confusion.json").write_text('{"classes": ["cat"]}')
-    with pytest.raises(errors.UsageError, match="confusion.json: want"):
+    matrix = np.eye(40, dtype=int) * 50
+    matrix[3, 7], matrix[9, 2] = 21, 33
+    np.savez(run / "scores.npz", confusion=matrix)
+    text = page.page(read.workdir(run))
+    Reader(text)
+    first, second = "<td>9</td><td>2</td><td>33</td>", "<td>3</td><td>7</td><td>21</td>"
+    assert 0 < text.index(first) < text.index(second)
+
+
+def test_a_damaged_file_of_scores_is_named(tmp_path):
+    run = made.run(tmp_path / "a")
+    (run / "scores.npz").write_bytes(b"PK no zip")
+    with pytest.raises(errors.UsageError, match="scores.npz: damaged"):
         page.page(read.workdir(run))
 
 

@@ -2,8 +2,10 @@
 
 import base64
 import itertools
-import json
 import pathlib
+import zipfile
+
+import numpy as np
 
 from vitssl import errors, log
 from vitssl.evals import table
@@ -12,6 +14,8 @@ from vitssl.workdirs import charts, html, read
 _KINDS = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".svg": "svg+xml"}
 # Files of more than this are named, not embedded: a page must stay light.
 MOST_BYTES = 8_000_000
+# Of more classes a confusion matrix is a list of the worst pairs.
+MOST_CLASSES = 30
 
 # What a picture shows: the start of its file name, the heading, the sentence.
 CAPTIONS = (
@@ -189,34 +193,49 @@ def figure(path: pathlib.Path, caption: str) -> html.Safe:
 
 
 def _confusion(run):
-    """Yield the confusion matrix of a run that wrote confusion.json.
+    """Yield the confusion matrices that a method wrote to scores.npz.
 
     Raises:
-        UsageError: the file is there and does not hold what it should.
+        UsageError: the file is damaged.
     """
-    path = run.path / "confusion.json"
+    path = run.path / "scores.npz"
     if not path.is_file():
         return
     try:
-        stored = json.loads(path.read_text())
-        classes, matrix = stored["classes"], stored["matrix"]
-        sums = [max(1, sum(row)) for row in matrix]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise errors.UsageError(
-            f'{path}: want {{"classes": [names], "matrix": [[counts]]}} ({e})'
-        ) from e
+        with np.load(path, allow_pickle=False) as stored:
+            found = {k: stored[k] for k in stored if k.endswith("confusion")}
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        raise errors.UsageError(f"{path}: damaged ({e}); evaluate again") from e
+    for key, matrix in found.items():
+        note = html.element("p", f"{key}. Rows: truth. Columns: prediction.")
+        many = len(matrix) > MOST_CLASSES
+        show = _worst_pairs if many else _coloured
+        yield html.section("Confusion matrix", note, show(matrix))
+
+
+def _coloured(matrix) -> html.Safe:
+    """Return a confusion matrix [C, C] as a table, each row coloured by its shares."""
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     rows = []
-    for name, row, total in zip(classes, matrix, sums, strict=True):
+    for i, row in enumerate(matrix):
         cells = [
             html.Safe(
-                f'<span style="background:rgba(0,114,178,{0.75 * n / total:.2f});'
+                f'<span style="background:rgba(0,114,178,{0.75 * share:.2f});'
                 f'padding:2px 6px;border-radius:4px">{int(n)}</span>'
             )
-            for n in row
+            for n, share in zip(row, shares[i], strict=True)
         ]
-        rows.append([name, *cells])
-    note = html.element("p", "Rows: truth. Columns: prediction.", class_="note")
-    yield html.section("Confusion matrix", note, html.table(["", *classes], rows))
+        rows.append([i, *cells])
+    return html.table(["", *range(len(matrix))], rows)
+
+
+def _worst_pairs(matrix, most=20) -> html.Safe:
+    """Return the most frequent confusions of a matrix too large to show."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [np.unravel_index(i, wrong.shape) for i in order]
+    rows = [[t, p, int(wrong[t, p])] for t, p in pairs if wrong[t, p]]
+    return html.table(["true class", "predicted", "images"], rows)
 
 
 def _config(run):
