@@ -92,14 +92,14 @@ class Signals:
         if self.received:
             os._exit(errors.Preempted.code)
         self.received = signal.Signals(number).name
-        sys.stdout.write(f"\n{self.received}: saving after this step, then exit 75\n")
+        _say(f"{self.received}: saving after this step, then exit 75")
 
     def _pass_on(self, number, frame):
         del number, frame
         if self.received:
             os._exit(errors.Preempted.code)
         self.received = "SIGINT"
-        sys.stdout.write("\nSIGINT: saving soon on every process, then exit 75\n")
+        _say("SIGINT: saving soon on every process, then exit 75")
         os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(self, step: int) -> str:
@@ -109,6 +109,12 @@ class Signals:
             reached = multihost_utils.reached_preemption_sync_point(step)
             return (self.received or "SIGTERM") if reached else ""
         return self.received
+
+
+def _say(text):
+    # What sent the signal may have closed the terminal, too.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(f"\n{text}\n")
 
 
 class Watchdog:

@@ -5,6 +5,7 @@ for the log. Lines hold means since the last line; the running sums are part of 
 checkpoint, so a resumed run writes the same lines.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -349,7 +350,9 @@ class _Terminal(logging.Handler):
     """Writes to whatever standard output is now (notebooks and tests replace it)."""
 
     def emit(self, record):
-        print(self.format(record), file=sys.stdout, flush=True)
+        # A terminal that hung up, or a pipe whose reader ended, is no reason to stop.
+        with contextlib.suppress(OSError, ValueError):
+            print(self.format(record), file=sys.stdout, flush=True)
 
 
 def to_terminal(verbose: bool = True) -> None:

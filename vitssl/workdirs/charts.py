@@ -16,7 +16,17 @@ _MOST = 400  # Points of a curve that are drawn; more are not seen at this width
 
 def importance(key: str):
     """Return a sort key: the loss, then evaluations, then the plumbing."""
-    order = ("loss", "knn/", "probe/", "quality/", "final/", "lr", "grad", "time/")
+    order = (
+        "loss",
+        "test/",
+        "knn/",
+        "probe/",
+        "quality/",
+        "final/",
+        "lr",
+        "grad",
+        "time/",
+    )
     for i, start in enumerate(order):
         if key.startswith(start):
             return i, key

@@ -11,6 +11,7 @@ COLUMNS = (
     ("loss", "loss", "{:.4g}"),
     ("knn/top1", "k-NN", "{:.1%}"),
     ("probe/top1", "probe", "{:.1%}"),
+    ("test/top1", "test", "{:.1%}"),
     ("final/trained/knn/top1", "final k-NN", "{:.1%}"),
     ("final/trained/linear/top1", "final linear", "{:.1%}"),
     ("final/untrained/knn/top1", "untrained", "{:.1%}"),

@@ -43,7 +43,7 @@ CAPTIONS = (
 )
 # Curves by heading: how the names of their metrics begin.
 GROUPS = {
-    "Evaluation while training": ("knn/", "probe/", "quality/", "parts/", "val/"),
+    "Evaluation while training": ("knn/", "probe/", "quality/", "test/"),
     "Timing and memory": ("time/", "memory/", "compile/"),
 }
 
@@ -96,6 +96,7 @@ def _tiles(run):
     for key, name, form in (
         ("loss", "last loss", "{:.4g}"),
         ("knn/top1", "k-NN, online", "{:.1%}"),
+        ("test/top1", "test top-1", "{:.1%}"),
         ("final/trained/knn/top1", "k-NN, final", "{:.1%}"),
         ("final/untrained/knn/top1", "k-NN, untrained", "{:.1%}"),
         ("final/trained/linear/top1", "linear probe", "{:.1%}"),
