@@ -20,6 +20,9 @@ usage: vitssl COMMAND ...
   compare RUN RUN ...                  configs and curves of runs, side by side
   report RUN                           one HTML page about a run
   pictures RUN                         draw the pictures of a run again
+  convert import FILE --to=DIR         weights of others to ours (safetensors, pth, npz)
+  convert export RUN --to=FILE         ours to timm, transformers, big_vision
+  extract RUN --images=DIR --to=FILE   features of a folder of images
   sweep FILE                           many runs from a file of overrides
 
 `vitssl COMMAND --help` says more. A RUN is a workdir, such as runs/hjepa.
@@ -175,6 +178,18 @@ def _pictures(argv):
     return pictures.main(argv)
 
 
+def _convert(argv):
+    from vitssl.convert import __main__ as convert
+
+    return convert.main(argv)
+
+
+def _extract(argv):
+    from vitssl import extract
+
+    return extract.main(argv)
+
+
 def _sweep(argv):
     from vitssl import sweep
 
@@ -199,6 +214,8 @@ COMMANDS = {
     "compare": _compare,
     "report": _report,
     "pictures": _pictures,
+    "convert": _convert,
+    "extract": _extract,
     "sweep": _sweep,
 }
 
