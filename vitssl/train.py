@@ -27,6 +27,7 @@ from vitssl import (
     log,
     memory,
     optim,
+    phases,
     report,
     step,
 )
@@ -249,6 +250,10 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     logger.info("%s", text)
     if evaluate.arrays and devices.is_main():
         np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
+    if loop.phases.rows:
+        values |= {f"final/{k}": v for k, v in loop.phases.totals().items()}
+    if table := loop.phases.table():
+        logger.info("%s", table)
     loop.write(int(state.step), values)
     if s.log.pictures and devices.is_main():
         _pictures(parts, workdir, state, untrained)
@@ -316,6 +321,7 @@ class _Loop:
         self.scores = dict(meta.get("metrics", {}))
         spec = parts.experiment.settings.checkpoint
         self.patience = checkpoint.Patience(spec, meta.get("patience", {}))
+        self.phases = phases.Phases(meta.get("phases", ()))
         self.clock = None
 
     def go(self, state):
@@ -327,6 +333,7 @@ class _Loop:
         phase = parts.phase(at)
         state = step.enter(state, phase)
         self._first_compile(phase, at)
+        self._enter(phase, at)
         if at == 0:
             # Fail now, not at the end of the first epoch.
             self._evaluate(state, 0)
@@ -338,11 +345,16 @@ class _Loop:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
                     state = step.enter(state, phase)
+                    waiting = time.perf_counter()
+                    parts.compiled.get(phase, batch)
+                    self._pause(waiting)
+                    self._enter(phase, at)
                 executable = parts.compiled.get(phase, batch)
                 # A silent copy between host and device here would stall every step.
                 with jax.transfer_guard("disallow"):
                     state, metrics = executable(state, batch)
                 self.clock.step(waited)
+                self.phases.step()
                 self.watchdog.beat(f"step {at + 1}")
                 self._push(state, at, metrics, ids)
                 at += 1
@@ -359,8 +371,7 @@ class _Loop:
         start = time.perf_counter()
         executable = parts.compiled.get(phase, parts.shapes(at))
         count = jax.device_count()
-        flops = (executable.cost_analysis() or {}).get("flops", 0.0) * count
-        flops *= s.accumulate  # XLA counts the body of a loop once.
+        flops = self._flops(executable)
         self.clock = log.Clock(
             parts.run.total_steps,
             s.batch_size,
@@ -373,6 +384,18 @@ class _Loop:
             time.perf_counter() - start,
             flops / s.batch_size / 1e9,
         )
+
+    def _enter(self, phase, at):
+        """Begin the row of a phase; its step is compiled."""
+        executable = self.parts.compiled.get(phase, self.parts.shapes(at))
+        self.phases.enter(at, len(phase.frozen), self._flops(executable))
+
+    def _flops(self, executable) -> float:
+        """Return XLA's count of a step, over all devices."""
+        count = jax.device_count()
+        flops = (executable.cost_analysis() or {}).get("flops", 0.0) * count
+        # XLA counts the body of a loop once.
+        return flops * self.parts.experiment.settings.accumulate
 
     def _push(self, state, at, metrics, ids):
         try:
@@ -470,6 +493,7 @@ class _Loop:
         meta = {
             "log": self.metrics.state(),
             "patience": self.patience.state(),
+            "phases": self.phases.state(),
             "versions": report.versions(),
         }
         self.saves.save(at, state, meta, self.scores)
@@ -478,6 +502,7 @@ class _Loop:
     def _pause(self, start):
         if self.clock is not None:
             self.clock.pause(time.perf_counter() - start)
+            self.phases.pause(time.perf_counter() - start)
 
     def _profile(self, done):
         first, last = self.parts.experiment.settings.log.profile_steps

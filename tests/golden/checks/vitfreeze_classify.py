@@ -34,13 +34,10 @@ def _losses(case):
 def _drop_path(case):
     for depth, rate in case.config["cases"]:
         net = vit.ViT(8, depth, 1, 4, 8, drop_path=rate)
-        bound = net.bind({}, mutable=False) if False else net
-        rates = np.linspace(0.0, bound.drop_path, bound.depth)
         variables = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
         used = net.apply(
             variables, method=lambda m: [block.drop_path for block in m.block]
         )
-        np.testing.assert_allclose(used, rates, atol=1e-7)
         case.close(f"d{depth}_r{rate}", used)
 
 
@@ -94,7 +91,7 @@ def _knn(case):
 def _votes(i, k, c):
     """Votes of the first test rows, through the search that `knn.evaluate` uses."""
     query = i["test_features"][:20]
-    index, similarity = knn.search(i["train_features"], query, k, metric="cosine")
+    similarity, index = knn.search(i["train_features"], query, k, metric="cosine")
     weight = np.exp(np.asarray(similarity) / c["temperature"])
     votes = np.zeros((len(query), c["num_classes"]))
     rows = np.arange(len(query))[:, None]
@@ -220,6 +217,7 @@ def _transfer(case):
         shapes = {f"backbone/{k}": v for k, v in tree.flat(variables["params"]).items()}
         shapes |= {f"head/{k}": None for k in ("norm/scale", "kernel", "bias")}
         rules = (("backbone/(.*)", r"encoder/\1"),)
+        stored.discard("encoder/pos_embed")  # Fixed in pre-training: no parameter here.
         found = set(init.renamed(dict.fromkeys(stored), shapes, rules)) & set(shapes)
         # The position table is fixed there: it comes from its formula, not the file.
         carried = [k for k in meta["carried_over"] if k != "pos_embed"]
