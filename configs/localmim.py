@@ -26,7 +26,7 @@ One override away:
     --config.freeze.patch_embed=False           (never freezes)
     --config.freeze.cls_token=False             (as the original: it never freezes)
     --config.stages.weighting=n_minus_k         (4 3 2 1; one_over_k; ...)
-    --config.stages.targets=pixel
+    --config.stages.targets="('pixel',)"
     --config.masking.ratio=0.9
     --config.optim.schedule=constant
     --config.optim.wd=1e-5                      (what the published freeze runs had)

@@ -205,6 +205,16 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     return experiment
 
 
+def with_noise(experiment: Experiment) -> Experiment:
+    """Return an experiment on random pixels of the same kind: for sizes, no data."""
+    s = experiment.settings
+    options = {"count": max(256, s.batch_size), "channels": s.data.channels}
+    data = dataclasses.replace(
+        s.data, source="fake", root="", split="train", options=options
+    )
+    return dataclasses.replace(experiment, settings=dataclasses.replace(s, data=data))
+
+
 def _sections_of(cls) -> dict:
     """Return {section: (annotation, default)} of a method's class."""
     fields = config.schema(cls)

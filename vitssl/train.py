@@ -25,6 +25,7 @@ from vitssl import (
     guard,
     init,
     log,
+    memory,
     optim,
     phases,
     report,
@@ -182,12 +183,22 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )
-        try:
+        with _last_words(workdir), memory.refusals(parts):
             return _run(parts, workdir, name, saves, signals, stack)
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
-                raise errors.OutOfMemoryError(_memory_advice(parts, e)) from e
-            raise
+
+
+@contextlib.contextmanager
+def _last_words(workdir):
+    """Say in status.json why a run ended that did not finish."""
+    try:
+        yield
+    except errors.Preempted:
+        raise  # Said already, with the step.
+    except Exception as e:
+        if devices.is_main():
+            error = f"{type(e).__name__}: {e}"
+            log.write_status(workdir, state="failed", error=error)
+        raise
 
 
 def _run(parts, workdir, name, saves, signals, stack) -> dict:
@@ -195,6 +206,10 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     found = saves.restore(restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at = int(state.step)
+    if devices.is_main():
+        log.write_status(
+            workdir, state="starting", step=at, total_steps=run_.total_steps, name=name
+        )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
         logger.info("resuming after step %d of %d", at, run_.total_steps)
@@ -243,7 +258,12 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     if s.log.pictures and devices.is_main():
         _pictures(parts, workdir, state, untrained)
     log.write_status(
-        workdir, state="finished", step=int(state.step), metrics=values, name=name
+        workdir,
+        state="finished",
+        step=int(state.step),
+        total_steps=run_.total_steps,
+        metrics=values,
+        name=name,
     )
     return values
 
@@ -417,7 +437,13 @@ class _Loop:
             self._save(state, at)
         if stop and not last:
             self.saves.wait()
-            log.write_status(self.workdir, state="preempted", step=at)
+            if devices.is_main():
+                log.write_status(
+                    self.workdir,
+                    state="preempted",
+                    step=at,
+                    total_steps=self.parts.run.total_steps,
+                )
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
 
     def _log(self, at):
@@ -425,9 +451,9 @@ class _Loop:
         values = {**self.metrics.means(), **times}
         values["freeze/leaves"] = len(self.parts.phase(at - 1).frozen)
         values["compile/seconds"] = self.parts.compiled.seconds
-        memory = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in memory:
-            values["memory/peak_bytes"] = memory["peak_bytes_in_use"]
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["memory/peak_bytes"] = stats["peak_bytes_in_use"]
         self.write(at, values)
         if devices.is_main():
             total = self.parts.run.total_steps
@@ -510,15 +536,3 @@ def _record_config(workdir, c, *, resumed: bool):
             logger.warning("config changed since this run began: %s", line)
     path.write_text(config.to_json(c))
     (workdir / "versions.json").write_text(json.dumps(report.versions(), indent=1))
-
-
-def _memory_advice(parts, error) -> str:
-    s = parts.experiment.settings
-    first = str(error).strip().splitlines()[0][:300]
-    return (
-        f"out of device memory: {first}\n"
-        f"  batch_size={s.batch_size}, accumulate={s.accumulate}, "
-        f"precision={s.precision}. Lower batch_size, or raise accumulate (same batch, "
-        "less memory), set model.remat=True, precision=bfloat16, mesh.fsdp over more "
-        "devices, or use fewer or smaller crops"
-    )
