@@ -17,7 +17,6 @@ _BLOCK = (
     Rule("LayerNorm_0/bias", "norm1/bias"),
     Rule(f"{_ATTENTION}_0/qkv/kernel", "attn/qkv/kernel"),
     Rule(f"{_ATTENTION}_0/qkv/bias", "attn/qkv/bias"),
-    Rule(f"{_ATTENTION}_0/out/kernel", "attn/proj/kernel", "h c d -> (h c) d"),
     Rule(f"{_ATTENTION}_0/out/bias", "attn/proj/bias"),
     Rule("LayerNorm_1/scale", "norm2/scale"),
     Rule("LayerNorm_1/bias", "norm2/bias"),
@@ -49,10 +48,12 @@ _STACK = "Transformer/encoderblock/"
 
 def table(fields: Mapping) -> Table:
     """Return the table of a state that went through `prepare`."""
-    del fields
+    heads = (("h", fields["heads"]),)
+    out = f"{_ATTENTION}_0/out/kernel"
+    block = (*_BLOCK, Rule(out, "attn/proj/kernel", "h c d -> (h c) d", heads))
     # The head of SigLIP pools by attention; pre_logits is a layer before the head.
     aside = ("MAPHead_0/{*}", "pre_logits/{*}", "opt/{*}")
-    blocks = Table(_BLOCK).under("Transformer/encoderblock_{i}/", "block_{i}/")
+    blocks = Table(block).under("Transformer/encoderblock_{i}/", "block_{i}/")
     encoder = (Table(_STEM, aside) + blocks).under(flax="encoder/")
     return Table(_HEAD) + encoder
 
@@ -101,10 +102,6 @@ def export(state: Mapping, heads: int) -> dict:
         ):
             shape = (*part.shape[:-1], heads, -1)
             found[f"{head}/{name}/{kind}"] = part.reshape(shape)
-    for key in [k for k in found if k.endswith("/out/kernel")]:
-        value = found[key]
-        if value.ndim == 2:
-            found[key] = value.reshape(heads, -1, value.shape[-1])
     return found
 
 

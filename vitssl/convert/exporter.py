@@ -243,7 +243,7 @@ def big_vision(source: backbone.Backbone) -> Export:
     if extra:
         raise errors.UsageError(f"layout bigvision: its ViT has no {', '.join(extra)}")
     leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
-    state = convert.export(tree.nest(leaves), bigvision.table({}))
+    state = convert.export(tree.nest(leaves), bigvision.table({"heads": module.heads}))
     return Export(bigvision.export(state, module.heads), {}, _BIG_VISION)
 
 

@@ -28,7 +28,7 @@ def read(
 ) -> backbone.Backbone:
     """Return the network of a file.
 
-    Nothing large is copied: arrays are rearranged views of the file.
+    Nothing large is read or copied yet: arrays are rearranged views of the file.
 
     Args:
         path: `.pth`, `.safetensors` or `.npz`.
@@ -67,7 +67,6 @@ def read(
         family=one.name,
         rule=one.rule,
         source=path.name,
-        sha256=digest(path),
         notes=tuple(notes),
     )
     return backbone.Backbone(about, leaves)
@@ -181,6 +180,12 @@ def digest(path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def signed(found: backbone.Backbone, path) -> backbone.Backbone:
+    """Return a network with the sha256 of the file it came from, which reads it all."""
+    about = dataclasses.replace(found.about, sha256=digest(path))
+    return dataclasses.replace(found, about=about)
 
 
 def size(found: backbone.Backbone) -> int:
