@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import ml_collections
 
-from vitssl import checkpoint, config, devices, evals, log, methods, optim
+from vitssl import (
+    checkpoint,
+    config,
+    devices,
+    evals,
+    freezeout,
+    log,
+    methods,
+    optim,
+)
 from vitssl import init as start_from
 from vitssl.data import dataset
 from vitssl.methods import table as methods_table
@@ -46,6 +55,7 @@ class Settings:
     precision: Literal["float32", "bfloat16"] = "float32"
     mesh: devices.Mesh = devices.Mesh()
     init: start_from.Init = start_from.Init()
+    freeze: freezeout.FreezeOut = freezeout.FreezeOut()
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""

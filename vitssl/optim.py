@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vitssl import errors, schedules, tree
+from vitssl import errors, freezeout, schedules, tree
 
 EVERYTHING = ((".*", 1.0),)
 
@@ -113,6 +113,8 @@ class Optimizer:
         total_steps, warmup_steps, steps_per_epoch: optimizer steps.
         lr_factor, wd_factor: {name: factor}.
         frozen_from: {name: first step at which the leaf is frozen}.
+        layers: {name: layer index} of FreezeOut; empty without it.
+        plan: FreezeOut's schedule, or None.
     """
 
     spec: Optim
@@ -123,9 +125,11 @@ class Optimizer:
     wd_factor: dict
     frozen_from: dict
     steps_per_epoch: int = 1
+    layers: dict = dataclasses.field(default_factory=dict)
+    plan: freezeout.Schedule | None = None
 
     def lr(self, step, factor=1.0):
-        """Return the learning rate of step `step` for leaves of a factor, float32 []."""
+        """Return the rate of step `step` for leaves of a factor, float32 []."""
         s = self.spec
         if s.per_epoch:
             step = step // self.steps_per_epoch * self.steps_per_epoch
@@ -188,19 +192,41 @@ class Optimizer:
             # The epsilon is torch's clip_grad_norm_.
             factor = jnp.minimum(1.0, self.spec.clip_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * factor, grads)
-        lr, wd = self.lr(step), self.wd(step)
+        wd = self.wd(step)
         decay = {k: wd * self.wd_factor[k] * p for k, p in params.items()}
         coupled = self.spec.name != "adamw"
         if coupled:
             grads = {k: g + decay[k] for k, g in grads.items()}
         move, opt = self._direction.update(grads, opt, params)
-        factors = {self.lr_factor[k] for k in params}
-        rates = {factor: self.lr(step, factor) for factor in factors}
+        kinds = {self._kind(k) for k in params}
+        rates = {kind: self._rate(step, *kind) for kind in kinds}
         new = {}
         for k, p in params.items():
             m = move[k] if coupled else move[k] + decay[k]
-            new[k] = (p - rates[self.lr_factor[k]] * m).astype(p.dtype)
-        return new, opt, {"grad_norm": norm, "lr": lr, "wd": wd}
+            new[k] = (p - rates[self._kind(k)] * m).astype(p.dtype)
+        found = {"grad_norm": norm, "lr": self.lr(step), "wd": wd}
+        return new, opt, found | self._layer_rates(step, params)
+
+    def _kind(self, name):
+        """Return what the rate of a leaf depends on: (layer, factor)."""
+        layer = self.layers.get(name, freezeout.NEVER)
+        return freezeout.rate_layer(name, layer), self.lr_factor[name]
+
+    def _rate(self, step, layer, factor):
+        """Return the rate of the leaves of a layer and a factor."""
+        flat = self.lr(step, factor)
+        if self.plan is None:
+            return flat
+        return self.plan.lr(layer, step, self.peak * factor, flat)
+
+    def _layer_rates(self, step, params):
+        """Return {"lr/layer_<i>": rate, "freeze/layers": how many are frozen}."""
+        if self.plan is None:
+            return {}
+        every = set(self.layers.values()) - {freezeout.NEVER}
+        live = {self.layers.get(k) for k in params} & every
+        rates = {f"lr/layer_{i:02d}": self._rate(step, i, 1.0) for i in sorted(live)}
+        return rates | {"freeze/layers": float(len(every) - len(live))}
 
     @property
     def _direction(self):
@@ -225,13 +251,19 @@ def _trust(coefficient):
 
 
 def make(
-    spec: Optim, params, *, total_steps: int, steps_per_epoch: int, batch_size: int
+    spec: Optim,
+    params,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    batch_size: int,
+    freeze: freezeout.FreezeOut | None = None,
 ) -> Optimizer:
     """Resolve the rules for `params` (arrays or shapes).
 
     Raises:
         UsageError: a rule that never wins, a leaf no rule covers, nothing left to train
-            at the start, a warm-up as long as the run.
+            at the start or the end, a warm-up as long as the run.
     """
     names = list(tree.flat(params))
     lr_factor = tree.match(names, spec.lr_rules, what="optim.lr_rules")
@@ -252,6 +284,34 @@ def make(
             f"optim.warmup_epochs={spec.warmup_epochs} is {warmup_steps} steps, which "
             f"leaves nothing of a run of {total_steps} steps"
         )
+    layers, plan = {}, None
+    if freeze is not None and freeze.schedule != "none":
+        if not freeze.layers:
+            raise errors.UsageError(
+                f"freeze.schedule={freeze.schedule}: this method has no table of its "
+                "own; give freeze.layers=((pattern, layer), ...), for a ViT "
+                "freezeout.vit_layers(depth, prefix)"
+            )
+        layers = freeze.index(
+            tree.match(names, freeze.layers, what="freeze.layers", default=-1)
+        )
+        last = max(layers.values())
+        if last < 1:
+            raise errors.UsageError(
+                f"freeze.layers: the largest index is {last}; FreezeOut needs two "
+                "layers or more"
+            )
+        span = round(spec.stretch * total_steps)
+        plan = freezeout.Schedule(freeze, last, span, warmup_steps)
+        for k in names:
+            event = plan.frozen_from(layers[k])
+            if event is not None:
+                frozen_from[k] = min(event, frozen_from.get(k, event))
+    if all(frozen_from.get(k, total_steps) < total_steps for k in names):
+        raise errors.UsageError(
+            "optim.freeze and freeze together freeze every parameter before step "
+            f"{total_steps}, the last; leave something to train"
+        )
     ratio = batch_size / spec.lr_batch if spec.lr_batch else 1.0
     return Optimizer(
         spec=spec,
@@ -262,6 +322,8 @@ def make(
         wd_factor=wd_factor,
         frozen_from=frozen_from,
         steps_per_epoch=steps_per_epoch,
+        layers=layers,
+        plan=plan,
     )
 
 

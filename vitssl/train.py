@@ -127,12 +127,16 @@ def build(experiment) -> Parts:
     method = experiment.method(run)
     shapes = _shapes(_stream(source, method, s, 0), 0)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
+    freeze = s.freeze
+    if not freeze.layers and hasattr(method, "freeze_layers"):
+        freeze = dataclasses.replace(freeze, layers=method.freeze_layers())
     optimizer = optim.make(
         s.optim,
         params,
         total_steps=total,
         steps_per_epoch=per_epoch,
         batch_size=s.batch_size,
+        freeze=freeze,
     )
 
     def abstract(phase):

@@ -65,7 +65,7 @@ def test_a_plain_step_is_the_modules_one_after_the_other():
         seen = np.flatnonzero(batch["global_context"][i, 0, 0])[None]
         asked = np.flatnonzero(batch["global_targets"][i, 0, 0])
         tokens, _ = encoder.apply(weights["encoder"], image, keep=jnp.asarray(seen))
-        position = encoder.apply(weights["encoder"], (6, 6), method="positions")
+        position = encoder.apply(weights["encoder"], (6, 6), method="position_table")
         guess = net.apply(weights["predictor"], tokens[:, 1:], position[asked][None])
         truth, _ = encoder.apply({"params": extra["target"]}, image)
         truth = truth[:, 1:][:, asked]

@@ -145,12 +145,12 @@ def test_rectangles_and_other_sizes_use_the_resampled_table():
     variables, image = _init(net), _draw(0, 2, 8, 24, 3)
     tokens, out = net.apply(variables, image)
     assert tokens.shape == (2, 13, 16) and out["grid"] == (2, 6)
-    table = net.apply(variables, (2, 6), method="positions")
+    table = net.apply(variables, (2, 6), method="position_table")
     assert table.shape == (12, 16)
     # Rotated grids are other grids: rows and columns are told apart.
     turned, _ = net.apply(variables, image.transpose(0, 2, 1, 3))
     assert np.abs(turned[:, 0] - tokens[:, 0]).max() > 1e-3
-    own = net.apply(variables, (4, 4), method="positions")
+    own = net.apply(variables, (4, 4), method="position_table")
     np.testing.assert_array_equal(own, variables["params"]["pos_embed"][0, 1:])
 
 

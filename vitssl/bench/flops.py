@@ -5,6 +5,8 @@ training is 3 x the forward pass of what carries a gradient, plus 1 x targets;
 recomputation (remat) is not counted; a frozen prefix counts 1 x.
 """
 
+import numpy as np
+
 
 def block(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
     """Return the FLOPs of one transformer block's forward pass for one image."""
@@ -32,3 +34,79 @@ def vit(
     """
     embed = 2 * patches * width * channels * patch**2
     return embed + depth * block(tokens, width, mlp_ratio)
+
+
+def stage_decoder(
+    patches: int, visible: int, *, inner: int, width: int, scale: float, out: int
+) -> float:
+    """Return the FLOPs of a LocalMIM decoder's forward pass for one image.
+
+    Every patch is predicted, as in the original; a head that leaves out the visible
+    ones does (1 - visible / patches) of its part.
+
+    Args:
+        patches, visible: N and K.
+        inner: width of the encoder.
+        width: of the decoder, of one block.
+        scale, out: see `models.stage_decoder.StageDecoder`.
+    """
+    total = 2 * (1 + visible) * inner * width + block(1 + patches, width)
+    cells, features = patches * min(1.0, scale) ** 2, width
+    while scale > 1:
+        total += 2 * cells * features * 4 * (features // 2)
+        cells, features, scale = 4 * cells, features // 2, scale / 2
+    return total + 2 * cells * features * out
+
+
+def localmim(
+    frozen: int,
+    *,
+    embed: float,
+    linear: float,
+    attention: float,
+    decoders: tuple[float, ...],
+    stage_layers: tuple[int, ...],
+    depth: int,
+    target: float = 0.0,
+    as_coded: bool = False,
+) -> tuple[float, float]:
+    """Return (forward, backward) FLOPs per image with `frozen` layers frozen.
+
+    The forward pass of frozen blocks stays; decoder and target of a frozen stage go.
+    Backward of a block is two products per weight matrix and twice the attention.
+
+    Args:
+        frozen: layers 0 (patch embedding) .. frozen - 1 are frozen.
+        embed: forward of the patch embedding, whose backward is weights only.
+        linear, attention: forward of a block.
+        decoders, stage_layers: forward and layer of each stage.
+        depth: blocks.
+        target: forward of one stage's target.
+        as_coded: the class token trains for ever, so that activation gradients cross
+            all blocks.
+    """
+    live = [
+        d for d, layer in zip(decoders, stage_layers, strict=True) if layer >= frozen
+    ]
+    forward = embed + depth * (linear + attention) + sum(live) + target * len(live)
+    backward = 2 * sum(live) + (embed if frozen == 0 else 0.0)
+    trained = depth - max(0, frozen - 1)
+    backward += trained * linear  # Gradients of weights.
+    # Layer 1 needs no gradient of its input once the patch embedding has frozen, which
+    # the formula, like the original, leaves out of account.
+    crossed = depth if as_coded else trained
+    return forward, backward + crossed * (linear + 2 * attention)
+
+
+def saving(costs, active) -> float:
+    """Return the share of a run's cost that freezing saves.
+
+    Args:
+        costs: [L + 1] cost with n layers frozen.
+        active: [L + 1] share of the run that layer i trains, rising.
+
+    Source: layers freeze in order, so n are frozen from active[n - 1] to active[n].
+    """
+    costs, active = np.asarray(costs, float), np.asarray(active, float)
+    shares = np.diff(active, prepend=0.0)
+    return 1.0 - float((shares * costs).sum() / costs[0])

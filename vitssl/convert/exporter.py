@@ -182,7 +182,7 @@ def hf(source: backbone.Backbone) -> Export:
 
 
 def _hf_dinov3(source, module, hidden):
-    if not (module.rope_unit and module.layerscale and not module.position_table):
+    if not (module.rope_unit and module.layerscale and module.positions == "none"):
         raise errors.UsageError(
             "--layout=hf: rotary positions of transformers are DINOv3's, not these; "
             "use --layout=vitssl"

@@ -160,7 +160,7 @@ def geometry(state: Mapping, names: Mapping[str, str], options: Options) -> dict
         fields["image_size"] = patch * positions.side(rows - extra)
     else:
         fields["image_size"] = options.image_size or 224
-        fields["position_table"] = False
+        fields["positions"] = "none"
     return fields
 
 

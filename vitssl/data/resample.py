@@ -28,7 +28,7 @@ def resize(image, size, box=None, interpolation="bicubic"):
         size: (height, width) of the result.
         box: (top, left, height, width), or None for the whole image. No pixel outside
             of it is used.
-        interpolation: "bicubic" or "fast".
+        interpolation: "bicubic", "bilinear" or "fast".
 
     Returns:
         uint8 [height, width, C]; a view of `image` if there is nothing to resize.
@@ -38,7 +38,9 @@ def resize(image, size, box=None, interpolation="bicubic"):
         image = image[top : top + height, left : left + width]
     if image.shape[:2] == tuple(size):
         return image
-    one = _bicubic if interpolation == "bicubic" else _fast
+    one = _fast
+    if interpolation != "fast":
+        one = functools.partial(_pil, how=interpolation)
     depth = image.shape[-1]
     if depth in (1, 3):
         return one(image, size).reshape(*size, depth)
@@ -46,10 +48,10 @@ def resize(image, size, box=None, interpolation="bicubic"):
     return np.stack([one(image[..., i : i + 1], size) for i in range(depth)], -1)
 
 
-def _bicubic(image, size):
-    """Return PIL's antialiased bicubic resize of [H, W, 1 or 3]."""
+def _pil(image, size, how):
+    """Return PIL's antialiased resize of [H, W, 1 or 3]."""
     image = np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image)
-    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling[how.upper()])
     return np.asarray(picture)
 
 

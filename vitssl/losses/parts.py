@@ -107,7 +107,7 @@ def presence(maps, kind: Presence = "original", *, beta=0.1, group=0):
         t = jnp.tanh(a.sum(1))  # [groups, K]
         if kind == "soft_tanh":
             return (1.0 - t).mean()
-        return -jnp.maximum(jnp.log(t), -100.0).mean()
+        return _surprise(t).mean()
     u = a.max(1)  # [groups, K]
     if kind == "original":
         return (1.0 - u).mean()
@@ -142,7 +142,13 @@ def background_presence(maps, kind: Background = "enforced_presence"):
         return (1.0 - p).mean()
     if kind == "mse":
         return jnp.square(1.0 - p).mean()
-    return -jnp.maximum(jnp.log(p), -100.0).mean()
+    return _surprise(p).mean()
+
+
+def _surprise(p):
+    """Return -log p, cut off at 100; the gradient at 0 is 0, not infinite."""
+    some = p > 0
+    return jnp.where(some, -jnp.log(jnp.where(some, p, 1.0)), 100.0).clip(max=100.0)
 
 
 def pixel_entropy(maps):
@@ -182,7 +188,9 @@ def equivariance(maps, returned):
     a, b = (
         x[..., :-1].reshape(len(x), -1, x.shape[-1] - 1) for x in (maps, returned)
     )  # [B, h w, K]
-    dot = (a * b).sum(1)
-    # The squared lengths are clamped, as torch does: zero maps have a gradient.
-    length = jnp.maximum((a * a).sum(1), 1e-16) * jnp.maximum((b * b).sum(1), 1e-16)
-    return 1.0 - (dot * jax.lax.rsqrt(length)).mean()
+    dot = (a * b).sum(1)  # [B, K]
+    # The squared lengths are clamped, as torch does, each on its own: their product
+    # would leave float32 for maps of zeros, and take the gradient with it.
+    for x in (a, b):
+        dot = dot * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(1), 1e-16))
+    return 1.0 - dot.mean()

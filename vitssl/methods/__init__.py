@@ -73,6 +73,13 @@ class Method(Protocol):
         """Yield one line per impossible combination of the sections."""
 
 
+class Layered(Protocol):
+    """What a method adds so that `freeze.schedule` alone switches FreezeOut on."""
+
+    def freeze_layers(self) -> tuple:
+        """Return the default of `freeze.layers`; see `freezeout.FreezeOut`."""
+
+
 class Scored(Protocol):
     """What a method adds that is scored on the test split by its own measure.
 

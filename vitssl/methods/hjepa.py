@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors, methods, schedules, tree
+from vitssl import errors, freezeout, methods, schedules, tree
 from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.losses import combined
@@ -266,6 +266,11 @@ class HJEPA:
     def pictures(self, params, extra, batch, image):
         """Return fields of `evals.pictures.Material`."""
         return hjepa_pictures.arrays(self, params, extra, batch, image)
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: the encoder's; predictor and levels never."""
+        last = ((r"encoder/norm/.*", self.model.depth),)
+        return freezeout.vit_layers(self.model.depth, "encoder/", last)
 
     def adopt(self, params, extra):
         """Return `extra` with targets that start as copies of loaded parameters."""

@@ -76,7 +76,7 @@ class Networks:
     def positions(self, grid):
         """Return the encoder's position table of a grid: [N, D]."""
         return self.encoder.apply(
-            {"params": self.params["encoder"]}, grid, method="positions"
+            {"params": self.params["encoder"]}, grid, method="position_table"
         )
 
     def predict(self, *args, **kwargs):

@@ -3,6 +3,10 @@
 To add one: write `models/x.py` and its line here.
 """
 
-from vitssl.models import vit
+from vitssl.models import convnext, resnet, vit
 
-MODELS = {"vit": vit.ViT}
+MODELS = {
+    "vit": vit.ViT,
+    "resnet": resnet.ResNet,
+    "convnext": convnext.ConvNeXt,
+}

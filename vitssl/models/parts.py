@@ -115,6 +115,10 @@ class MaskedClassifier(nn.Module):
         Returns:
             [B, C] float32.
         """
+        return self.head(self.embed(image, mask, masking=masking, train=train))
+
+    def embed(self, image, mask, *, masking: Masking = "hard", train=False):
+        """Return what is classified, [B, D] float32; arguments as in a call."""
         mask = einops.rearrange(mask, "b h w -> b (h w)")
         if masking == "hard":
             tokens = self._pruned(image, mask != 0.0, train)
@@ -123,7 +127,7 @@ class MaskedClassifier(nn.Module):
         else:
             tokens = self.backbone(image, weight=mask + 1e-10, train=train)[0]
         cls = tokens[:, 0].astype(jnp.float32)
-        return self.head(self.fc_norm(cls) if self.norm else cls)
+        return self.fc_norm(cls) if self.norm else cls
 
     def _pruned(self, image, seen, train):
         """Return the class token [B, 1, D] beside the seen [B, N] patches."""
@@ -193,6 +197,13 @@ class TwoStage(nn.Module):
         """Return `partheads.Found` of images: the first stage alone."""
         return self.stage_1(image, draws, train=train)
 
-    def classify(self, image, mask, *, train=False):
+    def classify(self, image, mask):
         """Return the logits [B, C] of images under a given mask [B, h, w]."""
-        return self.stage_2(image, mask, masking=self.masking, train=train)
+        return self.stage_2(image, mask, masking=self.masking)
+
+    def embed(self, image):
+        """Return (tokens [B, h, w, D] of stage 1, embedding [B, D] of stage 2)."""
+        z = self.stage_1.tokens(image)
+        found = self.stage_1.head(z, partmaps.Draws())
+        mask = (found.soft if self.masking == "soft" else found.hard)[..., 0]
+        return z, self.stage_2.embed(image, mask, masking=self.masking)

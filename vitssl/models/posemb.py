@@ -61,6 +61,33 @@ def cubic_matrix(old, new, step=None):
     return matrix.astype(np.float32)
 
 
+def sincos(grid, width):
+    """Return the fixed table of sines and cosines of a grid.
+
+    With w_i = 10000^(-i / (D / 4)), the patch at row y and column x has
+    [sin(x w), cos(x w), sin(y w), cos(y w)]: the column comes first.
+
+    Args:
+        grid: (h, w).
+        width: D, divisible by 4.
+
+    Returns:
+        [h w, D] float32 numpy, computed in float64.
+
+    Raises:
+        ValueError: 4 does not divide the width.
+
+    Source: facebookresearch/mae util/pos_embed.py (MoCo v3).
+    """
+    if width % 4:
+        raise ValueError(f"sincos: width={width} must be divisible by 4")
+    omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    angles = [np.outer(x, omega), np.outer(y, omega)]
+    parts = [f(a) for a in angles for f in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
 def rope_angles(grid, head_dim, theta, unit=False):
     """Angles by which rotary embedding turns the channel pairs of each patch.
 

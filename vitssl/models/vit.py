@@ -62,8 +62,10 @@ class ViT(nn.Module):
             position table.
         rope_theta: base of the rotary frequencies.
         rope_unit: rotary positions in [-1, 1], see `posemb.rope_angles`.
-        position_table: add a learned position to every patch.
         cls: prepend a class token.
+        positions: learned: a trained table that starts at random. sincos: the fixed
+            table of `posemb.sincos`, no parameter. learned_sincos: trained from there.
+            none: no position is added (see rope).
         class_position: the position table has a row for the class token too.
         registers: number of register tokens after the class token; they have no
             position.
@@ -90,8 +92,8 @@ class ViT(nn.Module):
     rope: bool = False
     rope_theta: float = 10000.0
     rope_unit: bool = False
-    position_table: bool = True
     cls: bool = True
+    positions: Literal["learned", "sincos", "learned_sincos", "none"] = "learned"
     class_position: bool = True
     registers: int = 0
     resampling: posemb.Resampling = "antialias"
@@ -107,22 +109,28 @@ class ViT(nn.Module):
         return int(self.cls) + self.registers
 
     @property
+    def _trained(self):
+        """Whether the position table is a parameter."""
+        return self.positions in ("learned", "learned_sincos")
+
+    @property
     def _first(self):
         """Row of the position table that belongs to the first patch."""
-        return int(self.cls and self.class_position and self.position_table)
+        return int(self.cls and self.class_position and self._trained)
 
     def setup(self):
         """Declare the parameters; names do not depend on `remat`."""
         side = self.image_size // self.patch
-        positions = (1, self._first + side * side, self.width)
         tiny = nn.initializers.normal(1e-6)
         if self.cls:
             self.class_token = self.param("cls", tiny, (1, 1, self.width))
         if self.registers:
             shape = (1, self.registers, self.width)
             self.register_tokens = self.param("registers", tiny, shape)
-        if self.position_table:
-            self.pos_embed = self.param("pos_embed", layers.normal, positions)
+        if self._trained:
+            shape = (1, self._first + side * side, self.width)
+            init = layers.normal if self.positions == "learned" else self._sincos
+            self.pos_embed = self.param("pos_embed", init, shape)
         self.patch_embed = PatchEmbed(self.width, self.patch, self.dtype)
         rates = np.linspace(0.0, self.drop_path, self.depth)
         self.block = [
@@ -141,13 +149,22 @@ class ViT(nn.Module):
         ]
         self.norm = layers.LayerNorm(self.norm_eps, self.dtype)
 
-    def positions(self, grid):
+    def _sincos(self, key, shape):
+        """Return the fixed table as initial value; the class token's row is 0."""
+        del key
+        side = self.image_size // self.patch
+        table = posemb.sincos((side, side), self.width)[None]
+        return jnp.pad(table, ((0, 0), (shape[1] - side * side, 0), (0, 0)))
+
+    def position_table(self, grid):
         """Return the position table of the patches of `grid` = (h, w): [h w, D].
 
-        All zeros without a table.
+        All zeros without one.
         """
-        if not self.position_table:
+        if self.positions == "none":
             return jnp.zeros((grid[0] * grid[1], self.width))
+        if self.positions == "sincos":
+            return jnp.asarray(posemb.sincos(grid, self.width))
         side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
         return posemb.resample(table, (side, side), grid, self.resampling)
@@ -199,8 +216,8 @@ class ViT(nn.Module):
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]
-        if self.position_table:
-            pos = self.positions(grid)[None]  # [1, N, D]
+        if self.positions != "none":
+            pos = self.position_table(grid)[None]  # [1, N, D]
             if keep is not None:
                 pos = patches.take(pos, keep)
             x = x + pos.astype(x.dtype)
@@ -237,6 +254,8 @@ class ViT(nn.Module):
                 f"heads={self.heads}: must divide width={self.width}; "
                 f"{_divisors(self.width, self.heads)}"
             )
+        elif "sincos" in self.positions and self.width % 4:
+            yield f"width={self.width}: {self.positions} positions need a multiple of 4"
         elif self.rope and self.heads >= 1 and self.width // self.heads % 4:
             yield (
                 f"rope=True: needs width / heads divisible by 4, it is "

@@ -69,7 +69,7 @@ def _local_crop(case):
     image = _image(case)
     assert image.shape[1] == case.config["local_size"] != net.image_size
     tokens, out = net.apply(variables, image)
-    table = net.apply(variables, out["grid"], method="positions")[None]
+    table = net.apply(variables, out["grid"], method="position_table")[None]
     cls = variables["params"]["pos_embed"][:, :1]
     case.close("pos_embed", np.concatenate([cls, table], axis=1))
     case.close("tokens", tokens)

@@ -10,14 +10,13 @@ from vitssl.models import (
     baselines,
     convnext,
     layers,
-    parts,
     partheads,
+    parts,
     posemb,
     resnet,
     vit,
 )
 from vitssl.ops import partmaps
-
 
 QUICK = {"xla_backend_optimization_level": 0}
 

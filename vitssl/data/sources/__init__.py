@@ -11,16 +11,21 @@ import inspect
 
 from vitssl import errors
 from vitssl.data.sources import (
+    birds,
     cifar,
+    cub,
     digits,
     fake,
     folder,
     imagenet,
     layout,
+    metashift,
     mixture,
     scenes,
+    siim_acr,
     stl10,
     tfds,
+    waterbirds,
 )
 
 
@@ -43,6 +48,7 @@ def _mixture(
 SOURCES = {
     "digits": digits.open,
     "scenes": scenes.open,
+    "birds": birds.open,
     "folder": folder.open,
     "cifar10": cifar.open10,
     "cifar100": cifar.open100,
@@ -50,6 +56,10 @@ SOURCES = {
     "imagenet": imagenet.open,
     "imagenet100": imagenet.open100,
     "tfds": tfds.open,
+    "cub": cub.open,
+    "waterbirds": waterbirds.open,
+    "siim_acr": siim_acr.open,
+    "metashift": metashift.open,
     "fake": fake.open,
     "mixture": _mixture,
 }

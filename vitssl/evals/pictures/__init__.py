@@ -16,6 +16,7 @@ from vitssl.evals.pictures import (
     curves,
     landscape,
     masks,
+    parts,
     space,
     tokens,
 )
@@ -36,6 +37,7 @@ class Material:
             block by block; None takes the batch's own, in which blocks are united.
         draws: (context, targets) bool [S, H, N]: many masks of one generator.
         samplers: {name: (context [N], targets [T, N])} to compare.
+        parts: [B, h, w, K+1] of these images: soft maps of parts, background last.
         prediction: (images [B, H, W, C], predicted, target, valid), see
             `tokens.prediction`.
         features: {name: [M, D]}; the first is the one to look at.
@@ -51,6 +53,7 @@ class Material:
     grid: tuple[int, int] | None = None
     attention: object = None
     tokens: object = None
+    parts: object = None
     batch: dict = dataclasses.field(default_factory=dict)
     originals: list | None = None
     crop_masks: tuple | None = None
@@ -138,6 +141,8 @@ def _of_images(m: Material):
         yield "attention_patch.png", middle
     if m.tokens is not None and m.tokens.shape[-1] >= 3:
         yield "tokens_pca.png", partial(tokens.principal, m.images, m.tokens, m.grid)
+    if m.parts is not None:
+        yield "parts.png", partial(parts.overlay, m.images, m.parts)
     if m.prediction is not None:
         yield "prediction.png", partial(tokens.prediction, *m.prediction)
         yield (

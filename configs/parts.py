@@ -1,0 +1,387 @@
+r"""Part discovery: find the parts of a thing, then classify from them alone (iFAM).
+
+    python -m vitssl.main --config=configs/parts.py
+
+Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
+    (none)          demo: drawn birds whose background misleads, minutes on two cores
+    smoke           two steps, seconds
+    pretrain        the self-supervised checkpoint that `evidence` starts from
+    evidence        hard and soft masks against the same ViT without masks, three seeds
+    cub_k8, cub_k4  CUB-200-2011, ViT-B/14 at 518 px, 8 x 16 images a step
+    waterbirds      Waterbirds, K=8; waterbirds_k4
+    siim_acr_rad_dino
+                    chest X-rays with RAD-DINO's layout of DINOv2
+    metashift       cats and dogs at 224 px, K=2; metashift_k1, metashift_k8
+    pdiscoformer_cub
+                    the single-stage predecessor, K=8
+    pdisconet_cub   the same head on a ResNet-101 at 448 px
+    baseline_waterbirds, late_mask, given_mask
+                    one ViT without parts; with masks of the data set
+Options, joined by commas: soft_masks, straight_through, no_gumbel, as_coded (evaluation
+noise and orthogonality over channels as released), train_backbone, freeze_tokens_1,
+freeze_second_stage, freeze_tokens_2, and the rates scratch=1e4, modulation=1e4,
+finer=1e3, second=1.0.
+
+All published recipes need --config.data.root=DIR and pretrained weights
+(--config.init.from=FILE); lr = 1e-6 sqrt(batch / 16), decay = 0.05 sqrt(1 / steps).
+
+Published results (third-party table of arXiv:2506.08915): Waterbirds 99.0 average,
+CUB-trained on Waterbirds 86.2, MetaShift 88.7; PDiscoFormer CUB 89.1.
+"""
+
+import ml_collections
+
+RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+FLAGS = {  # option: (section, key, value)
+    "soft_masks": ("parts", "masks", "soft"),
+    "straight_through": ("parts", "masks", "straight_through"),
+    "no_gumbel": ("parts", "gumbel", False),
+}
+FREEZES = ("freeze_tokens_1", "freeze_second_stage", "freeze_tokens_2")
+RATES = ("scratch", "modulation", "finer", "second")
+
+_TOKENS = "backbone/(cls|registers|pos_embed)"
+_BODY = "backbone/(patch_embed|block_[0-9]+|norm)/.*"
+
+
+def groups(
+    kind="two_stage",
+    *,
+    modulation_type="layer_norm",
+    scratch=1e4,
+    modulation=1e4,
+    finer=1e3,
+    second=1.0,
+    freeze_backbone=True,
+    freeze_tokens_1=False,
+    freeze_second_stage=False,
+    freeze_tokens_2=False,
+):
+    """Return the optimizer's lr_rules, wd_rules and freeze of the paper's groups.
+
+    Layers that start from nothing learn `scratch` times as fast as the pretrained ones,
+    the modulation `modulation` times, the prototypes `finer` times, all of the second
+    stage's backbone `second` times. Prototypes, modulation, tokens, positions and
+    vectors do not decay.
+    """
+    one, two = kind in ("two_stage", "single_stage"), kind != "single_stage"
+    lr, wd, freeze = [], [], []
+    if one:
+        lr += [("stage_1/head/classifier/.*", scratch)]
+        wd += [("stage_1/head/prototypes", 0.0)]
+        lr += [("stage_1/head/prototypes", finer)]
+        if modulation_type != "none":
+            lr += [("stage_1/head/modulation/.*", modulation)]
+            wd += [("stage_1/head/modulation/.*", 0.0)]
+        freeze += [(f"stage_1/{_BODY}", 0.0)] * freeze_backbone
+        freeze += [(f"stage_1/{_TOKENS}", 0.0)] * freeze_tokens_1
+    if two:
+        lr += [("stage_2/(head|fc_norm|pool)/.*", scratch)]
+        lr += [("stage_2/.*", second)] if one else []
+        freeze += [(f"stage_2/{_BODY}", 0.0)] * freeze_second_stage
+        freeze += [(f"stage_2/{_TOKENS}", 0.0)] * freeze_tokens_2
+    # Learned queries of a pooling and vectors do not decay either; in the original's
+    # baselines tokens and positions do.
+    names = "bias|scale|ls1|ls2|query|gamma" + "|cls|registers|pos_embed" * one
+    wd += [(f".*/({names})", 0.0), (".*", 1.0)]
+    lr += [(".*", 1.0)]
+    return dict(lr_rules=tuple(lr), wd_rules=tuple(wd), freeze=tuple(freeze))
+
+
+def _demo():
+    """Return the demo: a small two-stage model on drawn birds, from random weights."""
+    c = ml_collections.ConfigDict()
+    c.method, c.seed = "parts", 0
+    c.batch_size, c.epochs, c.steps, c.accumulate = 32, 8.0, 0, 1
+    c.precision = "float32"
+    c.data = dict(
+        source="birds",
+        root="",
+        split="train",
+        bank_split="train",
+        test_split="test",
+        **RGB,
+        on_bad_image="skip",
+        threads=-1,
+        workers=-1,
+        options=dict(count=0, purity=0.95),
+    )
+    c.model = dict(
+        name="vit",
+        width=64,
+        depth=3,
+        heads=4,
+        patch=4,
+        image_size=48,
+        mlp_ratio=2.0,
+        registers=1,
+        class_position=False,
+        remat=False,
+    )
+    c.parts = dict(
+        kind="two_stage",
+        count=4,
+        masks="hard",
+        gumbel=True,
+        temperature=1.0,
+        dropout=0.3,
+        mask_dropout=0.3,
+        modulation="layer_norm",
+        rooms=(0.5, 1.0),
+    )
+    c.objective = dict(presence_group=16, background=2.0, orthogonality=1.0)
+    c.affine = dict(degrees=90.0, translate=(0.11, 0.11), scale=(0.8, 1.4))
+    c.augment = dict(
+        recipe="cub_original",
+        size=48,
+        flip=0.5,
+        planckian=0.0,
+        degrees=20.0,
+        translate=(0.1, 0.1),
+        scale=(0.9, 1.1),
+    )
+    c.average = dict(decay=0.0)
+    c.measures = dict(leave_one_out=True)
+    c.optim = dict(
+        name="adamw",
+        lr=1e-3,
+        schedule="cosine",
+        warmup_epochs=1.0,
+        min_lr=0.0,
+        wd=0.05,
+        clip_norm=2.0,
+        **groups(scratch=1.0, modulation=1.0, finer=1.0, freeze_backbone=False),
+    )
+    c.evals = dict(
+        image_size=48,
+        batch_size=100,
+        every_epochs=1,
+        online_samples_train=400,
+        online_samples_test=400,
+        online=False,
+        final=(),
+        knn_k=(20,),
+        knn_temperature=(0.07,),
+        probe="lbfgs",
+        probe_epochs=10,
+        features="pooled",
+    )
+    c.log = dict(
+        every_steps=50,
+        tensorboard=True,
+        wandb="",
+        pictures=True,
+        stall_seconds=1800.0,
+    )
+    c.checkpoint = dict(
+        every_epochs=1.0, keep_last=2, keep_best=1, best="test/worst_group"
+    )
+    return c
+
+
+def _demo_baseline():
+    """Return the demo's ViT without parts: what the background costs it."""
+    c = _demo()
+    c.parts.kind = "baseline"
+    c.measures.leave_one_out = False
+    c.optim.update(**groups("baseline", scratch=1.0, freeze_backbone=False))
+    return c
+
+
+def _smoke():
+    c = _demo()
+    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c.model.update(width=32, depth=1)
+    c.data.options = dict(count=64)
+    c.log.update(every_steps=1, pictures=False)
+    return c
+
+
+def _published(source, classes_per_batch=128, image=518):
+    """Return what the published recipes share: ViT-B/14 with four registers."""
+    c = _demo()
+    c.precision, c.seed = "bfloat16", 42
+    c.batch_size, c.epochs = classes_per_batch, 90.0
+    c.data.update(source=source, options={})
+    c.model.update(
+        width=768,
+        depth=12,
+        heads=12,
+        patch=14,
+        image_size=image,
+        mlp_ratio=4.0,
+        registers=4,
+        layerscale=1e-5,
+        remat=True,
+    )
+    c.parts.update(count=8, rooms=(0.25, 0.5, 0.75, 1.0))
+    c.augment.update(
+        size=image,
+        planckian=0.8,
+        degrees=90.0,
+        translate=(0.2, 0.2),
+        scale=(0.8, 1.2),
+    )
+    c.optim.update(
+        lr=1e-6,
+        lr_batch=16,
+        lr_batch_power=0.5,
+        warmup_epochs=0.0,
+        per_epoch=True,
+        floors="absolute",
+        wd=0.05,
+        wd_normalised=True,
+        **groups(),
+    )
+    c.evals.update(image_size=image, batch_size=32, every_epochs=1)
+    c.evals.update(online_samples_train=0, online_samples_test=0)
+    c.measures.leave_one_out = False
+    c.log.every_steps = 10
+    c.checkpoint.update(every_epochs=1.0, best="test/top1")
+    return c
+
+
+def _cub(count):
+    c = _published("cub")
+    c.parts.count = count
+    return c
+
+
+def _waterbirds(count=8):
+    c = _published("waterbirds")
+    c.parts.count = count
+    c.checkpoint.best = "test/worst_group"
+    return c
+
+
+def _siim_acr_rad_dino():
+    c = _published("siim_acr")
+    c.data.update(mean=(0.48865,) * 3, std=(0.24621,) * 3)
+    c.model.update(registers=0, class_position=True, resampling="plain")
+    c.augment.update(recipe="siim_acr", planckian=0.0)
+    c.checkpoint.best = "test/auroc"
+    return c
+
+
+def _metashift(count=2):
+    c = _published("metashift", image=224)
+    c.parts.count = count
+    c.checkpoint.best = "test/worst_class"
+    return c
+
+
+def _pdiscoformer_cub():
+    """Return PDiscoFormer's recipe, arXiv:2407.04538: one stage, Adam, stairs."""
+    c = _published("cub", 32)
+    c.epochs = 28.0
+    c.parts.update(kind="single_stage", mask_dropout=0.0)
+    c.augment.planckian = 0.0
+    c.optim.update(
+        name="adam",
+        lr=1e-6,
+        schedule="stairs",
+        stair_epochs=4.0,
+        gamma=0.5,
+        wd=0.0,
+        wd_normalised=False,
+        **groups("single_stage"),
+    )
+    return c
+
+
+def _pdisconet_cub():
+    """Return PDiscoNet: the same head on a ResNet-101, nothing frozen."""
+    c = _pdiscoformer_cub()
+    c.model = dict(
+        name="resnet",
+        depths=(3, 4, 23, 3),
+        widths=(64, 128, 256, 512),
+        stem=64,
+        kind="bottleneck",
+        output_stride=32,
+    )
+    c.precision = "float32"
+    c.augment.size = c.evals.image_size = 448
+    c.optim.update(
+        lr=1e-4,
+        **groups(
+            "single_stage",
+            scratch=100.0,
+            modulation=100.0,
+            finer=10.0,
+            freeze_backbone=False,
+        ),
+    )
+    return c
+
+
+def _baseline(source="waterbirds", **keys):
+    """Return one ViT without parts, fine-tuned as the originals' baselines are."""
+    c = _published(source)
+    c.parts.update(kind="baseline", pooling="cls")
+    c.parts.update(**keys)
+    c.optim.update(
+        lr=1e-4,
+        lr_batch=0,
+        clip_norm=0.0,
+        **groups("baseline", scratch=100.0, freeze_backbone=False),
+    )
+    return c
+
+
+def _given_mask(kind, **keys):
+    c = _baseline("cub", kind=kind, **keys)
+    c.data.options = dict(masks=True)
+    c.augment.recipe = "given_mask"
+    return c
+
+
+RECIPES = {
+    "": _demo,
+    "smoke": _smoke,
+    "demo_baseline": _demo_baseline,
+    "cub_k8": lambda: _cub(8),
+    "cub_k4": lambda: _cub(4),
+    "waterbirds": _waterbirds,
+    "waterbirds_k4": lambda: _waterbirds(4),
+    "siim_acr_rad_dino": _siim_acr_rad_dino,
+    "metashift": _metashift,
+    "metashift_k1": lambda: _metashift(1),
+    "metashift_k8": lambda: _metashift(8),
+    "pdiscoformer_cub": _pdiscoformer_cub,
+    "pdisconet_cub": _pdisconet_cub,
+    "baseline_waterbirds": _baseline,
+    "late_mask": lambda: _given_mask("baseline", pooling="late_mask"),
+    "given_mask": lambda: _given_mask("given_mask"),
+}
+
+
+def get_config(argument=""):
+    """Return the recipe of an argument "NAME,OPTION,OPTION=VALUE"."""
+    name, *options = argument.split(",")
+    if name not in RECIPES:
+        known = ", ".join(k for k in RECIPES if k)
+        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
+    c = RECIPES[name]()
+    rates = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in FLAGS:
+            section, field, given = FLAGS[key]
+            c[section][field] = given
+        elif key == "as_coded":
+            c.parts.eval_noise = True
+            c.objective.orthogonality_axis = "channels"
+        elif key == "train_backbone":
+            rates["freeze_backbone"] = False
+        elif key in FREEZES:
+            rates[key] = True
+        elif key in RATES and value:
+            rates[key] = float(value)
+        else:
+            known = ", ".join((*FLAGS, "as_coded", "train_backbone", *FREEZES, *RATES))
+            raise ValueError(f"no option {option!r}; there is: {known}")
+    if rates:
+        c.optim.update(**groups(c.parts.kind, **rates))
+    return c

@@ -1,0 +1,80 @@
+"""Waterbirds: birds pasted on land or water, mostly, but not always, as they live.
+
+Source: Sagawa et al. 2020, arXiv:1911.08731; split names as in ananthu-aniraj/ifam
+data_sets/waterbirds_dataset.py.
+"""
+
+import csv
+
+import numpy as np
+
+from vitssl import errors
+from vitssl.data.sources import annotated, folder, layout
+
+FOLDER = "waterbird_complete95_forest2water2"
+EXPECTED = f"ROOT/metadata.csv (or ROOT/{FOLDER}/metadata.csv) and the images beside it"
+COLUMNS = ("img_filename", "y", "split", "place")
+SPLITS = {k: k for k in ("train", "val", "test", "worst_case", "best_case")}
+CLASSES = ("landbird", "waterbird")
+GROUPS = ("land/land", "land/water", "water/land", "water/water")
+
+
+def open(root, split, *, channels=3):
+    """One split of Waterbirds.
+
+    Args:
+        root: the folder with metadata.csv, or the one above it.
+        split: "train", "val", "test"; "worst_case" and "best_case" are the test images
+            whose place is not, or is, the bird's own; waterbirds come first.
+        channels: of the images.
+
+    Returns:
+        Examples also have "group" = 2 y + place, the index into `GROUPS`.
+
+    Raises:
+        DataError: no metadata, or columns that are missing from it.
+    """
+    split = layout.split_of("waterbirds", split, SPLITS)
+    base = layout.root_of("waterbirds", root, EXPECTED)
+    given, path = base, base / "metadata.csv"
+    if not path.is_file():
+        base, path = base / FOLDER, base / FOLDER / "metadata.csv"
+    if not path.is_file():
+        layout.fail("waterbirds", "no metadata.csv", given, EXPECTED)
+    rows = _rows(path)
+    number = {"train": 0, "val": 1}.get(split, 2)
+    rows = [r for r in rows if r[2] == number]
+    if split.endswith("_case"):
+        own = split == "best_case"
+        rows = [r for r in rows if (r[1] == r[3]) == own]
+        rows.sort(key=lambda r: -r[1])  # Stable: file order inside either class.
+    files = folder.files(
+        base,
+        [(name, y) for name, y, _, _ in rows],
+        classes=CLASSES,
+        channels=channels,
+        name="waterbirds",
+        split=split,
+    )
+    group = np.array([2 * y + place for _, y, _, place in rows], np.int32)
+    return annotated.Annotated(files, {"group": group})
+
+
+def _rows(path):
+    """Return [(file name, y, split, place)].
+
+    Raises:
+        DataError: a column is missing.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
+        if missing:
+            raise errors.DataError(
+                f"waterbirds: {path}: no column {', '.join(missing)}; "
+                f"there is: {', '.join(reader.fieldnames or ())}"
+            )
+        return [
+            (r["img_filename"], int(r["y"]), int(r["split"]), int(r["place"]))
+            for r in reader
+        ]

@@ -1,0 +1,242 @@
+"""FreezeOut: anneal every layer's rate to zero at its own time, then freeze it.
+
+Everything is a closed form of the position in the run, so a resumed run needs no
+state, and the trainer knows every freeze event before it happens. Positions are in
+one unit throughout: optimizer steps in the trainer, micro-iterations where an
+original is reproduced.
+
+With r_i = f(t_0 + (1 - t_0) i / L), f the identity, the square or the cube, layer i
+of 0..L trains for M_i = r_i (T - W) of the T - W iterations after the warm-up of W.
+Layer L has r = 1 and never freezes.
+
+Sources: Brock et al. 2017, arXiv:1706.04983, section 2; ajbrock/FreezeOut@73beea1;
+utkutpcgl/ViTFreeze@30e80f9 ViT/util/freezeout_utils.py (warm-up, L = depth).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+import jax.numpy as jnp
+
+from vitssl import errors
+
+POWERS = {"linear": 1, "squared": 2, "cubic": 3}
+NEVER = -1  # Layer index of what never freezes.
+
+
+@dataclasses.dataclass(frozen=True)
+class FreezeOut:
+    """Config section `freeze`; any method, any backbone.
+
+    Attributes:
+        schedule: how the end of training is spread over the layers; none is off.
+        t_0: when layer 0 freezes, as a share of the run after the warm-up, before the
+            power: cubic 0.8 is 0.8^3 = 51 % of it.
+        layerwise_lr: every layer has a cosine of its own that ends when it freezes
+            (and ignores optim.min_lr). False: all follow optim's schedule until they
+            freeze.
+        scale_lr: with layerwise_lr, layer i starts from lr / r_i, so that the area
+            under every layer's curve is the same.
+        warmup_to_layer_lr: ramp up to lr / r_i; otherwise the warm-up ends at lr and
+            the rate jumps from there (as the original does).
+        layers: ((pattern of parameter names, layer index), ...), first match wins; -1
+            never freezes, and so does what no pattern matches. () takes the method's
+            own table (`freeze_layers`).
+        patch_embed: False: the patch embedding never freezes; the other layers then
+            count from block 0.
+        cls_token: whether the class token freezes with its layer. False is the
+            original, which then needs activation gradients through all frozen blocks.
+    """
+
+    schedule: Literal["none", "linear", "squared", "cubic"] = "none"
+    t_0: float = 0.8
+    layerwise_lr: bool = True
+    scale_lr: bool = True
+    warmup_to_layer_lr: bool = False
+    layers: tuple[tuple[str, int], ...] = ()
+    patch_embed: bool = True
+    cls_token: bool = True
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range or cannot be combined."""
+        if not 0 < self.t_0 <= 1:
+            yield f"t_0={self.t_0}: a share of the run, above 0 and at most 1"
+        for pattern, index in self.layers:
+            if index < NEVER:
+                yield f"layers: {pattern!r} at {index}: 0 or more, or -1 (never)"
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                yield f"layers: {pattern!r} is not a regular expression: {e}"
+        if self.warmup_to_layer_lr and not (self.layerwise_lr and self.scale_lr):
+            yield "warmup_to_layer_lr=True: needs layerwise_lr=True and scale_lr=True"
+
+    def index(self, found: dict[str, int]) -> dict[str, int]:
+        """Apply `patch_embed` and `cls_token` to the layers {name: index} of leaves."""
+        layers = {}
+        for name, layer in found.items():
+            if not self.patch_embed:
+                bare = re.search(r"(^|/)patch_embed/", name) or layer == 0
+                layer = NEVER if bare else max(layer - 1, NEVER)
+            if not self.cls_token and name.rsplit("/", 1)[-1] == "cls":
+                layer = NEVER
+            layers[name] = layer
+        return layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When each layer freezes, and its rate until then.
+
+    Attributes:
+        spec: the config section.
+        last: index L of the last layer.
+        total, warmup: iterations of the run and of its warm-up.
+    """
+
+    spec: FreezeOut
+    last: int
+    total: int
+    warmup: int
+
+    def ratio(self, layer: int) -> float:
+        """Return r_i, the share of the run after the warm-up that a layer trains."""
+        return ratio(self.spec.schedule, self.spec.t_0, layer, self.last)
+
+    def span(self, layer: int) -> float:
+        """Return M_i, in iterations after the warm-up."""
+        return (self.total - self.warmup) * self.ratio(layer)
+
+    def frozen_from(self, layer: int) -> int | None:
+        """Return the first iteration at which a layer is frozen; None = never.
+
+        The test is j > M_i, strictly, with j counted from the end of the warm-up.
+        """
+        first = self.warmup + math.floor(self.span(layer)) + 1
+        frozen = layer != NEVER and self.ratio(layer) < 1 and first < self.total
+        return first if frozen else None
+
+    def lr(self, layer: int, at, peak, flat):
+        """Return the rate of a layer.
+
+        Args:
+            layer: its index, or NEVER.
+            at: iteration, int or traced.
+            peak: rate at the end of the warm-up.
+            flat: the common schedule at that iteration; it is the rate during the
+                warm-up, of layers that never freeze, and without layerwise_lr.
+        """
+        if layer == NEVER or not self.spec.layerwise_lr:
+            return flat
+        r = self.ratio(layer)
+        scale = 1.0 / r if self.spec.scale_lr else 1.0
+        own = annealed(at - self.warmup, self.span(layer), peak * scale)
+        rise = flat * scale if self.spec.warmup_to_layer_lr else flat
+        return jnp.where(at < self.warmup, rise, own)
+
+
+def rate_layer(name: str, layer: int) -> int:
+    """Return the layer whose rate a leaf has: class tokens follow the common one.
+
+    They freeze with their layer, but had no layer in the original.
+    """
+    return NEVER if name.rsplit("/", 1)[-1] == "cls" else layer
+
+
+def ratio(schedule: str, t_0: float, layer: int, last: int) -> float:
+    """Return r_i = f(t_0 + (1 - t_0) i / L).
+
+    Raises:
+        UsageError: no such schedule.
+    """
+    if schedule not in POWERS:
+        raise errors.UsageError(f"freeze.schedule={schedule}: one of {list(POWERS)}")
+    return (t_0 + (1 - t_0) * layer / last) ** POWERS[schedule]
+
+
+def annealed(j, span, peak):
+    """Return half a cosine from `peak` at j = 0 to 0 at j = span and after."""
+    x = jnp.clip(j / span, 0.0, 1.0)
+    return 0.5 * peak * (1 + jnp.cos(jnp.pi * x))
+
+
+def vit_layers(depth: int, prefix: str = "", more: tuple = ()) -> tuple:
+    """Return `FreezeOut.layers` of a ViT: patch embedding 0, block i layer i + 1.
+
+    The class token, the registers and a trained position table go with block 0: they
+    act through it alone.
+
+    Args:
+        depth: number of blocks; the last layer, which never freezes, is `depth`.
+        prefix: of the ViT's parameters, "encoder/".
+        more: further ((pattern, index), ...), tried first: heads that end with a block.
+    """
+    blocks = tuple((rf"{prefix}block_{i}/.*", i + 1) for i in range(depth))
+    start = ((rf"{prefix}patch_embed/.*", 0),)
+    tokens = ((rf"{prefix}(cls|registers|pos_embed)", 1),)
+    return (*more, *start, *tokens, *blocks)
+
+
+# The networks of the FreezeOut paper: which module belongs to which layer.
+
+
+def wrn_layers(depth: int) -> tuple[tuple[str, int], ...]:
+    """Return ((module, layer), ...) of a wide residual network of 6 n + 4 layers.
+
+    The final normalisation and the classifier share the last index.
+    """
+    n = (depth - 4) // 6
+    names = ["conv1", *(f"block{s}.{i}" for s in (1, 2, 3) for i in range(n))]
+    last = len(names)
+    return (*((m, i) for i, m in enumerate(names)), ("bn1", last), ("fc", last))
+
+
+def densenet_layers(depth: int) -> tuple[tuple[str, int], ...]:
+    """Return ((module, layer), ...) of a DenseNet-BC; transitions count as layers."""
+    n = (depth - 4) // 6
+    names = ["conv1"]
+    for stage in (1, 2, 3):
+        names += [f"dense{stage}.{i}" for i in range(n)]
+        names += [f"trans{stage}"] if stage < 3 else []
+    last = len(names)
+    return (*((m, i) for i, m in enumerate(names)), ("bn1", last), ("fc", last))
+
+
+def vgg_layers() -> tuple[tuple[str, int], ...]:
+    """Return ((module, layer), ...) of VGG-16: 13 convolutions and the classifier.
+
+    Places 2, 5, 9 and 13 of the list of features are pooling.
+    """
+    convolutions = [i for i in range(17) if i not in (2, 5, 9, 13)]
+    names = [*(f"features.{i}" for i in convolutions), "classifier"]
+    return tuple((m, i) for i, m in enumerate(names))
+
+
+def densenet_saving(growth: int, blocks: int, t_0: float, schedule: str) -> float:
+    """Return the paper's estimate of the compute saved on a DenseNet-BC of 32 px.
+
+    Forward and backward count one unit each and the first removes nothing; the linear
+    schedule gets a factor of 1.3 that its authors measured; layer i has the ratio of
+    i / (number of layers), as their code has it.
+
+    Args:
+        growth: channels k added by every block.
+        blocks: blocks per stage.
+        t_0, schedule: see `FreezeOut`.
+
+    Source: ajbrock/FreezeOut@73beea1 utils.py:calc_speedup.
+    """
+    k, n = growth, 2
+    cost = [3 * 2 * k * 32**2 * 9]
+    for side in (32, 16, 8):
+        for _ in range(blocks):
+            cost.append(side**2 * (4 * n * k**2 + 36 * k**2))
+            n += 1
+        n //= 2
+    count = len(cost)
+    trained = sum(c * ratio(schedule, t_0, i, count) for i, c in enumerate(cost))
+    saving = 1 - (sum(cost) + trained) / (2 * sum(cost))
+    return saving * (1.3 if schedule == "linear" else 1.0)
