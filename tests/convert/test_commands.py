@@ -240,3 +240,26 @@ def test_what_a_run_cannot_take_is_listed_with_both_shapes(weights):
     assert "predictor/kernel: not in the checkpoint" in str(told.value)
     assert "(32, 64) stored, (32, 128) here" in str(told.value)
     assert "init.skip" in str(told.value)
+
+
+def test_an_encoder_fills_every_backbone_of_a_method(weights):
+    net, folder = weights
+    encoder = {k: x for k, x in _params().items() if k == "encoder"}["encoder"]
+    params = {"stage_1": {"backbone": encoder}, "stage_2": {"backbone": encoder}}
+    got = tree.flat(init.load(init.Init(from_=str(folder)), params))
+    for stage in ("stage_1", "stage_2"):
+        for name, leaf in tree.flat(encoder).items():
+            want = net.leaves[f"encoder/{name}"]
+            np.testing.assert_array_equal(got[f"{stage}/backbone/{name}"], want)
+            assert np.any(np.asarray(leaf) != want)
+
+
+@pytest.mark.parametrize("positions_of", ["sincos", "none"])
+def test_positions_that_are_no_parameter_are_written_out(positions_of, tmp_path):
+    net = published.network(positions=positions_of)
+    file = exporter.write(net, tmp_path / "x.safetensors", "timm")
+    options = importer.family.Options(heads=2)
+    found = importer.read(file, options=options)
+    image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    got, want = published.tokens(found, image), published.tokens(net, image)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -99,7 +99,7 @@ def _localmim(stages):
 
 def _dinov3(tmp_path):
     net = published.network(
-        layerscale=1e-5, registers=2, rope=True, rope_unit=True, position_table=False
+        layerscale=1e-5, registers=2, rope=True, rope_unit=True, positions="none"
     )
     d = 32
     leaves = dict(net.leaves)
@@ -148,7 +148,7 @@ HUGGING_FACE = {
     "hf_dinov2 registers": dict(layerscale=1e-5, registers=2),
     "hf_vit without class token": dict(cls=False, norm_eps=1e-6),
     "dinov3": dict(
-        layerscale=1e-5, rope=True, rope_unit=True, position_table=False, registers=1
+        layerscale=1e-5, rope=True, rope_unit=True, positions="none", registers=1
     ),
 }
 
@@ -342,3 +342,26 @@ def test_rules_differ_where_they_should():
 
 def test_every_family_has_a_name_of_its_own():
     assert len(families.FAMILIES) == len(families.ORDER)
+
+
+def test_a_whole_method_comes_with_every_parameter(tmp_path):
+    net = published.timm(published.network(layerscale=1e-5))
+    head = {"fc_landmarks.weight": _noise(3, 32, 1, 1), "modulation": _noise(1, 32, 3)}
+    head["fc_class_landmarks.weight"] = _noise(5, 32)
+    state = published.prefixed(net | head, "stage_1.")
+    second = published.prefixed(net | {"head.weight": _noise(5, 32)}, "stage_2.")
+    pth.write(tmp_path / "a.pth", {"MODEL_STATE": state | second, "EPOCHS_RUN": 3})
+    found = importer.read(tmp_path / "a.pth")
+    assert found.about.family == "parts"
+    leaves = found.leaves
+    assert len(leaves) == len(state) + len(second)
+    want = head["fc_landmarks.weight"][..., 0, 0]
+    np.testing.assert_array_equal(leaves["stage_1/head/prototypes"], want)
+    want = second["stage_2.head.weight"].T
+    np.testing.assert_array_equal(leaves["stage_2/head/kernel"], want)
+    with pytest.raises(errors.CheckpointError, match="init.from"):
+        found.module()
+    state["stage_1.new"] = _noise(1)
+    pth.write(tmp_path / "a.pth", {"MODEL_STATE": state | second})
+    with pytest.raises(errors.CheckpointError, match="stage_1.new"):
+        importer.read(tmp_path / "a.pth")

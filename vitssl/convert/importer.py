@@ -51,6 +51,8 @@ def read(
     notes += [told] if told else []
     state = one.prepare(raw, notes)
     fields = one.model(state, options)
+    if one.whole:
+        return _whole(path, one, state, one.table(fields), notes)
     if fields["depth"] < 1 or fields["width"] % fields["heads"]:
         raise errors.UsageError(
             f"--heads={fields['heads']}: must divide the width {fields['width']}"
@@ -64,6 +66,22 @@ def read(
         mean=mean,
         std=std,
         pool=one.pool if fields["cls"] else "mean",
+        family=one.name,
+        rule=one.rule,
+        source=path.name,
+        notes=tuple(notes),
+    )
+    return backbone.Backbone(about, leaves)
+
+
+def _whole(path, one, state, table, notes):
+    """Return all parameters of a method, by their names in it."""
+    leaves = convert.by_name(state, table)
+    notes += _aside(state, table)
+    about = backbone.About(
+        model={},
+        mean=one.mean,
+        std=one.std,
         family=one.name,
         rule=one.rule,
         source=path.name,
