@@ -10,6 +10,7 @@ from tests.convert import pth, published
 from vitssl import errors
 from vitssl.convert import (
     backbone,
+    dinov3,
     exporter,
     families,
     family,
@@ -17,6 +18,7 @@ from vitssl.convert import (
     positions,
     safetensors,
 )
+from vitssl.models import posemb
 
 HEADS = family.Options(heads=2)
 CASES = pathlib.Path(__file__).parents[1] / "golden" / "cases"
@@ -167,6 +169,20 @@ def test_hugging_face_there_and_back(kind, tmp_path):
     assert sorted(again) == sorted(safetensors.read(file)[0])
     for name, x in safetensors.read(file)[0].items():
         np.testing.assert_array_equal(again[name], x)
+
+
+def test_the_files_beside_tell_heads_epsilon_and_pixels(tmp_path):
+    net = published.network(layerscale=1e-5, norm_eps=1e-4, heads=4)
+    file = exporter.write(net, tmp_path, "hf")
+    pixels = dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    found = importer.read(file)
+    assert found.module().heads == 4 and found.module().norm_eps == 1e-4
+    assert found.about.mean == (0.1, 0.2, 0.3) and found.about.std == (0.4, 0.5, 0.6)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(errors.CheckpointError, match="hidden_act=relu"):
+        importer.read(file)
 
 
 def test_hugging_face_names_of_the_running_model(tmp_path):
@@ -365,3 +381,37 @@ def test_a_whole_method_comes_with_every_parameter(tmp_path):
     pth.write(tmp_path / "a.pth", {"MODEL_STATE": state | second})
     with pytest.raises(errors.CheckpointError, match="stage_1.new"):
         importer.read(tmp_path / "a.pth")
+
+
+def test_reordered_channels_attend_as_rotated_halves_do():
+    """DINOv3 turns channel c with c + half; ours turns neighbours, channels moved."""
+    heads, head_dim, grid = 2, 8, (3, 2)
+    rule = next(r for r in dinov3.table(heads).rules if r.torch.endswith("qkv.bias"))
+    theirs = _noise(3 * heads * head_dim)
+    ours = rule.to_flax(theirs).reshape(3, heads, head_dim)
+    theirs = theirs.reshape(3, heads, head_dim)
+    periods = 100.0 ** (np.arange(2) / 2)  # head_dim / 4 of them.
+    y, x = np.divmod(np.arange(6), 2)
+    places = np.stack([2 * (y + 0.5) / 3 - 1, 2 * (x + 0.5) / 2 - 1], axis=-1)
+    angles = np.tile((2 * np.pi * places[..., None] / periods).reshape(6, 4), 2)
+
+    def turn(v):  # [heads, c] -> [6, heads, c]
+        half = np.concatenate([-v[:, head_dim // 2 :], v[:, : head_dim // 2]], axis=-1)
+        return np.cos(angles)[:, None] * v + np.sin(angles)[:, None] * half
+
+    want = np.einsum("ihc,jhc->hij", turn(theirs[0]), turn(theirs[1]))
+    rotation = posemb.rotation(posemb.rope_angles(grid, head_dim, 100.0, True)[None])
+    q, k = (
+        np.asarray(posemb.rotate(np.broadcast_to(v, (1, 6, *v.shape)), *rotation))[0]
+        for v in ours[:2]
+    )
+    got = np.einsum("ihc,jhc->hij", q, k)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    out = next(
+        r for r in dinov3.table(heads).rules if r.torch == "blocks.{i}.attn.proj.weight"
+    )
+    weight = _noise(5, heads * head_dim)
+    value = theirs[2].reshape(-1)
+    np.testing.assert_allclose(
+        ours[2].reshape(-1) @ out.to_flax(weight), weight @ value, rtol=1e-4, atol=1e-5
+    )

@@ -71,6 +71,8 @@ def prepare(state: Mapping, notes: list) -> dict:
             found[key] = value
     if any(key.startswith("MAPHead_0/") for key in found):
         notes.append("MAPHead_0 (pooling by attention) has no place here; left aside")
+    # Flax's default; the blocks here have the exact one.
+    notes.append("trained with the tanh form of GELU: features differ by about 1e-3")
     for i in range(family.depth(found, "Transformer/encoderblock_{i}/")):
         attention = f"Transformer/encoderblock_{i}/{_ATTENTION}_0"
         for kind in ("kernel", "bias"):
