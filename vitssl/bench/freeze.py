@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 
-from vitssl import config, errors, freezeout, tree
+from vitssl import config, errors, tree
 from vitssl.bench import flops
 from vitssl.bench import step as bench_step
 
