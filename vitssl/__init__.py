@@ -1,3 +1,10 @@
 """vitssl: self-supervised vision transformers in JAX; five systems, one trainer."""
 
 __version__ = "0.1.0"
+
+
+def load(path, **options):
+    """Return a callable from images to features; see `vitssl.features.load`."""
+    from vitssl import features  # Not on import: the command line starts in no time.
+
+    return features.load(path, **options)

@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vitssl import checkpoint, errors, tree
+from vitssl.convert import backbone, positions
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,8 @@ class Init:
     """Config section `init`.
 
     Attributes:
-        from_: key `from`: "" (random weights), a workdir, or WORKDIR/checkpoints/STEP.
+        from_: key `from`: "" (random weights), a workdir, WORKDIR/checkpoints/STEP, or
+            weights that `python -m vitssl.convert import` wrote (folder or file).
         skip: patterns of parameter names that keep their random value.
         rename: ((pattern of our name, stored name), ...), the first that fits wins;
             "\\1" stands for the first group. Several of ours may take one stored leaf:
@@ -47,6 +49,9 @@ class Init:
 def load(spec: Init, params):
     """Return `params` with the leaves that `spec.from_` stores under the same names.
 
+    Position tables of converted weights are resampled by their family's rule where the
+    model is for images of another size.
+
     Raises:
         CheckpointError: no checkpoint there; no name in common; leaves of another
             shape or absent that `spec.skip` does not name (all of them listed).
@@ -56,6 +61,8 @@ def load(spec: Init, params):
     for name, leaf in leaves.items():
         if any(re.fullmatch(p, name) for p in spec.skip):
             continue
+        if stored.get(name) is not None and name.endswith("pos_embed"):
+            stored[name] = _resampled(spec.from_, name, stored[name], leaf.shape)
         if name not in stored:
             faults.append(f"{name}: not in the checkpoint")
         elif stored[name].shape != leaf.shape:
@@ -124,18 +131,54 @@ def locate(path) -> tuple[pathlib.Path, int]:
 
 
 def read_params(path) -> dict:
-    """Return {name: numpy array} of the parameters of a workdir's newest checkpoint."""
+    """Return {name: numpy array} of a workdir's newest checkpoint or of an import."""
+    if backbone.is_backbone(path):
+        return dict(backbone.read(path).leaves)
+    return read_trees(path, ("params",))["params"]
+
+
+def read_trees(path, keys) -> dict:
+    """Return {key: {name: numpy array}} of some parts of a run's state.
+
+    Args:
+        path: a workdir, or one checkpoint of it.
+        keys: fields of `step.State` that are trees, "params" and "extra".
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
     directory, step = locate(path)
     state = directory.resolve() / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = reader.metadata(state).item_metadata.tree["params"]
+        everything = reader.metadata(state).item_metadata.tree
+        stored = {key: everything[key] for key in keys if everything.get(key)}
         want = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
         restored = reader.restore(
             state,
             args=ocp.args.PyTreeRestore(
-                item={"params": stored},
-                restore_args={"params": want},
-                partial_restore=True,
+                item=stored, restore_args=want, partial_restore=True
             ),
         )
-    return tree.flat(restored["params"])
+    return {key: tree.flat(restored[key]) if key in stored else {} for key in keys}
+
+
+def _resampled(path, name, table, shape):
+    """Return a converted position table for the grid of the model, if that is all."""
+    if table.shape == tuple(shape) or not backbone.is_backbone(path):
+        return table
+    rows, wanted = table.shape[1], shape[1]
+    for first in (1, 0):
+        sides = [round(max(0, n - first) ** 0.5) for n in (rows, wanted)]
+        squares = [side * side + first for side in sides]
+        if squares == [rows, wanted]:
+            rule = backbone.read(path).about.rule
+            logger.info(
+                "init.from=%s: %s resampled from %s to %s (%s)",
+                path,
+                name,
+                table.shape,
+                tuple(shape),
+                rule,
+            )
+            return positions.resample(table, first, sides[1], rule)
+    return table

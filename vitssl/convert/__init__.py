@@ -100,6 +100,21 @@ def convert(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> Tree:
         CheckpointError: naming every key no rule knows, every leaf left unfilled or
             filled twice, and every pair of shapes that differ.
     """
+    found, want = views(state, like, table), tree.flat(like)
+    return tree.nest(
+        {name: np.array(x, want[name].dtype, order="C") for name, x in found.items()}
+    )
+
+
+def views(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> dict:
+    """Return {name: array} of `convert` before anything is copied.
+
+    The arrays are views of the state's, rearranged where the layout asks for it, in
+    their own dtype: what is made of them can be made one by one.
+
+    Raises:
+        CheckpointError: as `convert`.
+    """
     want = tree.flat(like)
     forward = [(_compile(r.torch), r) for r in table.rules]
     ignored = [_compile(name) for name in table.ignore]
@@ -118,7 +133,24 @@ def convert(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> Tree:
         origin[name] = key
     faults.missing = [_expect(name, table.rules) for name in want if name not in filled]
     faults.raise_if_any()
-    return tree.nest({name: filled[name] for name in want})
+    return {name: filled[name] for name in want}
+
+
+def leaf_of(key: str, table: Table) -> str | None:
+    """Return the leaf that a key of a state dict belongs to, or None."""
+    found = _first([(_compile(r.torch), r) for r in table.rules], key)
+    return None if found is None else found[0].flax.format_map(found[1])
+
+
+def left_aside(state: Mapping, table: Table) -> list[str]:
+    """Return the keys of a state dict that a table knows and leaves aside."""
+    forward = [(_compile(r.torch), r) for r in table.rules]
+    ignored = [_compile(name) for name in table.ignore]
+    return [
+        key
+        for key in state
+        if _first(forward, key) is None and any(p.fullmatch(key) for p in ignored)
+    ]
 
 
 def export(params: Tree, table: Table) -> dict[str, np.ndarray]:
@@ -169,7 +201,7 @@ def _first(patterns, name):
 
 
 def _fit(key, value, rule, name, leaf, faults):
-    """Return the tensor in our layout and dtype, or note that its shape is wrong."""
+    """Return the tensor in our layout, or note that its shape is wrong."""
     value = np.asarray(value)
     try:
         ours = rule.to_flax(value)
@@ -181,7 +213,7 @@ def _fit(key, value, rule, name, leaf, faults):
             got += f", here {ours.shape}"
         faults.misshapen.append(f"{name} {tuple(leaf.shape)}: {got}")
         return None
-    return np.ascontiguousarray(ours).astype(leaf.dtype)
+    return ours
 
 
 def _expect(name, rules):

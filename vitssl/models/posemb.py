@@ -37,11 +37,11 @@ def resample(table, old, new, resampling="antialias"):
     return einops.rearrange(x, "... h w d -> ... (h w) d")
 
 
-def cubic_matrix(old, new):
+def cubic_matrix(old, new, step=None):
     """Weights of bicubic interpolation with a = -0.75 along one axis.
 
-    Sample i of `new` lies at (i + 1/2) old / new - 1/2 of `old`; taps beyond the border
-    repeat its value.
+    Sample i of `new` lies at (i + 1/2) step - 1/2 of `old`, where step is old / new
+    unless given; taps beyond the border repeat its value.
 
     Returns:
         [new, old] float32 numpy, rows summing to 1.
@@ -49,7 +49,7 @@ def cubic_matrix(old, new):
     Source: Keys 1981, Eq. 4, with the constant of torch.nn.functional.interpolate.
     """
     a = -0.75
-    at = (np.arange(new) + 0.5) * old / new - 0.5
+    at = (np.arange(new) + 0.5) * (step or old / new) - 0.5
     base = np.floor(at).astype(int)
     matrix = np.zeros((new, old), np.float64)
     for tap in range(-1, 3):
@@ -88,7 +88,7 @@ def sincos(grid, width):
     return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-def rope_angles(grid, head_dim, theta):
+def rope_angles(grid, head_dim, theta, unit=False):
     """Angles by which rotary embedding turns the channel pairs of each patch.
 
     With m = head_dim / 4 frequencies w_i = theta^(-2 i / (head_dim / 2)), a patch at
@@ -99,6 +99,9 @@ def rope_angles(grid, head_dim, theta):
         grid: (h, w).
         head_dim: channels per head, divisible by 4.
         theta: base of the frequencies.
+        unit: rows and columns are patch centres scaled to [-1, 1], and frequencies
+            count full turns, as in DINOv3 (arXiv:2508.10104): an image of any size
+            covers the same angles.
 
     Returns:
         [h w, head_dim / 2] float32 numpy, a constant of the compiled step.
@@ -114,6 +117,9 @@ def rope_angles(grid, head_dim, theta):
     h, w = grid
     omega = theta ** (-2.0 * np.arange(head_dim // 4) / (head_dim // 2))
     y, x = np.divmod(np.arange(h * w), w)
+    if unit:
+        y, x = 2 * (y + 0.5) / h - 1, 2 * (x + 0.5) / w - 1
+        omega = 2 * np.pi * omega
     angles = np.concatenate([np.outer(y, omega), np.outer(x, omega)], axis=-1)
     return angles.astype(np.float32)
 

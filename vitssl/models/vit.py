@@ -61,9 +61,11 @@ class ViT(nn.Module):
         rope: turn queries and keys of patches by their grid position, on top of the
             position table.
         rope_theta: base of the rotary frequencies.
+        rope_unit: rotary positions in [-1, 1], see `posemb.rope_angles`.
         cls: prepend a class token.
         positions: learned: a trained table that starts at random. sincos: the fixed
             table of `posemb.sincos`, no parameter. learned_sincos: trained from there.
+            none: no position is added (see rope).
         class_position: the position table has a row for the class token too.
         registers: number of register tokens after the class token; they have no
             position.
@@ -89,8 +91,9 @@ class ViT(nn.Module):
     layerscale: float = 0.0
     rope: bool = False
     rope_theta: float = 10000.0
+    rope_unit: bool = False
     cls: bool = True
-    positions: Literal["learned", "sincos", "learned_sincos"] = "learned"
+    positions: Literal["learned", "sincos", "learned_sincos", "none"] = "learned"
     class_position: bool = True
     registers: int = 0
     resampling: posemb.Resampling = "antialias"
@@ -106,9 +109,14 @@ class ViT(nn.Module):
         return int(self.cls) + self.registers
 
     @property
+    def _trained(self):
+        """Whether the position table is a parameter."""
+        return self.positions in ("learned", "learned_sincos")
+
+    @property
     def _first(self):
         """Row of the position table that belongs to the first patch."""
-        return int(self.cls and self.class_position)
+        return int(self.cls and self.class_position and self._trained)
 
     def setup(self):
         """Declare the parameters; names do not depend on `remat`."""
@@ -119,7 +127,7 @@ class ViT(nn.Module):
         if self.registers:
             shape = (1, self.registers, self.width)
             self.register_tokens = self.param("registers", tiny, shape)
-        if self.positions != "sincos":
+        if self._trained:
             shape = (1, self._first + side * side, self.width)
             init = layers.normal if self.positions == "learned" else self._sincos
             self.pos_embed = self.param("pos_embed", init, shape)
@@ -149,7 +157,12 @@ class ViT(nn.Module):
         return jnp.pad(table, ((0, 0), (shape[1] - side * side, 0), (0, 0)))
 
     def position_table(self, grid):
-        """Return the position table of the patches of `grid` = (h, w): [h w, D]."""
+        """Return the position table of the patches of `grid` = (h, w): [h w, D].
+
+        All zeros without one.
+        """
+        if self.positions == "none":
+            return jnp.zeros((grid[0] * grid[1], self.width))
         if self.positions == "sincos":
             return jnp.asarray(posemb.sincos(grid, self.width))
         side = self.image_size // self.patch
@@ -203,21 +216,21 @@ class ViT(nn.Module):
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]
-        pos = self.position_table(grid)[None]  # [1, N, D]
-        if keep is not None:
-            pos = patches.take(pos, keep)
-        x = x + pos.astype(x.dtype)
+        if self.positions != "none":
+            pos = self.position_table(grid)[None]  # [1, N, D]
+            if keep is not None:
+                pos = patches.take(pos, keep)
+            x = x + pos.astype(x.dtype)
         if hide is not None:
             x = jnp.where(hide[..., None], 0.0, x)
         prefix = []
         if self.cls:
-            has = self.class_position and self.positions != "sincos"
-            place = self.pos_embed[:, :1] if has else 0.0
+            place = self.pos_embed[:, :1] if self._first else 0.0
             prefix.append(self.class_token + place)
         if self.registers:
             prefix.append(self.register_tokens)
         if prefix:
-            shape = (len(x), self.prefix, self.width)
+            shape = (x.shape[0], self.prefix, self.width)
             prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)  # [1, P, D]
             x = jnp.concatenate([jnp.broadcast_to(prefix, shape), x], axis=1)
         return x, self._rotation(grid, keep) if self.rope else None
@@ -225,7 +238,8 @@ class ViT(nn.Module):
     def _rotation(self, grid, keep):
         """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
         head_dim = self.width // self.heads
-        angles = posemb.rope_angles(grid, head_dim, self.rope_theta)[None]
+        theta, unit = self.rope_theta, self.rope_unit
+        angles = posemb.rope_angles(grid, head_dim, theta, unit)[None]
         if keep is not None:
             angles = patches.take(jnp.asarray(angles), keep)
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))
@@ -240,7 +254,7 @@ class ViT(nn.Module):
                 f"heads={self.heads}: must divide width={self.width}; "
                 f"{_divisors(self.width, self.heads)}"
             )
-        elif self.positions != "learned" and self.width % 4:
+        elif "sincos" in self.positions and self.width % 4:
             yield f"width={self.width}: {self.positions} positions need a multiple of 4"
         elif self.rope and self.heads >= 1 and self.width // self.heads % 4:
             yield (

@@ -1,0 +1,211 @@
+"""Weights from and to timm and transformers: the same features on both sides.
+
+Needs the extra [torch]: python -m pytest -m torch tests/convert/test_torch.py
+"""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import vitssl
+from vitssl import features
+from vitssl.convert import backbone, exporter, family, importer
+
+pytestmark = pytest.mark.torch
+
+TIMM = dict(img_size=32, patch_size=8, embed_dim=64, depth=3, num_heads=4)
+TIMM |= dict(num_classes=5)
+KINDS = {
+    "plain": {},
+    "registers and layerscale": dict(
+        reg_tokens=4, no_embed_class=True, init_values=0.1
+    ),
+    "registers with positions": dict(reg_tokens=2),
+    "no class token": dict(class_token=False, global_pool="avg", fc_norm=False),
+    "qk-norm, patch 16": dict(qk_norm=True, patch_size=16),
+    "patch 14": dict(patch_size=14, img_size=28),
+    "no bias": dict(qkv_bias=False),
+}
+HF = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+HF_KINDS = {
+    "ViT": (dict(intermediate_size=256, image_size=32, patch_size=8), 32),
+    "Dinov2": (dict(image_size=28, patch_size=14), 28),
+    "Dinov2WithRegisters": (dict(image_size=28, patch_size=14), 28),
+    "DINOv3ViT": (
+        dict(intermediate_size=256, image_size=32, patch_size=8, num_register_tokens=4),
+        48,
+    ),
+    "IJepa": (dict(intermediate_size=256, image_size=32, patch_size=8), 32),
+}
+
+
+def _random(model, seed=0):
+    """Return a model in evaluation mode with weights that matter."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3 if p.ndim < 2 else 0.08)
+    return model.eval()
+
+
+def _image(size, channels=3):
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2, size, size, channels)).astype(np.float32)
+
+
+def _theirs(model, image):
+    """Return the last tokens of a model of timm or transformers."""
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        if hasattr(model, "forward_features"):
+            return model.forward_features(x).numpy()
+        return model(pixel_values=x).last_hidden_state.numpy()
+
+
+def _ours(found, image):
+    """Return the last tokens of ours."""
+    apply = jax.jit(found.module().apply)
+    return np.asarray(apply({"params": found.encoder()}, image)[0])
+
+
+def _close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm_there_and_back(kind, tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    from safetensors.torch import load_file
+
+    given = TIMM | KINDS[kind]
+    model = _random(timm.models.VisionTransformer(**given))
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    found = importer.read(tmp_path / "a.pth", options=family.Options(heads=4))
+    image = _image(given["img_size"])
+    theirs = _theirs(model, image)
+    _close(_ours(found, image), theirs)
+    file = exporter.write(found, tmp_path / "b.safetensors", "timm")
+    recipe = exporter.timm(found).recipe
+    again = timm.models.VisionTransformer(**recipe).eval()
+    again.load_state_dict(load_file(str(file)))
+    _close(_theirs(again, image), theirs)
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+def test_published_timm_sizes(size, tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    model = _random(timm.create_model(f"vit_{size}_patch16_224", depth=2))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    found = importer.read(tmp_path / "a.pth")
+    image = _image(224)
+    _close(_ours(found, image), _theirs(model, image))
+
+
+def test_dinov2_with_registers_of_timm(tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    from safetensors.torch import load_file
+
+    options = dict(depth=2, img_size=56)
+    model = _random(timm.create_model("vit_small_patch14_reg4_dinov2", **options))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    found = importer.read(tmp_path / "a.pth")
+    image = _image(56)
+    _close(_ours(found, image), _theirs(model, image))
+    file = exporter.write(found, tmp_path / "b.safetensors", "timm")
+    again = timm.create_model("vit_small_patch14_reg4_dinov2", **options).eval()
+    again.load_state_dict(load_file(str(file)), strict=False)
+    _close(_theirs(again, image), _theirs(model, image))
+
+
+def test_dinov3_of_timm(tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    options = dict(depth=2, embed_dim=64, num_heads=2, img_size=48)
+    model = _random(timm.create_model("vit_small_patch16_dinov3", **options))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    found = importer.read(tmp_path / "a.pth", options=family.Options(heads=2))
+    _close(_ours(found, _image(48)), _theirs(model, _image(48)))
+
+
+@pytest.mark.parametrize("spelling", ["file", "memory"])
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_transformers_there_and_back(kind, spelling, tmp_path):
+    """`memory`: the names its modules have while they run (`_MODERN`)."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    own, size = HF_KINDS[kind]
+    config = getattr(transformers, f"{kind}Config")(**HF, **own)
+    model = _random(getattr(transformers, f"{kind}Model")(config))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if spelling == "memory":
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(model.state_dict(), file)
+    found = importer.read(file)
+    image = _image(size)
+    theirs = _theirs(model, image)
+    _close(_ours(found, image), theirs)
+    exporter.write(found, tmp_path / "again", "hf")
+    load = getattr(transformers, f"{kind}Model").from_pretrained
+    again, told = load(tmp_path / "again", output_loading_info=True)
+    assert not told["unexpected_keys"]
+    assert all("pooler" in key for key in told["missing_keys"])
+    _close(_theirs(again.eval(), image), theirs)
+
+
+def test_timm_at_another_size(tmp_path):
+    """The stored table is resampled as timm resamples it."""
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    model = _random(timm.models.VisionTransformer(**TIMM))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    options = family.Options(heads=4, image_size=48)
+    found = importer.read(tmp_path / "a.pth", options=options)
+    model.set_input_size(img_size=48)
+    _close(_ours(found, _image(48)), _theirs(model, _image(48)))
+
+
+def test_transformers_at_another_size(tmp_path):
+    """Dinov2Model interpolates its table in its forward pass."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(**HF, image_size=70, patch_size=14)
+    model = _random(transformers.Dinov2Model(config))
+    model.save_pretrained(tmp_path)
+    options = family.Options(image_size=42)
+    found = importer.read(tmp_path / "model.safetensors", options=options)
+    _close(_ours(found, _image(42)), _theirs(model, _image(42)))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_channels_change_as_timm_changes_them(channels):
+    torch = pytest.importorskip("torch")
+    manipulate = pytest.importorskip("timm.models._manipulate")
+    kernel = np.random.default_rng(0).normal(size=(8, 8, 3, 16)).astype(np.float32)
+    theirs = manipulate.adapt_input_conv(
+        channels, torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    )
+    ours = importer.channels(kernel, channels).transpose(3, 2, 0, 1)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_features_of_an_export_are_those_of_the_notebook(tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    from safetensors.torch import load_file
+
+    model = _random(timm.models.VisionTransformer(**TIMM))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    found = importer.read(tmp_path / "a.pth", options=family.Options(heads=4))
+    backbone.write(tmp_path / "w", found)
+    pooled = np.asarray(vitssl.load(tmp_path / "w")(_image(32))["pooled"])
+    file = exporter.write(found, tmp_path / "b.safetensors", "timm")
+    recipe = exporter.timm(found).recipe
+    again = timm.models.VisionTransformer(**recipe).eval()
+    again.load_state_dict(load_file(str(file)))
+    x = torch.from_numpy(_image(32).transpose(0, 3, 1, 2).copy())
+    with torch.no_grad():
+        theirs = again.forward_head(again.forward_features(x), pre_logits=True)
+    _close(pooled, theirs.numpy())
+    assert json.dumps(recipe)  # The recipe is data, so a card can print it.
+    assert features.NAMES == ("pooled", "tokens")

@@ -1,0 +1,189 @@
+"""A network with its weights in one file: what an import writes and a run can export.
+
+FOLDER/weights.safetensors holds leaves by name ("encoder/block_0/attn/qkv/kernel") and,
+in its header under "vitssl", a JSON text that says which model they are of and how
+pixels are normalised. The file alone is enough.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from vitssl import config, errors, tree
+from vitssl.convert import reader, safetensors
+from vitssl.models import MODELS
+
+FILE = "weights.safetensors"
+FORMAT = 1
+KEY = "vitssl"
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What is said of weights beside the weights.
+
+    Attributes:
+        model: a config section `model`: {"name": "vit", "width": ...}.
+        mean, std: pixel normalisation, of [0, 1] values.
+        pool: "cls" or "mean" (of patch tokens): the feature of an image.
+        family: where the weights come from; "vitssl" for a run of ours.
+        rule: how that family resamples position tables.
+        source: name of the file or run.
+        sha256: of the source file; "" for a run.
+        notes: what the conversion added, folded or left out.
+        config: of the run, {} for an import.
+        metrics: the run's last scores.
+    """
+
+    model: dict
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str = "cls"
+    family: str = "vitssl"
+    rule: str = "antialias"
+    source: str = ""
+    sha256: str = ""
+    notes: tuple[str, ...] = ()
+    config: dict = dataclasses.field(default_factory=dict)
+    metrics: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """Weights and what they are of.
+
+    Attributes:
+        about: see `About`.
+        leaves: {"encoder/...": array [...], "head/kernel": ...}; arrays may be views
+            of a file, in any float dtype.
+    """
+
+    about: About
+    leaves: Mapping[str, np.ndarray]
+
+    def module(self, **fields):
+        """Return the linen module, with some fields changed.
+
+        Raises:
+            CheckpointError: the description fits no model of this version.
+        """
+        values = dict(self.about.model)
+        name = values.pop("name", "vit")
+        if name not in MODELS:
+            raise errors.CheckpointError(
+                f"model {name!r}: this version has {', '.join(MODELS)}"
+            )
+        problems = config.Problems()
+        made = config.section(MODELS[name], values | fields, "model", problems)
+        if problems:
+            raise errors.CheckpointError("weights: " + "; ".join(problems))
+        return made
+
+    def encoder(self) -> dict:
+        """Return the nested parameters of the module, as float32 arrays."""
+        head = "encoder/"
+        return tree.nest(
+            {
+                name.removeprefix(head): np.asarray(leaf, np.float32)
+                for name, leaf in self.leaves.items()
+                if name.startswith(head)
+            }
+        )
+
+
+def is_backbone(path) -> bool:
+    """Return whether a path is a file or a folder of this format, by its name."""
+    path = pathlib.Path(path)
+    return path.suffix == ".safetensors" or (path / FILE).is_file()
+
+
+def read(path) -> Backbone:
+    """Return the weights of a file, or of a folder with `weights.safetensors`.
+
+    Arrays are read-only views of the file.
+
+    Raises:
+        CheckpointError: no such file, damage, or not of this format.
+    """
+    path = pathlib.Path(path)
+    file = path / FILE if path.is_dir() else path
+    found = reader.read(file)
+    if KEY not in found.metadata:
+        raise errors.CheckpointError(
+            f"{file}: not converted yet; run python -m vitssl.convert import {file} "
+            "--to=FOLDER"
+        )
+    try:
+        text = json.loads(found.metadata[KEY])
+        version = text.pop("format")
+        about = About(**_tuples(text)) if version == FORMAT else None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise errors.CheckpointError(f"{file}: damaged description ({e})") from e
+    if about is None:
+        raise errors.CheckpointError(
+            f"{file}: format {version}, this version reads {FORMAT}"
+        )
+    return Backbone(about, found.tree)
+
+
+def write(path, backbone: Backbone) -> pathlib.Path:
+    """Write weights as float32, one array at a time; return the file.
+
+    Args:
+        path: a folder (made if need be) or a `.safetensors` file.
+        backbone: what to write; bfloat16 and float16 become float32.
+    """
+    path = pathlib.Path(path)
+    file = path if path.suffix == ".safetensors" else path / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    leaves = backbone.leaves
+    shapes = {n: (tuple(x.shape), np.dtype(np.float32)) for n, x in leaves.items()}
+    made = ((n, contiguous(leaves[n])) for n in safetensors.order(shapes))
+    safetensors.write_lazily(file, shapes, made, {KEY: describe(backbone.about)})
+    return file
+
+
+def describe(about: About) -> str:
+    """Return the JSON text of a description."""
+    return json.dumps({"format": FORMAT, **_plain(dataclasses.asdict(about))})
+
+
+def contiguous(x) -> np.ndarray:
+    """Return an array as float32 in C order; transposes go block by block.
+
+    numpy walks the whole source once per column of a large transpose, past every
+    cache; in blocks it is several times faster.
+    """
+    x = np.asarray(x)
+    block = 256
+    if x.ndim != 2 or x.flags.c_contiguous or min(x.shape) < 2 * block:
+        return np.array(x, np.float32, order="C")
+    out = np.empty(x.shape, np.float32)
+    for i in range(0, x.shape[0], block):
+        for j in range(0, x.shape[1], block):
+            part = slice(i, i + block), slice(j, j + block)
+            out[part] = x[part]
+    return out
+
+
+def _plain(value: Any):
+    if isinstance(value, ml_collections.ConfigDict | Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    return value

@@ -1,0 +1,294 @@
+"""From a `Backbone` to a file that timm or transformers loads.
+
+A layout is a function from a backbone to (arrays by name, what builds the model
+there). What a layout cannot say is an error that names the field.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from vitssl import convert, errors, tree
+from vitssl.convert import (
+    Table,
+    backbone,
+    bigvision,
+    card,
+    dinov2,
+    dinov3,
+    huggingface,
+    safetensors,
+    vit,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A network in someone else's layout.
+
+    Attributes:
+        arrays: {name: array}.
+        recipe: arguments of timm's VisionTransformer, or a transformers config.json.
+        snippet: the lines that load it; {file} stands for the file's path.
+    """
+
+    arrays: dict[str, np.ndarray]
+    recipe: dict
+    snippet: str
+
+
+def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
+    """Write a backbone in a layout, with its model card beside it; return the file.
+
+    Args:
+        source: what to write.
+        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder. For "hf" a
+            folder is best: it gets
+            `model.safetensors` and `config.json`, as from_pretrained expects.
+        layout: key of `LAYOUTS`, or "vitssl".
+
+    Raises:
+        UsageError: no such layout, or a layout that cannot hold this model.
+    """
+    to = pathlib.Path(to)
+    if layout not in (*LAYOUTS, "vitssl"):
+        names = ", ".join([*LAYOUTS, "vitssl"])
+        raise errors.UsageError(f"--layout={layout}: one of {names}")
+    if layout == "vitssl":
+        file = backbone.write(to, source)
+        card.write(file, source, layout, OURS)
+        return file
+    made = LAYOUTS[layout](source)
+    ending = ".npz" if layout == "bigvision" else ".safetensors"
+    file = to if to.suffix == ending else to / f"model{ending}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if layout == "bigvision":
+        np.savez(file, **made.arrays)
+        card.write(file, source, layout, made.snippet)
+        return file
+    metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
+    safetensors.write(file, made.arrays, metadata)
+    if layout == "hf":
+        (file.parent / "config.json").write_text(json.dumps(made.recipe, indent=1))
+    card.write(file, source, layout, made.snippet)
+    return file
+
+
+OURS = """\
+import vitssl
+features = vitssl.load("{file}")
+pooled = features(images)["pooled"]  # images: uint8 [B, H, W, C]
+"""
+
+
+def timm(source: backbone.Backbone) -> Export:
+    """Return timm's layout, for `timm.models.VisionTransformer(**recipe)`.
+
+    Raises:
+        UsageError: rotary positions, which that class does not have.
+    """
+    module, about = source.module(), source.about
+    if module.rope:
+        raise errors.UsageError(
+            "--layout=timm: timm's VisionTransformer has no rotary positions; use "
+            "--layout=hf for DINOv3, or vitssl"
+        )
+    leaves = _folded(source, module)
+    state = convert.export(tree.nest(leaves), _with_head(vit.table(), "head"))
+    recipe = dict(
+        img_size=module.image_size,
+        patch_size=module.patch,
+        in_chans=leaves["encoder/patch_embed/kernel"].shape[2],
+        num_classes=_classes(source),
+        global_pool="token" if about.pool == "cls" else "avg",
+        fc_norm=False,  # The norm of the tokens comes before the mean, as here.
+        embed_dim=module.width,
+        depth=module.depth,
+        num_heads=module.heads,
+        mlp_ratio=module.mlp_ratio,
+        class_token=module.cls,
+        no_embed_class=bool(module.registers or not module.class_position),
+        reg_tokens=module.registers,
+        qk_norm=module.qk_norm,
+    )
+    if module.layerscale:
+        recipe["init_values"] = module.layerscale
+    arguments = ", ".join(f"{key}={value!r}" for key, value in recipe.items())
+    norm, imports = "", "import timm, torch\nfrom safetensors.torch import load_file\n"
+    if module.norm_eps != 1e-6:
+        norm = f", norm_layer=lambda n: torch.nn.LayerNorm(n, eps={module.norm_eps!r})"
+    snippet = imports + (
+        f"model = timm.models.VisionTransformer({arguments}{norm})\n"
+        'model.load_state_dict(load_file("{file}"))\n'
+        "pooled = model.eval().forward_head("
+        "model.forward_features(images), pre_logits=True)\n"
+    )
+    return Export(state, recipe, snippet)
+
+
+def hf(source: backbone.Backbone) -> Export:
+    """Return transformers' layout: the class that has what the model has.
+
+    DINOv3ViTModel for its rotary positions, Dinov2Model and its kind with registers
+    for LayerScale, IJepaModel without a class token, else ViTModel. A classifier's
+    head is left out.
+
+    Raises:
+        UsageError: no class of transformers is this model.
+    """
+    module = source.module()
+    if module.qk_norm:
+        raise errors.UsageError(
+            "--layout=hf: no ViT of transformers has qk_norm; use timm or vitssl"
+        )
+    recipe = dict(
+        hidden_size=module.width,
+        num_hidden_layers=module.depth,
+        num_attention_heads=module.heads,
+        image_size=module.image_size,
+        patch_size=module.patch,
+        num_channels=source.leaves["encoder/patch_embed/kernel"].shape[2],
+        layer_norm_eps=module.norm_eps,
+        hidden_act="gelu",
+        qkv_bias=True,
+        dtype="float32",
+    )
+    hidden = int(module.width * module.mlp_ratio)
+    if module.rope:
+        kind, more, state = _hf_dinov3(source, module, hidden)
+    elif module.layerscale or module.registers:
+        kind, more, state = _hf_dinov2(source, module, hidden)
+    else:
+        kind, more, state = _hf_vit(source, module, hidden)
+    model_type = {
+        "DINOv3ViTModel": "dinov3_vit",
+        "Dinov2Model": "dinov2",
+        "Dinov2WithRegistersModel": "dinov2_with_registers",
+        "ViTModel": "vit",
+        "IJepaModel": "ijepa",
+    }[kind]
+    recipe |= dict(architectures=[kind], model_type=model_type) | more
+    loader = "add_pooling_layer=False" if kind in ("ViTModel", "IJepaModel") else ""
+    comma = ", " if loader else ""
+    snippet = (
+        f"from transformers import {kind}\n"
+        f'model = {kind}.from_pretrained("{{folder}}"{comma}{loader})\n'
+        "tokens = model.eval()(pixel_values=images).last_hidden_state\n"
+    )
+    return Export(state, recipe, snippet)
+
+
+def _hf_dinov3(source, module, hidden):
+    if not (module.rope_unit and module.layerscale and module.positions == "none"):
+        raise errors.UsageError(
+            "--layout=hf: rotary positions of transformers are DINOv3's, not these; "
+            "use --layout=vitssl"
+        )
+    leaves = _encoder(source)
+    state = convert.export(tree.nest(leaves), dinov3.table(module.heads))
+    more = dict(
+        intermediate_size=hidden,
+        num_register_tokens=module.registers,
+        rope_theta=module.rope_theta,
+        query_bias=True,
+        key_bias=False,
+        value_bias=True,
+    )
+    state = dinov3.export_hf(state)
+    state["embeddings.mask_token"] = np.zeros((1, 1, module.width), np.float32)
+    if not module.registers:
+        state["embeddings.register_tokens"] = np.zeros((1, 0, module.width), np.float32)
+    return "DINOv3ViTModel", more, state
+
+
+def _hf_dinov2(source, module, hidden):
+    if hidden % module.width or not module.cls:
+        raise errors.UsageError(
+            "--layout=hf: Dinov2Model needs a class token and a whole mlp_ratio; use "
+            "--layout=timm"
+        )
+    leaves = _class_row(_encoder(source), module)
+    if not module.layerscale:
+        ones = np.ones(module.width, np.float32)
+        blocks = range(module.depth)
+        leaves |= {f"block_{i}/ls{k}": ones for i in blocks for k in (1, 2)}
+    state = convert.export(tree.nest(leaves), huggingface.dinov2_table())
+    more = dict(mlp_ratio=hidden // module.width, layerscale_value=1.0)
+    state["embeddings.mask_token"] = np.zeros((1, module.width), np.float32)
+    if module.registers:
+        more["num_register_tokens"] = module.registers
+        return "Dinov2WithRegistersModel", more, dinov2.split(state)
+    return "Dinov2Model", more, dinov2.split(state)
+
+
+def _hf_vit(source, module, hidden):
+    leaves = _class_row(_encoder(source), module)
+    state = convert.export(tree.nest(leaves), huggingface.vit_table())
+    kind = "ViTModel" if module.cls else "IJepaModel"
+    return kind, dict(intermediate_size=hidden), dinov2.split(state)
+
+
+def big_vision(source: backbone.Backbone) -> Export:
+    """Return big_vision's layout, as `.npz` arrays by name.
+
+    Raises:
+        UsageError: the model has parts that big_vision's ViT does not have.
+    """
+    module = source.module()
+    absent = ("registers", "layerscale", "qk_norm", "rope")
+    extra = [field for field in absent if getattr(module, field)]
+    if extra:
+        raise errors.UsageError(f"layout bigvision: its ViT has no {', '.join(extra)}")
+    leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+    state = convert.export(tree.nest(leaves), bigvision.table({}))
+    return Export(bigvision.export(state, module.heads), {}, _BIG_VISION)
+
+
+_BIG_VISION = """\
+import numpy as np
+params = dict(np.load("{file}"))  # {"Transformer/encoderblock_0/...": array}
+"""
+LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {
+    "timm": timm,
+    "hf": hf,
+    "bigvision": big_vision,
+}
+
+
+def _encoder(source) -> dict:
+    """Return {name: float32 array} of the encoder, without its prefix."""
+    return tree.flat(source.encoder())
+
+
+def _with_head(table: Table, head: str) -> Table:
+    return Table(vit.linear(head, "head")) + table.under(flax="encoder/")
+
+
+def _classes(source) -> int:
+    """Return the classes of the head, 0 without one."""
+    bias = source.leaves.get("head/bias")
+    return 0 if bias is None else len(bias)
+
+
+def _class_row(leaves: dict, module) -> dict:
+    """Return the leaves with a row of the position table for the class token."""
+    if module.cls and not module.class_position:
+        zero = np.zeros((1, 1, module.width), np.float32)
+        leaves["pos_embed"] = np.concatenate([zero, leaves["pos_embed"]], axis=1)
+    return leaves
+
+
+def _folded(source, module) -> Mapping:
+    """Return all leaves; with registers, the class token's position inside the token.
+
+    timm's models with registers give positions to patches alone.
+    """
+    leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+    if module.registers and module.cls and module.class_position:
+        table = leaves["encoder/pos_embed"]
+        leaves["encoder/cls"] = leaves["encoder/cls"] + table[:, :1]
+        leaves["encoder/pos_embed"] = table[:, 1:]
+    return leaves

@@ -1,0 +1,132 @@
+"""Hugging Face's names: ViTModel, Dinov2Model (RAD-DINO), Dinov2WithRegistersModel.
+
+Files on the hub have the names of transformers 4; what transformers 5 holds in memory
+and may write has others (`_MODERN`). Queries, keys and values are three layers there
+and one here: `dinov2.fuse` and `dinov2.split`.
+"""
+
+import re
+from collections.abc import Mapping
+
+from vitssl.convert import CONV, Rule, Table, dinov2, family, vit
+
+# transformers 5 -> transformers 4.
+_MODERN = (
+    (r"^layers\.(\d+)\.", r"encoder.layer.\1."),
+    (r"^(encoder\.layer\.\d+\.attention)\.q_proj\.", r"\1.attention.query."),
+    (r"^(encoder\.layer\.\d+\.attention)\.k_proj\.", r"\1.attention.key."),
+    (r"^(encoder\.layer\.\d+\.attention)\.v_proj\.", r"\1.attention.value."),
+    (r"^(encoder\.layer\.\d+\.attention)\.o_proj\.", r"\1.output.dense."),
+)
+_MODERN_VIT = (
+    (r"^(encoder\.layer\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"^(encoder\.layer\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+)
+
+_BLOCK = (
+    *vit.norm("layernorm_before", "norm1"),
+    *vit.linear("attention.attention.qkv", "attn/qkv"),
+    *vit.linear("attention.output.dense", "attn/proj"),
+    *vit.norm("layernorm_after", "norm2"),
+    *vit.linear("intermediate.dense", "mlp/fc1"),
+    *vit.linear("output.dense", "mlp/fc2"),
+)
+_STEM = (
+    Rule("embeddings.cls_token", "cls"),
+    Rule("embeddings.position_embeddings", "pos_embed"),
+    Rule("embeddings.patch_embeddings.projection.weight", "patch_embed/kernel", CONV),
+    vit.bias("embeddings.patch_embeddings.projection", "patch_embed"),
+    *vit.norm("layernorm", "norm"),
+)
+
+NAMES = {
+    "kernel": "embeddings.patch_embeddings.projection.weight",
+    "fc1": "encoder.layer.0.mlp.fc1.weight",
+    "cls": "embeddings.cls_token",
+    "registers": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "ls1": "encoder.layer.0.layer_scale1.lambda1",
+    "block": "encoder.layer.{i}.",
+}
+_VIT_NAMES = NAMES | {"fc1": "encoder.layer.0.intermediate.dense.weight"}
+
+
+def vit_table(torch: str = "", flax: str = "") -> Table:
+    """Return the table of ViTModel, for a state that went through `dinov2.fuse`."""
+    aside = ("pooler.dense.{*}", "embeddings.mask_token")
+    blocks = Table(_BLOCK).under("encoder.layer.{i}.", "block_{i}/")
+    return (Table(_STEM, aside) + blocks).under(torch, flax)
+
+
+def dinov2_table(torch: str = "", flax: str = "") -> Table:
+    """Return the table of Dinov2Model with or without registers, likewise."""
+    registers = Table((Rule(NAMES["registers"], "registers"),))
+    return dinov2.table(torch, flax) + registers.under(torch, flax)
+
+
+def old_names(state: Mapping, of_vit: bool) -> dict:
+    """Return the state with the names of transformers 4, whichever it has."""
+    found = {}
+    for key, value in state.items():
+        for pattern, new in _MODERN + (_MODERN_VIT if of_vit else ()):
+            key = re.sub(pattern, new, key)
+        found[key] = value
+    return found
+
+
+def _prepare(of_vit):
+    def prepare(state: Mapping, notes: list) -> dict:
+        state = old_names(state, of_vit)
+        pattern = re.compile(r"(.*attention\.attention\.)(query|key|value)\.weight")
+        biases = [
+            f"{m[1]}{m[2]}.bias" for key in state if (m := pattern.fullmatch(key))
+        ]
+        family.add_zero_bias(
+            state, biases, lambda key: key.replace(".bias", ".weight"), notes
+        )
+        return dinov2.fuse(state)
+
+    return prepare
+
+
+def _model(names, eps):
+    def model(state: Mapping, options: family.Options) -> dict:
+        fields = family.geometry(state, names, options)
+        fields["norm_eps"] = float(options.config.get("layer_norm_eps", eps))
+        return fields | dict(resampling="plain")
+
+    return model
+
+
+def _is_ours(state):
+    return NAMES["kernel"] in state
+
+
+VIT = family.Family(
+    name="hf_vit",
+    about="transformers' ViTModel and ViTForImageClassification",
+    fits=lambda state: (
+        _is_ours(state)
+        and any(key.endswith("layernorm_before.weight") for key in state)
+    ),
+    # transformers' default of this model; other files say otherwise in config.json.
+    model=_model(_VIT_NAMES, 1e-12),
+    table=lambda fields: family.encoder_and_head(vit_table(), "classifier"),
+    prepare=_prepare(True),
+    places=("", "model", "state_dict"),
+    strip=("vit.",),
+    rule="plain",
+    mean=family.HALF[0],
+    std=family.HALF[1],
+)
+DINOV2 = family.Family(
+    name="hf_dinov2",
+    about="transformers' Dinov2Model, Dinov2WithRegistersModel, microsoft/rad-dino",
+    fits=lambda state: _is_ours(state) and NAMES["ls1"] in state,
+    model=_model(NAMES, 1e-6),
+    table=lambda fields: family.encoder_and_head(dinov2_table(), "classifier"),
+    prepare=_prepare(False),
+    places=("", "model", "state_dict"),
+    strip=("dinov2_with_registers.", "dinov2."),
+    rule="plain",
+)

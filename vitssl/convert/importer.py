@@ -1,0 +1,188 @@
+"""From a file of published weights to a `Backbone`."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import convert, errors, tree
+from vitssl.convert import backbone, families, family, positions, reader
+from vitssl.models import vit
+
+_KERNEL = "encoder/patch_embed/kernel"
+_TABLE = "encoder/pos_embed"
+
+
+def read(
+    path,
+    *,
+    name: str = "auto",
+    part: str = "",
+    options: family.Options | None = None,
+) -> backbone.Backbone:
+    """Return the network of a file.
+
+    Nothing large is copied: arrays are rearranged views of the file.
+
+    Args:
+        path: `.pth`, `.safetensors` or `.npz`.
+        name: of the family, or "auto".
+        part: which dict of a training checkpoint; "" = the family's first choice.
+        options: what the tensors do not tell.
+
+    Raises:
+        CheckpointError: the file is refused or damaged, is of no known family, or
+            has keys without a place or places without a key (all named).
+        UsageError: no such family or part, or an option is missing or impossible.
+    """
+    path = pathlib.Path(path)
+    options = options or family.Options()
+    found = reader.read(path)
+    one, raw, place = families.find(found.tree, name, part)
+    config, told = _config_beside(path)
+    options = dataclasses.replace(options, config=config)
+    notes = [f"read from {place!r} of the file"] if place else []
+    notes += [told] if told else []
+    state = one.prepare(raw, notes)
+    fields = one.model(state, options)
+    if fields["depth"] < 1 or fields["width"] % fields["heads"]:
+        raise errors.UsageError(
+            f"--heads={fields['heads']}: must divide the width {fields['width']}"
+        )
+    table = one.table(fields)
+    leaves = convert.views(state, _like(fields, state, table), table)
+    notes += _aside(state, table)
+    leaves, fields, mean, std = _adapt(leaves, fields, one, options, notes)
+    about = backbone.About(
+        model={"name": "vit", **fields},
+        mean=mean,
+        std=std,
+        pool=one.pool if fields["cls"] else "mean",
+        family=one.name,
+        rule=one.rule,
+        source=path.name,
+        sha256=digest(path),
+        notes=tuple(notes),
+    )
+    return backbone.Backbone(about, leaves)
+
+
+def _like(fields, state, table):
+    """Return the shapes of {"encoder", "head"}, as nested dicts.
+
+    Blocks are alike, so only one is traced.
+    """
+    module = vit.ViT(**fields | {"depth": 1})
+    kernel = next(
+        np.shape(value)
+        for key, value in state.items()
+        if convert.leaf_of(key, table) == _KERNEL
+    )
+    # [O, I, H, W] of torch or [H, W, I, O] of Flax.
+    channels = kernel[1] if kernel[0] == fields["width"] else kernel[2]
+    side = fields["image_size"]
+    image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    block = shapes.pop("block_0")
+    shapes |= {f"block_{i}": block for i in range(fields["depth"])}
+    like = {"encoder": shapes}
+    for key, value in state.items():
+        if convert.leaf_of(key, table) == "head/kernel" and np.ndim(value) == 2:
+            out, width = value.shape if key.endswith("weight") else value.shape[::-1]
+            like["head"] = {
+                "kernel": jax.ShapeDtypeStruct((width, out), jnp.float32),
+                "bias": jax.ShapeDtypeStruct((out,), jnp.float32),
+            }
+    return like
+
+
+def _aside(state, table) -> list[str]:
+    """Return one line per group of keys that were left aside."""
+    groups = collections.Counter(
+        key.replace("/", ".").split(".")[0] for key in convert.left_aside(state, table)
+    )
+    return [f"left aside: {name} ({n} keys)" for name, n in sorted(groups.items())]
+
+
+def _adapt(leaves, fields, one, options, notes):
+    """Return (leaves, fields, mean, std) for the channels and size asked for."""
+    leaves, mean, std = dict(leaves), one.mean, one.std
+    had = leaves[_KERNEL].shape[2]
+    if options.channels and options.channels != had:
+        leaves[_KERNEL] = channels(leaves[_KERNEL], options.channels)
+        notes.append(
+            f"patch embedding of {had} channels converted to {options.channels} "
+            f"({'summed' if options.channels == 1 else 'repeated and scaled'})"
+        )
+        had = options.channels
+    if had != len(mean):
+        mean, std = _spread(mean, had), _spread(std, had)
+        notes.append(f"normalisation of {had} channels guessed: {mean}, {std}")
+    size, patch = options.image_size or fields["image_size"], fields["patch"]
+    if size % patch:
+        raise errors.UsageError(
+            f"--image_size={size}: must be a multiple of the patch, {patch}"
+        )
+    if size != fields["image_size"] and _TABLE in leaves:
+        first = int(fields["cls"] and fields["class_position"])
+        table = leaves[_TABLE]
+        leaves[_TABLE] = positions.resample(table, first, size // patch, one.rule)
+        notes.append(
+            f"position table resampled from {fields['image_size']} to {size} px "
+            f"({one.rule})"
+        )
+    return leaves, fields | {"image_size": size}, mean, std
+
+
+def channels(kernel, count: int) -> np.ndarray:
+    """Return a patch embedding [p, p, C, D] for `count` channels.
+
+    One channel: the sum, so that grey pixels give what they gave as three equal
+    channels. Others: channels repeated in turn and scaled by C / count, so that the
+    sum over channels keeps its size.
+
+    Source: timm, models/_manipulate.py (adapt_input_conv).
+    """
+    kernel = np.asarray(kernel, np.float32)
+    had = kernel.shape[2]
+    if count == 1:
+        return kernel.sum(2, keepdims=True)
+    return kernel[:, :, np.arange(count) % had] * np.float32(had / count)
+
+
+def _spread(values, count):
+    """Return per-channel numbers for another number of channels."""
+    if count == 1:
+        return (float(np.mean(values)),)
+    return tuple(values[i % len(values)] for i in range(count))
+
+
+def _config_beside(path) -> tuple[dict, str]:
+    """Return (the config.json beside a file, what to say of it)."""
+    file = path.parent / "config.json"
+    if not file.is_file():
+        return {}, ""
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, OSError):
+        return {}, ""
+    if not isinstance(found, Mapping) or "num_attention_heads" not in found:
+        return {}, ""
+    return dict(found), "heads and epsilon from the config.json beside the file"
+
+
+def digest(path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size(found: backbone.Backbone) -> int:
+    """Return the number of parameters."""
+    return tree.size(dict(found.leaves))

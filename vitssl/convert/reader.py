@@ -1,0 +1,67 @@
+"""Read a file of weights by what its name says it is; nothing is ever executed."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from vitssl import errors
+from vitssl.convert import reader_npz, reader_torch, safetensors
+
+TORCH = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+KINDS = (".safetensors", ".npz", *TORCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        tree: nested containers with numpy arrays as leaves; arrays of a `.pth` or
+            `.safetensors` are read-only views of the file.
+        metadata: texts of a safetensors header.
+    """
+
+    path: pathlib.Path
+    tree: Any
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read(path) -> Weights:
+    """Return what a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` file holds.
+
+    Raises:
+        CheckpointError: no such file, another ending, or a file that is damaged or
+            refused; see the reader of its kind.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise errors.CheckpointError(f"{path}: no such file; want {' '.join(KINDS)}")
+    ending = path.suffix.lower()
+    if ending == ".safetensors":
+        arrays, metadata = safetensors.read(path)
+        return Weights(path, arrays, metadata)
+    if ending == ".npz":
+        return Weights(path, reader_npz.read(path))
+    if ending in TORCH:
+        return Weights(path, reader_torch.read(path))
+    raise errors.CheckpointError(f"{path}: want a file that ends in {' '.join(KINDS)}")
+
+
+def state_dicts(tree, path: str = "") -> dict[str, dict[str, np.ndarray]]:
+    """Return {path: {key: array}} of every dict that holds arrays, outermost first.
+
+    A training checkpoint holds several: "model", "teacher", "target_encoder".
+    """
+    found = {}
+    if not isinstance(tree, dict):
+        return found
+    arrays = {str(k): v for k, v in tree.items() if isinstance(v, np.ndarray)}
+    if arrays:
+        found[path] = arrays
+    for key, value in tree.items():
+        if isinstance(value, dict) and not str(key).startswith("optimizer"):
+            found |= state_dicts(value, f"{path}.{key}" if path else str(key))
+    return found

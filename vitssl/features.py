@@ -1,0 +1,265 @@
+"""Features of images from trained weights: in a notebook, for a folder, as a program.
+
+import vitssl
+features = vitssl.load("runs/hjepa-demo")      # or weights of vitssl.convert
+features(images)["pooled"]                      # images: uint8 [B, H, W, C]
+
+python -m vitssl.features WEIGHTS --images=FOLDER --to=FEATURES.npz
+python -m vitssl.features WEIGHTS --program=FOLDER
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import errors, init, tree
+from vitssl.convert import backbone, positions, runs, safetensors
+from vitssl.ops import patches
+
+NAMES = ("pooled", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A function from images to features, with its weights.
+
+    Attributes:
+        apply: (state, image) -> {"pooled": [B, D], "tokens": [B, N, D], ...}.
+        state: pytree of the weights.
+        image_size: side in pixels the weights were trained for; other sizes that the
+            patch divides work too, each compiled once.
+        channels: of an image.
+        mean, std: normalisation of pixels in [0, 1].
+        name: what the weights are called.
+    """
+
+    apply: Callable[[Any, Any], dict]
+    state: Any
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str = ""
+
+    def __call__(self, images) -> dict[str, jax.Array]:
+        """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
+
+        Args:
+            images: [B, H, W, C], uint8 pixels or float32 already normalised.
+
+        Raises:
+            UsageError: another rank, dtype or number of channels.
+        """
+        images = np.asarray(images) if not hasattr(images, "dtype") else images
+        if images.ndim != 4 or images.shape[-1] != self.channels:
+            raise errors.UsageError(
+                f"images {tuple(images.shape)}: want [B, H, W, {self.channels}]"
+            )
+        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise errors.UsageError(
+                f"images are {images.dtype}: want uint8 pixels, or floats normalised "
+                "by mean and std"
+            )
+        found = _compiled(self.apply)(self.state, images)
+        return {name: found[name] for name in NAMES}
+
+
+@functools.cache
+def _compiled(apply):
+    return jax.jit(apply)
+
+
+def load(path, *, part: str = "", pool: str = "", image_size: int = 0) -> Features:
+    """Return the features of weights on disk.
+
+    Args:
+        path: a run's workdir, one checkpoint of it, or converted weights.
+        part: of a run: "" = what its evaluations use; "target" or "encoder" = that
+            encoder alone, without what the method puts on top.
+        pool: "cls" or "mean"; "" = what the weights' family uses. Of a run: needs
+            `part`.
+        image_size: of converted weights: resample the position table for it.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another format.
+        UsageError: an option does not fit the weights.
+    """
+    path = pathlib.Path(path)
+    if backbone.is_backbone(path):
+        found = backbone.read(path)
+    elif part:
+        found = runs.read(path, part)
+    else:
+        return _of_run(path)
+    return of_backbone(found, pool=pool, image_size=image_size)
+
+
+def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
+    """Return the features of a converted network; see `load`.
+
+    Raises:
+        UsageError: the pool asked for does not exist, or the patch does not divide
+            the image size.
+    """
+    about, module = found.about, found.module()
+    pool = pool or about.pool
+    if pool not in ("cls", "mean") or (pool == "cls" and not module.cls):
+        allowed = "cls or mean" if module.cls else "mean (there is no class token)"
+        raise errors.UsageError(f"pool={pool}: {allowed}")
+    params = found.encoder()
+    if image_size and image_size != module.image_size:
+        found, module = _resized(found, image_size)
+        params = found.encoder()
+    apply = _Encode(module, about.mean, about.std, pool)
+    channels = params["patch_embed"]["kernel"].shape[2]
+    return Features(
+        apply,
+        jax.device_put(params),
+        module.image_size,
+        channels,
+        about.mean,
+        about.std,
+        about.source,
+    )
+
+
+def _resized(found, size):
+    """Return (backbone, module) with the position table for another image size."""
+    module = found.module()
+    if size % module.patch:
+        raise errors.UsageError(
+            f"image_size={size}: must be a multiple of the patch, {module.patch}"
+        )
+    leaves, name = dict(found.leaves), "encoder/pos_embed"
+    if name in leaves:
+        first = int(module.cls and module.class_position)
+        side = size // module.patch
+        leaves[name] = positions.resample(leaves[name], first, side, found.about.rule)
+    model = dict(found.about.model) | {"image_size": size}
+    about = dataclasses.replace(found.about, model=model)
+    found = backbone.Backbone(about, leaves)
+    return found, found.module()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encode:
+    """(params, image) -> features of a `models.vit.ViT`."""
+
+    module: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str
+
+    def __call__(self, params, image) -> dict:
+        """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
+        x = patches.normalise(image, self.mean, self.std)
+        tokens, _ = self.module.apply({"params": params}, x)
+        body = tokens[:, self.module.prefix :]
+        pooled = tokens[:, 0] if self.pool == "cls" else body.mean(1)
+        return {"pooled": pooled, "tokens": body}
+
+
+def _of_run(path) -> Features:
+    """Return the features that a run's own evaluations use."""
+    checked, _ = runs.open_run(path)
+    method = checked.method(checked.run())
+    stored = init.read_trees(path, ("params", "extra"))
+    state = tuple(tree.nest(stored[key]) for key in ("params", "extra"))
+    data = checked.settings.data
+    size = getattr(checked.settings.evals, "image_size", 0)
+    return Features(
+        _Method(method),
+        jax.device_put(state),
+        size,
+        data.channels,
+        data.mean,
+        data.std,
+        str(path),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """((params, extra), image) -> features of a method."""
+
+    method: Any
+
+    def __call__(self, state, image) -> dict:
+        """Return pooled [B, D] and tokens [B, N, D] of images [B, H, W, C]."""
+        found = self.method.features(*state, image)
+        return {name: found[name] for name in NAMES}
+
+
+def export_program(
+    features: Features, to, *, platforms=("cpu", "cuda"), batch="b"
+) -> pathlib.Path:
+    """Write the feature function as a program that runs without this package.
+
+    FOLDER/features.jax is compiled for any batch size on every platform, FOLDER/
+    weights.safetensors its argument, README.md the lines that run it.
+
+    Args:
+        features: of `load`.
+        to: the folder.
+        platforms: of `jax.export`.
+        batch: name of the symbolic batch size, or a number for a fixed one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the weights say no image size.
+    """
+    if not features.image_size:
+        raise errors.UsageError("program: give --image_size=N, the weights have none")
+    # A run's state is a pair of trees; a file holds arrays by name.
+    found, structure = jax.tree_util.tree_flatten_with_path(features.state)
+    names = [_name(path) for path, _ in found]
+    leaves = {n: np.asarray(x) for n, (_, x) in zip(names, found, strict=True)}
+
+    def run(weights, images):
+        state = jax.tree.unflatten(structure, [weights[name] for name in names])
+        made = features.apply(state, images)
+        return {name: made[name] for name in NAMES}
+
+    (size,) = jax.export.symbolic_shape(str(batch))
+    side = features.image_size
+    image = jax.ShapeDtypeStruct((size, side, side, features.channels), jnp.uint8)
+    weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
+    made = jax.export.export(jax.jit(run), platforms=platforms)(weights, image)
+    folder = pathlib.Path(to)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "features.jax").write_bytes(bytes(made.serialize()))
+    safetensors.write(folder / "weights.safetensors", leaves)
+    shape = [str(batch), side, side, features.channels]
+    about = dict(images=shape, dtype="uint8", platforms=list(platforms), outputs=NAMES)
+    (folder / "program.json").write_text(json.dumps(about, indent=1))
+    (folder / "README.md").write_text(_PROGRAM.format(shape=", ".join(map(str, shape))))
+    return folder
+
+
+def _name(path) -> str:
+    """Return the name of a leaf: keys of dicts and places in tuples, by slashes."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+
+
+_PROGRAM = """\
+# Features as a program
+
+Needs jax and safetensors, nothing else:
+
+```python
+import jax, safetensors.numpy
+program = jax.export.deserialize(bytearray(open("features.jax", "rb").read()))
+weights = safetensors.numpy.load_file("weights.safetensors")
+found = program.call(weights, images)  # uint8 [{shape}]
+found["pooled"], found["tokens"]
+```
+"""
