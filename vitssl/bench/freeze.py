@@ -15,7 +15,7 @@ import sys
 import jax
 import numpy as np
 
-from vitssl import config, errors, tree
+from vitssl import config, errors, freezeout, tree
 from vitssl.bench import flops
 from vitssl.bench import step as bench_step
 
@@ -47,10 +47,8 @@ def run(argv: list[str]) -> dict:
     rows = [_row(0, base, case, 1.0, 1.0)]
     events = sorted(set(optimizer.frozen_from.values()))
     for at in events:
-        count = len(
-            {i for k, i in optimizer.layers.items() if optimizer.frozen(at) & {k}}
-            - {-1}
-        )
+        frozen = optimizer.frozen(at)
+        count = len({optimizer.layers[k] for k in frozen} - {freezeout.NEVER})
         one, facts = bench_step.prepare(**case, seed=o.seed, at=at)
         bench_step._times(one, 3, 1)
         ratios = []
