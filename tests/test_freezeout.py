@@ -1,5 +1,6 @@
 """FreezeOut for any method: events, rates, and what the options mean."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -154,3 +155,30 @@ def test_a_method_without_a_table_needs_one():
 def test_layers_of_another_depth_are_refused_with_names():
     with pytest.raises(errors.UsageError, match="rules that never win"):
         _make(layers=freezeout.vit_layers(5, "encoder/"))
+
+
+def test_every_method_has_a_table_that_fits_its_parameters():
+    from tests.methods import test_classify, test_localmim, tiny
+
+    jepa = tiny.method()
+    shapes = jax.eval_shape(lambda: tiny.batch(jepa))
+    for method, params in (
+        (jepa, jax.eval_shape(jepa.init, jax.random.key(0), shapes)[0]),
+        (test_classify._method(), test_classify._fresh(test_classify._method())[0]),
+        (test_localmim._method(), test_localmim._fresh(test_localmim._method())[0]),
+    ):
+        made = optim.make(
+            optim.Optim(**ADAMW),
+            params,
+            total_steps=100,
+            steps_per_epoch=10,
+            batch_size=1,
+            freeze=freezeout.FreezeOut(
+                schedule="linear", t_0=0.5, layers=method.freeze_layers()
+            ),
+        )
+        assert made.plan.last == method.model.depth
+        first = made.frozen(99)
+        assert any("patch_embed" in k for k in first), type(method)
+        last = f"block_{method.model.depth - 1}/"
+        assert not any(last in k and "decoder" not in k for k in first)

@@ -8,7 +8,8 @@ import numpy as np
 
 from vitssl import convert, freezeout, methods, optim, tree
 from vitssl.convert import localmim as table
-from vitssl.methods import localmim, localmim_masks, localmim_sections
+from vitssl.methods import localmim, localmim_sections
+from vitssl.methods import localmim_masks as masking
 from vitssl.models import posemb, stage_decoder, vit
 from vitssl.ops import hog
 
@@ -95,9 +96,7 @@ def _masks(case):
         key, n = c["key"], c["L"]
         visible = localmim_sections.Masking(ratio=c["mask_ratio"]).visible(n, 0.0)
         assert visible == c["len_keep"]
-        found = localmim_masks.random_masks(
-            jnp.asarray(case.inputs[f"{key}/noise"]), visible
-        )
+        found = masking.random_masks(jnp.asarray(case.inputs[f"{key}/noise"]), visible)
         case.close(f"{key}/mask", found.mask)
         case.close(f"{key}/ids_restore", found.restore)
         case.close(f"{key}/kept_index", found.keep)
@@ -106,7 +105,7 @@ def _masks(case):
 def _rescaled(case):
     grid = (case.config["grid"],) * 2
     for scale in case.config["scales"]:
-        got = localmim_masks.cell_weights(jnp.asarray(case.inputs["mask"]), grid, scale)
+        got = masking.cell_weights(jnp.asarray(case.inputs["mask"]), grid, scale)
         case.close(f"scale{scale}", got)
 
 
@@ -162,7 +161,7 @@ def _masks_of(case, method, noise):
     n = method.grid[0] * method.grid[1]
     ratio = case.config["mask_ratio"]
     visible = localmim_sections.Masking(ratio=ratio).visible(n, 0.0)
-    return localmim_masks.random_masks(jnp.asarray(noise), visible)
+    return masking.random_masks(jnp.asarray(noise), visible)
 
 
 def _model(case):
@@ -288,7 +287,7 @@ def _gradient(method, visible, active, params, rows):
 
     def loss(params):
         image, order, restore = rows
-        masks = localmim_masks.Masks(order, restore, visible)
+        masks = masking.Masks(order, restore, visible)
         blocks = method.stages.blocks
         each = method.stage_losses(params, {}, image, masks, active, blocks)
         return sum(each.values()), each
@@ -341,9 +340,7 @@ def _one_trace(case, method, names, start, images, run):
             frozen, window, summed = optimizer.frozen(t), t, None
             opt = optim.drop(opt, frozen)
         trained, constant = tree.split(params, frozen)
-        masks = localmim_masks.random_masks(
-            jnp.asarray(case.inputs["noise"][t]), visible
-        )
+        masks = masking.random_masks(jnp.asarray(case.inputs["noise"][t]), visible)
         active = method.active(frozen)
         rows = images[t % len(images)], masks.order, masks.restore
         (value, each), grads = _gradient(method, visible, active, params, rows)
