@@ -29,6 +29,7 @@ from vitssl import config, errors, experiment
 logger = logging.getLogger(__name__)
 
 FIRST = "@first"
+COST = "compute/tflop"  # A study with this column gets a picture against it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,11 @@ def run(plan: Plan, workdir, *, name: str, force_unlock: bool = False) -> dict:
     logger.info("\n%s", text)
     (workdir / "study.json").write_text(json.dumps(found, indent=1))
     (workdir / "study.md").write_text(text + "\n")
+    if COST in plan.columns:
+        from vitssl.evals.pictures import tradeoff
+
+        score = next(c for c in plan.columns if c != COST)
+        tradeoff.arms(found, COST, score, path=workdir / "study.png")
     return found
 
 

@@ -1,0 +1,20 @@
+"""The picture of a study: what the arms reach against what they cost."""
+
+import numpy as np
+
+from vitssl.evals.pictures import tradeoff
+
+
+def test_every_arm_is_a_point_at_its_means_and_gaps_are_left_out(tmp_path):
+    found = {
+        "none": {"cost": [2.0, 2.0], "score": [0.5, 0.7]},
+        "half": {"cost": [1.0, 1.0], "score": [0.6, None]},
+        "empty": {"cost": [None], "score": [None]},
+    }
+    path = tmp_path / "study.png"
+    figure = tradeoff.arms(found, "cost", "score", path=path)
+    (axis,) = figure.axes
+    centres = [c.lines[0].get_xydata()[0] for c in axis.containers]
+    np.testing.assert_allclose(centres, [(2.0, 0.6), (1.0, 0.6)])
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["none", "half"]
+    assert path.read_bytes()[:4] == b"\x89PNG"
