@@ -52,8 +52,10 @@ class Init:
 def load(spec: Init, params):
     """Return `params` with the leaves that `spec.from_` stores under the same names.
 
-    Position tables are resampled where the model is for images of another size: of
-    converted weights by their family's rule, of a run by PyTorch's bicubic.
+    Weights of an encoder fill "encoder/" and every "backbone/" of a method that names
+    its networks so. Position tables are resampled where the model is for images of
+    another size: of converted weights by their family's rule, of a run by PyTorch's
+    bicubic.
 
     Raises:
         CheckpointError: no checkpoint there; no name in common; leaves of another
@@ -64,7 +66,9 @@ def load(spec: Init, params):
     for name, leaf in leaves.items():
         if any(re.fullmatch(p, name) for p in spec.skip):
             continue
-        if stored.get(name) is not None and name.endswith("pos_embed"):
+        if name not in stored and (alias := _alias(name)) in stored:
+            stored[name] = stored[alias]
+        if name in stored and name.endswith("pos_embed"):
             stored[name] = _resampled(spec.from_, name, stored[name], leaf.shape)
         if name not in stored and any(re.fullmatch(p, name) for p in spec.absent):
             continue
@@ -165,6 +169,12 @@ def read_trees(path, keys) -> dict:
             ),
         )
     return {key: tree.flat(restored[key]) if key in stored else {} for key in keys}
+
+
+def _alias(name) -> str:
+    """Return the name that a leaf below "backbone/" has in converted weights."""
+    _, found, rest = f"/{name}".partition("/backbone/")
+    return f"encoder/{rest}" if found else name
 
 
 def _resampled(path, name, table, shape):
