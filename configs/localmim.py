@@ -238,7 +238,7 @@ def _evidence():
             "final/untrained/linear/top1",
             "final/untrained/knn/top1",
             "final/raw_pixels/linear/top1",
-            "final/compute/tflop",
+            "compute/tflop",
         ),
     )
     return c

@@ -251,7 +251,7 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     if evaluate.arrays and devices.is_main():
         np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
     if loop.phases.rows:
-        values |= {f"final/{k}": v for k, v in loop.phases.totals().items()}
+        values |= loop.phases.totals()
     if table := loop.phases.table():
         logger.info("%s", table)
     loop.write(int(state.step), values)
