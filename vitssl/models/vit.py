@@ -213,6 +213,21 @@ class ViT(nn.Module):
             blocks.append(x)
         return self.norm(x), {"blocks": blocks, "grid": grid}
 
+    def start(self, image):
+        """Return the sequence before the first block [B, P + N, D], nothing hidden."""
+        return self._embed(image, patches.grid(image, self.patch), None, None)[0]
+
+    def through(self, x, first, last, train=False):
+        """Return the outputs of blocks first .. last - 1 of a sequence [B, T, D].
+
+        Without rotary positions, which belong to the whole grid.
+        """
+        outputs = []
+        for block in self.block[first:last]:
+            x = block(x, None, None, train)
+            outputs.append(x)
+        return outputs
+
     def pooled(self, image, how="gap", train=False):
         """Return one vector per image: [B, D].
 
