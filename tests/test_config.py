@@ -26,7 +26,7 @@ MISTAKES = {
     "optim.b1=1.0": ["optim.b1=1.0", "[0, 1)"],
     "optim.clip_norm=-3.0": ["optim.clip_norm=-3.0"],
     "optim=3": ["optim", "section", "lr"],
-    "epochs=0.0": ["epochs=0.0", "above 0", "steps"],
+    "epochs=0.0": ["epochs=0", "needs init.from", "steps"],
     "steps=-1": ["steps=-1"],
     "seed=-1": ["seed=-1"],
     "batch_size=0": ["batch_size=0", "1 or more"],

@@ -91,6 +91,16 @@ def test_what_a_device_takes_at_a_time_is_lowered_where_it_is_set(monkeypatch):
     assert "--config.per_device=4:" in said and "--config.accumulate" not in said
 
 
+def test_when_the_step_should_have_fitted_evaluations_are_named(parts, whole):
+    assert whole.fits
+    said = memory.advice(parts)
+    assert "--config.evals.batch_size=128: if it was an evaluation" in said
+    # Half as many images is what is left to try.
+    assert (
+        f"--config.accumulate=2: the same batch in 2 parts, {whole.images // 2}" in said
+    )
+
+
 def test_when_the_state_alone_is_too_large_it_says_so(parts, whole, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda: whole.fixed)
     assert "shard them (mesh.fsdp)" in memory.advice(parts)

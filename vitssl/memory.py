@@ -192,6 +192,8 @@ def advice(parts) -> str:
     most = e.most_images() if e.activations and e.limit else e.images // 2
     if e.fits:
         most = min(most, e.images // 2)
+        half = max(1, s.evals.batch_size // 2)
+        lines.append(f"  --config.evals.batch_size={half}: if it was an evaluation")
     lines += _fewer(parts, max(1, most))
     lines += _switches(parts)
     return "\n".join(lines)

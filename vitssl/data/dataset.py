@@ -69,10 +69,14 @@ class Data:
             DataError: what is missing, where, and what the layout should be.
             UsageError: an option the source does not have, or other channels.
         """
-        source = sources.open(self.source, self.root, split, **dict(self.options))
+        options = dict(self.options)
+        if "channels" in sources.options_of(self.source):
+            options.setdefault("channels", self.channels)
+        source = sources.open(self.source, self.root, split, **options)
         if source.channels != self.channels:
             raise errors.UsageError(
-                f"data.channels={self.channels}: {self.source} has {source.channels}"
+                f"data.channels={self.channels}: {self.source} has {source.channels}; "
+                "set data.channels, data.mean and data.std to that many"
             )
         return source
 

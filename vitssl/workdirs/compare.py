@@ -81,11 +81,17 @@ def page(runs) -> str:
     ]
     body = [
         html.element("h1", "Comparison of " + " and ".join(names)),
-        html.section("What differs", html.table(["key", *names], rows)),
+        html.section("What differs", _differences(names, rows)),
         html.section("Curves", html.grid([charts.legend(names)], plots)),
         html.section("Last values", html.table(["metric", *names], numbers)),
     ]
     return html.document("vitssl: " + " / ".join(names), body)
+
+
+def _differences(names, rows):
+    """Return the table of differences, folded if it would hide the curves."""
+    found = html.table(["key", *names], rows)
+    return html.folded(f"{len(rows)} values", found, opened=len(rows) <= 15)
 
 
 def short_names(runs) -> list[str]:
