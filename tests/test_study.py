@@ -56,9 +56,11 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     base = _config(tmp_path, plain=(), warm=("init.from=@first",))
     with pytest.raises(errors.UsageError, match="study.first: missing"):
         study.read(base)
-    alone = experiment.read(base.copy_and_resolve_references().__class__(
-        {k: v for k, v in base.items() if k != "study"}
-    ))
+    alone = experiment.read(
+        base.copy_and_resolve_references().__class__(
+            {k: v for k, v in base.items() if k != "study"}
+        )
+    )
     monkeypatch.setattr(experiment, "load", lambda spec: alone.config)
     base.study.first = "some/config.py:pretrain"
     plan = study.read(base)

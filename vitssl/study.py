@@ -11,8 +11,8 @@ A config becomes a study by its section `study`; arms are overrides as typed:
     c.study.first = "configs/x.py:pretrain"
 
 The optional key `first` is a config that is run once, in WORKDIR/first; arms start from
-it by the override init.from=@first. Every run is an ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that
-was killed goes on where it stopped.
+it by the override init.from=@first. Every run is an ordinary workdir,
+WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on where it stopped.
 """
 
 import dataclasses
