@@ -7,6 +7,7 @@ Arguments (`--config=configs/hjepa.py:NAME`):
     smoke           two steps, seconds
     evidence        multi-crop against single crop at equal compute, three seeds,
                     composed scenes, an hour on two cores
+    evidence_run    one run of it: 2 + 6 crops, seed 0
     cifar10_vitb    the system's flagship: ViT-B/16, CIFAR-10 at 224 px; needs
                     --config.data.root=DIR
     imagenet_vitb, imagenet_vitl, ijepa_vith14

@@ -75,6 +75,19 @@ def term_after_step(n):
     log.Metrics.push = wrapped
 
 
+def slow_steps(n):
+    """Every step takes n milliseconds more."""
+    from vitssl import log
+
+    push = log.Metrics.push
+
+    def wrapped(self, *args):
+        time.sleep(n / 1000)
+        push(self, *args)
+
+    log.Metrics.push = wrapped
+
+
 def term_while_compiling(_):
     """SIGTERM while the first step compiles."""
     from vitssl import step

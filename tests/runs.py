@@ -41,11 +41,37 @@ TINY = {
 }
 
 
-def arguments(workdir, **changes):
+# The same of LocalMIM: two layers of three freeze after the fifth of eight steps.
+TINY_FREEZING = {
+    "steps": 8,
+    "batch_size": 16,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.depth": 3,
+    "model.image_size": 16,
+    "augment.size": 16,
+    "stages.blocks": "(0, 2)",
+    "stages.scales": "(2.0, 1.0)",
+    "decoder.width": 16,
+    "decoder.heads": 2,
+    "freeze.schedule": "linear",
+    "freeze.t_0": 0.5,
+    "freeze.layers": "(('(encoder/(patch_embed|block_0)|norm_0|decoder_0)/.*', 0), "
+    "('encoder/block_2/.*', 1))",
+    "log.every_steps": 2,
+    "log.tensorboard": False,
+    "checkpoint.every_epochs": 2 / 89,
+    "evals.image_size": 16,
+    "evals.every_epochs": 0,
+    "evals.final": "()",
+}
+
+
+def arguments(workdir, *, name="hjepa", base=TINY, **changes):
     """Return the command line of a tiny run; keys with __ for dots."""
-    values = TINY | {k.replace("__", "."): v for k, v in changes.items()}
+    values = base | {k.replace("__", "."): v for k, v in changes.items()}
     return [
-        f"--config={ROOT / 'configs' / 'hjepa.py'}:smoke",
+        f"--config={ROOT / 'configs' / name}.py:smoke",
         f"--workdir={workdir}",
         *(f"--config.{k}={v}" for k, v in values.items()),
     ]

@@ -134,9 +134,10 @@ def test_overrides_keep_types_and_accept_both_forms(capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
 def test_every_recipe_is_valid(path):
-    module = config._import(str(path))
+    module = config.module(str(path))
     for name in module.RECIPES:
-        c = experiment.load(f"{path}:{name}")
+        # Recipes that only evaluate need a checkpoint, which nobody opens here.
+        c = experiment.load(f"{path}:{name}", ["init.from=DIR"])
         if "study" in c:
             from vitssl import study
 

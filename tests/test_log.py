@@ -1,10 +1,12 @@
 """Metrics one step late, their means across a resume, files that survive a kill."""
 
 import json
+import logging
+import signal
 
 import pytest
 
-from vitssl import errors, log
+from vitssl import errors, guard, log
 
 SPEC = log.Log(every_steps=2, tensorboard=False)
 
@@ -135,3 +137,23 @@ def test_the_clock_leaves_out_pauses():
     assert found["time/eta_seconds"] == pytest.approx(40, rel=0.1)
     assert found["time/data_wait_percent"] == pytest.approx(20, rel=0.1)
     assert found["time/mfu_percent"] == pytest.approx(0.2, rel=0.1)
+
+
+def test_a_terminal_that_hung_up_does_not_end_the_run(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def flush(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    package = logging.getLogger("vitssl")
+    before = package.handlers[:], package.level, package.propagate
+    log.to_terminal()
+    try:
+        monkeypatch.setattr("sys.stdout", Gone())
+        logging.getLogger("vitssl.train").info("a line")
+        guard.Signals()._handle(signal.SIGTERM, None)
+    finally:
+        monkeypatch.undo()
+        package.handlers[:], package.level, package.propagate = before

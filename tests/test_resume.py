@@ -194,3 +194,41 @@ def test_two_processes_on_loopback_train_like_one(whole, tmp_path):
     one, two = runs.state(whole), runs.state(tmp_path)
     kernel = "params/encoder/block_0/mlp/fc1/kernel"
     np.testing.assert_allclose(one[kernel], two[kernel], rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def freezing(tmp_path_factory):
+    """An uninterrupted run with a freeze event, and what later ones need compiled."""
+    place = tmp_path_factory.mktemp("freezing")
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    own = dict(name="localmim", base=runs.TINY_FREEZING, env=cache)
+    done = runs.run(place / "run", **own)
+    assert done.returncode == 0, done.said
+    return place / "run", own
+
+
+# The layers are frozen from step 5 on, after the fifth update.
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_kill_9_around_a_freeze_event_changes_nothing(step, freezing, tmp_path):
+    whole, own = freezing
+    killed = runs.run(tmp_path, f"kill_after_step={step}", **own)
+    assert killed.returncode == -signal.SIGKILL, killed.said
+    again = runs.run(tmp_path, **own)
+    assert again.returncode == 0, again.said
+    assert runs.digest(tmp_path, 8) == runs.digest(whole, 8)
+    assert runs.metrics(tmp_path) == runs.metrics(whole)
+
+
+def test_the_state_of_frozen_leaves_is_dropped_and_they_stand_still(freezing):
+    whole, _ = freezing
+    (before, after) = (runs.state(whole, step) for step in (6, 8))
+    assert not any("block_0" in k for k in after if k.startswith("opt/"))
+    assert any("block_2" in k for k in after if k.startswith("opt/"))
+    for name in after:
+        if name.startswith("params/encoder/block_0/"):
+            assert np.array_equal(before[name], after[name])
+    lines = runs.metrics(whole)
+    assert [x["freeze/layers"] for x in lines if "freeze/layers" in x][-1] == 1

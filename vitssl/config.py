@@ -49,9 +49,9 @@ def load(
             another type than the value it replaces.
     """
     path, _, argument = spec.partition(":")
-    module = _import(path)
+    file = module(path)
     try:
-        c = module.get_config(argument) if argument else module.get_config()
+        c = file.get_config(argument) if argument else file.get_config()
     except ValueError as e:
         raise errors.UsageError(f"--config={spec}: {e}") from e
     c = ml_collections.ConfigDict(c)
@@ -79,7 +79,12 @@ def name_of(spec: str) -> str:
     return f"{stem}-{argument}" if argument else stem
 
 
-def _import(path: str) -> types.ModuleType:
+def module(path: str) -> types.ModuleType:
+    """Return a config file as a module.
+
+    Raises:
+        UsageError: no such file, a syntax error in it, no `get_config`.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
         near = sorted(str(p) for p in file.parent.glob("*.py"))
@@ -89,14 +94,14 @@ def _import(path: str) -> types.ModuleType:
     found = importlib.util.spec_from_file_location(file.stem, file)
     if found is None:
         raise errors.UsageError(f"--config={path}: not a Python file")
-    module = importlib.util.module_from_spec(found)
+    made = importlib.util.module_from_spec(found)
     try:
-        found.loader.exec_module(module)
+        found.loader.exec_module(made)
     except SyntaxError as e:
         raise errors.UsageError(f"--config={path}: line {e.lineno}: {e.msg}") from e
-    if not hasattr(module, "get_config"):
+    if not hasattr(made, "get_config"):
         raise errors.UsageError(f"--config={path}: defines no get_config()")
-    return module
+    return made
 
 
 def _override(c, key: str, text: str, problems: Problems):

@@ -15,6 +15,7 @@ from vitssl import (
     checkpoint,
     config,
     devices,
+    errors,
     evals,
     freezeout,
     log,
@@ -35,9 +36,12 @@ class Settings:
         method: key of `methods.table.METHODS`.
         seed: of weights, data order, augmentation and everything random.
         batch_size: images per optimizer step over all devices and micro-batches.
-        epochs: length of the run, in passes over the training set.
+        epochs: length of the run, in passes over the training set; 0 evaluates what
+            init.from names and trains nothing.
         steps: if not 0, length of the run in optimizer steps, instead of `epochs`.
         accumulate: micro-batches per optimizer step.
+        per_device: if not 0, images that a device takes at a time; `accumulate` then
+            follows from batch_size and the number of devices.
         precision: compute dtype; parameters, losses and moments stay float32.
     """
 
@@ -52,6 +56,7 @@ class Settings:
     checkpoint: checkpoint.Checkpoint
     steps: int = 0
     accumulate: int = 1
+    per_device: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     mesh: devices.Mesh = devices.Mesh()
     init: start_from.Init = start_from.Init()
@@ -65,8 +70,12 @@ class Settings:
             yield f"batch_size={self.batch_size}: 1 or more"
         if self.steps < 0:
             yield f"steps={self.steps}: 0 (use epochs) or more"
-        if self.epochs <= 0 and not self.steps:
-            yield f"epochs={self.epochs}: must be above 0 (or set steps)"
+        if self.epochs < 0:
+            yield f"epochs={self.epochs}: 0 or more"
+        if not self.epochs and not self.steps and not self.init.from_:
+            yield "epochs=0: evaluates only, so it needs init.from (or set steps)"
+        if self.per_device < 0:
+            yield f"per_device={self.per_device}: 0 (use accumulate) or more"
         if self.accumulate < 1:
             yield f"accumulate={self.accumulate}: 1 or more"
         elif self.batch_size % self.accumulate:
@@ -92,12 +101,34 @@ class Experiment:
     sections: dict
     config: ml_collections.ConfigDict
 
+    def on(self, devices: int) -> "Experiment":
+        """Return the experiment with `accumulate` for so many devices.
+
+        Raises:
+            UsageError: the batch is no multiple of what the devices take at a time.
+        """
+        s = self.settings
+        if not s.per_device:
+            return self
+        whole = s.per_device * devices
+        # Fewer images than the devices could take at a time are one micro-batch.
+        count = max(1, -(-s.batch_size // whole))
+        if s.batch_size % (count * devices):
+            raise errors.UsageError(
+                f"batch_size={s.batch_size} does not split into micro-batches of "
+                f"per_device={s.per_device} on {devices} device(s); set accumulate"
+            )
+        settings = dataclasses.replace(s, accumulate=count)
+        return dataclasses.replace(self, settings=settings)
+
     def method(self, run: methods.Run) -> methods.Method:
         """Return the method for a run whose length and data are known."""
         cls = methods_table.METHODS[self.settings.method]
         return cls(run=run, **self.sections)
 
-    def run(self, *, total_steps=1, steps_per_epoch=1, classes=0) -> methods.Run:
+    def run(
+        self, *, total_steps=1, steps_per_epoch=1, classes=0, counts=()
+    ) -> methods.Run:
         """Return what the method may know of the run."""
         s = self.settings
         return methods.Run(
@@ -109,6 +140,7 @@ class Experiment:
             mean=s.data.mean,
             std=s.data.std,
             dtype=s.precision,
+            counts=counts,
         )
 
 
@@ -171,6 +203,16 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
         )
     problems.stop()
     return experiment
+
+
+def with_noise(experiment: Experiment) -> Experiment:
+    """Return an experiment on random pixels of the same kind: for sizes, no data."""
+    s = experiment.settings
+    options = {"count": max(256, s.batch_size), "channels": s.data.channels}
+    data = dataclasses.replace(
+        s.data, source="fake", root="", split="train", options=options
+    )
+    return dataclasses.replace(experiment, settings=dataclasses.replace(s, data=data))
 
 
 def _sections_of(cls) -> dict:

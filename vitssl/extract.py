@@ -3,7 +3,7 @@
     python -m vitssl.extract WEIGHTS --images=FOLDER --to=FEATURES.npz
         [--image_size=N] [--batch_size=64] [--names=pooled,tokens] [--pool=cls|mean]
         [--part=target|encoder]
-    python -m vitssl.extract WEIGHTS --program=FOLDER [--image_size=N]
+    python -m vitssl.extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
 
 WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
 FEATURES.npz holds "pooled" [M, D], "label" [M], "classes" and "path" [M];
@@ -91,10 +91,9 @@ def _watched(batches, total, batch_size, show, every=5.0):
         now = time.perf_counter()
         if now - last > every:
             done = min(total, (i + 1) * batch_size)
-            left = (now - start) / done * (total - done)
-            show(
-                f"{done}/{total} images, {done / (now - start):.0f}/s, {left:.0f} s left"
-            )
+            rate = done / (now - start)
+            left = (total - done) / rate
+            show(f"{done}/{total} images, {rate:.0f}/s, {left:.0f} s left")
             last = now
 
 
@@ -139,6 +138,7 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--program", default="")
     flags.add_argument("--image_size", type=int, default=0)
     flags.add_argument("--batch_size", type=int, default=64)
+    flags.add_argument("--batch", default="b", help="fixed size of a program's batch")
     flags.add_argument("--names", default="pooled")
     flags.add_argument("--pool", default="")
     flags.add_argument("--part", default="")
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int:
             f.weights, part=f.part, pool=f.pool, image_size=f.image_size
         )
         if f.program:
-            print(features.export_program(found, f.program))
+            print(features.export_program(found, f.program, batch=f.batch))
             return 0
         names = tuple(f.names.split(","))
         run(found, f.images, f.to, batch_size=f.batch_size, names=names)

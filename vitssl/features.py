@@ -215,7 +215,8 @@ def export_program(
         The folder.
 
     Raises:
-        UsageError: the weights say no image size.
+        UsageError: the weights say no image size, or the method's features cannot
+            be traced for a batch of any size.
     """
     if not features.image_size:
         raise errors.UsageError("program: give --image_size=N, the weights have none")
@@ -233,7 +234,13 @@ def export_program(
     side = features.image_size
     image = jax.ShapeDtypeStruct((size, side, side, features.channels), jnp.uint8)
     weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
-    made = jax.export.export(jax.jit(run), platforms=platforms)(weights, image)
+    try:
+        made = jax.export.export(jax.jit(run), platforms=platforms)(weights, image)
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as e:
+        raise errors.UsageError(
+            f"program: this method wants to know its batch size ({e}); give --batch=N, "
+            "or --part=target or encoder for the encoder alone"
+        ) from e
     folder = pathlib.Path(to)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "features.jax").write_bytes(bytes(made.serialize()))

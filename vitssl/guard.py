@@ -60,7 +60,12 @@ def _take(handle) -> bool:
 
 
 class Signals:
-    """Turns SIGTERM and SIGINT into "save and stop"; a second one stops at once."""
+    """Turns SIGTERM and SIGINT into "save and stop"; a second one stops at once.
+
+    In a job of several processes JAX's runtime handles SIGTERM: it tells all of them,
+    and they agree on a step. A handler of ours would replace its own, and nobody would
+    hear of the signal.
+    """
 
     def __init__(self):
         self.received = ""
@@ -68,9 +73,13 @@ class Signals:
 
     def __enter__(self):
         """Install the handlers (only the main thread may)."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
+        if jax.process_count() > 1:
+            handlers = {signal.SIGINT: self._pass_on}
+        for number, handler in handlers.items():
+            self._old[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *unused):
@@ -83,7 +92,15 @@ class Signals:
         if self.received:
             os._exit(errors.Preempted.code)
         self.received = signal.Signals(number).name
-        sys.stdout.write(f"\n{self.received}: saving after this step, then exit 75\n")
+        _say(f"{self.received}: saving after this step, then exit 75")
+
+    def _pass_on(self, number, frame):
+        del number, frame
+        if self.received:
+            os._exit(errors.Preempted.code)
+        self.received = "SIGINT"
+        _say("SIGINT: saving soon on every process, then exit 75")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(self, step: int) -> str:
         """Return the signal's name if all processes shall stop after `step`, or ""."""
@@ -92,6 +109,12 @@ class Signals:
             reached = multihost_utils.reached_preemption_sync_point(step)
             return (self.received or "SIGTERM") if reached else ""
         return self.received
+
+
+def _say(text):
+    # What sent the signal may have closed the terminal, too.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(f"\n{text}\n")
 
 
 class Watchdog:

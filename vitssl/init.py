@@ -27,16 +27,19 @@ class Init:
         rename: ((pattern of our name, stored name), ...), the first that fits wins;
             "\\1" stands for the first group. Several of ours may take one stored leaf:
             (("stage_[12]/backbone/(.*)", r"encoder/\\1"),) fills two networks.
+        absent: patterns of names that keep their initial value if they are not stored.
     """
 
     from_: str = ""
     skip: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
 
     def check(self) -> Iterator[str]:
         """Yield what is wrong with the patterns."""
         for key, patterns in (
             ("skip", self.skip),
+            ("absent", self.absent),
             ("rename", [pattern for pattern, _ in self.rename]),
         ):
             for pattern in patterns:
@@ -49,8 +52,10 @@ class Init:
 def load(spec: Init, params):
     """Return `params` with the leaves that `spec.from_` stores under the same names.
 
-    Position tables of converted weights are resampled by their family's rule where the
-    model is for images of another size.
+    Weights of an encoder fill "encoder/" and every "backbone/" of a method that names
+    its networks so. Position tables are resampled where the model is for images of
+    another size: of converted weights by their family's rule, of a run by PyTorch's
+    bicubic.
 
     Raises:
         CheckpointError: no checkpoint there; no name in common; leaves of another
@@ -61,8 +66,12 @@ def load(spec: Init, params):
     for name, leaf in leaves.items():
         if any(re.fullmatch(p, name) for p in spec.skip):
             continue
-        if stored.get(name) is not None and name.endswith("pos_embed"):
+        if name not in stored and (alias := _alias(name)) in stored:
+            stored[name] = stored[alias]
+        if name in stored and name.endswith("pos_embed"):
             stored[name] = _resampled(spec.from_, name, stored[name], leaf.shape)
+        if name not in stored and any(re.fullmatch(p, name) for p in spec.absent):
+            continue
         if name not in stored:
             faults.append(f"{name}: not in the checkpoint")
         elif stored[name].shape != leaf.shape:
@@ -162,16 +171,24 @@ def read_trees(path, keys) -> dict:
     return {key: tree.flat(restored[key]) if key in stored else {} for key in keys}
 
 
+def _alias(name) -> str:
+    """Return the name that a leaf below "backbone/" has in converted weights."""
+    _, found, rest = f"/{name}".partition("/backbone/")
+    return f"encoder/{rest}" if found else name
+
+
 def _resampled(path, name, table, shape):
-    """Return a converted position table for the grid of the model, if that is all."""
-    if table.shape == tuple(shape) or not backbone.is_backbone(path):
+    """Return a position table for the grid of the model, if that is all it lacks."""
+    if table.shape == tuple(shape):
         return table
     rows, wanted = table.shape[1], shape[1]
     for first in (1, 0):
         sides = [round(max(0, n - first) ** 0.5) for n in (rows, wanted)]
         squares = [side * side + first for side in sides]
         if squares == [rows, wanted]:
-            rule = backbone.read(path).about.rule
+            # Of our own runs as torch resizes, which is what fine-tuning is used to.
+            imported = backbone.is_backbone(path)
+            rule = backbone.read(path).about.rule if imported else "plain"
             logger.info(
                 "init.from=%s: %s resampled from %s to %s (%s)",
                 path,

@@ -5,12 +5,14 @@ for the log. Lines hold means since the last line; the running sums are part of 
 checkpoint, so a resumed run writes the same lines.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -328,7 +330,8 @@ def write_status(workdir, **values) -> None:
     A failure to write is not the run's.
     """
     path = pathlib.Path(workdir) / "status.json"
-    values = {"time": time.time(), "pid": os.getpid(), **values}
+    now = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    values = {**now, **values}
     try:
         temporary = path.with_suffix(".json.tmp")
         temporary.write_text(json.dumps(values, indent=1, default=_plain) + "\n")
@@ -347,7 +350,9 @@ class _Terminal(logging.Handler):
     """Writes to whatever standard output is now (notebooks and tests replace it)."""
 
     def emit(self, record):
-        print(self.format(record), file=sys.stdout, flush=True)
+        # A terminal that hung up, or a pipe whose reader ended, is no reason to stop.
+        with contextlib.suppress(OSError, ValueError):
+            print(self.format(record), file=sys.stdout, flush=True)
 
 
 def to_terminal(verbose: bool = True) -> None:

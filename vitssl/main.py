@@ -16,7 +16,7 @@ usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
   --workdir       directory of the run (default runs/<config>[-<argument>]);
                   the same command again goes on where the run stopped
   --config.KEY    override any value: --config.optim.lr=1e-3
-  --dry_run       check the config, print it in full, and stop
+  --dry_run       print the config in full and the memory of a step; no training
   --force_unlock  ignore the lock of another run on this workdir
 """
 _FLAGS = ("config", "workdir", "dry_run", "force_unlock", "help")
@@ -96,8 +96,8 @@ def _run(flags) -> int:
         return 0
     checked = experiment.read(c)
     if flags["dry_run"]:
-        print(config.to_json(checked.config), end="")
-        return 0
+        print(config.to_json(checked.config), end="", flush=True)
+        return _dry_run(checked)
     # Only now anything that touches devices or data.
     from vitssl import devices, train
 
@@ -106,10 +106,22 @@ def _run(flags) -> int:
     return 0
 
 
-def cli() -> None:
-    """Run `sys.argv` and exit."""
-    sys.exit(main(sys.argv[1:]))
+def _dry_run(checked) -> int:
+    """Print what a step needs; it is compiled, but nothing is computed."""
+    from vitssl import devices, errors, experiment, memory, report, train
+
+    devices.start()
+    try:
+        parts = train.build(checked)
+    except errors.DataError as e:
+        print(f"data: {e}\n  noise takes its place here", flush=True)
+        parts = train.build(experiment.with_noise(checked))
+    params = parts.compiled.abstract(parts.phase(0)).params
+    lines = report.parameter_table(params, parts.optimizer)
+    print("\n".join(lines), flush=True)
+    print(memory.describe(parts))
+    return 0
 
 
 if __name__ == "__main__":
-    cli()
+    sys.exit(main(sys.argv[1:]))

@@ -50,7 +50,6 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
         power = "" if power == 1.0 else f" to the power {power:g}"
         rate += f" (= {s.optim.lr:g} x {s.batch_size} / {s.optim.lr_batch}{power})"
     parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
-    decay = float(optimizer.wd(0))
     lines = [
         f"vitssl {v['vitssl']} ({v['commit']})  run {name}  method {s.method}",
         "  " + "  ".join(f"{k} {v[k]}" for k in ("python", "jax", "flax", "optax")),
@@ -62,7 +61,8 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
         f"  length    {run.total_steps} steps = {epochs:.4g} epochs of "
         f"{run.steps_per_epoch} steps",
         f"  {s.optim.name:<9} {rate}, warm-up {optimizer.warmup_steps} steps, "
-        f"{s.optim.schedule} to {s.optim.min_lr:g}, decay {decay:.4g}, "
+        f"{s.optim.schedule} to {s.optim.min_lr:g}, "
+        f"decay {float(optimizer.wd(0)):.4g}, "
         f"clip {s.optim.clip_norm or 'off'}",
     ]
     return "\n".join([*lines, *parameter_table(params, optimizer)])

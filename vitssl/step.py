@@ -210,6 +210,10 @@ class Compiled:
             self.seconds += time.perf_counter() - start
         return self._done[phase]
 
+    def finished(self, phase: Phase):
+        """Return the executable of `phase` if it is compiled, or None."""
+        return self._done.get(phase)
+
     def prepare(self, phase: Phase, batch) -> None:
         """Compile `phase` in a background thread, unless that is done or under way."""
         if phase in self._done or phase in self._pending:

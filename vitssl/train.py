@@ -25,7 +25,9 @@ from vitssl import (
     guard,
     init,
     log,
+    memory,
     optim,
+    phases,
     report,
     step,
 )
@@ -116,13 +118,21 @@ def build(experiment) -> Parts:
     Raises:
         UsageError, DataError: what cannot work, before any time is spent.
     """
+    experiment = experiment.on(jax.device_count())
     s = experiment.settings
     mesh = devices.mesh(s.mesh, s.batch_size, s.accumulate)
     source = s.data.open(s.data.split)
     per_epoch = pipeline.steps_per_epoch(source, s.batch_size)
-    total = s.steps or max(1, round(s.epochs * per_epoch))
+    total = s.steps or round(s.epochs * per_epoch)
+    if s.epochs or s.steps:
+        total = max(1, total)
+    labels = getattr(source, "labels", None)
+    classes, counts = len(source.classes), ()
+    if labels is not None and classes:
+        known = np.asarray(labels)[np.asarray(labels) >= 0]
+        counts = tuple(np.bincount(known, minlength=classes).tolist())
     run = experiment.run(
-        total_steps=total, steps_per_epoch=per_epoch, classes=len(source.classes)
+        total_steps=total, steps_per_epoch=per_epoch, classes=classes, counts=counts
     )
     method = experiment.method(run)
     shapes = _shapes(_stream(source, method, s, 0), 0)
@@ -173,12 +183,22 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )
-        try:
+        with _last_words(workdir), memory.refusals(parts):
             return _run(parts, workdir, name, saves, signals, stack)
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" in str(e) or "out of memory" in str(e).lower():
-                raise errors.OutOfMemoryError(_memory_advice(parts, e)) from e
-            raise
+
+
+@contextlib.contextmanager
+def _last_words(workdir):
+    """Say in status.json why a run ended that did not finish."""
+    try:
+        yield
+    except errors.Preempted:
+        raise  # Said already, with the step.
+    except Exception as e:
+        if devices.is_main():
+            error = f"{type(e).__name__}: {e}"
+            log.write_status(workdir, state="failed", error=error)
+        raise
 
 
 def _run(parts, workdir, name, saves, signals, stack) -> dict:
@@ -186,6 +206,10 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     found = saves.restore(restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at = int(state.step)
+    if devices.is_main():
+        log.write_status(
+            workdir, state="starting", step=at, total_steps=run_.total_steps, name=name
+        )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
         logger.info("resuming after step %d of %d", at, run_.total_steps)
@@ -216,7 +240,8 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     loop = _Loop(parts, workdir, saves, signals, watchdog, writers, evaluate, meta)
     stack.callback(parts.compiled.close)
     if at >= run_.total_steps:
-        logger.info("already complete (%d steps); final evaluation only", at)
+        done = f"already complete ({at} steps)" if found else "epochs=0"
+        logger.info("%s; final evaluation only", done)
     else:
         state = loop.go(state)
     watchdog.beat("final evaluation")
@@ -225,11 +250,20 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     logger.info("%s", text)
     if evaluate.arrays and devices.is_main():
         np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
+    if loop.phases.rows:
+        values |= loop.phases.totals()
+    if table := loop.phases.table():
+        logger.info("%s", table)
     loop.write(int(state.step), values)
     if s.log.pictures and devices.is_main():
         _pictures(parts, workdir, state, untrained)
     log.write_status(
-        workdir, state="finished", step=int(state.step), metrics=values, name=name
+        workdir,
+        state="finished",
+        step=int(state.step),
+        total_steps=run_.total_steps,
+        metrics=values,
+        name=name,
     )
     return values
 
@@ -287,6 +321,7 @@ class _Loop:
         self.scores = dict(meta.get("metrics", {}))
         spec = parts.experiment.settings.checkpoint
         self.patience = checkpoint.Patience(spec, meta.get("patience", {}))
+        self.phases = phases.Phases(meta.get("phases", ()))
         self.clock = None
 
     def go(self, state):
@@ -298,6 +333,7 @@ class _Loop:
         phase = parts.phase(at)
         state = step.enter(state, phase)
         self._first_compile(phase, at)
+        self._enter(phase, at)
         if at == 0:
             # Fail now, not at the end of the first epoch.
             self._evaluate(state, 0)
@@ -309,11 +345,16 @@ class _Loop:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
                     state = step.enter(state, phase)
+                    waiting = time.perf_counter()
+                    parts.compiled.get(phase, batch)
+                    self._pause(waiting)
+                    self._enter(phase, at)
                 executable = parts.compiled.get(phase, batch)
                 # A silent copy between host and device here would stall every step.
                 with jax.transfer_guard("disallow"):
                     state, metrics = executable(state, batch)
                 self.clock.step(waited)
+                self.phases.step()
                 self.watchdog.beat(f"step {at + 1}")
                 self._push(state, at, metrics, ids)
                 at += 1
@@ -330,8 +371,7 @@ class _Loop:
         start = time.perf_counter()
         executable = parts.compiled.get(phase, parts.shapes(at))
         count = jax.device_count()
-        flops = (executable.cost_analysis() or {}).get("flops", 0.0) * count
-        flops *= s.accumulate  # XLA counts the body of a loop once.
+        flops = self._flops(executable)
         self.clock = log.Clock(
             parts.run.total_steps,
             s.batch_size,
@@ -344,6 +384,18 @@ class _Loop:
             time.perf_counter() - start,
             flops / s.batch_size / 1e9,
         )
+
+    def _enter(self, phase, at):
+        """Begin the row of a phase; its step is compiled."""
+        executable = self.parts.compiled.get(phase, self.parts.shapes(at))
+        self.phases.enter(at, len(phase.frozen), self._flops(executable))
+
+    def _flops(self, executable) -> float:
+        """Return XLA's count of a step, over all devices."""
+        count = jax.device_count()
+        flops = (executable.cost_analysis() or {}).get("flops", 0.0) * count
+        # XLA counts the body of a loop once.
+        return flops * self.parts.experiment.settings.accumulate
 
     def _push(self, state, at, metrics, ids):
         try:
@@ -385,7 +437,13 @@ class _Loop:
             self._save(state, at)
         if stop and not last:
             self.saves.wait()
-            log.write_status(self.workdir, state="preempted", step=at)
+            if devices.is_main():
+                log.write_status(
+                    self.workdir,
+                    state="preempted",
+                    step=at,
+                    total_steps=self.parts.run.total_steps,
+                )
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
 
     def _log(self, at):
@@ -393,9 +451,9 @@ class _Loop:
         values = {**self.metrics.means(), **times}
         values["freeze/leaves"] = len(self.parts.phase(at - 1).frozen)
         values["compile/seconds"] = self.parts.compiled.seconds
-        memory = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in memory:
-            values["memory/peak_bytes"] = memory["peak_bytes_in_use"]
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["memory/peak_bytes"] = stats["peak_bytes_in_use"]
         self.write(at, values)
         if devices.is_main():
             total = self.parts.run.total_steps
@@ -435,6 +493,7 @@ class _Loop:
         meta = {
             "log": self.metrics.state(),
             "patience": self.patience.state(),
+            "phases": self.phases.state(),
             "versions": report.versions(),
         }
         self.saves.save(at, state, meta, self.scores)
@@ -443,6 +502,7 @@ class _Loop:
     def _pause(self, start):
         if self.clock is not None:
             self.clock.pause(time.perf_counter() - start)
+            self.phases.pause(time.perf_counter() - start)
 
     def _profile(self, done):
         first, last = self.parts.experiment.settings.log.profile_steps
@@ -476,15 +536,3 @@ def _record_config(workdir, c, *, resumed: bool):
             logger.warning("config changed since this run began: %s", line)
     path.write_text(config.to_json(c))
     (workdir / "versions.json").write_text(json.dumps(report.versions(), indent=1))
-
-
-def _memory_advice(parts, error) -> str:
-    s = parts.experiment.settings
-    first = str(error).strip().splitlines()[0][:300]
-    return (
-        f"out of device memory: {first}\n"
-        f"  batch_size={s.batch_size}, accumulate={s.accumulate}, "
-        f"precision={s.precision}. Lower batch_size, or raise accumulate (same batch, "
-        "less memory), set model.remat=True, precision=bfloat16, mesh.fsdp over more "
-        "devices, or use fewer or smaller crops"
-    )

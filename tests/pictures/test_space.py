@@ -88,3 +88,19 @@ def test_distributions_are_of_norms_deviations_and_spectrum():
     values = np.linalg.svd(x - x.mean(0), compute_uv=False)
     np.testing.assert_allclose(spectrum.lines[0].get_ydata(), values / values[0])
     assert deviation.lines[0].get_color() in panels.COLOURS
+
+
+def test_confusions_count_what_neighbours_vote_for():
+    # Two clusters; one image of class 1 lies beside those of class 0.
+    x = np.array([[1, 0.0], [1, 0.1], [1, 0.2], [0, 1.0], [0.1, 1], [1, -0.3]])
+    labels = [0, 0, 0, 1, 1, 1]
+    assert space.confusions(x, labels, 2, k=2).tolist() == [[3, 0], [1, 2]]
+    # An image of unknown class neither votes nor counts.
+    more = np.concatenate([x, x[:1]])
+    assert space.confusions(more, [*labels, -1], 2, k=2).sum() == 6
+
+
+def test_the_confusion_matrix_shows_counts_and_accuracy():
+    figure = space.confusion(np.array([[3, 1], [0, 4]]), ("cat", "dog"))
+    texts = {t.get_text() for t in figure.axes[0].texts}
+    assert texts == {"3", "1", "4"} and "87.5%" in figure.get_suptitle()

@@ -2,6 +2,7 @@
 
 step    a whole training step of a config, or of a plain ViT, on synthetic batches
 data    the input pipeline, samples per second and core
+freeze  every phase of a run with FreezeOut, against its cost formula
 knn     exact nearest neighbours
 """
 
@@ -9,7 +10,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("step", "data", "knn")
+NAMES = ("step", "data", "freeze", "knn")
 
 
 def main(argv: list[str]) -> int:

@@ -172,8 +172,8 @@ def random_batch(shapes, seed: int) -> dict:
     }
 
 
-def prepare(*, name, method, optimizer, batch, accumulate, analytic, seed):
-    """Compile a step and put its state and batch on the devices.
+def prepare(*, name, method, optimizer, batch, accumulate, analytic, seed, at=0):
+    """Compile step `at` and put its state and batch on the devices.
 
     Returns:
         a function that does one step and waits for it, and the figures known so far.
@@ -181,7 +181,7 @@ def prepare(*, name, method, optimizer, batch, accumulate, analytic, seed):
     mesh_spec = devices.Mesh()
     rows = len(next(iter(batch.values())))
     mesh = devices.mesh(mesh_spec, rows, accumulate)
-    phase = step.phase_at(method, optimizer, 0)
+    phase = step.phase_at(method, optimizer, at)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -136,6 +136,29 @@ def views(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> dict:
     return {name: filled[name] for name in want}
 
 
+def by_name(state: Mapping[str, np.ndarray], table: Table) -> dict:
+    """Return {name: view} of a state dict without a model to compare it with.
+
+    Raises:
+        CheckpointError: naming every key no rule knows, and leaves filled twice.
+    """
+    forward = [(_compile(r.torch), r) for r in table.rules]
+    ignored = [_compile(name) for name in table.ignore]
+    made, origin, faults = {}, {}, _Faults()
+    for key, value in state.items():
+        found = _first(forward, key)
+        if found is None:
+            if not any(p.fullmatch(key) for p in ignored):
+                faults.surplus.append(key)
+            continue
+        name = found[0].flax.format_map(found[1])
+        if name in made:
+            faults.twice.append(f"{name}: {origin[name]} and {key}")
+        made[name], origin[name] = found[0].to_flax(value), key
+    faults.raise_if_any()
+    return made
+
+
 def leaf_of(key: str, table: Table) -> str | None:
     """Return the leaf that a key of a state dict belongs to, or None."""
     found = _first([(_compile(r.torch), r) for r in table.rules], key)

@@ -67,6 +67,7 @@ def _import(flags) -> int:
     found = importer.read(
         flags.file, name=flags.family, part=flags.part, options=options
     )
+    found = importer.signed(found, flags.file)
     file = backbone.write(flags.to, found)
     card.write(file, found, "vitssl", exporter.OURS)
     about = found.about

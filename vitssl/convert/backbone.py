@@ -28,7 +28,8 @@ class About:
     """What is said of weights beside the weights.
 
     Attributes:
-        model: a config section `model`: {"name": "vit", "width": ...}.
+        model: a config section `model`: {"name": "vit", "width": ...}; {} where the
+            weights are a whole method's.
         mean, std: pixel normalisation, of [0, 1] values.
         pool: "cls" or "mean" (of patch tokens): the feature of an image.
         family: where the weights come from; "vitssl" for a run of ours.
@@ -73,6 +74,12 @@ class Backbone:
             CheckpointError: the description fits no model of this version.
         """
         values = dict(self.about.model)
+        if not values:
+            raise errors.CheckpointError(
+                f"{self.about.source}: all parameters of the method "
+                f"{self.about.family!r}, no encoder alone; start a run from it with "
+                "--config.init.from, then load or export the run"
+            )
         name = values.pop("name", "vit")
         if name not in MODELS:
             raise errors.CheckpointError(

@@ -23,6 +23,7 @@ from vitssl.convert import (
     safetensors,
     vit,
 )
+from vitssl.models import posemb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ def timm(source: backbone.Backbone) -> Export:
     Raises:
         UsageError: rotary positions, which that class does not have.
     """
+    source = _settled(source)
     module, about = source.module(), source.about
     if module.rope:
         raise errors.UsageError(
@@ -139,6 +141,7 @@ def hf(source: backbone.Backbone) -> Export:
     Raises:
         UsageError: no class of transformers is this model.
     """
+    source = _settled(source)
     module = source.module()
     if module.qk_norm:
         raise errors.UsageError(
@@ -237,13 +240,14 @@ def big_vision(source: backbone.Backbone) -> Export:
     Raises:
         UsageError: the model has parts that big_vision's ViT does not have.
     """
+    source = _settled(source)
     module = source.module()
     absent = ("registers", "layerscale", "qk_norm", "rope")
     extra = [field for field in absent if getattr(module, field)]
     if extra:
         raise errors.UsageError(f"layout bigvision: its ViT has no {', '.join(extra)}")
     leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
-    state = convert.export(tree.nest(leaves), bigvision.table({}))
+    state = convert.export(tree.nest(leaves), bigvision.table({"heads": module.heads}))
     return Export(bigvision.export(state, module.heads), {}, _BIG_VISION)
 
 
@@ -256,6 +260,25 @@ LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {
     "hf": hf,
     "bigvision": big_vision,
 }
+
+
+def _settled(source: backbone.Backbone) -> backbone.Backbone:
+    """Return a network whose positions, if it has any, are a parameter.
+
+    Other codes know no fixed table of sines: it is written out, and without positions
+    of any kind zeros are.
+    """
+    module, model = source.module(), dict(source.about.model)
+    if module.positions in ("learned", "learned_sincos") or module.rope:
+        return source
+    grid = (module.image_size // module.patch,) * 2
+    table = np.zeros((grid[0] * grid[1], module.width), np.float32)
+    if module.positions == "sincos":
+        table = posemb.sincos(grid, module.width)
+    model |= dict(positions="learned", class_position=False)
+    about = dataclasses.replace(source.about, model=model)
+    leaves = dict(source.leaves) | {"encoder/pos_embed": table[None]}
+    return backbone.Backbone(about, leaves)
 
 
 def _encoder(source) -> dict:

@@ -7,10 +7,19 @@ families whose description fits it too.
 from collections.abc import Mapping
 
 from vitssl import errors
-from vitssl.convert import bigvision, dinov3, family, huggingface, reader, timm_names
+from vitssl.convert import (
+    bigvision,
+    dinov3,
+    family,
+    huggingface,
+    reader,
+    timm_names,
+    wholes,
+)
 
 # The first that fits wins: special ones stand before timm, which fits most.
 ORDER = (
+    wholes.PARTS,
     timm_names.HJEPA,
     bigvision.BIGVISION,
     dinov3.DINOV3,

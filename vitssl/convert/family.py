@@ -50,7 +50,8 @@ class Family:
         name: what `--family` calls it.
         about: one line for a person.
         fits: whether a state dict, its wrapping stripped, is of this family.
-        model: (state, options) -> fields of `models.vit.ViT`.
+        model: (state, options) -> fields of `models.vit.ViT`; of a whole model, what
+            `table` needs to know.
         table: fields -> `Table` from the state that `prepare` returns into
             {"encoder": ..., "head": ...}.
         prepare: (state, notes) -> state: keys as `table` knows them; says in `notes`
@@ -58,6 +59,7 @@ class Family:
         places: dicts of a training checkpoint to look into, best first.
         strip: prefixes to take off every key that has one.
         named: fits only the dicts of a training checkpoint that `places` names.
+        whole: not an encoder but all parameters of a method, see `wholes`.
         rule: how its code resamples position tables.
         mean, std: pixel normalisation it was trained with, of [0, 1] values.
         pool: what its users call the feature of an image.
@@ -72,6 +74,7 @@ class Family:
     places: tuple[str, ...] = ("model", "state_dict", "module", "")
     strip: tuple[str, ...] = ("module.",)
     named: bool = False
+    whole: bool = False
     rule: positions.Rule = "antialias"
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ def read(
 ) -> backbone.Backbone:
     """Return the network of a file.
 
-    Nothing large is copied: arrays are rearranged views of the file.
+    Nothing large is read or copied yet: arrays are rearranged views of the file.
 
     Args:
         path: `.pth`, `.safetensors` or `.npz`.
@@ -51,6 +50,8 @@ def read(
     notes += [told] if told else []
     state = one.prepare(raw, notes)
     fields = one.model(state, options)
+    if one.whole:
+        return _whole(path, one, state, one.table(fields), notes)
     if fields["depth"] < 1 or fields["width"] % fields["heads"]:
         raise errors.UsageError(
             f"--heads={fields['heads']}: must divide the width {fields['width']}"
@@ -58,6 +59,9 @@ def read(
     table = one.table(fields)
     leaves = convert.views(state, _like(fields, state, table), table)
     notes += _aside(state, table)
+    if told and (pixels := _pixels_beside(path)):
+        one = dataclasses.replace(one, mean=pixels[0], std=pixels[1])
+        notes.append("mean and std from the preprocessor_config.json beside the file")
     leaves, fields, mean, std = _adapt(leaves, fields, one, options, notes)
     about = backbone.About(
         model={"name": "vit", **fields},
@@ -67,7 +71,22 @@ def read(
         family=one.name,
         rule=one.rule,
         source=path.name,
-        sha256=digest(path),
+        notes=tuple(notes),
+    )
+    return backbone.Backbone(about, leaves)
+
+
+def _whole(path, one, state, table, notes):
+    """Return all parameters of a method, by their names in it."""
+    leaves = convert.by_name(state, table)
+    notes += _aside(state, table)
+    about = backbone.About(
+        model={},
+        mean=one.mean,
+        std=one.std,
+        family=one.name,
+        rule=one.rule,
+        source=path.name,
         notes=tuple(notes),
     )
     return backbone.Backbone(about, leaves)
@@ -164,23 +183,50 @@ def _spread(values, count):
 
 
 def _config_beside(path) -> tuple[dict, str]:
-    """Return (the config.json beside a file, what to say of it)."""
-    file = path.parent / "config.json"
-    if not file.is_file():
+    """Return (the config.json beside a file, what to say of it).
+
+    Raises:
+        CheckpointError: it names another activation than the exact GELU.
+    """
+    found = _json(path.parent / "config.json")
+    if "num_attention_heads" not in found:
         return {}, ""
+    if found.get("hidden_act", "gelu") != "gelu":
+        raise errors.CheckpointError(
+            f"{path.parent / 'config.json'}: hidden_act={found['hidden_act']}; the "
+            "blocks here have the exact GELU, gelu"
+        )
+    return found, "heads and epsilon from the config.json beside the file"
+
+
+def _pixels_beside(path) -> tuple[tuple, tuple] | None:
+    """Return (mean, std) of the preprocessor_config.json beside a file, if any."""
+    found = _json(path.parent / "preprocessor_config.json")
+    mean, std = found.get("image_mean"), found.get("image_std")
+    if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std):
+        return tuple(map(float, mean)), tuple(map(float, std))
+    return None
+
+
+def _json(file) -> dict:
+    """Return a JSON object; {} if there is no such file or it holds another thing."""
     try:
         found = json.loads(file.read_text())
     except (ValueError, OSError):
-        return {}, ""
-    if not isinstance(found, Mapping) or "num_attention_heads" not in found:
-        return {}, ""
-    return dict(found), "heads and epsilon from the config.json beside the file"
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def digest(path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def signed(found: backbone.Backbone, path) -> backbone.Backbone:
+    """Return a network with the sha256 of the file it came from, which reads it all."""
+    about = dataclasses.replace(found.about, sha256=digest(path))
+    return dataclasses.replace(found, about=about)
 
 
 def size(found: backbone.Backbone) -> int:

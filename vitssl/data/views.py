@@ -6,10 +6,12 @@ normalisation happens on the device.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
 from vitssl.data import crops, resample
+from vitssl.data.augment.randaugment import RandAugment
 from vitssl.data.masks import Masks
 
 
@@ -30,7 +32,8 @@ class Evaluate:
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
         """Return {image uint8 [s, s, C], label, index int32 []}."""
-        side = max(self.size, int(self.ratio * self.size))
+        # The quotient of two integers must not lose a pixel to rounding.
+        side = max(self.size, int(self.ratio * self.size + 1e-6))
         image = resize_short(example["image"], side, self.interpolation)
         return _labels(example) | dict(image=centre_crop(image, self.size))
 
@@ -116,3 +119,76 @@ def centre_crop(image, side):
 
 def _labels(example):
     return {key: np.int32(example.get(key, -1)) for key in ("label", "index")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised:
+    """One random crop, mirrored, augmented: what a classifier trains on.
+
+    Attributes:
+        size: side of the result, in pixels.
+        scale: smallest and largest share of the area.
+        flip: probability that it is mirrored.
+        randaugment: None, or what is applied last.
+        crop: "sampled": boxes that do not fit are drawn again, up to ten times.
+            "clipped": one draw, cut to the image (MAE's linear probe).
+        interpolation: see `crops.MultiCrop`.
+        fill: colour of what geometric operations bring in, in [0, 255].
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    randaugment: RandAugment | None = None
+    crop: str = "sampled"
+    interpolation: str = "bicubic"
+    fill: tuple[int, ...] = (124, 116, 104)
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+        """Return {image uint8 [s, s, C], label, index int32 []}."""
+        image = example["image"]
+        size = image.shape[:2]
+        if self.crop == "clipped":
+            box = clipped_box(rng, size, self.scale)
+        else:
+            box = crops.draw_box(rng, size, self.scale)
+        image = resample.resize(image, (self.size,) * 2, box, self.interpolation)
+        if rng.random() < self.flip:
+            image = image[:, ::-1]
+        if self.randaugment is not None:
+            image = self.randaugment(np.ascontiguousarray(image), rng, self.fill)
+        return _labels(example) | dict(image=np.ascontiguousarray(image))
+
+
+def clipped_size(size, share, log_ratio):
+    """Return (height, width) of MAE's crop: one draw, cut to the image.
+
+    Args:
+        size: (H, W) of the image.
+        share: of the area.
+        log_ratio: natural logarithm of width / height.
+
+    Source: facebookresearch/mae util/crop.py (after BYOL).
+    """
+    area, ratio = size[0] * size[1] * share, math.exp(log_ratio)
+    width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return min(height, size[0]), min(width, size[1])
+
+
+def clipped_box(rng, size, scale, ratio=(3 / 4, 4 / 3)):
+    """Return a random (top, left, height, width) of `clipped_size`."""
+    share = rng.uniform(*scale)
+    log_ratio = rng.uniform(*np.log(ratio))
+    height, width = clipped_size(size, share, log_ratio)
+    top = int(rng.integers(0, size[0] - height + 1))
+    left = int(rng.integers(0, size[1] - width + 1))
+    return top, left, height, width
+
+
+def classifier_evaluation(size: int, interpolation: str = "bicubic") -> Evaluate:
+    """Return the evaluation view of classifiers: 224 of 256, and all above 224 px.
+
+    Source: facebookresearch/mae util/datasets.py.
+    """
+    side = int(size / 0.875) if size <= 224 else size
+    return Evaluate(size, side / size, interpolation)

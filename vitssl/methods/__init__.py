@@ -22,6 +22,7 @@ class Run:
         classes: number of labelled classes (0 for an unlabelled set).
         channels: channels of an image.
         mean, std: per-channel normalisation, in units of [0, 1] pixel values.
+        counts: training images per class, () if not known.
         dtype: compute dtype, "float32" or "bfloat16" (parameters are float32).
     """
 
@@ -33,6 +34,7 @@ class Run:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: str = "float32"
+    counts: tuple[int, ...] = ()
 
 
 class Method(Protocol):

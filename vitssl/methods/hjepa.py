@@ -321,7 +321,7 @@ class HJEPA:
             found["cls"] = cls
         last = [self._normed(net, y).mean(1) for y in out["blocks"][-4:]]
         found["last4"] = jnp.concatenate(last, axis=-1)
-        members = levels.everything(len(x), out["grid"])
+        members = levels.everything(x.shape[0], out["grid"])
         for k, (y, valid) in net.project(tokens, members, target=True).items():
             found[f"level{k}"] = combined.pool(y, valid)
         return found
@@ -352,7 +352,7 @@ class HJEPA:
         weights = net.target if use_target_encoder else params["encoder"]
         tokens, out = net.encoder.apply({"params": weights}, x)
         _, tokens = hjepa_networks.split(net.encoder, tokens)
-        members = levels.everything(len(x), out["grid"])
+        members = levels.everything(x.shape[0], out["grid"])
         found = net.project(tokens, members, (level,), target=use_target_encoder)
         return found[level][0]
 

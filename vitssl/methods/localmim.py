@@ -15,10 +15,10 @@ from typing import NamedTuple
 import einops
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from vitssl import freezeout, methods, tree
-from vitssl.data import views
+from vitssl import errors, freezeout, methods
+from vitssl.data import feature_store, views
+from vitssl.methods import localmim_init, localmim_masks
 from vitssl.methods import localmim_sections as sections
 from vitssl.models import layers, stage_decoder, vit
 from vitssl.ops import hog, patches
@@ -29,62 +29,6 @@ class Phase(NamedTuple):
 
     visible: int
     blocks: tuple[int, ...]
-
-
-class Masks(NamedTuple):
-    """Which patches are seen.
-
-    Attributes:
-        order: [B, N] patches, the visible ones first.
-        restore: [B, N] its inverse.
-        visible: K.
-    """
-
-    order: jax.Array
-    restore: jax.Array
-    visible: int
-
-    @property
-    def keep(self):
-        """Return the visible patches [B, K]."""
-        return self.order[:, : self.visible]
-
-    @property
-    def hidden(self):
-        """Return the hidden patches [B, N - K]."""
-        return self.order[:, self.visible :]
-
-    @property
-    def mask(self):
-        """Return 1 where a patch is hidden: [B, N] float32."""
-        return (self.restore >= self.visible).astype(jnp.float32)
-
-
-def random_masks(noise, visible) -> Masks:
-    """Return the masks that noise [B, N] draws: the smallest K are visible."""
-    order = jnp.argsort(noise, axis=1, stable=True)
-    return Masks(order, jnp.argsort(order, axis=1, stable=True), visible)
-
-
-def cell_weights(mask, grid, scale):
-    """Return the weight of every target cell, from a patch mask.
-
-    Args:
-        mask: [B, N], 1 = hidden.
-        grid: (h, w).
-        scale: cells per patch side; below 1 the masks of a cell are averaged.
-
-    Returns:
-        [B, (h s) (w s)].
-    """
-    h, w = grid
-    if scale < 1:
-        k = round(1 / scale)
-        return einops.reduce(
-            mask, "b (h p w q) -> b (h w)", "mean", h=h // k, p=k, w=w // k
-        )
-    s = round(scale)
-    return einops.repeat(mask, "b (h w) -> b (h p w q)", h=h, p=s, q=s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +46,7 @@ class LocalMIM:
     stages: sections.Stages = sections.Stages()
     masking: sections.Masking = sections.Masking()
     target: sections.Targets = sections.Targets()
+    prefix: sections.Prefix = sections.Prefix()
     couples_batch = False
 
     # Modules.
@@ -119,6 +64,7 @@ class LocalMIM:
             "hog": self.run.channels * self.target.nbins,
             "pixel": self.run.channels * round(cell) ** 2,
             "feature": self.model.width,
+            "prefix": self.model.width,
         }[self.stages.target(k)]
         return stage_decoder.StageDecoder(
             **dataclasses.asdict(self.decoder),
@@ -144,7 +90,10 @@ class LocalMIM:
     def transform(self):
         """Return the training transform."""
         a = self.augment
-        return views.SingleCrop(a.size, a.scale, a.flip, interpolation=a.interpolation)
+        view = views.SingleCrop(a.size, a.scale, a.flip, interpolation=a.interpolation)
+        if self.prefix.store:
+            return feature_store.open(self.prefix.store).views(view)
+        return view
 
     def phase(self, step: int) -> Phase:
         """Return what is static at a step; it changes at the epochs of schedules."""
@@ -159,7 +108,7 @@ class LocalMIM:
         keys = jax.random.split(rng, 3 + self.stages.count)
         image = jnp.zeros((1, *batch["global"].shape[2:]))
         encoder = self.model.init(keys[0], image)["params"]
-        params = {"encoder": xavier(keys[1], encoder)}
+        params = {"encoder": localmim_init.xavier(keys[1], encoder)}
         row = jnp.zeros((1, 2, self.model.width))
         restore = jnp.arange(self.grid[0] * self.grid[1])[None]
         for k in range(self.stages.count):
@@ -167,7 +116,9 @@ class LocalMIM:
                 params[f"norm_{k}"] = self._norm.init(keys[2], row)["params"]
             module, key = self.decoder_module(k), keys[3 + k]
             found = module.init(key, row, restore, self.grid)["params"]
-            params[f"decoder_{k}"] = xavier(jax.random.fold_in(key, 1), found)
+            params[f"decoder_{k}"] = localmim_init.xavier(
+                jax.random.fold_in(key, 1), found
+            )
         extra = {}
         if self.stages.curriculum:
             extra["step"] = jnp.int32(0)
@@ -185,8 +136,9 @@ class LocalMIM:
         image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
         masks = self.draw_masks(draw, len(image), phase.method.visible)
         active = self.active(phase.frozen)
+        tokens = self._prefix(params, image, batch, phase.frozen)
         each = self.stage_losses(
-            params, extra, image, masks, active, phase.method.blocks, drop
+            params, extra, image, masks, active, phase.method.blocks, drop, tokens
         )
         epoch = None
         if "step" in extra:
@@ -198,6 +150,38 @@ class LocalMIM:
         metrics["stages"] = float(len(active))
         return total, (extra, metrics)
 
+    def _prefix(self, params, image, batch, frozen):
+        """Return the whole images' tokens at the boundary, or None to mask patches."""
+        boundary = self.prefix.boundary
+        live = {f"encoder/block_{i}/" for i in range(boundary)}
+        live = {b for b in live if not any(name.startswith(b) for name in frozen)}
+        if not boundary or (live and not self.prefix.store):
+            return None
+        if live:
+            raise errors.UsageError(
+                f"prefix.store: holds the output of {boundary} frozen blocks, but "
+                f"{min(live)} trains; freeze them from the start "
+                f"(optim.freeze=(('{self.prefix_pattern}', 0.0),))"
+            )
+        if self.prefix.store:
+            return batch["tokens"].astype(jnp.float32)
+        return self.run_prefix(params, image)
+
+    @property
+    def prefix_pattern(self) -> str:
+        """Return the pattern of the parameters up to the boundary."""
+        blocks = "|".join(str(i) for i in range(self.prefix.boundary))
+        return rf"encoder/(cls|patch_embed/.*|block_({blocks})/.*)"
+
+    def run_prefix(self, params, image):
+        """Return the tokens [B, 1 + N, D] of whole images at the boundary."""
+        net = {"params": jax.lax.stop_gradient(params["encoder"])}
+        x = self.model.apply(net, image, method="start")
+        if self.prefix.boundary:
+            run = (0, self.prefix.boundary)
+            x = self.model.apply(net, x, *run, method="through")[-1]
+        return jax.lax.stop_gradient(x)
+
     def active(self, frozen: frozenset[str]) -> tuple[int, ...]:
         """Return the stages whose decoder still trains."""
         live = []
@@ -207,22 +191,15 @@ class LocalMIM:
                 live.append(k)
         return tuple(live)
 
-    def draw_masks(self, rng, count: int, visible: int) -> Masks:
+    def draw_masks(self, rng, count: int, visible: int) -> localmim_masks.Masks:
         """Return masks for `count` images."""
-        n = self.grid[0] * self.grid[1]
-        noise_key, centre_key = jax.random.split(rng)
-        noise = jax.random.uniform(noise_key, (count, n))
-        d = self.masking.distance
-        if d:
-            cells = jnp.stack(jnp.divmod(jnp.arange(n), self.grid[1]), axis=-1)
-            centre = jax.random.randint(centre_key, (count, 1), 0, n)
-            away = jnp.linalg.norm(
-                cells[None].astype(jnp.float32) - cells[centre], axis=-1
-            )  # [B, N]
-            noise = (1 - d) * noise + d * away / away.max(-1, keepdims=True)
-        return random_masks(noise, visible)
+        return localmim_masks.draw(
+            rng, count, self.grid, visible, self.masking.distance
+        )
 
-    def stage_losses(self, params, extra, image, masks, active, blocks, drop=None):
+    def stage_losses(
+        self, params, extra, image, masks, active, blocks, drop=None, tokens=None
+    ):
         """Return {stage: loss []} of the active stages, without their weights.
 
         Args:
@@ -232,21 +209,15 @@ class LocalMIM:
             active: stages to compute.
             blocks: block of every stage.
             drop: key of stochastic depth, or None.
+            tokens: of the whole images at `prefix.boundary`, which are then masked;
+                None masks the patches.
         """
-        rngs = {} if drop is None else {"drop_path": drop}
-        train = drop is not None and self.model.drop_path > 0
-        _, out = self.model.apply(
-            {"params": params["encoder"]},
-            image,
-            keep=masks.keep,
-            train=train,
-            rngs=rngs,
-        )
-        goals = self.goals(params, extra, image, active)
+        outputs = self._encode(params, image, masks, drop, tokens)
+        goals = self.goals(params, extra, image, active, tokens)
         losses = {}
         for k in active:
             scale = self.stages.scales[k]
-            latent = self._stage_norm(params, k, out["blocks"][blocks[k]])
+            latent = self._stage_norm(params, k, outputs[blocks[k]])
             only = masks.hidden if scale >= 1 else None
             predicted = self.decoder_module(k).apply(
                 {"params": params[f"decoder_{k}"]},
@@ -262,11 +233,27 @@ class LocalMIM:
             if only is not None:
                 losses[k] = error.mean()  # Every cell of a hidden patch counts 1.
                 continue
-            weight = cell_weights(masks.mask, self.grid, scale)
+            weight = localmim_masks.cell_weights(masks.mask, self.grid, scale)
             losses[k] = (error[:, :, 0, 0] * weight).sum() / weight.sum()
         return losses
 
-    def goals(self, params, extra, image, active) -> dict:
+    def _encode(self, params, image, masks, drop, tokens) -> dict:
+        """Return {block: its output [B, 1 + K, D]} for the visible tokens."""
+        net = {"params": params["encoder"]}
+        options = {"train": drop is not None and self.model.drop_path > 0}
+        if options["train"]:
+            options["rngs"] = {"drop_path": drop}
+        if tokens is None:
+            _, out = self.model.apply(net, image, keep=masks.keep, **options)
+            return dict(enumerate(out["blocks"]))
+        # Positions are in the tokens already: they are gathered, none is added.
+        seen = patches.take(tokens[:, 1:], masks.keep)
+        x = jnp.concatenate([tokens[:, :1], seen], axis=1)  # [B, 1 + K, D]
+        first, depth = self.prefix.boundary, self.model.depth
+        found = self.model.apply(net, x, first, depth, method="through", **options)
+        return dict(enumerate(found, first))
+
+    def goals(self, params, extra, image, active, tokens=None) -> dict:
         """Return {stage: target [B, N, s, s, C]}, without gradient."""
         kinds = {k: self.stages.target(k) for k in active}
         cells = {k: round(self.model.patch / self.stages.scales[k]) for k in active}
@@ -286,6 +273,9 @@ class LocalMIM:
                 found[k] = self._pixel_goal(image, cells[k])
             elif kinds[k] == "feature":
                 found[k] = self._feature_goal(params, image)
+            elif kinds[k] == "prefix":
+                whole = self.run_prefix(params, image) if tokens is None else tokens
+                found[k] = self._standard(whole[:, 1:])
         return {
             k: jax.lax.stop_gradient(stage_decoder.per_patch(v, self.stages.scales[k]))
             for k, v in found.items()
@@ -303,7 +293,11 @@ class LocalMIM:
         """Return the last block's tokens of the whole image, standardised per token."""
         params = jax.lax.stop_gradient(params["encoder"])
         _, out = self.model.apply({"params": params}, image)
-        x = out["blocks"][-1][:, self.model.prefix :].astype(jnp.float32)
+        return self._standard(out["blocks"][-1][:, self.model.prefix :])
+
+    def _standard(self, x):
+        """Return tokens [B, N, D] with mean 0 and variance 1, as a grid."""
+        x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
         return einops.rearrange(x, "b (h w) d -> b h w d", h=self.grid[0])
@@ -319,8 +313,14 @@ class LocalMIM:
         return extra | {"step": step + 1} if "step" in extra else extra
 
     def adopt(self, params, extra):
-        """Return `extra` for loaded parameters: nothing follows them."""
-        del params
+        """Return `extra` for loaded parameters; a store of features must be of them.
+
+        Raises:
+            CheckpointError: it holds the output of other weights.
+        """
+        if self.prefix.store:
+            own = feature_store.digest(params, self.prefix_pattern)
+            feature_store.open(self.prefix.store).check(own, self.prefix.boundary)
         return extra
 
     def features(self, params, extra, image):
@@ -361,6 +361,13 @@ class LocalMIM:
             return
         if not self.model.cls:
             yield "model.cls=False: the decoders attend to the class token"
+        if self.prefix.boundary >= depth:
+            yield (
+                f"prefix.boundary={self.prefix.boundary}: below model.depth={depth}, "
+                "or nothing is left to train"
+            )
+        if self.prefix.boundary and self.model.rope:
+            yield "prefix.boundary: works without model.rope"
         starts = [0.0, *(row[0] for row in self.stages.moves)]
         for blocks in {self.stages.blocks_at(e, depth) for e in starts}:
             yield from self._check_blocks(blocks)
@@ -405,26 +412,3 @@ def stage_layers(blocks: tuple[int, ...]) -> tuple:
     own = [(rf"(norm|decoder)_{k}/.*", b + 1) for k, b in enumerate(early)]
     own.append((rf"(encoder/norm|decoder_{len(early)})/.*", last + 1))
     return tuple(own)
-
-
-def xavier(rng, params):
-    """Return parameters with LocalMIM's initial values.
-
-    Linear layers start Xavier-uniform (the packed query-key-value matrix as one), the
-    patch embedding too, as a [D, p p C] matrix; class and mask tokens normal(0.02).
-    The decoders' heads (up_*, pred) keep what they have.
-
-    Source: utkutpcgl/ViTFreeze ViT/models_mim.py:initialize_weights.
-    """
-    draw = nn.initializers.xavier_uniform()
-    leaves = tree.flat(params)
-    for i, (name, leaf) in enumerate(sorted(leaves.items())):
-        key, parts = jax.random.fold_in(rng, i), name.split("/")
-        if parts[-1] == "cls":
-            leaves[name] = layers.normal(key, leaf.shape)
-        elif parts[0] == "patch_embed" and parts[-1] == "kernel":
-            flat = draw(key, (leaf[..., 0].size, leaf.shape[-1]))
-            leaves[name] = flat.reshape(leaf.shape)
-        elif parts[-1] == "kernel" and not parts[0].startswith(("up_", "pred")):
-            leaves[name] = draw(key, leaf.shape)
-    return tree.nest(leaves)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Weighting = Literal["uniform", "n_minus_k", "one_over_k", "one_over_n_minus_k"]
-Target = Literal["hog", "pixel", "feature"]
+Target = Literal["hog", "pixel", "feature", "prefix"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Stages:
         blocks: 0-based, rising, the last one the encoder's last; () takes
             (1, 3, depth - 3, depth - 1).
         scales: target cells per patch side of each stage.
-        targets: of each stage, or one for all.
+        targets: of each stage, or one for all. feature: the last block's tokens of the
+            whole image; prefix: the tokens at `prefix.boundary`.
         weighting: weights of the n stages' losses, stage k = 0 the earliest: n_minus_k
             is 4 3 2 1, one_over_k is 1 1/2 1/3 1/4, one_over_n_minus_k is 1/4 1/3 1/2
             1.
@@ -124,8 +125,8 @@ class Stages:
                 yield f"scales: {s}: one of 0.25, 0.5, 1, 2, 4, 8, 16"
         for k, s in enumerate(self.scales):
             if self.targets and len(self.targets) in (1, n):
-                if self.target(k) == "feature" and s != 1:
-                    yield f"targets: feature needs scale 1, stage {k} has {s}"
+                if self.target(k) in ("feature", "prefix") and s != 1:
+                    yield f"targets: {self.target(k)} needs scale 1, stage {k} has {s}"
 
 
 def weight(weighting: Weighting, k: int, n: int) -> float:
@@ -195,6 +196,31 @@ class Targets:
         """Yield what is out of range."""
         if self.nbins < 2:
             yield f"nbins={self.nbins}: 2 or more"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Config section `prefix`: mask features instead of patches.
+
+    The first blocks, once frozen, see the whole image, without gradient, and what they
+    give is masked. That costs more than the masked prefix, unless it is read from a
+    store (`python -m vitssl.feature_store`). Visible tokens have then seen the hidden
+    ones: another task, not the same one made cheaper.
+
+    Attributes:
+        boundary: number of blocks before the mask; 0 is off.
+        store: directory of stored tokens, or "" to compute them in every step.
+    """
+
+    boundary: int = 0
+    store: str = ""
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.boundary < 0:
+            yield f"boundary={self.boundary}: 0 (off) or a number of blocks"
+        if self.store and not self.boundary:
+            yield "store: needs boundary, the number of blocks it holds the output of"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The table of methods: what the key `method` of a config may be."""
 
-from vitssl.methods import hjepa, localmim, parts
+from vitssl.methods import classify, hjepa, localmim, parts
 
 METHODS = {
+    "classify": classify.Classify,
     "hjepa": hjepa.HJEPA,
     "localmim": localmim.LocalMIM,
     "parts": parts.Parts,

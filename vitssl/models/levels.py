@@ -77,7 +77,7 @@ def pool(x, members: Members, level, pooling: Pooling):
     if pooling == "sequence":
         size = 2**level
         n = x.shape[1] // size
-        groups = x[:, : n * size].reshape(len(x), n, size, x.shape[-1])
+        groups = x[:, : n * size].reshape(x.shape[0], n, size, x.shape[-1])
         return groups.mean(2), patches.valid(members.count // size, n)
     h, w = cells(members.grid, level)
     cell = cell_of(members.where, members.grid, level)
@@ -110,7 +110,7 @@ def unpool(x, members: Members, level, pooling: Pooling):
         return patches.take(x, parent), jnp.ones(parent.shape, bool)
     n = members.where.shape[1] >> level
     if not x.shape[1]:
-        return jnp.zeros((len(x), n, x.shape[-1]), x.dtype), jnp.zeros((1, n), bool)
+        return jnp.zeros((x.shape[0], n, x.shape[-1]), x.dtype), jnp.zeros((1, n), bool)
     fine, coarse = members.count[:, None] >> level, members.count[:, None] >> level + 1
     at = (jnp.arange(n) + 0.5) * coarse / jnp.maximum(fine, 1) - 0.5  # [B, n]
     at = jnp.clip(at, 0.0, jnp.maximum(coarse - 1, 0))
@@ -118,7 +118,7 @@ def unpool(x, members: Members, level, pooling: Pooling):
     high = jnp.minimum(low + 1, jnp.maximum(coarse - 1, 0))
     part = (at - low)[..., None].astype(x.dtype)
     y = patches.take(x, low) * (1 - part) + patches.take(x, high) * part
-    return y, jnp.broadcast_to(coarse > 0, (len(x), n))
+    return y, jnp.broadcast_to(coarse > 0, (x.shape[0], n))
 
 
 class BatchNorm(nn.Module):

@@ -213,6 +213,37 @@ class ViT(nn.Module):
             blocks.append(x)
         return self.norm(x), {"blocks": blocks, "grid": grid}
 
+    def start(self, image):
+        """Return the sequence before the first block [B, P + N, D], nothing hidden."""
+        return self._embed(image, patches.grid(image, self.patch), None, None)[0]
+
+    def through(self, x, first, last, train=False):
+        """Return the outputs of blocks first .. last - 1 of a sequence [B, T, D].
+
+        Without rotary positions, which belong to the whole grid.
+        """
+        outputs = []
+        for block in self.block[first:last]:
+            x = block(x, None, None, train)
+            outputs.append(x)
+        return outputs
+
+    def pooled(self, image, how="gap", train=False):
+        """Return one vector per image: [B, D].
+
+        Args:
+            image: as in `__call__`.
+            how: "gap": the mean of the last block's patch tokens, before any norm (a
+                head normalises it, as MAE's fine-tuning does); "mean": of the tokens
+                after the last norm; "cls": the class token after it.
+            train: drop paths.
+        """
+        tokens, out = self(image, train=train)
+        if how == "cls":
+            return tokens[:, 0]
+        x = out["blocks"][-1] if how == "gap" else tokens
+        return x[:, self.prefix :].astype(jnp.float32).mean(1)
+
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]

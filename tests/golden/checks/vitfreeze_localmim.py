@@ -8,7 +8,7 @@ import numpy as np
 
 from vitssl import convert, freezeout, methods, optim, tree
 from vitssl.convert import localmim as table
-from vitssl.methods import localmim, localmim_sections
+from vitssl.methods import localmim, localmim_masks, localmim_sections
 from vitssl.models import posemb, stage_decoder, vit
 from vitssl.ops import hog
 
@@ -95,7 +95,9 @@ def _masks(case):
         key, n = c["key"], c["L"]
         visible = localmim_sections.Masking(ratio=c["mask_ratio"]).visible(n, 0.0)
         assert visible == c["len_keep"]
-        found = localmim.random_masks(jnp.asarray(case.inputs[f"{key}/noise"]), visible)
+        found = localmim_masks.random_masks(
+            jnp.asarray(case.inputs[f"{key}/noise"]), visible
+        )
         case.close(f"{key}/mask", found.mask)
         case.close(f"{key}/ids_restore", found.restore)
         case.close(f"{key}/kept_index", found.keep)
@@ -104,7 +106,7 @@ def _masks(case):
 def _rescaled(case):
     grid = (case.config["grid"],) * 2
     for scale in case.config["scales"]:
-        got = localmim.cell_weights(jnp.asarray(case.inputs["mask"]), grid, scale)
+        got = localmim_masks.cell_weights(jnp.asarray(case.inputs["mask"]), grid, scale)
         case.close(f"scale{scale}", got)
 
 
@@ -160,7 +162,7 @@ def _masks_of(case, method, noise):
     n = method.grid[0] * method.grid[1]
     ratio = case.config["mask_ratio"]
     visible = localmim_sections.Masking(ratio=ratio).visible(n, 0.0)
-    return localmim.random_masks(jnp.asarray(noise), visible)
+    return localmim_masks.random_masks(jnp.asarray(noise), visible)
 
 
 def _model(case):
@@ -286,7 +288,7 @@ def _gradient(method, visible, active, params, rows):
 
     def loss(params):
         image, order, restore = rows
-        masks = localmim.Masks(order, restore, visible)
+        masks = localmim_masks.Masks(order, restore, visible)
         blocks = method.stages.blocks
         each = method.stage_losses(params, {}, image, masks, active, blocks)
         return sum(each.values()), each
@@ -339,7 +341,9 @@ def _one_trace(case, method, names, start, images, run):
             frozen, window, summed = optimizer.frozen(t), t, None
             opt = optim.drop(opt, frozen)
         trained, constant = tree.split(params, frozen)
-        masks = localmim.random_masks(jnp.asarray(case.inputs["noise"][t]), visible)
+        masks = localmim_masks.random_masks(
+            jnp.asarray(case.inputs["noise"][t]), visible
+        )
         active = method.active(frozen)
         rows = images[t % len(images)], masks.order, masks.restore
         (value, each), grads = _gradient(method, visible, active, params, rows)

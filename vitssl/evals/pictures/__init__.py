@@ -161,6 +161,10 @@ def _of_features(m: Material):
         return
     names = {"classes": m.classes}
     yield "feature_space.png", partial(space.feature_space, chosen, m.labels, **names)
+    known = len(m.classes) if m.labels is not None else 0
+    if 1 < known <= 200:
+        matrix = space.confusions(chosen, m.labels, known)
+        yield "confusion.png", partial(space.confusion, matrix, m.classes)
     if m.bank is not None:
         cut = min(m.queries, len(chosen) // 2)
         if m.labels is not None:

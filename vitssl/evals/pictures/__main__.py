@@ -8,25 +8,9 @@ import argparse
 import pathlib
 import sys
 
-from vitssl import checkpoint, config, devices, errors, experiment, init, log, train
+from vitssl import devices, errors, log, restore
 from vitssl.evals import pictures
 from vitssl.evals.pictures.gather import gather
-
-
-def restore(workdir):
-    """Return (parts, state) of a workdir's newest checkpoint.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or config.json is not its config.
-        UsageError: there is no config.json.
-    """
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
-        raise errors.UsageError(f"{path}: missing; want the workdir of a run")
-    parts = train.build(experiment.read(config.from_json(path.read_text())))
-    directory, step = init.locate(workdir)
-    target = train.restore_target(parts)(step)
-    return parts, checkpoint.read(directory, step, target)[0]
 
 
 def main(argv):
@@ -48,7 +32,7 @@ def main(argv):
     log.to_terminal()
     try:
         devices.start()
-        parts, state = restore(flags.workdir)
+        parts, state = restore.newest(flags.workdir)
         fresh, settings = parts.fresh(), parts.experiment.settings
         material = gather(
             parts.method,

@@ -120,6 +120,64 @@ def feature_space(features, labels=None, *, classes=(), seed=42):
     return figure
 
 
+def confusions(features, labels, count, k=20):
+    """Return how often k-NN takes one class for another, [count, count], rows truth.
+
+    Every image is classified by the k images nearest to it among the others, each
+    with the vote exp(cosine / 0.07) (Wu et al. 2018, arXiv:1805.01978). Images of
+    unknown class (-1) are left out.
+
+    Args:
+        features: [M, D].
+        labels: int [M].
+        count: number of classes.
+        k: neighbours, or all others if they are fewer.
+    """
+    labels = np.asarray(labels)
+    x, labels = _unit(features)[labels >= 0], labels[labels >= 0]
+    similarity = x @ x.T  # [M, M]
+    np.fill_diagonal(similarity, -np.inf)
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(x) - 1)]
+    votes = np.exp(np.take_along_axis(similarity, order, 1) / 0.07)
+    scores = np.zeros((len(x), count))
+    np.add.at(scores, (np.arange(len(x))[:, None], labels[order]), votes)
+    matrix = np.zeros((count, count), int)
+    np.add.at(matrix, (labels, scores.argmax(1)), 1)
+    return matrix
+
+
+@panels.picture
+def confusion(matrix, classes=()):
+    """Draw a confusion matrix, every row as shares of its class.
+
+    Args:
+        matrix: counts [C, C], rows truth, columns prediction; written into the cells
+            if there are at most 20 classes.
+        classes: names of the classes.
+    """
+    matrix = np.asarray(matrix)
+    count = len(matrix)
+    right = np.trace(matrix) / max(1, matrix.sum())
+    side = min(9.0, 2.2 + 0.32 * count)
+    title = f"Confusions of k-NN ({right:.1%} right)"
+    figure, (axis,) = panels.charts(1, title, size=(side, side))
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.grid(False)
+    axis.set(xlabel="predicted", ylabel="true")
+    if count <= 20:
+        names = [_name(i, classes) for i in range(count)]
+        axis.set_xticks(
+            range(count), names, rotation=45 if max(map(len, names)) > 2 else 0
+        )
+        axis.set_yticks(range(count), names)
+        for (i, j), n in np.ndenumerate(matrix):
+            if n:
+                ink = "white" if shares[i, j] > 0.5 else panels.INK
+                axis.text(j, i, n, ha="center", va="center", color=ink, fontsize=7)
+    return figure
+
+
 @panels.picture
 def distributions(features):
     """Draw how features are spread: norms, deviation per dimension, spectrum.

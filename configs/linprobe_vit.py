@@ -1,0 +1,83 @@
+r"""Linear probe: one linear layer on a frozen pre-trained ViT, as MAE does it.
+
+    python -m vitssl.main --config=configs/linprobe_vit.py --config.init.from=WORKDIR
+
+Batch normalisation without gain, LARS, no weight decay. (Pre-training runs report a
+faster probe of their own; this is the protocol of the papers.)
+
+Arguments (`--config=configs/linprobe_vit.py:NAME`):
+    (none)          demo size, for a checkpoint of the demo of configs/localmim.py
+    smoke           two steps on random weights
+    lp_vitb_cubic080, lp_vitb_cubic065
+                    ViT-B/16 on ImageNet, effective batch 16384
+
+Published (pooled patch tokens): 49.4 % (cubic 0.8), 37.1 % (cubic 0.65).
+"""
+
+import importlib.util
+import pathlib
+
+_here = pathlib.Path(__file__).with_name("finetune_vit.py")
+_spec = importlib.util.spec_from_file_location("finetune_vit", _here)
+finetune_vit = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(finetune_vit)
+
+
+def _probe(c):
+    """Turn a fine-tuning config into a probe."""
+    c.head.update(batchnorm=True, init_std=0.01)
+    c.model.drop_path = 0.0
+    c.objective.smoothing = 0.0
+    c.mix.update(mixup=0.0, cutmix=0.0)
+    c.augment.update(randaugment="", erase=0.0, crop="clipped")
+    c.optim.update(
+        name="lars",
+        lr=0.1,
+        lr_batch=256,
+        min_lr=0.0,
+        wd=0.0,
+        lr_rules=((".*", 1.0),),
+        wd_rules=((".*", 0.0),),
+    )
+    # The LayerNorm before the probe stays what it is: plain.
+    c.optim.freeze = (("backbone/.*|head/norm/.*", 0.0),)
+    return c
+
+
+def _demo():
+    c = _probe(finetune_vit.get_config())
+    c.batch_size, c.epochs, c.optim.warmup_epochs = 256, 60.0, 6.0
+    c.optim.lr = 2.0
+    c.evals.every_epochs = 20.0
+    c.checkpoint.every_epochs = 20.0
+    return c
+
+
+def _smoke():
+    c = _probe(finetune_vit.get_config("smoke"))
+    c.objective.ema = 0.0
+    return c
+
+
+def _imagenet():
+    c = _probe(finetune_vit.get_config("ft_vitb_from100_1gpu"))
+    c.batch_size, c.per_device, c.epochs = 16384, 2048, 90.0
+    c.optim.warmup_epochs = 10.0
+    c.checkpoint.every_epochs = 1.0
+    return c
+
+
+RECIPES = {
+    "": _demo,
+    "smoke": _smoke,
+    "lp_vitb_cubic080": _imagenet,
+    "lp_vitb_cubic065": _imagenet,
+}
+
+
+def get_config(name=""):
+    """Return the recipe `name`."""
+    if name not in RECIPES:
+        known = ", ".join(k for k in RECIPES if k)
+        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
+    return RECIPES[name]()

@@ -1,0 +1,229 @@
+"""The command `vitssl`: train, and everything beside training.
+
+Every command has `--help`, ends with the exit codes of `vitssl.main`, and says what
+is wrong in one line.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from vitssl import errors
+
+USAGE = """\
+usage: vitssl COMMAND ...
+
+  train --config=FILE[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
+  recipes                              every recipe of configs/, and what it needs
+  doctor                               what works on this machine, and what to install
+  runs [DIR]                           a table of the runs below DIR
+  compare RUN RUN ...                  configs and curves of runs, side by side
+  report RUN                           one HTML page about a run
+  pictures RUN                         draw the pictures of a run again
+  convert import FILE --to=DIR         weights of others to ours (safetensors, pth, npz)
+  convert export RUN --to=FILE         ours to timm, transformers, big_vision
+  extract RUN --images=DIR --to=FILE   features of a folder of images
+  sweep FILE                           many runs from a file of overrides
+
+`vitssl COMMAND --help` says more. A RUN is a workdir, such as runs/hjepa.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; return the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if argv else errors.UsageError.code
+    if argv[0] == "--version":
+        from vitssl import __version__
+
+        print(__version__)
+        return 0
+    if argv[0].startswith("--config"):
+        argv = ["train", *argv]
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(_unknown(command), file=sys.stderr)
+        return errors.UsageError.code
+    try:
+        return COMMANDS[command](rest)
+    except errors.VitsslError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        return e.code
+    except BrokenPipeError:  # `vitssl runs | head`
+        sys.stderr.close()
+        return 0
+
+
+def _unknown(command) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(command, COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    return f"UsageError: vitssl {command}: no such command; {hint}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message):
+        raise errors.UsageError(f"{self.prog}: {message} ({self.prog} --help)")
+
+
+def _parser(command, text):
+    return _Parser(
+        prog=f"vitssl {command}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _train(argv):
+    from vitssl import main as train
+
+    return train.main(argv)
+
+
+def _recipes(argv):
+    parser = _parser("recipes", "List the recipes of a folder of configs.")
+    parser.add_argument("folder", nargs="?", default="configs", metavar="DIR")
+    parser.add_argument("--write", action="store_true", help="write DIR/README.md")
+    flags = parser.parse_args(argv)
+    from vitssl import recipes
+
+    found = recipes.read(flags.folder)
+    if flags.write:
+        path = pathlib.Path(flags.folder) / "README.md"
+        path.write_text(recipes.markdown(found))
+        print(path)
+    else:
+        print(recipes.text(found))
+    return 0
+
+
+def _doctor(argv):
+    parser = _parser("doctor", "Check what runs need; say how to get what is missing.")
+    parser.add_argument("--workdir", default="runs", help="where runs would write")
+    flags = parser.parse_args(argv)
+    from vitssl import doctor
+
+    return doctor.main(flags.workdir)
+
+
+def _runs(argv):
+    parser = _parser("runs", "List the runs at or below a directory.")
+    parser.add_argument("directory", nargs="?", default="runs", metavar="DIR")
+    parser.add_argument("--metrics", default="", help="metrics to show, by commas")
+    parser.add_argument("--sort", default="", help="metric; the highest comes first")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per run, all metrics"
+    )
+    flags = parser.parse_args(argv)
+    from vitssl.workdirs import listing, read
+
+    found = read.below(flags.directory)
+    if flags.json:
+        print(listing.as_json(found))
+        return 0
+    metrics = tuple(filter(None, flags.metrics.split(",")))
+    print(listing.text(*listing.rows(found, metrics, flags.sort)))
+    return 0
+
+
+def _compare(argv):
+    parser = _parser(
+        "compare", "Show how the configs of runs differ, and their curves."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="two workdirs or more")
+    parser.add_argument("--out", default="compare.html", help="page of the curves")
+    flags = parser.parse_args(argv)
+    if len(flags.runs) < 2:
+        parser.error("give two runs or more")
+    from vitssl.workdirs import compare, read
+
+    found = [read.workdir(path) for path in flags.runs]
+    print(compare.text(found))
+    _write(flags.out, compare.page(found))
+    return 0
+
+
+def _report(argv):
+    parser = _parser(
+        "report",
+        "Write one self-contained HTML page about a run: curves, pictures, nearest\n"
+        "neighbours, confusion matrix, timing and memory, the resolved config.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a workdir, finished or not")
+    parser.add_argument("--out", default="", help="file (default RUN/report.html)")
+    parser.add_argument(
+        "--draw",
+        action="store_true",
+        help="draw the pictures from the newest checkpoint first (needs the data)",
+    )
+    flags = parser.parse_args(argv)
+    from vitssl.workdirs import page, read
+
+    run = read.workdir(flags.run)
+    if flags.draw:
+        code = _pictures([flags.run])
+        if code:
+            return code
+    _write(flags.out or run.path / "report.html", page.page(run))
+    return 0
+
+
+def _pictures(argv):
+    from vitssl.evals.pictures import __main__ as pictures
+
+    return pictures.main(argv)
+
+
+def _convert(argv):
+    from vitssl.convert import __main__ as convert
+
+    return convert.main(argv)
+
+
+def _extract(argv):
+    from vitssl import extract
+
+    return extract.main(argv)
+
+
+def _sweep(argv):
+    from vitssl import sweep
+
+    return sweep.main(argv)
+
+
+def _write(path, text):
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as e:
+        raise errors.UsageError(f"--out={path}: {e.strerror}; give another") from e
+    print(f"{path}: {len(text.encode()) / 1e6:.1f} MB, open it in any browser")
+
+
+COMMANDS = {
+    "train": _train,
+    "recipes": _recipes,
+    "doctor": _doctor,
+    "runs": _runs,
+    "compare": _compare,
+    "report": _report,
+    "pictures": _pictures,
+    "convert": _convert,
+    "extract": _extract,
+    "sweep": _sweep,
+}
+
+
+def cli() -> None:
+    """Run `sys.argv` and exit."""
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()

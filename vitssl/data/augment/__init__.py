@@ -1,0 +1,1 @@
+"""Augmentations of supervised training, on the host."""

@@ -1,0 +1,21 @@
+"""A run of the past, ready to use: its objects and its newest checkpoint."""
+
+import pathlib
+
+from vitssl import checkpoint, config, errors, experiment, init, train
+
+
+def newest(workdir):
+    """Return (parts, state) of a workdir's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or config.json is not its config.
+        UsageError: there is no config.json.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        raise errors.UsageError(f"{path}: missing; want the workdir of a run")
+    parts = train.build(experiment.read(config.from_json(path.read_text())))
+    directory, step = init.locate(workdir)
+    target = train.restore_target(parts)(step)
+    return parts, checkpoint.read(directory, step, target)[0]
