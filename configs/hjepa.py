@@ -13,6 +13,7 @@ Arguments (`--config=configs/hjepa.py:NAME`):
     imagenet_vitb, imagenet_vitl, ijepa_vith14
                     ImageNet recipes; need --config.data.root=DIR
     end_to_end      no EMA target, SIGReg instead; demo size
+    birds           drawn birds at 48 px, for configs/parts.py:evidence
 
 One override away:
     --config.masking.strategy=cross_crop_prediction
@@ -310,6 +311,34 @@ def _evidence_run():
     return c
 
 
+def _birds():
+    """Return the pre-training that configs/parts.py:evidence starts from."""
+    c = _demo()
+    c.epochs = 12.0
+    c.data.update(source="birds", options=dict(count=0, purity=0.95), **RGB)
+    c.model.update(
+        width=64,
+        depth=3,
+        heads=4,
+        patch=4,
+        image_size=48,
+        mlp_ratio=2.0,
+        registers=1,
+        class_position=False,
+    )
+    c.multicrop.update(
+        num_global_crops=1,
+        global_crop_size=48,
+        global_crop_scale=(0.5, 1.0),
+        horizontal_flip_prob=0.5,
+    )
+    c.objective.view_weight = 0.0
+    c.evals.update(image_size=48, every_epochs=0, final=("knn", "linear"))
+    c.log.update(pictures=False)
+    c.checkpoint.update(every_epochs=2.0, keep_best=0)
+    return c
+
+
 def _smoke():
     c = _demo()
     c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
@@ -326,6 +355,7 @@ RECIPES = {
     "evidence": _evidence,
     "evidence_run": _evidence_run,
     "smoke": _smoke,
+    "birds": _birds,
     "cifar10_vitb": _cifar10_vitb,
     "imagenet_vitb": lambda: _imagenet("b"),
     "imagenet_vitl": lambda: _imagenet("l"),

@@ -5,8 +5,10 @@ r"""Part discovery: find the parts of a thing, then classify from them alone (iF
 Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
     (none)          demo: drawn birds whose background misleads, minutes on two cores
     smoke           two steps, seconds
-    pretrain        the self-supervised checkpoint that `evidence` starts from
-    evidence        hard and soft masks against the same ViT without masks, three seeds
+    demo_baseline   the demo's ViT without parts
+    evidence        hard and soft masks against the same ViT without masks, all from
+                    one self-supervised checkpoint (configs/hjepa.py:birds), three
+                    seeds, an hour on two cores
     cub_k8, cub_k4  CUB-200-2011, ViT-B/14 at 518 px, 8 x 16 images a step
     waterbirds      Waterbirds, K=8; waterbirds_k4
     siim_acr_rad_dino
@@ -189,6 +191,52 @@ def _demo_baseline():
     return c
 
 
+# Both stages from one network, whatever wrote it; heads start from nothing.
+BOTH = (("stage_[12]/backbone/(.*)", r"encoder/\1"),)
+HEADS = ("stage_1/head/.*", "stage_2/(head|fc_norm|pool)/.*")
+
+
+def _evidence():
+    """Return iFAM (hard, soft) against its ViT without masks, from one checkpoint."""
+    c = _evidence_run()
+    single = ("parts.kind=baseline", "measures.leave_one_out=False")
+    rules = groups("baseline", scratch=1.0, freeze_backbone=False)
+    single += tuple(f"optim.{key}={value!r}" for key, value in rules.items())
+    single += (f"init.skip={HEADS[1:]!r}",)
+    c.study = dict(
+        seeds=(0, 1, 2),
+        first="configs/hjepa.py:birds",
+        arms=dict(hard=(), soft=("parts.masks=soft",), no_masks=single),
+        columns=tuple(
+            f"final/test/{name}"
+            for name in (
+                "top1",
+                "worst_group",
+                "swap_same",
+                "swap_random",
+                "nmi",
+                "ari",
+                "keypoint_error",
+                "miou",
+            )
+        ),
+    )
+    return c
+
+
+def _evidence_run():
+    """Return one run of `evidence`: the demo before misleading backgrounds."""
+    c = _demo()
+    c.epochs = 8.0
+    c.data.options.purity = 0.95
+    c.init = {"from": "@first", "rename": BOTH, "skip": HEADS}
+    c.evals.every_epochs = 0
+    c.log.update(every_steps=200, pictures=False)
+    c.measures.leave_one_out = False
+    c.checkpoint.update(every_epochs=4.0, keep_best=0)
+    return c
+
+
 def _smoke():
     c = _demo()
     c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
@@ -237,6 +285,7 @@ def _published(source, classes_per_batch=128, image=518):
     c.evals.update(image_size=image, batch_size=32, every_epochs=1)
     c.evals.update(online_samples_train=0, online_samples_test=0)
     c.measures.leave_one_out = False
+    c.init = {"from": "", "rename": BOTH, "skip": HEADS}
     c.log.every_steps = 10
     c.checkpoint.update(every_epochs=1.0, best="test/top1")
     return c
@@ -340,6 +389,7 @@ def _given_mask(kind, **keys):
 RECIPES = {
     "": _demo,
     "smoke": _smoke,
+    "evidence": _evidence,
     "demo_baseline": _demo_baseline,
     "cub_k8": lambda: _cub(8),
     "cub_k4": lambda: _cub(4),
