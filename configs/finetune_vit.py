@@ -66,11 +66,11 @@ def _demo():
     )
     c.model = dict(
         name="vit",
-        width=96,
+        width=64,
         depth=7,
         heads=4,
         patch=4,
-        image_size=32,
+        image_size=24,
         mlp_ratio=4.0,
         drop_path=0.05,
         positions="learned_sincos",
@@ -78,7 +78,7 @@ def _demo():
     )
     c.head = dict(pool="gap", batchnorm=False, init_std=2e-5, dropout=0.0)
     c.augment = dict(
-        size=32,
+        size=24,
         scale=(0.5, 1.0),
         flip=0.0,
         randaugment="",
@@ -105,7 +105,7 @@ def _demo():
         wd_rules=DECAY,
     )
     c.evals = dict(
-        image_size=32,
+        image_size=24,
         batch_size=256,
         every_epochs=5.0,
         online=False,

@@ -3,8 +3,7 @@ r"""LocalMIM with FreezeOut: masked HOG at four scales, early layers frozen firs
     python -m vitssl.main --config=configs/localmim.py
 
 Arguments (`--config=configs/localmim.py:NAME`):
-    (none)          demo: real handwritten digits in composed scenes, freezing on,
-                    minutes on two cores
+    (none)          demo: real handwritten digits, freezing on, minutes on two cores
     smoke           two steps, seconds
     evidence        accuracy against compute for no freezing and four schedules, three
                     seeds, an hour on two cores
@@ -80,17 +79,17 @@ def _demo():
     )
     c.model = dict(
         name="vit",
-        width=96,
+        width=64,
         depth=7,
         heads=4,
         patch=4,
-        image_size=32,
+        image_size=24,
         mlp_ratio=4.0,
         drop_path=0.0,
         positions="sincos",
         remat=False,
     )
-    c.decoder = dict(width=48, depth=1, heads=4, mlp_ratio=4.0)
+    c.decoder = dict(width=32, depth=1, heads=4, mlp_ratio=4.0)
     c.stages = dict(
         blocks=(),
         scales=(2.0, 1.0, 1.0, 0.5),
@@ -103,7 +102,7 @@ def _demo():
     )
     c.masking = dict(ratio=0.75, schedule=(), distance=0.0)
     c.target = dict(nbins=9, hog_bias=False, normalise_pixels=True)
-    c.augment = dict(size=32, scale=(0.5, 1.0), flip=0.0, interpolation="fast")
+    c.augment = dict(size=24, scale=(0.5, 1.0), flip=0.0, interpolation="fast")
     c.freeze = dict(
         schedule="cubic",
         t_0=0.7,
@@ -132,7 +131,7 @@ def _demo():
         wd_rules=((".*/(bias|scale)", 0.0), (".*", 1.0)),
     )
     c.evals = dict(
-        image_size=32,
+        image_size=24,
         batch_size=256,
         every_epochs=20,
         online_samples_train=1000,
@@ -249,9 +248,6 @@ def _evidence_run():
     c = _demo()
     c.epochs = 10.0
     c.data.update(source="scenes", mean=(0.4,), std=(0.3,), options=SCENES)
-    c.model.update(width=64, image_size=24)
-    c.decoder.width = 32
-    c.augment.size = c.evals.image_size = 24
     c.optim.warmup_epochs = 1.0
     c.evals.update(every_epochs=0, final=("knn", "linear"), knn_k=(20,))
     c.log.update(every_steps=200, pictures=False)
