@@ -79,8 +79,8 @@ def _smooth(maps):
 def _largest(x):
     """Largest entry of each row of [..., N]; the gradient goes to the first of them.
 
-    Not `max`: its gradient compares every entry with the maximum, and where XLA computes
-    an entry once more with another rounding none is equal, and all become 0 / 0.
+    Not `max`: its gradient compares every entry with the maximum, and where XLA
+    computes an entry once more, rounded otherwise, none is equal and all are 0 / 0.
     """
     at = jax.lax.stop_gradient(x).argmax(-1, keepdims=True)
     return jnp.take_along_axis(x, at, axis=-1)[..., 0]
