@@ -107,7 +107,7 @@ def _demo():
         on_bad_image="skip",
         threads=-1,
         workers=-1,
-        options=dict(count=0, purity=0.95),
+        options=dict(count=0, purity=0.5),
     )
     c.model = dict(
         name="vit",

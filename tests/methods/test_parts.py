@@ -78,7 +78,10 @@ def test_it_is_in_the_table_and_keeps_the_contract():
     assert hash(m) == hash(dataclasses.replace(m))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.slow] * (k == "convnext")) for k in KINDS],
+)
 def test_every_leaf_learns_in_every_kind_and_the_outputs_can_be_scored(kind):
     options = dict(KINDS[kind])
     model, size = options.pop("model", VIT), options.get("size", 32)

@@ -37,6 +37,13 @@ def test_hard_values_are_exact_and_their_gradient_is_that_of_the_sum():
     np.testing.assert_array_equal(grad[..., -1], 0.0)
 
 
+def test_ties_give_their_gradient_to_one_part():
+    """As in torch; the gradient of jnp.max would be shared, or 0 / 0."""
+    maps = jnp.full((1, 1, 1, 4), 0.25)
+    grad = jax.grad(lambda m: partmaps.masks(m)[1][..., 0].sum())(maps)
+    np.testing.assert_array_equal(grad[0, 0, 0], [1, 0, 0, 0])
+
+
 def test_logits_are_minus_squared_distances():
     z = jax.random.normal(jax.random.key(0), (1, 2, 3, 5))
     w = jax.random.normal(jax.random.key(1), (4, 5))

@@ -9,6 +9,7 @@ Klis et al. 2023, arXiv:2309.03173, and PDiscoFormer, arXiv:2407.04538, section 
 
 from typing import Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -75,6 +76,16 @@ def _smooth(maps):
     return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9.0
 
 
+def _largest(x):
+    """Largest entry of each row of [..., N]; the gradient goes to the first of them.
+
+    Not `max`: its gradient compares every entry with the maximum, and where XLA
+    computes an entry once more, rounded otherwise, none is equal and all are 0 / 0.
+    """
+    at = jax.lax.stop_gradient(x).argmax(-1, keepdims=True)
+    return jnp.take_along_axis(x, at, axis=-1)[..., 0]
+
+
 def presence(maps, kind: Presence = "original", *, beta=0.1, group=0):
     """Every part should be somewhere in some image of the batch.
 
@@ -101,14 +112,15 @@ def presence(maps, kind: Presence = "original", *, beta=0.1, group=0):
     group = group or b
     if b % group:
         raise errors.UsageError(f"presence group={group} does not divide {b} images")
-    a = _smooth(maps[..., :-1]).max((1, 2))  # [B, K]
+    a = einops.rearrange(_smooth(maps[..., :-1]), "b h w k -> b k (h w)")
+    a = _largest(a)  # [B, K]
     a = a.reshape(b // group, group, -1)
     if kind in ("tanh", "soft_tanh"):
         t = jnp.tanh(a.sum(1))  # [groups, K]
         if kind == "soft_tanh":
             return (1.0 - t).mean()
         return _surprise(t).mean()
-    u = a.max(1)  # [groups, K]
+    u = _largest(a.swapaxes(1, 2))  # [groups, K]
     if kind == "original":
         return (1.0 - u).mean()
     pull = jax.lax.stop_gradient((1.0 - beta) * u + beta)
@@ -135,7 +147,7 @@ def background_presence(maps, kind: Background = "enforced_presence"):
         q = _smooth(maps[..., -1:])[..., 0]  # [B, h-2, w-2]
         y, x = (jnp.square(jnp.linspace(-1.0, 1.0, n)) for n in q.shape[1:])
         r = y[:, None] + x[None]
-        p = (q * (r / r.max())).max((1, 2))
+        p = _largest(einops.rearrange(q * (r / r.max()), "b h w -> b (h w)"))
     else:
         p = maps[..., -1].mean((1, 2))
     if kind == "linear":

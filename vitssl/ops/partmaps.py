@@ -120,7 +120,10 @@ def masks(maps, keep=None):
     parts, background = maps[..., :-1], maps[..., -1]
     if keep is not None:
         parts = parts * keep[:, None, None].astype(maps.dtype)
-    soft = jnp.stack([parts.max(-1), background], axis=-1)  # [B, h, w, 2]
+    # By index, not by `max`, whose gradient is 0 / 0 where XLA rounds twice.
+    owner = jax.lax.stop_gradient(parts).argmax(-1, keepdims=True)
+    strongest = jnp.take_along_axis(parts, owner, axis=-1)[..., 0]
+    soft = jnp.stack([strongest, background], axis=-1)  # [B, h, w, 2]
     front = soft[..., 0] >= soft[..., 1]
     hard = jnp.stack([front, ~front], axis=-1).astype(maps.dtype)
     through = parts.sum(-1, keepdims=True)
