@@ -22,9 +22,10 @@ class Augment:
 
     Attributes:
         recipe: "cub_original": short side to `size`, flips, Planckian jitter, affine,
-            random square; "timm": random resized crop and flip; "siim_acr": warp to a
-            square, flip; "given_mask": random square that holds a pixel of the mask,
-            flip, colour and Planckian jitter; "none": as in evaluation.
+            random square; "timm": random resized crop, flip and, where no mask comes
+            along, RandAugment of magnitude 6; "siim_acr": warp to a square, flip;
+            "given_mask": random square that holds a pixel of the mask, flip, colour
+            and Planckian jitter; "none": as in evaluation.
         size: side of the result in pixels.
         flip, flip_vertical: probabilities.
         planckian: probability of another illuminant.
@@ -106,7 +107,10 @@ class Training:
         top, left, h, w = crops.draw_box(rng, image.shape[:2], s.crop_scale)
         cut = {k: v[top : top + h, left : left + w] for k, v in frame.items()}
         frame = frames.resize(cut, (s.size, s.size), "bicubic")
-        return self._flips(frame, rng)
+        frame = self._flips(frame, rng)
+        if not self.masked and frame["image"].shape[-1] in (1, 3):
+            frame["image"] = RandAugment(6.0)(frame["image"], rng)
+        return frame
 
     def _siim_acr(self, frame, rng):
         side = (self.spec.size,) * 2
