@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from vitssl.data import colour, crops, frames, planckian
+from vitssl.data.augment.randaugment import RandAugment
 
 Name = Literal["cub_original", "siim_acr", "timm", "given_mask", "none"]
 # What an evaluation hands on, where the data set has it.
