@@ -6,7 +6,10 @@ WORKDIR is a LocalMIM run. A run that starts from it reads the store:
 
     python -m vitssl.main --config=configs/localmim.py --config.init.from=WORKDIR
         --config.prefix.boundary=N --config.prefix.store=DIR
-        --config.optim.freeze="(('encoder/(cls|patch_embed/.*|block_[0-3]/.*)',0.0),)"
+        --config.optim.freeze="((PATTERN,0.0),)"
+
+where PATTERN names what lies before the mask, for N=4 in the demo
+'encoder/(cls|patch_embed/.*|block_[0-3]/.*)|(norm|decoder)_[01]/.*'.
 """
 
 import argparse
@@ -77,6 +80,7 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
         "boundary": boundary,
         "views": views,
         "seed": seed,
+        "view": method.view_key,
     }
     return feature_store.write(to, source, method.transform(), run, about=about)
 

@@ -70,6 +70,7 @@ def _store(m, params, root, views=2):
         "boundary": m.prefix.boundary,
         "views": views,
         "seed": 3,
+        "view": m.view_key,
     }
     view = dataclasses.replace(m, prefix=sections.Prefix()).transform()
     return feature_store.write(
@@ -111,12 +112,27 @@ def test_a_store_is_refused_for_other_weights_blocks_or_a_training_prefix(tmp_pa
         stored.adopt(other, extra)
     with pytest.raises(errors.CheckpointError, match="boundary is 2, this run has 3"):
         _at(m, 3, str(tmp_path)).adopt(params, extra)
-    with pytest.raises(errors.UsageError, match="freeze them from the start"):
+    with pytest.raises(errors.UsageError, match="freeze it from the start"):
         stored._prefix(params, None, {}, frozenset())
+    with pytest.raises(errors.UsageError, match="encoder/cls trains"):
+        blocks = {k for k in _frozen(m, 3) if "/block_" in k}
+        stored._prefix(params, None, {}, blocks | {"encoder/patch_embed/kernel"})
+    flipped = dataclasses.replace(stored, augment=sections.Augment(size=32, flip=0.0))
+    with pytest.raises(errors.UsageError, match="use the same augment"):
+        flipped.transform()
     with pytest.raises(errors.DataError, match="no manifest.json there"):
         feature_store.open(tmp_path / "nothing")
     with pytest.raises(errors.UsageError, match="holds a store already"):
         _store(m, params, tmp_path)
+
+
+def test_a_stage_before_the_mask_must_be_frozen_too():
+    m = _at(tiny._method(), 2)
+    params, extra = tiny._fresh(m)
+    frozen = {k for k in _frozen(m, 3) if k.startswith("encoder/")}
+    phase = step.Phase(frozenset(frozen), m.phase(0))
+    with pytest.raises(errors.UsageError, match="stage 0 reads block 1, before the"):
+        m.loss(params, extra, tiny._batch(m), jax.random.key(0), phase=phase)
 
 
 def test_the_manifest_says_what_is_stored(tmp_path):

@@ -74,8 +74,17 @@ class Store:
                     f"has {have}; write the store again from what init.from names"
                 )
 
-    def views(self, view: Callable) -> "Views":
-        """Return the training transform that hands out tokens with their image."""
+    def views(self, view: Callable, key: str) -> "Views":
+        """Return the training transform that hands out tokens with their image.
+
+        Raises:
+            UsageError: the store was written with other views (`key` differs).
+        """
+        if self.about["view"] != key:
+            raise errors.UsageError(
+                f"prefix.store={self.root}: its views are {self.about['view']}, this "
+                f"config has {key}; use the same augment, data.mean and data.std"
+            )
         return Views(self, view)
 
 
@@ -132,7 +141,7 @@ def write(root, source, view, run, *, about, batch_size=64, show=print) -> Store
         source: images, `at(i, 0)` gives example i.
         view: the training transform.
         run: uint8 [B, H, W, C] -> tokens [B, 1 + N, D].
-        about: {"weights", "boundary", "views", "seed"} of the manifest.
+        about: {"weights", "boundary", "views", "seed", "view"} of the manifest.
         batch_size: views per call of `run`.
         show: gets lines of progress.
 

@@ -9,6 +9,7 @@ arXiv:2312.02194 (with FreezeOut); utkutpcgl/ViTFreeze@30e80f9.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors, freezeout, methods
+from vitssl import errors, freezeout, methods, tree
 from vitssl.data import feature_store, views
 from vitssl.methods import localmim_init, localmim_masks
 from vitssl.methods import localmim_sections as sections
@@ -92,8 +93,13 @@ class LocalMIM:
         a = self.augment
         view = views.SingleCrop(a.size, a.scale, a.flip, interpolation=a.interpolation)
         if self.prefix.store:
-            return feature_store.open(self.prefix.store).views(view)
+            return feature_store.open(self.prefix.store).views(view, self.view_key)
         return view
+
+    @property
+    def view_key(self) -> str:
+        """Return what the pixels of a stored view depend on, beside its numbers."""
+        return repr((self.augment, tuple(self.run.mean), tuple(self.run.std)))
 
     def phase(self, step: int) -> Phase:
         """Return what is static at a step; it changes at the epochs of schedules."""
@@ -137,6 +143,13 @@ class LocalMIM:
         masks = self.draw_masks(draw, len(image), phase.method.visible)
         active = self.active(phase.frozen)
         tokens = self._prefix(params, image, batch, phase.frozen)
+        inside = [k for k in active if phase.method.blocks[k] < self.prefix.boundary]
+        if tokens is not None and inside:
+            raise errors.UsageError(
+                f"prefix.boundary={self.prefix.boundary}: stage {inside[0]} reads "
+                f"block {phase.method.blocks[inside[0]]}, before the mask; freeze it too "
+                rf"(optim.freeze: '(norm|decoder)_{inside[0]}/.*')"
+            )
         each = self.stage_losses(
             params, extra, image, masks, active, phase.method.blocks, drop, tokens
         )
@@ -152,15 +165,17 @@ class LocalMIM:
 
     def _prefix(self, params, image, batch, frozen):
         """Return the whole images' tokens at the boundary, or None to mask patches."""
-        boundary = self.prefix.boundary
-        live = {f"encoder/block_{i}/" for i in range(boundary)}
-        live = {b for b in live if not any(name.startswith(b) for name in frozen)}
-        if not boundary or (live and not self.prefix.store):
+        boundary, pattern = self.prefix.boundary, re.compile(self.prefix_pattern)
+        if not boundary:
+            return None
+        names = (name for name in tree.flat(params) if pattern.fullmatch(name))
+        live = [name for name in names if name not in frozen]
+        if live and not self.prefix.store:
             return None
         if live:
             raise errors.UsageError(
                 f"prefix.store: holds the output of {boundary} frozen blocks, but "
-                f"{min(live)} trains; freeze them from the start "
+                f"{live[0]} trains; freeze it from the start "
                 f"(optim.freeze=(('{self.prefix_pattern}', 0.0),))"
             )
         if self.prefix.store:
