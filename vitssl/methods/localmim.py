@@ -147,8 +147,8 @@ class LocalMIM:
         if tokens is not None and inside:
             raise errors.UsageError(
                 f"prefix.boundary={self.prefix.boundary}: stage {inside[0]} reads "
-                f"block {phase.method.blocks[inside[0]]}, before the mask; freeze it too "
-                rf"(optim.freeze: '(norm|decoder)_{inside[0]}/.*')"
+                f"block {phase.method.blocks[inside[0]]}, before the mask; freeze it "
+                rf"too (optim.freeze: '(norm|decoder)_{inside[0]}/.*')"
             )
         each = self.stage_losses(
             params, extra, image, masks, active, phase.method.blocks, drop, tokens
