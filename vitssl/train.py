@@ -250,11 +250,11 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
     logger.info("%s", text)
     if evaluate.arrays and devices.is_main():
         np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
-    if loop.phases.rows:
-        values |= loop.phases.totals()
     if table := loop.phases.table():
         logger.info("%s", table)
     loop.write(int(state.step), values)
+    if loop.phases.rows:
+        values = values | loop.phases.totals()
     if s.log.pictures and devices.is_main():
         _pictures(parts, workdir, state, untrained)
     log.write_status(
