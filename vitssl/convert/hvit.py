@@ -16,13 +16,13 @@ from vitssl import convert
 from vitssl.convert import CONV, LINEAR, Rule, Table, vit
 
 STREAMS = {"rgb": "", "spectral": "spectral/"}
+ATTENTION = (*vit.linear("qkv", "qkv"), *vit.linear("proj", "proj"))
+MLP = (*vit.linear("fc1", "fc1"), *vit.linear("fc2", "fc2"))
 BLOCK = (
     *vit.norm("norm1", "norm1"),
-    *vit.linear("attn.qkv", "attn/qkv"),
-    *vit.linear("attn.proj", "attn/proj"),
+    *Table(ATTENTION).under("attn.", "attn/").rules,
     *vit.norm("norm2", "norm2"),
-    *vit.linear("mlp.fc1", "mlp/fc1"),
-    *vit.linear("mlp.fc2", "mlp/fc2"),
+    *Table(MLP).under("mlp.", "mlp/").rules,
 )
 MERGE = (
     *vit.norm("norm", "norm"),

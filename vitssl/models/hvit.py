@@ -106,7 +106,8 @@ class HViT(hvit_blocks.Pyramid):
             spectral: [B, H', W', S], or None. A model for both that is given RGB alone
                 does without the other stream.
             train: dropout and drop path, from the streams "dropout" and "drop_path".
-            blank: see `hvit_blocks.Pyramid.encode`; of both streams.
+            blank: (mask [B, h w] bool, a token [D] for each stream): patches of the
+                first stage whose content the token replaces; positions stay. Or None.
 
         Returns:
             {"tokens": [B, N, D] of the last stage, joined if there are two streams,
@@ -120,7 +121,8 @@ class HViT(hvit_blocks.Pyramid):
             ValueError: an image smaller than a patch, or another number of channels.
         """
         image, spectral = self._images(image, spectral)
-        tokens, stages = self.encode(image, train, blank)
+        mask, fill = blank or (None, (None, None))
+        tokens, stages = self.encode(image, train, mask, fill[0])
         out = {
             "rgb": tokens,
             "stages": stages["maps"],
@@ -128,7 +130,7 @@ class HViT(hvit_blocks.Pyramid):
             "merged": stages["merged"],
         }
         if spectral is not None:
-            other, stages = self.spectral.encode(spectral, train, blank)
+            other, stages = self.spectral.encode(spectral, train, mask, fill[1])
             out |= {"spectral": other, "spectral_stages": stages["maps"]}
             out["spectral_merged"] = stages["merged"]
             tokens = self._join(tokens, other, train)
