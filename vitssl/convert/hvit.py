@@ -232,8 +232,13 @@ def shapes(made: Mapping, state: Mapping) -> dict:
 
 def _told(tree) -> dict:
     """Return the parameters of the model that a checkpoint of the original names."""
-    found = tree.get("model_backbone_init_config") if isinstance(tree, Mapping) else {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    for path in (("model_backbone_init_config",), ("config", "model", "hvt_params")):
+        found = tree
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            return dict(found)
+    return {}
 
 
 FAMILY = family.Family(
