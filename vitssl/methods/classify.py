@@ -278,6 +278,8 @@ class Classify:
         size = self.augment.size
         for fault in self.model.check_image(size):
             yield f"augment.size={size}: {fault}"
+        for fault in self.model.check_channels(self.run.channels):
+            yield f"data.channels={fault}"
         if self.mix.on and self.run.batch_size % 2:
             yield (
                 f"batch_size={self.run.batch_size}: mixup and cutmix pair the images "
@@ -285,8 +287,7 @@ class Classify:
             )
         if self.head.feature not in self.model.poolings:
             known = ", ".join(self.model.poolings)
-            more = ": cls needs model.cls=True" if self.head.pool == "cls" else ""
-            yield f"head.pool={self.head.pool}: this model has {known}{more}"
+            yield f"head.pool={self.head.pool}: there is no class token; use {known}"
         if self.augment.randaugment and self.run.channels not in (1, 3):
             yield f"augment.randaugment: needs 1 or 3 channels, not {self.run.channels}"
 

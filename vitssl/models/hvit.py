@@ -213,9 +213,19 @@ class HViT(hvit_blocks.Pyramid):
         """What `pooled` knows."""
         return ("mean", "gap")
 
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield why images of so many channels do not fit, if they do not."""
+        both = self.rgb_channels + self.spectral_channels
+        if self.spectral_channels and channels not in (both, self.rgb_channels):
+            yield (
+                f"{channels}: want model.rgb_channels={self.rgb_channels} and "
+                f"model.spectral_channels={self.spectral_channels} together, or the "
+                "first alone"
+            )
+
     def check_image(self, size: int) -> Iterator[str]:
         """Yield why images of this side, in pixels, do not fit, if they do not."""
-        if size % self.patch:
+        if self.patch and size % self.patch:
             below = size // self.patch * self.patch
             yield (
                 f"must be a multiple of model.patch={self.patch}; nearest are "

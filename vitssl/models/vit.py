@@ -274,6 +274,11 @@ class ViT(nn.Module):
         last = ((rf"{prefix}norm/.*", self.depth),)
         return freezeout.vit_layers(self.depth, prefix, last)
 
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield why images of so many channels do not fit: all do."""
+        del channels
+        yield from ()
+
     def check_image(self, size: int) -> Iterator[str]:
         """Yield why images of this side, in pixels, do not fit, if they do not."""
         if self.patch and size % self.patch:
