@@ -116,3 +116,29 @@ def test_what_does_not_fit_is_one_line(own, words):
 @pytest.mark.parametrize("channels", [3, 5])
 def test_the_spectral_channels_may_be_missing(channels):
     assert not list(_method(channels=channels).check())
+
+
+def test_what_is_drawn_are_the_maps_of_the_last_stage():
+    m = _method(channels=3, size=24, depths=(1, 2), heads=(1, 2), remat=True)
+    params, extra = _fresh(m)
+    image = np.random.default_rng(0).integers(0, 256, (2, 20, 12, 3), np.uint8)
+    found = m.pictures(params, extra, {}, image)
+    assert found["grid"] == (3, 2)
+    assert found["attention"].shape == (2, 2, 2, 6, 6)
+    np.testing.assert_allclose(found["attention"].sum(-1), 1.0, rtol=1e-5)
+    # The second map follows from what enters the last block.
+    x = (image / np.float32(255) - 0.5) / 0.5
+    net = {"params": params["backbone"]}
+    tokens = m.model.apply(net, x)["merged"][0]
+    tokens = m.model.apply(
+        net, tokens, method=lambda n, t: n.block[1](t, None, None, False)
+    )
+    block = params["backbone"]["block_2"]
+    centred = tokens - tokens.mean(-1, keepdims=True)
+    normed = centred / np.sqrt(tokens.var(-1, keepdims=True) + 1e-5)
+    qkv = normed @ block["attn"]["qkv"]["kernel"]  # Fresh norms and biases do nothing.
+    for head_ in range(2):
+        q, k = (qkv[..., 16 * i + 8 * head_ :][..., :8] for i in (0, 1))
+        want = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k) / 8**0.5)
+        got = found["attention"][:, 1, head_]
+        np.testing.assert_allclose(got, want, atol=1e-5)

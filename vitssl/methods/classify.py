@@ -21,6 +21,7 @@ from vitssl.data import views
 from vitssl.data.augment import randaugment
 from vitssl.evals import accuracy
 from vitssl.losses import classification
+from vitssl.methods import backbone_pictures
 from vitssl.models import head as heads
 from vitssl.models import hvit, vit
 from vitssl.ops import erase, mix, patches
@@ -253,6 +254,12 @@ class Classify:
         stats, x = extra.get("stats", {}), found[self.head.feature]
         _, _, found["pooled"] = self.head(params["head"], stats, x)
         return found
+
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `evals.pictures.Material`."""
+        del extra, batch
+        own = params["backbone"]
+        return backbone_pictures.arrays(self.model, own, self.run, image)
 
     def outputs(self, params, extra, batch) -> dict:
         """Return the logits of a batch, and the average's if there is one."""

@@ -232,6 +232,14 @@ class HViT(hvit_blocks.Pyramid):
                 f"{below} and {below + self.patch}"
             )
 
+    def attention_maps(self, image):
+        """Return (maps [B, layers, heads, N, N] of the last stage, its grid).
+
+        Of the RGB stream; see `ViT.attention_maps`. Earlier stages have other grids.
+        """
+        out = self(image)
+        return layers.sown_maps(self.block[-self.depths[-1] :]), out["grids"][-1]
+
     def freeze_layers(self, prefix: str = "") -> tuple:
         """Return `FreezeOut.layers`; see `freezeout.hvit_layers`."""
         return freezeout.hvit_layers(self.depths, prefix)
