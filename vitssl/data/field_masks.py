@@ -129,7 +129,9 @@ class Strategy:
         """Return (encode, decode) at a step."""
         if self.type != "random_increasing":
             return self.encode_ratio, self.decode_ratio
-        along = min(1.0, (step + 1) / self.steps)
+        if step + 1 >= self.steps:
+            return self.final_encode, self.final_decode
+        along = (step + 1) / self.steps
         return tuple(
             start + (end - start) * along
             for start, end in (
@@ -321,6 +323,9 @@ class _Draw:
                 strict=self.s.strict_bandset_rules,
                 whole=whole(kind),
             )
+            if kind.name in self.s.decode_only:
+                mask = masks[kind.name]
+                mask[mask == ONLINE] = TARGET_ONLY
         if all(any((m == s).any() for m in masks.values()) for s in (ONLINE, DECODER)):
             return masks
         return self._refilled(masks)
