@@ -21,6 +21,7 @@ from vitssl.data.sources import (
     layout,
     metashift,
     mixture,
+    olmoearth,
     scenes,
     siim_acr,
     stl10,
@@ -60,6 +61,7 @@ SOURCES = {
     "waterbirds": waterbirds.open,
     "siim_acr": siim_acr.open,
     "metashift": metashift.open,
+    "olmoearth": olmoearth.open,
     "fake": fake.open,
     "mixture": _mixture,
 }
