@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl.data import modalities as sensors
+from vitssl.data.tokens import DECODER, MISSING, ONLINE, TARGET_ONLY
 from vitssl.ops import patches
 
-# States of a token, and of a pixel of a mask.
-ONLINE = 0  # The encoder sees it.
-TARGET = 1  # Only the target encoder sees it.
-DECODER = 2  # The predictor predicts it.
-MISSING = 3  # There is no measurement.
+__all__ = ["DECODER", "MISSING", "ONLINE", "TARGET_ONLY"]
 
 Modality = sensors.Modality
 
