@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
+from vitssl.bench import flops, hybrid_flops
 from vitssl.convert import olmoearth
 from vitssl.convert import vit as names
 from vitssl.losses import contrastive, patch_discrimination
@@ -228,7 +229,24 @@ def _vit(case):
     case.close(f"shift_features_q{q}", run(base, q, "shift")[1].features_q)
 
 
+def _flops(case):
+    for c in case.config:
+        n, q, every = (c[f"{k}_tokens"] for k in ("visible", "decode", "all"))
+        d, grow, depth = c["D"], c["r"] ** 2, c["encoder_depth"]
+        given = dict(width=d, depth=c["decoder_depth"])
+        coarse, fine = depth * flops.block(n, d), depth * flops.block(n * grow, d)
+        assert coarse == c["encoder_p"] and fine == c["encoder_q"]
+        cost = hybrid_flops.predictor
+        assert cost(q, n, every, every, **given) == c["decoder_p"]
+        found = cost(q * grow, n * grow, every * grow, every * grow, **given)
+        assert found == c["decoder_output"]
+        assert cost(q * grow, n, every, q * grow, **given) == c["decoder_mixed"]
+        assert grow**2 == c["encoder_attention_score_ratio"]
+        assert fine / coarse == c["encoder_total_ratio"]
+
+
 CHECKS = {
+    "FLOP model": _flops,
     "RGB ViT with hybrid patch size": _vit,
     "PatchUpsampler (mask-aware)": _upsampler,
     'Upsampler mode "skip"': _skip,
