@@ -12,7 +12,7 @@ from vitssl.models import layers, posemb
 from vitssl.ops import patches
 
 
-def _uniform_fan_in(fan_in):
+def uniform_fan_in(fan_in):
     """PyTorch's default of a convolution: uniform in +-1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
 
@@ -36,7 +36,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, image, keep=None):  # [B, H, W, C] -> [B, N or K, D]
         p, channels = self.patch, image.shape[-1]
-        init = _uniform_fan_in(p * p * channels)
+        init = uniform_fan_in(p * p * channels)
         kernel = self.param("kernel", init, (p, p, channels, self.width))
         bias = self.param("bias", init, (self.width,))
         x = patches.patchify(image.astype(self.dtype), p)  # [B, N, p p C]
