@@ -2,6 +2,11 @@
 
 A sequence holds the modalities one after the other, in the order of the tuple that
 describes the field, each flattened in the order (h, w, T, S).
+
+Of a modality (`data.modalities.Modality`) networks ask its `name`, the `channels` of
+its bandsets, whether it has `space` and `time`, and how much finer its pixels are
+than those of the field (`factor`). Its array is [B, H, W, T, C], with T = 1 without
+time; [B, T, C] with time alone; [B, C] with neither.
 """
 
 from typing import NamedTuple
