@@ -209,8 +209,12 @@ def with_noise(experiment: Experiment) -> Experiment:
     """Return an experiment on random pixels of the same kind: for sizes, no data."""
     s = experiment.settings
     options = {"count": max(256, s.batch_size), "channels": s.data.channels}
+    source = "fake"
+    if s.data.source == "olmoearth":  # Its samples are no pictures.
+        source, given = "fields", dict(s.data.options)
+        options |= {k: given[k] for k in ("modalities",) if k in given} | {"size": 128}
     data = dataclasses.replace(
-        s.data, source="fake", root="", split="train", options=options
+        s.data, source=source, root="", split="train", options=options
     )
     return dataclasses.replace(experiment, settings=dataclasses.replace(s, data=data))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 from vitssl import errors
 from vitssl.data import modalities
@@ -18,15 +18,15 @@ class Inputs:
 
     Attributes:
         modalities: names, in the order of the sequence; ("rgb",) for pictures.
-        groups: {modality: ((band, ...), ...)}: other bandsets than the table's.
+        groups: ((modality, ((band, ...), ...)), ...): other bandsets than the table's.
     """
 
     modalities: tuple[str, ...] = modalities.TRAINED
-    groups: Any = dataclasses.field(default_factory=dict)
+    groups: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
 
     def kinds(self, names=None) -> tuple[modalities.Modality, ...]:
         """Return the modalities, or those of `names`, with their bandsets."""
-        groups = {k: tuple(map(tuple, v)) for k, v in dict(self.groups).items()}
+        groups = dict(self.groups)
         chosen = self.modalities if names is None else names
         return tuple(modalities.find(name, groups) for name in chosen)
 
@@ -34,12 +34,12 @@ class Inputs:
         """Yield unknown modalities and bands, and what cannot be combined."""
         try:
             kinds = self.kinds()
-            modalities_of_groups = set(dict(self.groups)) - set(self.modalities)
+            alien = set(dict(self.groups)) - set(self.modalities)
         except errors.UsageError as e:
             yield f"modalities, groups: {e}"
             return
-        if modalities_of_groups:
-            yield f"groups: {sorted(modalities_of_groups)} not among the modalities"
+        if alien:
+            yield f"groups: {sorted(alien)} not among the modalities"
         if len(set(self.modalities)) < len(self.modalities):
             yield f"modalities={self.modalities}: each once"
         if not any(k.space for k in kinds):
@@ -182,8 +182,10 @@ class Hybrid:
     @property
     def trains_upsampler(self) -> bool:
         """Whether the loss reaches the upsampler."""
-        reached = self.decoder == "output" or self.visible_loss_weight > 0
-        return reached or (self.decoder == "mixed" and self.sampled_keys)
+        fine = self.sampled_keys or self.pool_at == "output"
+        if self.decoder == "processing":
+            return False
+        return self.decoder == "output" or self.visible_loss_weight > 0 or fine
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""
@@ -209,6 +211,10 @@ class Hybrid:
             )
         if self.sampled_keys and self.decoder != "mixed":
             yield f"sampled_keys=True: of decoder=mixed, not {self.decoder}"
+        if self.visible_loss_weight and self.decoder == "processing":
+            yield "visible_loss_weight: needs tokens at q, decoder=mixed or output"
+        if self.upsampler == "pixel_shuffle" and len(set(sizes)) > 1:
+            yield f"upsampler=pixel_shuffle: of one processing_patch_size, not {sizes}"
         for key in ("loss_tokens_per_modality", "max_output_tokens"):
             if getattr(self, key) < 1:
                 yield f"{key}={getattr(self, key)}: 1 or more"
@@ -223,7 +229,7 @@ class Objective:
     Attributes:
         type: a key of `losses.patch_discrimination.KINDS`.
         tau, weight: its temperature and factor.
-        modality_weights: {modality: factor}.
+        modality_weights: ((modality, factor), ...); 1 where not named.
         pred2unit: standardise predictions over the batch first.
         same_target_threshold: negatives whose targets have a larger cosine are left
             out; 0 = none are.
@@ -237,7 +243,7 @@ class Objective:
     type: str = "modality_patch_discrimination"
     tau: float = 0.1
     weight: float = 1.0
-    modality_weights: Any = dataclasses.field(default_factory=dict)
+    modality_weights: tuple[tuple[str, float], ...] = ()
     pred2unit: bool = False
     same_target_threshold: float = 0.0
     same_target_modalities: tuple[str, ...] = modalities.MAPS
@@ -326,3 +332,29 @@ class Target:
         for key in ("start", "end"):
             if not 0 <= getattr(self, key) <= 1:
                 yield f"{key}={getattr(self, key)}: in [0, 1]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """Config section `readout`: what evaluations read from the network.
+
+    Attributes:
+        p, q: patches that are processed and put out; 0 = those of training.
+        mode: "upsampled": tokens through the upsampler; "decoder": what the predictor
+            answers about every fine token.
+        times: most time steps of a sample.
+        modalities: names; () = those that training may read.
+    """
+
+    p: int = 0
+    q: int = 0
+    mode: Literal["upsampled", "decoder"] = "upsampled"
+    times: int = 4
+    modalities: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.p < 0 or self.q < 0:
+            yield f"p={self.p}, q={self.q}: 0 (as in training) or more pixels"
+        if not 1 <= self.times <= modalities.TIMES:
+            yield f"times={self.times}: 1 to {modalities.TIMES}"
