@@ -307,18 +307,22 @@ class Predictor(nn.Module):
             at += code.shape[1]
         return found
 
-    def context(self, packed, shapes, timestamps, patch, resolution=encodings.GRID):
+    def codes(self, shapes, timestamps, patch, resolution=encodings.GRID):
+        """Return the encodings of a whole grid as a sequence: [B or 1, N, inner]."""
+        found = self.encodings(shapes, timestamps, patch, resolution)
+        return tokens.flatten(found, self.modalities)
+
+    def codes_at(self, *place):
+        """Return the encodings of some tokens, see `CompositeEncodings.at`."""
+        return self.encodings.at(*place)
+
+    def context(self, packed, codes):
         """Return what queries attend to: `Packed` [B, K, inner].
 
         Args:
-            packed: of an `Encoded`, or tokens of a finer grid.
-            shapes: {name: (h, w, T, S)} of the grid they are packed from.
-            timestamps: [B, T, 3].
-            patch: of that grid.
-            resolution: metres per pixel.
+            packed: tokens an encoder saw.
+            codes: [B or 1, N, inner] encodings of the sequence they are packed from.
         """
-        codes = self.encodings(shapes, timestamps, patch, resolution)
-        codes = tokens.flatten(codes, self.modalities)
         if packed.keep is not None:
             codes = patches.take(codes, packed.keep)
         x = self.embed(self.norm_in(packed.tokens)) + codes.astype(self.dtype)

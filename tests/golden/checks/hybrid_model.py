@@ -82,7 +82,7 @@ def predictor_like(module, width):
 
     def touch(module):
         packed = tokens.Packed(jnp.zeros((1, count, width)))
-        context = module.context(packed, shapes, dates, 16)
+        context = module.context(packed, module.codes(shapes, dates, 16))
         name = module.modalities[0].name
         return module(context, {name: (None, shapes[name], 16)}, dates)
 
@@ -327,7 +327,8 @@ def _predictor(case):
     packed = tokens.pack(whole, state == tokens.ONLINE, 0)
 
     def run(module):
-        context = module.context(packed, shapes, dates, patch, resolution)
+        codes = module.codes(shapes, dates, patch, resolution)
+        context = module.context(packed, codes)
         queries = {m.name: (None, shapes[m.name], patch) for m in mods}
         found = module(context, queries, dates, resolution=resolution)
         seen = tokens.unpack(context, whole.shape[1])
