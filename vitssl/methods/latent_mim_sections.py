@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from vitssl import errors
-from vitssl.data import modalities
+from vitssl.data import modalities as sensors
 from vitssl.losses import contrastive, patch_discrimination
 from vitssl.models import encodings, flexi, latent_mim, layers
 
@@ -21,14 +21,14 @@ class Inputs:
         groups: ((modality, ((band, ...), ...)), ...): other bandsets than the table's.
     """
 
-    modalities: tuple[str, ...] = modalities.TRAINED
+    modalities: tuple[str, ...] = sensors.TRAINED
     groups: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
 
-    def kinds(self, names=None) -> tuple[modalities.Modality, ...]:
+    def kinds(self, names=None) -> tuple[sensors.Modality, ...]:
         """Return the modalities, or those of `names`, with their bandsets."""
         groups = dict(self.groups)
         chosen = self.modalities if names is None else names
-        return tuple(modalities.find(name, groups) for name in chosen)
+        return tuple(sensors.find(name, groups) for name in chosen)
 
     def check(self) -> Iterator[str]:
         """Yield unknown modalities and bands, and what cannot be combined."""
@@ -103,7 +103,7 @@ class Network:
             frequencies=self.frequencies,
             anchor=self.anchor,
             channels=self.channels,
-            most_times=modalities.TIMES,
+            most_times=sensors.TIMES,
             remat=self.remat,
             dtype=dtype,
             attention=self.attention,
@@ -246,7 +246,7 @@ class Objective:
     modality_weights: tuple[tuple[str, float], ...] = ()
     pred2unit: bool = False
     same_target_threshold: float = 0.0
-    same_target_modalities: tuple[str, ...] = modalities.MAPS
+    same_target_modalities: tuple[str, ...] = sensors.MAPS
     contrast_weight: float = 0.1
     contrast_tau: float = 0.1
     koleo_weight: float = 0.0
@@ -356,5 +356,5 @@ class Readout:
         """Yield what is out of range."""
         if self.p < 0 or self.q < 0:
             yield f"p={self.p}, q={self.q}: 0 (as in training) or more pixels"
-        if not 1 <= self.times <= modalities.TIMES:
-            yield f"times={self.times}: 1 to {modalities.TIMES}"
+        if not 1 <= self.times <= sensors.TIMES:
+            yield f"times={self.times}: 1 to {sensors.TIMES}"
