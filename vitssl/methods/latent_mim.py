@@ -125,7 +125,7 @@ class LatentMIM:
         """Return (params, extra) of fresh networks."""
         shape = self.phase(0)
         module = self.module(self.kinds, shape.p, shape.q)
-        fields = self.view(jax.tree.map(lambda x: x[:1], _zeros(batch)), 0)
+        fields = self.views(jax.tree.map(lambda x: x[:1], _zeros(batch)))
         keys = jax.random.split(rng, 2)
         params = module.init({"params": keys[0], "tokens": keys[1]}, fields)["params"]
         extra = {"target": tree.copy(self._followed(params))}
@@ -136,36 +136,40 @@ class LatentMIM:
         encoder = params["encoder"]
         return encoder if self.target.depth else encoder["patch_embed"]
 
-    def view(self, batch, v: int) -> dict:
-        """Return view v of a batch as `models.latent_mim` takes it."""
-        cut = len("view/")
-        fields = {k[cut:]: x[:, v] for k, x in batch.items() if k.startswith("view/")}
-        return fields | {"timestamps": batch["timestamps"]}
+    def views(self, batch) -> dict:
+        """Return all views of a batch as one, [V B, ...], the first view of all first.
+
+        It is what `models.latent_mim` takes.
+        """
+        cut, stamps = len("view/"), batch["timestamps"]
+        fields = {
+            k[cut:]: einops.rearrange(x, "b v ... -> (v b) ...")
+            for k, x in batch.items()
+            if k.startswith("view/")
+        }
+        every = einops.repeat(stamps, "b t c -> (v b) t c", v=self.augment.views)
+        return fields | {"timestamps": every}
 
     def loss(self, params, extra, batch, rng, *, phase):
         """Return (loss [], (extra, metrics)); see the module."""
-        shape, views = phase.method, self.augment.views
-        terms, pooled, counts = [], [], []
-        for v, key in enumerate(jax.random.split(rng, views)):
-            one = self.view_loss(params, extra, self.view(batch, v), shape, key)
-            terms.append(one[0])
-            pooled.append(one[1])
-            counts.append(one[2])
-        parts = {"tokens": sum(terms) / views} | self.objective.of_views(pooled)
-        metrics = {f"loss_{k}": v for k, v in parts.items()}
-        metrics |= {k: sum(c[k] for c in counts) / views for k in counts[0]}
+        shape, count = phase.method, self.augment.views
+        parts, pooled, metrics = self.terms(
+            params, extra, self.views(batch), shape, rng
+        )
+        parts |= self.objective.of_views(jnp.split(pooled, count))
+        metrics |= {f"loss_{k}": v for k, v in parts.items()}
         metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
         if self.target.moves:
             step = extra["step"]
             metrics["ema"] = self.target.momentum(step, self.run.total_steps)
         return sum(parts.values()), (extra, metrics)
 
-    def view_loss(self, params, extra, fields, shape, rng, train=True):
-        """Return (loss [], pooled vectors [B, D], metrics) of one masked view.
+    def terms(self, params, extra, fields, shape, rng, train=True):
+        """Return ({name: weighted loss []}, pooled vectors [V B, D], metrics).
 
         Args:
             params, extra: of the method.
-            fields: one view, see `view`.
+            fields: of `views`.
             shape: `shapes.Shape` of the batch.
             rng: of dropped paths and of the tokens in the loss.
             train: drop paths.
@@ -181,23 +185,31 @@ class LatentMIM:
             train=train,
             rngs={"drop_path": drop, "tokens": draw},
         )
-        total, parts = self._compare(module, extra, fields, view.asked)
+        total, each = self._compare(module, extra, fields, view.asked)
         metrics = {f"tokens/{k}": v for k, v in view.counts.items()}
-        metrics |= {f"loss_of/{k}": v for k, v in parts.items()}
+        metrics |= {f"loss_of/{k}": v for k, v in each.items()}
+        parts = {"tokens": total}
         if view.visible:
             seen, _ = self._compare(module, extra, fields, view.visible)
-            metrics["loss_visible"] = seen
-            total = total + self.hybrid.visible_loss_weight * seen
-        return total, view.pooled, metrics
+            parts["visible"] = self.hybrid.visible_loss_weight * seen
+        return parts, view.pooled, metrics
 
     def _compare(self, module, extra, fields, asked):
-        """Return (loss [], {modality: []}) of predictions and their targets."""
+        """Return (loss [], {modality: []}): the mean over the views."""
         goals = self._goals(module, extra, fields, asked)
-        pairs = {
-            name: patch_discrimination.Pair(a.prediction, goals[name], a.valid)
+        count = self.augment.views
+        split = {
+            name: [jnp.split(x, count) for x in (a.prediction, goals[name], a.valid)]
             for name, a in asked.items()
         }
-        return self.objective.of_tokens(pairs)
+        each = []
+        for v in range(count):
+            pairs = {
+                name: patch_discrimination.Pair(*(x[v] for x in parts))
+                for name, parts in split.items()
+            }
+            each.append(self.objective.of_tokens(pairs))
+        return jax.tree.map(lambda *x: sum(x) / count, *each)
 
     def _goals(self, module, extra, fields, asked):
         """Return {modality: targets [B, Q, D]}, without gradient."""
