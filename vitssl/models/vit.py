@@ -70,6 +70,7 @@ class ViT(nn.Module):
         registers: number of register tokens after the class token; they have no
             position.
         resampling: of the position table for other grids, see `posemb.resample`.
+        spacing: of computed positions (sincos, rope), see `posemb.Spacing`.
         qk_norm: LayerNorm of queries and keys, per head.
         norm_eps: of every LayerNorm.
         remat: recompute every block in the backward pass instead of storing it.
@@ -97,6 +98,7 @@ class ViT(nn.Module):
     class_position: bool = True
     registers: int = 0
     resampling: posemb.Resampling = "antialias"
+    spacing: tuple[float, float] = (1.0, 0.0)
     qk_norm: bool = False
     norm_eps: float = 1e-6
     remat: bool = False
@@ -164,7 +166,7 @@ class ViT(nn.Module):
         if self.positions == "none":
             return jnp.zeros((grid[0] * grid[1], self.width))
         if self.positions == "sincos":
-            return jnp.asarray(posemb.sincos(grid, self.width))
+            return jnp.asarray(posemb.sincos(grid, self.width, self.spacing))
         side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
         return posemb.resample(table, (side, side), grid, self.resampling)
@@ -269,8 +271,8 @@ class ViT(nn.Module):
     def _rotation(self, grid, keep):
         """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
         head_dim = self.width // self.heads
-        theta, unit = self.rope_theta, self.rope_unit
-        angles = posemb.rope_angles(grid, head_dim, theta, unit)[None]
+        how = (self.rope_theta, self.rope_unit, self.spacing)
+        angles = posemb.rope_angles(grid, head_dim, *how)[None]
         if keep is not None:
             angles = patches.take(jnp.asarray(angles), keep)
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import optim
+from vitssl import optim, schedules
 from vitssl.losses import contrastive, patch_discrimination
 from vitssl.losses.patch_discrimination import Pair
 from vitssl.models import tokens
@@ -179,7 +179,28 @@ def _optimizer(case):
         case.close(name, np.stack(rows))
 
 
+def _schedules(case):
+    c, at = case.config, case.inputs["steps"]
+    end, lr = c["total_steps"], c["lr"]
+    rise = dict(start=c["warmup_min_lr"], warmup_steps=c["warmup_steps"])
+    final = c["alpha_f"] * lr
+    got = schedules.cosine(at, base=lr, final=final, total_steps=end, **rise)
+    case.close("lr", got)
+    start, stop = c["ema"]
+    case.close("ema", schedules.momentum(at, start=start, end=stop, total_steps=end))
+    p = c["probe"]
+    got = schedules.cosine(
+        case.inputs["probe_epochs"],
+        base=p["max_lr"],
+        final=p["min_lr"],
+        total_steps=p["total_epochs"],
+        warmup_steps=p["warmup_epochs"],
+    )
+    case.close("probe_lr", got)
+
+
 CHECKS = {
+    "lr / EMA / probe schedules": _schedules,
     "losses": _losses,
     "modality patch discrimination, masked negatives": _masked_negatives,
     "MAELoss": _mae,

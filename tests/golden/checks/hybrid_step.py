@@ -1,14 +1,17 @@
 """Hybrid patch size: upsamplers, training steps, any ViT, counts of FLOPs."""
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
+from vitssl.bench import flops, hybrid_flops
 from vitssl.convert import olmoearth
+from vitssl.convert import vit as names
 from vitssl.losses import contrastive, patch_discrimination
 from vitssl.losses.patch_discrimination import Pair
-from vitssl.models import flexi, hybrid, hybrid_mim, tokens
+from vitssl.models import flexi, hybrid, hybrid_mim, hybrid_vit, tokens, vit
 
 from . import hybrid_model as parts
 
@@ -176,7 +179,75 @@ def _up(module, *args):
     return module.up(*args)
 
 
+def _vit(case):
+    c = case.config
+    # Whether the position table has rows for what precedes the patches.
+    rows = c["pos_embed_tokens"] > (c["img_size"] // c["base_patch"]) ** 2
+    net = vit.ViT(
+        width=c["embed_dim"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        patch=c["base_patch"],
+        image_size=c["img_size"],
+        mlp_ratio=c["mlp_ratio"],
+        cls=c["class_token"],
+        registers=c["reg_tokens"],
+        class_position=rows,
+        norm_eps=c["layer_norm_eps"],
+    )
+    image = jnp.moveaxis(jnp.asarray(case.inputs["x"]), 1, -1)
+    like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
+    state = names.fold_positions(case.param, net.prefix) if rows else case.param
+    params = convert.convert(state, like, names.table())
+
+    def run(p, q, mode="bilinear"):
+        system = hybrid_vit.HybridViT(net, p, q, mode)
+        apply = parts.quick(lambda params, x: system.apply({"vit": params}, x))
+        return system, apply(params, image)
+
+    base = c["base_patch"]
+    for q in c["output_patches"]:
+        _, found = run(base, q)
+        case.close(f"features_q{q}", found.features_q)
+    case.close("prefix", found.prefix)
+    case.close("tokens_p", found.tokens_p)
+    p, q = c["flexi_processing_patch"], c["flexi_output_patch"]
+    system, found = run(p, q)
+    case.close("flexi_prefix", found.prefix)
+    case.close("flexi_tokens_p", found.tokens_p)
+    case.close(f"flexi_features_q{q}", found.features_q)
+    kernel = system.fitted(params)["patch_embed"]["kernel"]
+    case.close("flexi_kernel", einops.rearrange(kernel, "p q c d -> d c p q"))
+    table = system.network.apply(
+        {"params": system.fitted(params)},
+        (c["img_size"] // p,) * 2,
+        method="position_table",
+    )
+    own = case.param["pos_embed"][0, : net.prefix if rows else 0]
+    case.close("flexi_pos_embed", np.concatenate([own, table])[None])
+    q = c["shift_output_patch"]
+    case.close(f"shift_features_q{q}", run(base, q, "shift")[1].features_q)
+
+
+def _flops(case):
+    for c in case.config:
+        n, q, every = (c[f"{k}_tokens"] for k in ("visible", "decode", "all"))
+        d, grow, depth = c["D"], c["r"] ** 2, c["encoder_depth"]
+        given = dict(width=d, depth=c["decoder_depth"])
+        coarse, fine = depth * flops.block(n, d), depth * flops.block(n * grow, d)
+        assert coarse == c["encoder_p"] and fine == c["encoder_q"]
+        cost = hybrid_flops.predictor
+        assert cost(q, n, every, every, **given) == c["decoder_p"]
+        found = cost(q * grow, n * grow, every * grow, every * grow, **given)
+        assert found == c["decoder_output"]
+        assert cost(q * grow, n, every, q * grow, **given) == c["decoder_mixed"]
+        assert grow**2 == c["encoder_attention_score_ratio"]
+        assert fine / coarse == c["encoder_total_ratio"]
+
+
 CHECKS = {
+    "FLOP model": _flops,
+    "RGB ViT with hybrid patch size": _vit,
     "PatchUpsampler (mask-aware)": _upsampler,
     'Upsampler mode "skip"': _skip,
     "training step": _step,
