@@ -58,7 +58,7 @@ def _sections():
     """Return every section, at the size of two cores."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "latent_mim", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 30.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 20.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="fields",

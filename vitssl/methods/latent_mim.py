@@ -12,6 +12,7 @@ hybrid patch sizes, whose step cannot run; what it meant is done here).
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator
 
 import einops
@@ -312,9 +313,20 @@ class LatentMIM:
         sizes = h.processing_patch_size or (
             f"{self.sampling.min_patch}..{self.sampling.max_patch}",
         )
+        shape = self.phase(0)
+        coarse, fine = (
+            sum(
+                math.prod(k.tokens(shape.side * r if k.space else 1, shape.times))
+                for k in self.kinds
+            )
+            for r in (1, shape.p // shape.q)
+        )
         return (
             f"  hybrid    processing patch {', '.join(map(str, sizes))} px, output "
-            f"patch {q or 'the same'} px; upsampler {h.upsampler}, decoder {h.decoder}"
+            f"patch {q or 'the same'} px; upsampler {h.upsampler}, decoder {h.decoder}\n"
+            f"  tokens    {shape.side} x {shape.side} patches, {shape.times} time "
+            f"step(s): {coarse:,} of a sample at {shape.p} px, {fine:,} at "
+            f"{shape.q} px (step 0)"
         )
 
     def check(self) -> Iterator[str]:
