@@ -23,6 +23,7 @@ from vitssl import freezeout, methods, tree
 from vitssl.data import field_masks, field_views, modalities, shapes
 from vitssl.evals import fieldscores
 from vitssl.losses import patch_discrimination
+from vitssl.methods import latent_mim_readout as readout
 from vitssl.methods import latent_mim_sections as sections
 from vitssl.models import hybrid_mim
 from vitssl.models import tokens as states
@@ -218,7 +219,9 @@ class LatentMIM:
         if not self.target.depth:
             projection = hybrid_mim.targets_of(module.encoder)
             return hybrid_mim.targets(projection, target, fields, asked, patch)
-        return _encoded(module.encoder, target, fields, asked, patch, self.target.depth)
+        return readout.encoded(
+            module.encoder, target, fields, asked, patch, self.target.depth
+        )
 
     def after(self, params, extra, step):
         """Return `extra` after update `step`: a moving target follows."""
@@ -261,14 +264,14 @@ class LatentMIM:
         fields, (p, q) = self._fields(image), self.patches
         module = self.module(self.read, p, q)
         for kind in self.read:
-            fields[states.mask_key(kind)] = _online(kind, fields[kind.name], p)
+            fields[states.mask_key(kind)] = readout.online(kind, fields[kind.name], p)
         found = module.apply(
             {"params": params}, fields, self.readout.mode, method="features"
         )
-        coarse = in_place(found["tokens_p"], found["mask_p"])
-        fine = in_place(found["features_q"], found["mask_q"])
+        coarse = readout.in_place(found["tokens_p"], found["mask_p"])
+        fine = readout.in_place(found["features_q"], found["mask_q"])
         return {
-            "pooled": _mean(found["tokens_p"], found["mask_p"]),
+            "pooled": states.pool(found["tokens_p"], found["mask_p"]),
             "tokens": einops.rearrange(fine, "b h w d -> b (h w) d"),
             "tokens_p": einops.rearrange(coarse, "b h w d -> b (h w) d"),
         }
@@ -299,7 +302,7 @@ class LatentMIM:
         fine = einops.rearrange(found["tokens"], "b (h w) d -> b h w d", h=side)
         rows["tokens"] = fine.astype(jnp.float16)
         if self.measures.pixels:
-            rows["pixels"] = _pixels(self.read, image).astype(jnp.float16)
+            rows["pixels"] = readout.pixels(self.read, image).astype(jnp.float16)
         return rows
 
     def scores(self, rows) -> dict:
@@ -309,25 +312,35 @@ class LatentMIM:
     # Checks.
 
     def _summary(self) -> str:
-        h, q = self.hybrid, self.hybrid.output_patch_size
-        sizes = h.processing_patch_size or (
-            f"{self.sampling.min_patch}..{self.sampling.max_patch}",
-        )
-        shape = self.phase(0)
-        coarse, fine = (
+        """Return two lines: the patches, and the tokens of the first step."""
+        h, s, shape = self.hybrid, self.sampling, self.phase(0)
+        drawn = f"{s.min_patch} to {s.max_patch}"
+        sizes = ", ".join(map(str, h.processing_patch_size)) or drawn
+        counts = [
             sum(
                 math.prod(k.tokens(shape.side * r if k.space else 1, shape.times))
                 for k in self.kinds
             )
             for r in (1, shape.p // shape.q)
-        )
+        ]
         return (
-            f"  hybrid    processing patch {', '.join(map(str, sizes))} px, output "
-            f"patch {q or 'the same'} px; upsampler {h.upsampler}, decoder {h.decoder}\n"
+            f"  hybrid    processing patch {sizes} px, output patch "
+            f"{h.output_patch_size or 'the same'} px; upsampler {h.upsampler}, "
+            f"decoder {h.decoder}\n"
             f"  tokens    {shape.side} x {shape.side} patches, {shape.times} time "
-            f"step(s): {coarse:,} of a sample at {shape.p} px, {fine:,} at "
-            f"{shape.q} px (step 0)"
+            f"step(s) at step 0: {counts[0]:,} a sample at {shape.p} px, "
+            f"{counts[1]:,} at {shape.q} px"
         )
+
+    def check_size(self, size: int) -> Iterator[str]:
+        """Yield what is wrong with evaluation samples of `size` pixels a side."""
+        p, _ = self.patches
+        if size % p:
+            below = size // p * p
+            yield (
+                f"evals.image_size={size}: must be a multiple of the patch that is "
+                f"processed, {p}; nearest are {below} and {below + p}"
+            )
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
@@ -375,72 +388,3 @@ def _announce(text: str) -> None:
 
 def _zeros(batch):
     return {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}
-
-
-def _online(kind, x, patch):
-    """Return the mask of the tokens of [B, H, W, T, C]: ONLINE or MISSING."""
-    gone = x == modalities.MISSING
-    sets = [gone[..., list(c)].any(-1) for c in kind.channels]
-    gone = jnp.stack(sets, axis=-1)
-    if kind.space:
-        n = patch * kind.factor
-        gone = einops.reduce(gone, "b (h p) (w q) t s -> b h w t s", "max", p=n, q=n)
-    return jnp.where(gone, states.MISSING, states.ONLINE)
-
-
-def in_place(tokens: dict, mask: dict):
-    """Return one vector per place: [B, h, w, D] float32.
-
-    Args:
-        tokens: {modality: [B, h, w, T, S, D]}; those without places are left out.
-        mask: {modality: [B, h, w, T, S]}; only ONLINE tokens count.
-
-    Returns:
-        The mean over times and bandsets of each modality, then over the modalities
-        that have any there; 0 of none.
-    """
-    total, count = 0.0, 0.0
-    for name, x in tokens.items():
-        if x.ndim != 6:
-            continue
-        seen = (mask[name] == states.ONLINE)[..., None].astype(jnp.float32)
-        held = seen.sum((3, 4))  # [B, h, w, 1]
-        mean = (x.astype(jnp.float32) * seen).sum((3, 4)) / jnp.maximum(held, 1)
-        total, count = total + mean, count + (held > 0)
-    return total / jnp.maximum(count, 1)
-
-
-def _mean(tokens, mask):
-    """Return the mean of all ONLINE tokens: [B, D] float32."""
-    return states.pool(tokens, mask)
-
-
-def _pixels(kinds, image):
-    """Return all that is known of a pixel: [B, H, W, K], 0 where there is nothing."""
-    parts = [image[k.name] for k in kinds if k.space and k.factor == 1]
-    parts = [einops.rearrange(x, "b h w t c -> b h w (t c)") for x in parts]
-    x = jnp.concatenate(parts, axis=-1)
-    return jnp.where(x == modalities.MISSING, 0.0, x)
-
-
-def _encoded(encoder, target, fields, asked, patch, depth):
-    """Return the tokens asked for, as they enter block `depth` of a target encoder."""
-    whole = {k: v for k, v in fields.items() if not k.endswith("_mask")}
-    fine = {}
-    for kind in encoder.modalities:
-        x, key = fields[kind.name], states.mask_key(kind)
-        shape = (len(x), *states.shapes(fields, encoder.modalities, patch)[kind.name])
-        gone = fields[key] == states.MISSING
-        if kind.space:
-            r = shape[1] // gone.shape[1]
-            gone = einops.repeat(gone, "b h w t s -> b (h r) (w q) t s", r=r, q=r)
-        fine[key] = jnp.where(gone, states.MISSING, states.ONLINE)
-    exits = None
-    if depth < encoder.depth:
-        exits = {kind.name: depth for kind in encoder.modalities}
-    seen = encoder.apply({"params": target}, whole | fine, patch, exits=exits)
-    found = {}
-    for name, a in asked.items():
-        x = einops.rearrange(seen.tokens[name], "b ... d -> b (...) d")
-        found[name] = x if a.index is None else patches.take(x, a.index)
-    return jax.tree.map(jax.lax.stop_gradient, found)
