@@ -379,26 +379,28 @@ class _Draw:
         return masks
 
 
-def bounds(strategy: Strategy, kinds: Sequence[Modality], shape) -> tuple[int, int]:
-    """Return the most tokens of a sample that are read and that are predicted.
+def bounds(
+    strategy: Strategy, kinds: Sequence[Modality], shape
+) -> tuple[int, dict[str, int] | None]:
+    """Return the most tokens of a sample that are read, and predicted by modality.
 
     Args:
         strategy: see `Strategy`.
         kinds: modalities.
         shape: `shapes.Shape` of the batch.
+
+    Returns:
+        (0, None) where the strategy knows no such bounds.
     """
-    counts = {k.name: math.prod(k.tokens(shape.side, shape.times)) for k in kinds}
-    total, exact = sum(counts.values()), {"modality_cross_random", "random"}
-    if strategy.type not in exact:
-        return total, total
+    if strategy.type not in ("modality_cross_random", "random"):
+        return 0, None
     only = strategy.decode_only if strategy.type != "random" else ()
-    few = {k.name for k in kinds if not (k.space or k.time)}
-
-    def share(n, ratio, name):
-        # One token that is refilled alone is read, whatever the share says.
-        return n if name in few else max(1, int(n * ratio))
-
-    read = sum(
-        share(n, strategy.encode_ratio, m) for m, n in counts.items() if m not in only
-    )
-    return read, sum(share(n, strategy.decode_ratio, m) for m, n in counts.items())
+    read, predicted = 0, {}
+    for k in kinds:
+        n = math.prod(k.tokens(shape.side, shape.times))
+        few = not (k.space or k.time)  # Each token is drawn by itself.
+        # One token that is left alone is read, whatever the share says.
+        if k.name not in only:
+            read += n if few else max(1, int(n * strategy.encode_ratio))
+        predicted[k.name] = n if few else max(1, int(n * strategy.decode_ratio))
+    return read, predicted

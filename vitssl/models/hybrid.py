@@ -77,6 +77,44 @@ def upsample(z, mask, r, how="bilinear"):
     return jnp.where(fine, y / jnp.where(fine, weight, 1), 0).astype(z.dtype)
 
 
+def upsample_at(z, mask, index, r, how="bilinear"):
+    """Return some rows of `upsample`, without making the others: [B, K, D].
+
+    Args:
+        z, mask, r, how: as in `upsample`.
+        index: [B, K] int32 places on the fine grid (h r, w r, T, S), flattened.
+    """
+    h, w, t, s = z.shape[1:5]
+    row, column, *rest = jnp.unravel_index(index, (h * r, w * r, t, s))
+    batch = jnp.arange(len(z))[:, None]
+    parent = (batch, row // r, column // r, *rest)
+    here = True if mask is None else (mask[parent] == tokens.ONLINE)[..., None]
+    if how == "nearest" or r == 1:
+        return jnp.where(here, z[parent], 0)
+    total, weight = 0.0, 0.0
+    for y, wy in _neighbours(row, r, h):
+        for x, wx in _neighbours(column, r, w):
+            at, share = (batch, y, x, *rest), (wy * wx)[..., None]
+            if mask is not None:
+                share = share * (mask[at] == tokens.ONLINE)[..., None]
+            total += share * jnp.where(share > 0, z[at].astype(jnp.float32), 0)
+            weight += share
+    return jnp.where(here, total / jnp.where(here, weight, 1), 0).astype(z.dtype)
+
+
+def _neighbours(fine, r, count):
+    """Return ((coarse place, weight), ...) of the two around each fine place."""
+    at = (fine + 0.5) / r - 0.5
+    low = jnp.floor(at)
+    far = at - low
+    low = low.astype(jnp.int32)
+    # Beyond the border the last one is repeated.
+    return tuple(
+        (jnp.clip(k, 0, count - 1), weight)
+        for k, weight in ((low, 1 - far), (low + 1, far))
+    )
+
+
 def _between(x, r):
     """Return the bilinear interpolation of [B, h, w, T, S, D], float32."""
     flat = einops.rearrange(x.astype(jnp.float32), "b h w t s d -> b h w (t s d)")
@@ -100,8 +138,17 @@ class PixelShuffle(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, z):  # [B, h, w, T, S, D] -> [B, h r, w r, T, S, D]
-        r, d = self.factor, z.shape[-1]
+    def __call__(self, z, index=None):
+        """Return [B, h r, w r, T, S, D] of z [B, h, w, T, S, D].
+
+        With `index` [B, K], places on the fine grid, flattened: [B, K, D] of these.
+        """
+        r, d, child = self.factor, z.shape[-1], None
+        if index is not None:
+            grid = (z.shape[1] * r, z.shape[2] * r, *z.shape[3:5])
+            row, column, *rest = jnp.unravel_index(index, grid)
+            child = (row % r * r + column % r)[..., None, None]
+            z = z[(jnp.arange(len(z))[:, None], row // r, column // r, *rest)]
 
         def copies(key, shape):
             return jnp.tile(jnp.eye(d), (1, r * r))
@@ -109,6 +156,9 @@ class PixelShuffle(nn.Module):
         kernel = self.param("kernel", copies, (d, r * r * d))
         bias = self.param("bias", nn.initializers.zeros, (r * r * d,))
         y = layers.linear(z, kernel, bias, self.dtype)
+        if child is not None:
+            y = einops.rearrange(y, "b k (n d) -> b k n d", d=d)
+            return jnp.take_along_axis(y, child, axis=2)[:, :, 0]
         pattern = "b h w t s (a c d) -> b (h a) (w c) t s d"
         return einops.rearrange(y, pattern, a=r, c=r)
 
@@ -129,12 +179,14 @@ class Skip(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, fine, fields):
+    def __call__(self, fine, fields, index=None):
         """Return {name: [B, h r, w r, T, S, D]} with detail.
 
         Args:
-            fine: {name: [B, h r, w r, T, S, D]} interpolated tokens.
+            fine: {name: [B, h r, w r, T, S, D]} interpolated tokens, or some [B, K, D].
             fields: {name: [B, H, W, T, C]} pixels.
+            index: {name: [B, K]} which they are, on the fine grid, flattened; None =
+                all.
         """
         d = next(iter(fine.values())).shape[-1]
         norm = fieldblock.norm(self.dtype, "norm")
@@ -143,18 +195,45 @@ class Skip(nn.Module):
         for m in self.modalities:
             if m.name not in fine or not m.space:
                 continue
-            x = einops.rearrange(flexi.clean(fields[m.name]), "b h w t c -> b t h w c")
-            side, parts = self.patch * m.factor, []
-            h, w = patches.grid(x, side)
-            for g, bands in enumerate(m.channels):
-                pixels = patches.patchify(x[..., np.array(bands)], side)
-                layer = fieldblock.Linear(d, self.dtype, name=f"{m.name}_{g}")
-                parts.append(layer(pixels))  # [B, T, h w, D]
-            y = jnp.stack(parts, axis=-2)
-            y = einops.rearrange(y, "b t (h w) s d -> b h w t s d", h=h, w=w)
+            if index is None:
+                y = self._everywhere(m, flexi.clean(fields[m.name]), d)
+            else:
+                y = self._at(m, flexi.clean(fields[m.name]), index[m.name], d)
             y = fine[m.name] + y
             found[m.name] = y + mlp(norm(y))
         return fine | found
+
+    def _layer(self, m, g, d):
+        return fieldblock.Linear(d, self.dtype, name=f"{m.name}_{g}")
+
+    def _everywhere(self, m, x, d):
+        """Return the embedded pixels of every fine place: [B, h r, w r, T, S, D]."""
+        x = einops.rearrange(x, "b h w t c -> b t h w c")
+        side, parts = self.patch * m.factor, []
+        h, w = patches.grid(x, side)
+        for g, bands in enumerate(m.channels):
+            pixels = patches.patchify(x[..., np.array(bands)], side)
+            parts.append(self._layer(m, g, d)(pixels))  # [B, T, h w, D]
+        y = jnp.stack(parts, axis=-2)
+        return einops.rearrange(y, "b t (h w) s d -> b h w t s d", h=h, w=w)
+
+    def _at(self, m, x, index, d):
+        """Return the embedded pixels of some fine places: [B, K, D]."""
+        side = self.patch * m.factor
+        grid = (x.shape[1] // side, x.shape[2] // side, x.shape[3], len(m.channels))
+        row, column, time, group = jnp.unravel_index(index, grid)
+        step = jnp.arange(side)
+        y = (row[..., None] * side + step)[..., :, None]  # [B, K, side, 1]
+        z = (column[..., None] * side + step)[..., None, :]
+        batch = jnp.arange(len(x))[:, None, None, None]
+        block = x[batch, y, z, time[..., None, None]]  # [B, K, side, side, C]
+        found = 0.0
+        for g, bands in enumerate(m.channels):
+            pixels = block[..., np.array(bands)]
+            pixels = einops.rearrange(pixels, "b k p q c -> b k (p q c)")
+            embedded = self._layer(m, g, d)(pixels)
+            found = found + jnp.where((group == g)[..., None], embedded, 0)
+        return found
 
 
 class Upsampler(nn.Module):
@@ -175,15 +254,18 @@ class Upsampler(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, coarse, mask, fields):
+    def __call__(self, coarse, mask, fields, index=None):
         """Upsample.
 
         Args:
             coarse: {name: [B, h, w, T, S, D], or without places}.
             mask: {name: states of these}.
             fields: the batch.
+            index: {name: [B, K] int32}: which fine tokens, flattened, of modalities
+                with places; the others are not made. None = all.
 
         Returns:
+            With `index` {name: [B, K, D]}; otherwise
             (tokens, mask) on the grid of q; exactly the given ones where p = q, and
             where a modality has no places. Tokens are 0 where not ONLINE.
 
@@ -191,8 +273,10 @@ class Upsampler(nn.Module):
             ValueError: q does not divide p.
         """
         r = factor(self.p, self.q)
-        if r == 1:
+        if r == 1 and index is None:
             return coarse, mask
+        if index is not None:
+            return self._at(coarse, mask, fields, index, r)
         placed = [m.name for m in self.modalities if m.space]
         states = {k: upsample_mask(v, r) if k in placed else v for k, v in mask.items()}
         if self.mode == "pixel_shuffle":
@@ -208,6 +292,19 @@ class Upsampler(nn.Module):
             for k, v in fine.items()
         }
         return coarse | fine, states
+
+    def _at(self, coarse, mask, fields, index, r):
+        """Return {name: [B, K, D]} of some fine tokens."""
+        if self.mode == "pixel_shuffle" and r > 1:
+            shuffle = PixelShuffle(r, self.dtype, name="shuffle")
+            return {k: shuffle(coarse[k], i) for k, i in index.items()}
+        how = "nearest" if self.mode == "nearest" else "bilinear"
+        fine = {k: upsample_at(coarse[k], mask[k], i, r, how) for k, i in index.items()}
+        if self.mode == "skip" and r > 1:
+            kinds = tuple(m for m in self.modalities if m.name in index)
+            skip = Skip(kinds, self.q, self.dtype, name="skip")
+            fine = skip(fine, fields, index)
+        return fine
 
 
 def draw_children(rng, fine, shapes, modalities, r):

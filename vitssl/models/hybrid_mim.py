@@ -147,7 +147,7 @@ class HybridMIM(nn.Module):
         }
         answers = self.predictor(context, queries, fields["timestamps"], train=train)
         asked = {k: Asked(answers[k], *chosen[k]) for k in answers}
-        visible = self._visible(fine, states) if self.visible_loss else {}
+        visible = self._visible(seen, states, fields) if self.visible_loss else {}
         return View(
             asked, visible, self._pool(seen, fine, slots), _counts(seen, context, asked)
         )
@@ -157,7 +157,7 @@ class HybridMIM(nn.Module):
         """Whether the step needs the upsampled tokens themselves."""
         if self.decoder == "processing":
             return False
-        more = self.sampled_keys or self.visible_loss or self.pool_at == "output"
+        more = self.sampled_keys or self.pool_at == "output"
         return self.factor > 1 and (self.decoder == "output" or more)
 
     def _fine_states(self, mask):
@@ -225,17 +225,22 @@ class HybridMIM(nn.Module):
         index, count = patches.pack(member, most)
         return index, patches.valid(count, most)
 
-    def _visible(self, fine, states):
+    def _visible(self, seen, states, fields):
         """Return {name: Asked} of fine tokens that the encoder saw."""
-        found = {}
-        for m in self.modalities:
-            if not m.space:
-                continue
-            index, valid = self._choose(m, states, tokens.ONLINE)
-            x = einops.rearrange(fine[m.name], "b ... d -> b (...) d")
-            x = x if index is None else patches.take(x, index)
-            found[m.name] = Asked(self.visible_head(x), index, valid)
-        return found
+        chosen = {
+            m.name: self._choose(m, states, tokens.ONLINE)
+            for m in self.modalities
+            if m.space
+        }
+        index = {
+            k: jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
+            if index is None
+            else index
+            for k, (index, valid) in chosen.items()
+        }
+        # Only what is looked at is made: all of it costs more than the encoder.
+        x = self.up(seen.tokens, seen.mask, fields, index)
+        return {k: Asked(self.visible_head(x[k]), *chosen[k]) for k in chosen}
 
     def _pool(self, seen, fine, slots):
         if self.pool_at == "processing" or self.factor == 1:
