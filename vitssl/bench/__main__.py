@@ -4,13 +4,14 @@ step    a whole training step of a config, or of a plain ViT, on synthetic batch
 data    the input pipeline, samples per second and core
 freeze  every phase of a run with FreezeOut, against its cost formula
 knn     exact nearest neighbours
+hybrid  hybrid patch sizes: every mode on every case, against its cost formula
 """
 
 import importlib
 import json
 import sys
 
-NAMES = ("step", "data", "freeze", "knn")
+NAMES = ("step", "data", "freeze", "knn", "hybrid")
 
 
 def main(argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""NT-Xent, and its sum with a prediction loss (C-JEPA)."""
+"""NT-Xent, alone and beside a prediction loss (C-JEPA); InfoNCE; KoLeo."""
 
 import einops
 import jax
@@ -69,6 +69,52 @@ def _metrics(similarity, candidate, keep, pair):
         "positive_similarity": regression.masked_mean(positive, keep),
         "negative_similarity": regression.masked_mean(similarity, negative),
     }
+
+
+def info_nce(a, b, *, temperature=0.1):
+    """Pick out row i of `b` for row i of `a` among the rows of `b`; one direction.
+
+    Args:
+        a, b: [B, D] of two views; both are normalised, and both get gradients.
+        temperature: divides the cosines.
+
+    Returns:
+        [] mean cross-entropy in nats; log B at chance.
+
+    Raises:
+        ValueError: not two [B, D].
+
+    Source: van den Oord et al. 2018, arXiv:1807.03748, Eq. 4.
+    """
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"info_nce: want two [B, D], got {a.shape} and {b.shape}")
+    a, b = regression.unit(a, 1e-12), regression.unit(b, 1e-12)
+    logits = jnp.matmul(a, b.T, precision="highest") / temperature
+    return (jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits)).mean()
+
+
+def koleo(x, valid=None, eps=1e-8):
+    """Spread rows over the sphere: minus the mean log distance to the nearest.
+
+    Args:
+        x: [N, D]; normalised here.
+        valid: [N] bool, rows that count; at least two of them.
+        eps: added to distances.
+
+    Returns:
+        [] float32.
+
+    Source: Sablayrolles et al. 2019, arXiv:1806.03198, Eq. 2, as in DINOv2.
+    """
+    valid = jnp.ones(len(x), bool) if valid is None else valid
+    x = regression.unit(jnp.where(valid[:, None], x, 0), eps)
+    cosine = jnp.matmul(x, x.T, precision="highest")
+    other = valid[None] & ~jnp.eye(len(x), dtype=bool)
+    nearest = jnp.where(other, cosine, -jnp.inf).argmax(1)  # [N]
+    gap = jnp.square(x - x[nearest] + eps).sum(1)
+    # Rows that do not count lie at distance 0, where a root has no gradient.
+    distance = jnp.sqrt(jnp.where(valid, gap, 1.0))
+    return regression.masked_mean(-jnp.log(distance + eps), valid)
 
 
 def cjepa(

@@ -75,6 +75,13 @@ class Method(Protocol):
         """Yield one line per impossible combination of the sections."""
 
 
+class Sized(Protocol):
+    """What a method adds whose evaluations need images of certain sizes."""
+
+    def check_size(self, size: int) -> Iterator[str]:
+        """Yield one line per reason why `evals.image_size` cannot be `size`."""
+
+
 class Layered(Protocol):
     """What a method adds so that `freeze.schedule` alone switches FreezeOut on."""
 

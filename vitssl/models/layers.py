@@ -60,6 +60,11 @@ def _on_cpu():
     return jax.default_backend() == "cpu"
 
 
+def gelu(x):
+    """Exact (erf) GELU, any shape."""
+    return cpu.gelu(x) if _on_cpu() else nn.gelu(x, approximate=False)
+
+
 class LayerNorm(nn.Module):
     """Normalise the last axis; statistics in float32, output in `dtype`.
 
@@ -258,7 +263,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):  # [..., D] -> [..., D]
         y = dense(self.hidden, self.dtype, "fc1")(x)
-        y = cpu.gelu(y) if _on_cpu() else nn.gelu(y, approximate=False)
+        y = gelu(y)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
         y = dense(x.shape[-1], self.dtype, "fc2")(y)
         return nn.Dropout(self.dropout, deterministic=not train)(y)

@@ -13,7 +13,7 @@ from vitssl.models import layers, posemb
 from vitssl.ops import patches
 
 
-def _uniform_fan_in(fan_in):
+def uniform_fan_in(fan_in):
     """PyTorch's default of a convolution: uniform in +-1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
 
@@ -45,7 +45,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, image, keep=None):  # [B, H, W, C] -> [B, N or K, D]
         p, channels = self.patch, image.shape[-1]
-        init = start = _uniform_fan_in(p * p * channels)
+        init = start = uniform_fan_in(p * p * channels)
         if self.init_by == "he":
             init = nn.initializers.normal((2 / (self.width * p * p)) ** 0.5)
             start = nn.initializers.zeros
@@ -82,6 +82,7 @@ class ViT(nn.Module):
         registers: number of register tokens after the class token; they have no
             position.
         resampling: of the position table for other grids, see `posemb.resample`.
+        spacing: of computed positions (sincos, rope), see `posemb.Spacing`.
         qk_norm: LayerNorm of queries and keys, per head.
         norm_eps: of every LayerNorm.
         remat: recompute every block in the backward pass instead of storing it.
@@ -109,6 +110,7 @@ class ViT(nn.Module):
     class_position: bool = True
     registers: int = 0
     resampling: posemb.Resampling = "antialias"
+    spacing: tuple[float, float] = (1.0, 0.0)
     qk_norm: bool = False
     norm_eps: float = 1e-6
     remat: bool = False
@@ -176,7 +178,7 @@ class ViT(nn.Module):
         if self.positions == "none":
             return jnp.zeros((grid[0] * grid[1], self.width))
         if self.positions == "sincos":
-            return jnp.asarray(posemb.sincos(grid, self.width))
+            return jnp.asarray(posemb.sincos(grid, self.width, self.spacing))
         side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
         return posemb.resample(table, (side, side), grid, self.resampling)
@@ -321,8 +323,8 @@ class ViT(nn.Module):
     def _rotation(self, grid, keep):
         """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
         head_dim = self.width // self.heads
-        theta, unit = self.rope_theta, self.rope_unit
-        angles = posemb.rope_angles(grid, head_dim, theta, unit)[None]
+        how = (self.rope_theta, self.rope_unit, self.spacing)
+        angles = posemb.rope_angles(grid, head_dim, *how)[None]
         if keep is not None:
             angles = patches.take(jnp.asarray(angles), keep)
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))
