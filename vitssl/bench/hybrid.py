@@ -263,7 +263,7 @@ def measure(one: Step, batch: int, steps: int) -> dict:
         times.append(time.perf_counter() - begin)
     return {
         "ms_per_step": 1e3 * float(np.median(times[3:])),
-        "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
+        "peak_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
         "loss": float(loss),
     }
 
