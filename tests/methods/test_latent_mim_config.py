@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from vitssl import errors, experiment, train
+from vitssl import build, errors, experiment
 
 CONFIG = str(runs.ROOT / "configs" / "latent_mim.py")
 FAULTS = {
@@ -64,7 +64,7 @@ def test_a_source_of_pictures_is_refused_with_what_it_lacks():
     c = experiment.load(f"{CONFIG}:smoke", ["data.source=digits"])
     c.data.options = {}
     with pytest.raises(errors.DataError, match="a sample lacks sentinel2_l2a"):
-        train.build(experiment.read(c))
+        build.build(experiment.read(c))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_source_of_pictures_is_refused_with_what_it_lacks():
 )
 def test_recipes_without_their_data_can_be_sized(recipe, width, patches, times):
     checked = experiment.read(experiment.load(f"{CONFIG}:{recipe}"))
-    parts = train.build(experiment.with_noise(checked))
+    parts = build.build(experiment.with_noise(checked))
     drawn = {parts.method.phase(i) for i in range(0, 2000, 8)}
     assert {(s.p, s.q) for s in drawn} == patches
     assert max(s.times for s in drawn) == times
