@@ -331,7 +331,7 @@ class _Loop:
         sharding = devices.batch_sharding(parts.mesh)
         at = first = int(state.step)
         phase = parts.phase(at)
-        state = step.enter(state, phase)
+        state = self._entered(state, phase)
         self._first_compile(phase, at)
         self._enter(phase, at)
         if at == 0:
@@ -344,7 +344,7 @@ class _Loop:
             while at < total and not self.patience.over:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
-                    state = step.enter(state, phase)
+                    state = self._entered(state, phase)
                     waiting = time.perf_counter()
                     parts.compiled.get(phase, batch)
                     self._pause(waiting)
@@ -364,6 +364,11 @@ class _Loop:
                 self._profile(at - first)
                 self._after(state, at, s)
         return state
+
+    def _entered(self, state, phase):
+        """Return the state for a phase, every leaf where its step expects it."""
+        state = step.enter(state, phase, self.parts.optimizer)
+        return jax.device_put(state, self.parts.compiled.state_sharding(phase))
 
     def _first_compile(self, phase, at):
         parts, s = self.parts, self.parts.experiment.settings

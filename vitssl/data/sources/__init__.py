@@ -21,6 +21,7 @@ from vitssl.data.sources import (
     layout,
     metashift,
     mixture,
+    sarcld,
     scenes,
     siim_acr,
     stl10,
@@ -60,6 +61,8 @@ SOURCES = {
     "waterbirds": waterbirds.open,
     "siim_acr": siim_acr.open,
     "metashift": metashift.open,
+    "sarcld": sarcld.open,
+    "plantvillage": sarcld.plantvillage,
     "fake": fake.open,
     "mixture": _mixture,
 }
