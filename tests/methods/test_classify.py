@@ -11,6 +11,7 @@ from vitssl import methods, optim, step, tree
 from vitssl.data.augment.randaugment import OPERATIONS, RandAugment
 from vitssl.errors import UsageError
 from vitssl.methods import classify
+from vitssl.methods import classify_sections as sections
 from vitssl.models import head, vit
 from vitssl.ops import erase, mix
 
@@ -30,10 +31,10 @@ def _method(batch_size=6, **own):
             counts=(1, 2, 3),
         ),
         model=vit.ViT(16, 2, 2, 4, 8, drop_path=0.5, positions="learned_sincos"),
-        augment=classify.Augment(**dict(size=8) | own.pop("augment", {})),
+        augment=sections.Augment(**dict(size=8) | own.pop("augment", {})),
         head=head.Head(**dict(init_std=0.5) | own.pop("head", {})),
-        mix=classify.Mix(**own.pop("mix", {})),
-        objective=classify.Objective(**own.pop("objective", {})),
+        mix=sections.Mix(**own.pop("mix", {})),
+        objective=sections.Objective(**own.pop("objective", {})),
     )
 
 
