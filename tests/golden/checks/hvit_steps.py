@@ -79,9 +79,8 @@ def _tta(case):
     six = sections.Scoring(tta="six")
     method, params = _classifier(case, scoring=six)
     one = jax.jit(lambda x: method.logits(params, {}, x))
-    found = [
-        jax.nn.softmax(one(sections.TURNS[k](image))) for k in case.config["views6"]
-    ]
+    turned = (sections.TURNS[k](image) for k in case.config["views6"])
+    found = [jax.nn.softmax(one(x)) for x in turned]
     case.close("view_probs", jnp.stack(found))
     logs = {}
     for name, kind in (("tta2_probs", "flip"), ("tta6_probs", "six")):
@@ -173,7 +172,8 @@ def _finetune(case):
         map(whole, range(steps)),
         c["accumulation_steps"],
     )
-    for i, (before, metrics, state) in enumerate(run):
+    for i, (before, metrics, after) in enumerate(run):
+        state = after
         phase = step.phase_at(method, optimizer, i)
         parts = [
             {"image": x, "label": y} for x, y in zip(images[i], labels[i], strict=True)
@@ -188,7 +188,7 @@ def _finetune(case):
     factors = [optimizer.lr_factor[f"{k}"] for k in ("backbone/pos_embed", "head/bias")]
     rates = [optimizer.lr(np.arange(steps), f) for f in factors]
     case.close("lr", np.stack(rates, -1))
-    shown = {"image": images[-1, -1]}
+    shown = {"image": images[0, 0]}
     found = method.outputs(state.params, state.extra, shown)
     case.close("logits_live", found["logits"])
     case.close("logits_ema", found["ema_logits"])
@@ -231,10 +231,11 @@ def _pretrain(case):
         clip_norm=c["clip_grad_norm"],
     )
     rows = []
-    for _, metrics, state in _train(method, optimizer, params, {}, batches):
-        rows.append([metrics[k] for k in ("loss", "grad_norm", "lr")])
-    for name, values in zip(("loss", "grad_norm", "lr"), zip(*rows), strict=True):
-        case.close(name, np.array(values))
+    for _, metrics, after in _train(method, optimizer, params, {}, batches):
+        state = after
+        rows.append(metrics)
+    for name in ("loss", "grad_norm", "lr"):
+        case.close(name, np.array([row[name] for row in rows]))
     kernel = state.params["projector"]["fc2"]["kernel"]
     case.close("projection_head.2.weight_after", kernel.T)
     case.close("backbone.rgb_pos_embed_after", state.params["encoder"]["pos_embed"])
