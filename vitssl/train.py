@@ -212,8 +212,15 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
         )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
+        init.same_classes(
+            workdir,
+            meta.get("classes"),
+            parts.source.classes,
+            "give another --workdir, or the data it was trained on",
+        )
         logger.info("resuming after step %d of %d", at, run_.total_steps)
     elif s.init.from_:
+        init.check_classes(s.init, parts.source.classes, state.params)
         params = init.load(s.init, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)
@@ -499,6 +506,7 @@ class _Loop:
             "log": self.metrics.state(),
             "patience": self.patience.state(),
             "phases": self.phases.state(),
+            "classes": list(self.parts.source.classes),
             "versions": report.versions(),
         }
         self.saves.save(at, state, meta, self.scores)
