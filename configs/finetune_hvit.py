@@ -20,10 +20,10 @@ Arguments (`--config=configs/finetune_hvit.py:NAME`, or `NAME,OPTION,OPTION`):
     under5k, 5k_50k, over50k
                     the documented starting points by number of training images
     plantvillage    transfer: 38 classes at 224 px
-Published recipes need --config.data.root=DIR; they start from --config.init.from=WORKDIR
-or, with the option scratch, from random weights.
+Published recipes need --config.data.root=DIR, and start from random weights without
+--config.init.from=WORKDIR.
 
-Options, joined by commas: scratch; out_of_memory (micro-batches, recomputed blocks),
+Options, joined by commas: out_of_memory (micro-batches, recomputed blocks),
 slow (lr 1e-5, long warm-up, light augmentation, class weights), not_finite (lr 1e-6,
 clipping), overfits (drop path 0.3, decay 0.05, mixing, average); legacy_split (the
 published split of photographs and their copies, which leaks).
@@ -267,9 +267,7 @@ RECIPES = {
 
 def _option(c, name):
     """Change a recipe by an option."""
-    if name == "scratch":
-        c.init["from"] = ""
-    elif name == "out_of_memory":
+    if name == "out_of_memory":
         c.batch_size, c.accumulate, c.model.remat = 16, 4, True
     elif name == "slow":
         c.optim.update(lr=1e-5, warmup_epochs=15.0)
@@ -283,8 +281,8 @@ def _option(c, name):
         c.data.options = dict(rule="legacy")
     else:
         raise ValueError(
-            f"no option {name!r}; there is: scratch, out_of_memory, slow, not_finite, "
-            "overfits, legacy_split"
+            f"no option {name!r}; there is: out_of_memory, slow, not_finite, overfits, "
+            "legacy_split"
         )
 
 

@@ -196,13 +196,29 @@ class Classify:
                 continue
             logits, prefix = rows[name][known], name.removesuffix("logits")
             one = accuracy.measure(logits, label)
-            one |= measures.summary(one["confusion"])
+            means = measures.summary(one["confusion"])
+            del means["accuracy"]  # Which is "top1".
+            # First what is looked at first: an online line shows the first four.
+            one = {"f1_macro": means["f1_macro"]} | one | means
             one |= measures.per_class(one["confusion"])
             if self.scoring.calibration:
                 one |= measures.calibration(logits, label)
                 one["reliability"] = np.stack(measures.reliability(logits, label))
             found |= {f"{prefix}{key}": value for key, value in one.items()}
         return found
+
+    def written(self, scores) -> str:
+        """Return scores as a table: weights and views in rows."""
+        columns = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+        lines = ["| scored | " + " | ".join(columns) + " |"]
+        lines.append("|" + " --- |" * (1 + len(columns)))
+        for prefix in ("", "tta_", "ema_", "ema_tta_"):
+            if f"{prefix}top1" in scores:
+                cells = [scores.get(f"{prefix}{c}", float("nan")) for c in columns]
+                name = prefix.rstrip("_") or "parameters"
+                lines.append(f"| {name} | " + " | ".join(f"{v:.4f}" for v in cells))
+                lines[-1] += " |"
+        return "\n".join(lines) if len(lines) > 2 else ""
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
