@@ -39,7 +39,7 @@ def _demo():
     """Return the demo: every section, at the size of two cores."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "simclr", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 128, 30.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 128, 25.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="leaves",
@@ -91,11 +91,11 @@ def _demo():
     c.evals = dict(
         image_size=48,
         batch_size=210,
-        every_epochs=10.0,
+        every_epochs=5.0,
         online_samples_train=1000,
         online_samples_test=0,
         online_probe_epochs=10,
-        final=("knn", "linear", "quality"),
+        final=("knn", "linear"),
         baselines=("pixels", "colours"),
         knn_k=(20,),
         knn_temperature=(0.07,),
@@ -112,7 +112,7 @@ def _demo():
         pictures=True,
         stall_seconds=1800.0,
     )
-    c.checkpoint = dict(every_epochs=10.0, keep_last=2, keep_best=1, best="probe/top1")
+    c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="probe/top1")
     return c
 
 

@@ -35,6 +35,7 @@ def _method(batch_size=6, **own):
         head=head.Head(**dict(init_std=0.5) | own.pop("head", {})),
         mix=sections.Mix(**own.pop("mix", {})),
         objective=sections.Objective(**own.pop("objective", {})),
+        **own,
     )
 
 
@@ -223,3 +224,50 @@ def test_layers_of_the_backbone_freeze_and_the_head_never():
     assert found["backbone/patch_embed/kernel"] == 0
     assert found["backbone/block_1/mlp/fc1/kernel"] == found["backbone/norm/scale"] == 2
     assert found["head/kernel"] == -1
+
+
+def test_test_time_views_average_probabilities_not_logits():
+    # The "network" looks at one corner: every view shows it another pixel.
+    image = jnp.arange(8.0).reshape(2, 2, 2, 1)
+    logits = lambda x: jnp.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], -1)  # noqa: E731
+    for kind, seen in (("flip", (0, 1)), ("six", (0, 1, 2, 1, 3, 2))):
+        got = sections.Scoring(tta=kind).averaged(logits, image)
+        corners = np.array([seen, [4 + k for k in seen]], float)
+        p = 1 / (1 + np.exp(-2 * corners))
+        want = np.stack([p.mean(1), 1 - p.mean(1)], -1)
+        np.testing.assert_allclose(np.exp(got), want, rtol=1e-5)
+
+
+def test_every_weight_and_view_is_scored_and_written():
+    m = _method(
+        objective=dict(ema=0.5), scoring=sections.Scoring(tta="flip", calibration=True)
+    )
+    params, extra = _fresh(m)
+    batch = _batch(m)
+    rows = jax.jit(m.outputs, compiler_options=QUICK)(params, extra, batch)
+    kinds = {"", "ema_", "tta_", "ema_tta_"}
+    assert set(rows) == {f"{k}logits" for k in kinds}
+    mirrored = jax.nn.softmax(m.logits(params, extra, batch["image"][:, :, ::-1]))
+    both = (jax.nn.softmax(rows["logits"]) + mirrored) / 2
+    np.testing.assert_allclose(np.exp(rows["tta_logits"]), both, rtol=1e-4)
+    scores = m.scores({k: np.asarray(v) for k, v in rows.items()} | batch)
+    wanted = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+    assert all(f"{k}{name}" in scores for k in kinds for name in wanted)
+    text = m.written({k: v for k, v in scores.items() if np.ndim(v) == 0})
+    assert [line.split()[1] for line in text.splitlines()[2:]] == [
+        "parameters",
+        "tta",
+        "ema",
+        "ema_tta",
+    ]
+    assert f"{scores['ema_tta_f1_macro']:.4f}" in text
+
+
+def test_the_loss_of_mixed_images_is_that_of_both_labels():
+    keys = dict(loss="combined", smoothing=0.1, class_weights=(0.5, 1.0, 2.0))
+    m = _method(objective=keys, mix=dict(mixup=0.8))
+    logits, label = jnp.arange(18.0).reshape(6, 3) % 5, _batch(m)["label"]
+    got, shown = m._objective(logits, label, 0.3)
+    a, b = (m.objective(logits, y, m.class_weights) for y in (label, label[::-1]))
+    np.testing.assert_allclose(got, 0.3 * a + 0.7 * b, rtol=1e-6)
+    assert (np.asarray(shown) == label[::-1]).all()  # Of these they show most.
