@@ -10,19 +10,23 @@ Blocks count through all stages here, within their stage there.
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert
-from vitssl.convert import CONV, LINEAR, Rule, Table, vit
+from vitssl import convert, errors
+from vitssl.convert import CONV, LINEAR, Rule, Table, family, positions, vit
+from vitssl.models import head as heads_
+from vitssl.models import hvit
 
 STREAMS = {"rgb": "", "spectral": "spectral/"}
+ATTENTION = (*vit.linear("qkv", "qkv"), *vit.linear("proj", "proj"))
+MLP = (*vit.linear("fc1", "fc1"), *vit.linear("fc2", "fc2"))
 BLOCK = (
     *vit.norm("norm1", "norm1"),
-    *vit.linear("attn.qkv", "attn/qkv"),
-    *vit.linear("attn.proj", "attn/proj"),
+    *Table(ATTENTION).under("attn.", "attn/").rules,
     *vit.norm("norm2", "norm2"),
-    *vit.linear("mlp.fc1", "mlp/fc1"),
-    *vit.linear("mlp.fc2", "mlp/fc2"),
+    *Table(MLP).under("mlp.", "mlp/").rules,
 )
 MERGE = (
     *vit.norm("norm", "norm"),
@@ -78,10 +82,7 @@ def encoder(depths: tuple[int, ...], flax: str = "") -> Table:
 
 def heads() -> Table:
     """Return the table of the heads of `models.hvit_heads.HViTModel`."""
-    rules = [
-        *vit.norm("classifier_head_norm", "head/norm"),
-        *vit.linear("classifier_head", "head"),
-    ]
+    rules = list(_CLASSIFIER.rules)
     for name in STREAMS:
         rules += vit.linear(f"aux_head_{name}", f"aux_{name}/fc1")
         rules += mae_head(f"mae_decoder_{name}.", f"mae_{name}/")
@@ -89,6 +90,15 @@ def heads() -> Table:
     for i in range(8):
         rules += vit.linear(f"contrastive_projector.{2 * i}", f"projector/fc{i + 1}")
     return Table(tuple(rules))
+
+
+_CLASSIFIER = Table(
+    (
+        *vit.norm("classifier_head_norm", "head/norm"),
+        *vit.linear("classifier_head", "head"),
+    ),
+    ("aux_head_{*}", "contrastive_projector.{*}", "mae_decoder_{*}"),
+)
 
 
 def mae_head(torch: str = "", flax: str = "") -> tuple[Rule, ...]:
@@ -151,37 +161,104 @@ def load(state: Mapping, like) -> dict:
     return convert.convert(state, like, table(depths(state)))
 
 
-def fields(state: Mapping) -> dict:
-    """Return what the tensors tell of the fields of `models.hvit.HViT`.
+def fields(state: Mapping, options: family.Options) -> dict:
+    """Return the fields of `models.hvit.HViT`.
 
-    They do not tell the number of heads, which is width / 32 in every published size.
+    Tensors do not tell the number of heads: 32 channels each, unless the checkpoint's
+    own description or `options.heads`, of the first stage, says otherwise.
+
+    Raises:
+        UsageError: a width of which heads of 32 channels cannot be made.
+        CheckpointError: a position table that is no square grid.
     """
-    kernel = state["rgb_patch_embed.proj.weight"]  # [D, C, P, P]
-    width, channels, patch, _ = np.shape(kernel)
+    width, channels, patch, _ = np.shape(state["rgb_patch_embed.proj.weight"])
     count = depths(state)
-    side = np.shape(state["rgb_pos_embed"])[1]
-    fc1 = np.shape(state["rgb_stages.0.blocks.0.mlp.fc1.weight"])[0]
+    rows = np.shape(state["rgb_pos_embed"])[1]
     made = dict(
         width=width,
         depths=count,
-        heads=tuple(max(1, width * 2**s // 32) for s in range(len(count))),
+        heads=_heads(width, len(count), options),
         patch=patch,
-        image_size=patch * round(side**0.5),
-        mlp_ratio=fc1 / width,
-        qkv_bias="rgb_stages.0.blocks.0.attn.qkv.bias" in state,
+        image_size=patch * positions.side(rows),
+        mlp_ratio=np.shape(state[f"{_FIRST}.mlp.fc1.weight"])[0] / width,
+        qkv_bias=f"{_FIRST}.attn.qkv.bias" in state,
     )
-    if "spectral_patch_embed.proj.weight" in state:
-        other = np.shape(state["spectral_patch_embed.proj.weight"])
-        made |= dict(spectral_channels=other[1], rgb_channels=channels)
-        made |= dict(spectral_width=other[0], fusion="none")
-        if "simple_fusion_projector.weight" in state:
-            made["fusion"] = "concat"
-        if "dfca_module.norm1.weight" in state:
-            wide = np.shape(state["dfca_module.norm1.weight"])[0]
-            last = width * 2 ** (len(count) - 1)
-            made |= dict(
-                fusion="dfca",
-                dfca_width="rgb" if wide == last else "spectral",
-                disease_mask="dfca_module.disease_mask_param" in state,
-            )
-    return made
+    if "spectral_patch_embed.proj.weight" not in state:
+        return made
+    other, more, _, _ = np.shape(state["spectral_patch_embed.proj.weight"])
+    made |= dict(spectral_channels=more, rgb_channels=channels, spectral_width=other)
+    if "dfca_module.norm1.weight" not in state:
+        joined = "simple_fusion_projector.weight" in state
+        return made | dict(fusion="concat" if joined else "none")
+    wide = np.shape(state["dfca_module.norm1.weight"])[0]
+    return made | dict(
+        fusion="dfca",
+        dfca_width="rgb" if wide == width * 2 ** (len(count) - 1) else "spectral",
+        dfca_heads=int(options.config.get("dfca_num_heads", 12)),
+        disease_mask="dfca_module.disease_mask_param" in state,
+    )
+
+
+_FIRST = "rgb_stages.0.blocks.0"
+
+
+def _heads(width, stages, options) -> tuple[int, ...]:
+    told = options.config.get("num_heads", ())
+    if not options.heads and len(told) == stages:
+        return tuple(map(int, told))
+    if not options.heads and width % 32:
+        raise errors.UsageError(
+            f"a width of {width} is none of the published ones; say --heads=N, of the "
+            "first stage"
+        )
+    return tuple((options.heads or width // 32) * 2**s for s in range(stages))
+
+
+def shapes(made: Mapping, state: Mapping) -> dict:
+    """Return the shapes of {"encoder", "head"}, as nested dicts."""
+    net = hvit.HViT(**made)
+    both = net.spectral_channels
+    channels = np.shape(state["rgb_patch_embed.proj.weight"])[1] + both
+    image = jax.ShapeDtypeStruct((1, *(net.image_size,) * 2, channels), jnp.float32)
+    like = {"encoder": jax.eval_shape(net.init, jax.random.key(0), image)["params"]}
+    if "classifier_head.weight" in state:
+        classes, width = np.shape(state["classifier_head.weight"])
+        head = heads_.Head(pool="mean_norm")
+        like["head"] = jax.eval_shape(
+            lambda rng: head.init(rng, width, classes)[0], jax.random.key(0)
+        )
+    return like
+
+
+def _told(tree) -> dict:
+    """Return the parameters of the model that a checkpoint of the original names."""
+    for path in (("model_backbone_init_config",), ("config", "model", "hvt_params")):
+        found = tree
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            return dict(found)
+    return {}
+
+
+FAMILY = family.Family(
+    name="hvit",
+    about="HierarchialViT, RGB or with a spectral image: backbone and classifier",
+    fits=lambda state: "rgb_patch_embed.proj.weight" in state,
+    model=fields,
+    table=lambda made: encoder(made["depths"], "encoder/") + _CLASSIFIER,
+    # Of a fine-tuning checkpoint the average, which its authors evaluate.
+    places=(
+        "ema_state_dict",
+        "model_state_dict",
+        "model_backbone_state_dict",
+        "state_dict",
+        "",
+    ),
+    strip=("module.", "_orig_mod.", "backbone."),
+    kind="hvit",
+    shapes=shapes,
+    told=_told,
+    rule="plain",
+    pool="mean",
+)

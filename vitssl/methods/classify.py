@@ -19,6 +19,7 @@ from vitssl import methods, tree
 from vitssl.evals import accuracy
 from vitssl.evals import scores as measures
 from vitssl.losses import classification
+from vitssl.methods import backbone_pictures
 from vitssl.methods import classify_sections as sections
 from vitssl.models import head as heads
 from vitssl.models import hvit, vit
@@ -164,6 +165,12 @@ class Classify:
         _, _, found["pooled"] = self.head(params["head"], stats, x)
         return found
 
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `evals.pictures.Material`."""
+        del extra, batch
+        own = params["backbone"]
+        return backbone_pictures.arrays(self.model, own, self.run, image)
+
     def outputs(self, params, extra, batch) -> dict:
         """Return "logits", "ema_logits" of the average, "tta_..." of either, [B, K]."""
         found = {}
@@ -225,6 +232,8 @@ class Classify:
         size = self.augment.size
         for fault in self.model.check_image(size):
             yield f"augment.size={size}: {fault}"
+        for fault in self.model.check_channels(self.run.channels):
+            yield f"data.channels={fault}"
         if self.mix.on and self.run.batch_size % 2:
             yield (
                 f"batch_size={self.run.batch_size}: mixup and cutmix pair the images "
@@ -232,8 +241,7 @@ class Classify:
             )
         if self.head.feature not in self.model.poolings:
             known = ", ".join(self.model.poolings)
-            more = ": cls needs model.cls=True" if self.head.pool == "cls" else ""
-            yield f"head.pool={self.head.pool}: this model has {known}{more}"
+            yield f"head.pool={self.head.pool}: there is no class token; use {known}"
         for fault in self.objective.faults(self.run.classes):
             yield f"objective.{fault}"
         if self.augment.severity and self.run.channels < 3:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from vitssl import methods
 from vitssl.data import views
 from vitssl.data.augment import simclr as augments
+from vitssl.methods import backbone_pictures
 from vitssl.methods import simclr_sections as sections
 from vitssl.models import hvit, vit
 from vitssl.models import projector as projectors
@@ -108,6 +109,12 @@ class SimCLR:
         found = self.model.apply({"params": params["encoder"]}, x, method="features")
         return found | {"pooled": found[self.objective.pool]}
 
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `evals.pictures.Material`."""
+        del extra, batch
+        own = params["encoder"]
+        return backbone_pictures.arrays(self.model, own, self.run, image)
+
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the encoder's; the projector never freezes."""
         return self.model.freeze_layers("encoder/")
@@ -117,6 +124,8 @@ class SimCLR:
         size = self.augment.size
         for fault in self.model.check_image(size):
             yield f"augment.size={size}: {fault}"
+        for fault in self.model.check_channels(self.run.channels):
+            yield f"data.channels={fault}"
         if self.objective.pool not in self.model.poolings:
             known = ", ".join(self.model.poolings)
             yield f"objective.pool={self.objective.pool}: this model has {known}"

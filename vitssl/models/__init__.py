@@ -5,7 +5,8 @@ whichever it is:
 
     pooled(image, how, train) -> [B, D]; how is one of its poolings
     features(image) -> {"tokens": [B, N, D], and [B, D] for each of its poolings}
-    poolings, freeze_layers(prefix), check_image(height, width)
+    attention_maps(image) -> ([B, layers, heads, T, T], grid of the tokens)
+    poolings, freeze_layers(prefix), check_image(size), check_channels(channels)
     width, depth, patch, image_size, remat, check(): fields and properties
 
 """

@@ -106,7 +106,8 @@ class HViT(hvit_blocks.Pyramid):
             spectral: [B, H', W', S], or None. A model for both that is given RGB alone
                 does without the other stream.
             train: dropout and drop path, from the streams "dropout" and "drop_path".
-            blank: see `hvit_blocks.Pyramid.encode`; of both streams.
+            blank: (mask [B, h w] bool, a token [D] for each stream): patches of the
+                first stage whose content the token replaces; positions stay. Or None.
 
         Returns:
             {"tokens": [B, N, D] of the last stage, joined if there are two streams,
@@ -120,7 +121,8 @@ class HViT(hvit_blocks.Pyramid):
             ValueError: an image smaller than a patch, or another number of channels.
         """
         image, spectral = self._images(image, spectral)
-        tokens, stages = self.encode(image, train, blank)
+        mask, fill = blank or (None, (None, None))
+        tokens, stages = self.encode(image, train, mask, fill[0])
         out = {
             "rgb": tokens,
             "stages": stages["maps"],
@@ -128,7 +130,7 @@ class HViT(hvit_blocks.Pyramid):
             "merged": stages["merged"],
         }
         if spectral is not None:
-            other, stages = self.spectral.encode(spectral, train, blank)
+            other, stages = self.spectral.encode(spectral, train, mask, fill[1])
             out |= {"spectral": other, "spectral_stages": stages["maps"]}
             out["spectral_merged"] = stages["merged"]
             tokens = self._join(tokens, other, train)
@@ -211,14 +213,32 @@ class HViT(hvit_blocks.Pyramid):
         """What `pooled` knows."""
         return ("mean", "gap")
 
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield why images of so many channels do not fit, if they do not."""
+        both = self.rgb_channels + self.spectral_channels
+        if self.spectral_channels and channels not in (both, self.rgb_channels):
+            yield (
+                f"{channels}: want model.rgb_channels={self.rgb_channels} and "
+                f"model.spectral_channels={self.spectral_channels} together, or the "
+                "first alone"
+            )
+
     def check_image(self, size: int) -> Iterator[str]:
         """Yield why images of this side, in pixels, do not fit, if they do not."""
-        if size % self.patch:
+        if self.patch and size % self.patch:
             below = size // self.patch * self.patch
             yield (
                 f"must be a multiple of model.patch={self.patch}; nearest are "
                 f"{below} and {below + self.patch}"
             )
+
+    def attention_maps(self, image):
+        """Return (maps [B, layers, heads, N, N] of the last stage, its grid).
+
+        Of the RGB stream; see `ViT.attention_maps`. Earlier stages have other grids.
+        """
+        out = self(image)
+        return layers.sown_maps(self.block[-self.depths[-1] :]), out["grids"][-1]
 
     def freeze_layers(self, prefix: str = "") -> tuple:
         """Return `FreezeOut.layers`; see `freezeout.hvit_layers`."""

@@ -142,14 +142,15 @@ class Pyramid(nn.Module):
         """
         return posemb.resample(self.pos_embed, self.table_grid, grid, "plain")
 
-    def encode(self, image, train=False, blank=None):
+    def encode(self, image, train=False, mask=None, fill=None):
         """Return (tokens [B, N, D], stages) of images [B, H, W, C], normalised.
 
         Args:
             image: see above.
             train: dropout and drop path, from the streams "dropout" and "drop_path".
-            blank: (mask [B, h w] bool, token [D]): patches of the first stage whose
-                content the token replaces, before positions are added.
+            mask: [B, h w] bool, patches of the first stage whose content `fill` [D]
+                replaces, before positions are added; None = none.
+            fill: see mask.
 
         Returns:
             tokens: of the last stage, after the last LayerNorm.
@@ -160,11 +161,9 @@ class Pyramid(nn.Module):
         Raises:
             ValueError: the image is smaller than a patch.
         """
-        image, grid = self._whole_patches(image)
-        x = self.patch_norm(self.patch_embed(image))  # [B, N, D]
-        if blank is not None:
-            mask, token = blank
-            x = jnp.where(mask[..., None], token.astype(x.dtype), x)
+        x, grid = self.embed(image)  # [B, N, D]
+        if mask is not None:
+            x = jnp.where(mask[..., None], fill.astype(x.dtype), x)
         x = x + self.position_table(grid).astype(x.dtype)
         x = self.drop(x, deterministic=not train)
         stages = {"maps": [], "merged": [], "grids": []}
@@ -180,8 +179,8 @@ class Pyramid(nn.Module):
                 stages["merged"].append(x)
         return self.norm(x), stages
 
-    def _whole_patches(self, image):
-        """Return (the part of an image that patches fill, grid)."""
+    def embed(self, image):
+        """Return (tokens [B, h w, D] without positions, (h, w)) of [B, H, W, C]."""
         height, width = image.shape[1:3]
         h, w = height // self.patch, width // self.patch
         if not h or not w:
@@ -198,7 +197,8 @@ class Pyramid(nn.Module):
                 height,
                 width,
             )
-        return image[:, : h * self.patch, : w * self.patch], (h, w)
+        image = image[:, : h * self.patch, : w * self.patch]
+        return self.patch_norm(self.patch_embed(image)), (h, w)
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible value or combination of the fields."""

@@ -86,11 +86,9 @@ class HViTModel(nn.Module):
             ValueError: see `hvit.HViT`; also mae_hides=False with several stages, or a
                 mask on images that squares do not fill.
         """
-        blank = None
-        if self.mae:
-            token = self._mask_token(image)
-            if mask is not None and self.mae_hides:
-                blank = self._spread(mask, image), token
+        blank, fill = None, self._mask_tokens() if self.mae else ()
+        if mask is not None and fill:
+            blank = self._spread(mask, image), fill
         out = self.backbone(image, spectral=spectral, train=train, blank=blank)
         streams = {"": "rgb"} | ({"spectral_": "spectral"} if "spectral" in out else {})
         eps = self.backbone.norm_eps
@@ -122,16 +120,22 @@ class HViTModel(nn.Module):
         both = self.backbone.spectral_channels
         return self.backbone.rgb_channels if both else image.shape[-1]
 
-    def _mask_token(self, image):
-        """Return the token [D] of hidden patches, a parameter, or None."""
+    def _mask_tokens(self):
+        """Return the token [D] of hidden patches of each stream: parameters, or ()."""
+        net = self.backbone
         if not self.mae_hides:
-            if len(self.backbone.depths) > 1:
+            if len(net.depths) > 1:
                 raise ValueError(
                     "HViT: mae_hides=False compares tokens of the last stage with "
                     "patches of the first: only for depths of one stage"
                 )
-            return None
-        return self.param("mask_token", layers.normal, (self.backbone.width,))
+            return ()
+        widths = {"mask_token": net.width}
+        if net.spectral_channels:
+            widths["spectral_mask_token"] = net.spectral_width or net.width
+        return tuple(
+            self.param(name, layers.normal, (d,)) for name, d in widths.items()
+        )
 
     def _spread(self, mask, image):
         """Return the mask [B, N] over patches of the first stage of [B, n]."""

@@ -355,3 +355,9 @@ def block(remat, **fields):
     positional arguments and give it a name, which is then the same either way.
     """
     return (RematBlock if remat else Block)(**fields)
+
+
+def sown_maps(blocks):
+    """Return the attention maps [B, layers, heads, T, T] that blocks have just sown."""
+    maps = [b.variables["intermediates"]["attn"]["attention"][0] for b in blocks]
+    return jnp.stack(maps, axis=1)

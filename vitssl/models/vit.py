@@ -269,10 +269,23 @@ class ViT(nn.Module):
         found = {"tokens": tokens[:, self.prefix :].astype(jnp.float32)}
         return found | {how: self._pool(tokens, out, how) for how in self.poolings}
 
+    def attention_maps(self, image):
+        """Return (maps [B, depth, heads, T, T], grid (h, w) of the patches).
+
+        Apply with the mutable collection "intermediates", where they come from.
+        """
+        _, out = self(image)
+        return layers.sown_maps(self.block), out["grid"]
+
     def freeze_layers(self, prefix: str = "") -> tuple:
         """Return `FreezeOut.layers`; see `freezeout.vit_layers`."""
         last = ((rf"{prefix}norm/.*", self.depth),)
         return freezeout.vit_layers(self.depth, prefix, last)
+
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield why images of so many channels do not fit: all do."""
+        del channels
+        yield from ()
 
     def check_image(self, size: int) -> Iterator[str]:
         """Yield why images of this side, in pixels, do not fit, if they do not."""
