@@ -1,6 +1,7 @@
 """Drawn leaves as a data set: see `worlds.leaves`."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -10,6 +11,15 @@ from vitssl.data.worlds import leaves as world
 
 SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 2137, "test": 420}
+
+
+@functools.lru_cache(maxsize=4096)
+def _drawn(world, i):
+    """Leaf i; drawing one takes longer than augmenting it."""
+    leaf = world.leaf(i)
+    for array in (leaf.image, leaf.mask, leaf.infrared):
+        array.flags.writeable = False
+    return leaf
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +53,7 @@ class Leaves:
     def __getitem__(self, i):
         if not 0 <= i < self.count:
             raise IndexError(i)
-        leaf = self.world.leaf(i)
+        leaf = _drawn(self.world, i)
         image = leaf.image
         if self.channels == 4:
             image = np.concatenate([image, leaf.infrared[..., None]], -1)
