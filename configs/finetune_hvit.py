@@ -121,7 +121,7 @@ def _demo():
         online_samples_train=0,
         online_samples_test=0,
         final=("linear",),
-        baselines=("pixels", "colours"),
+        baselines=("colours",),
         knn_k=(20,),
         knn_temperature=(0.07,),
         probe="lbfgs",

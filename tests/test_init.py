@@ -48,3 +48,17 @@ def test_patience_wants_more_than_a_trifle_and_losses_to_fall():
     for value in (2.0, 1.0, 1.5):
         patience.look({"test/loss": value})
     assert patience.state() == {"best": 1.0, "since": 1}
+
+
+def test_a_head_is_compared_with_the_classes_of_its_checkpoint(tmp_path):
+    params = {"backbone": {"w": np.ones(2)}, "head": {"kernel": np.ones((2, 2))}}
+    spec = checkpoint.Checkpoint(every_epochs=1.0)
+    with checkpoint.Checkpoints(tmp_path, spec, 1) as saves:
+        saves.save(1, {"params": params}, {"classes": ["a", "b"]}, {})
+    start = init.Init(from_=str(tmp_path))
+    init.check_classes(start, ("a", "b"), params)
+    with pytest.raises(errors.CheckpointError, match="class 0 is 'a' there and 'b'"):
+        init.check_classes(start, ("b", "a"), params)
+    # A head that starts anew has no classes yet.
+    fresh = init.Init(from_=str(tmp_path), skip=("head/.*",))
+    init.check_classes(fresh, ("b", "a"), params)

@@ -92,19 +92,13 @@ def open(
         members = _clean(base, classes, photographs, split, (test, val), seed)
         if augmented and split == "train":
             members = members + _copies_of(members, copies)
-    made = folder.files(
-        base,
-        members,
-        classes=classes,
-        channels=3 if planes else channels,
-        name="sarcld",
-        split=split,
-    )
+    about = dict(classes=classes, name="sarcld", split=split)
+    colours = 3 if planes else channels
+    made = folder.files(base, members, channels=colours, **about)
     if not planes:
         return made
-    return spectral.attach(
-        made, planes, planes_root or str(base), planes_range, channels
-    )
+    where = planes_root or str(base)
+    return spectral.attach(made, planes, where, planes_range, channels)
 
 
 def plantvillage(root, split, *, channels=3):
