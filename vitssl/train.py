@@ -229,6 +229,7 @@ class _Loop:
                     self._look_ahead(at)
                 self._profile(at - first)
                 self._after(state, at, s)
+        self.phases.leave()
         return state
 
     def _entered(self, state, phase):
