@@ -12,7 +12,8 @@ Arguments (`--config=configs/latent_mim.py:NAME`):
     base_ps8_ps1    the same at base size
     nano, tiny, base, large
                     OlmoEarth as published: patches of 1 to 8 pixels, no hybrid
-    rgb_vitb_p16_q4 photographs as one sensor, ViT-B/16 with features at 4 pixels
+    rgb_vitb_p16_q4
+                    photographs as one sensor, ViT-B/16 with features at 4 pixels
 
 DIR holds OlmoEarth's HDF5 samples; the published ones are compressed by zstd and need
 the extra `olmoearth`. Learning rates and decays of nano to large are those of the
@@ -20,9 +21,9 @@ released weights; 300 epochs of 1 138 828 samples at a batch of 512.
 
 One override away:
     --config.hybrid.output_patch_size=2
-    --config.hybrid.upsampler=skip --config.hybrid.visible_loss_weight=1.0
+    --config.hybrid.upsampler=bilinear --config.hybrid.visible_loss_weight=0.0
     --config.hybrid.decoder=output              (all of the decoder at q: dear)
-    --config.hybrid.decoder=processing          (q in evaluations alone)
+    --config.hybrid.sampled_keys=True           (trains an upsampler, too)
     --config.hybrid.loss_tokens_per_modality=256
     --config.mask.type=random_with_decode --config.mask.encode_ratio=0.4
     --config.objective.same_target_threshold=0.999
