@@ -20,6 +20,7 @@ from vitssl.convert import (
 # The first that fits wins: special ones stand before timm, which fits most.
 ORDER = (
     wholes.PARTS,
+    wholes.OLMOEARTH,
     timm_names.HJEPA,
     bigvision.BIGVISION,
     dinov3.DINOV3,
