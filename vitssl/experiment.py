@@ -229,13 +229,16 @@ def _sections_of(cls) -> dict:
 
 
 def _section(annotation: Any, values, path: str, precision: str, problems):
-    """Build one section of a method; a model is chosen by its key `name`."""
-    if typing.get_origin(annotation) is not None or not isinstance(annotation, type):
-        return config.typed(annotation, values, path, problems)
-    if annotation in MODELS.values() or path == "model":
+    """Build one section of a method.
+
+    The key `name` chooses a model, among those that the annotation names.
+    """
+    kinds = typing.get_args(annotation) or (annotation,)
+    known = {name: kind for name, kind in MODELS.items() if kind in kinds}
+    if known:
         values = dict(values)
         name = values.pop("name", "vit")
-        annotation = config.choose(MODELS, name, f"{path}.name", problems)
+        annotation = config.choose(known, name, f"{path}.name", problems)
         if annotation is None:
             return None
         given = {}

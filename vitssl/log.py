@@ -233,7 +233,8 @@ class Metrics:
     def state(self) -> dict:
         """Return what a checkpoint must hold for the next line to be the same."""
         return {
-            "sums": self.sums,
+            # A copy: it is written in the background while the next steps add to it.
+            "sums": dict(self.sums),
             "count": self.count,
             "nonfinite": self.nonfinite,
             "in_a_row": self.in_a_row,

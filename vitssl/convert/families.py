@@ -12,6 +12,7 @@ from vitssl.convert import (
     dinov3,
     family,
     huggingface,
+    hvit,
     reader,
     timm_names,
     wholes,
@@ -21,6 +22,7 @@ from vitssl.convert import (
 ORDER = (
     wholes.PARTS,
     wholes.OLMOEARTH,
+    hvit.FAMILY,
     timm_names.HJEPA,
     bigvision.BIGVISION,
     dinov3.DINOV3,

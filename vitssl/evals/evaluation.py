@@ -126,7 +126,8 @@ class Evaluation:
             if key in values:
                 shown.append(form.format(values[key]))
         text = f"  after step {at}: " + "  ".join(shown)
-        if values.get("quality/collapsed"):
+        # Those of an untrained network lie close together, too.
+        if at and values.get("quality/collapsed"):
             text += "  WARNING: the features have collapsed or nearly so"
         return text
 

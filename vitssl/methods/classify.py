@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors, freezeout, methods, tree
+from vitssl import errors, methods, tree
 from vitssl.data import views
 from vitssl.data.augment import randaugment
 from vitssl.evals import accuracy
 from vitssl.losses import classification
+from vitssl.methods import backbone_pictures
 from vitssl.models import head as heads
-from vitssl.models import vit
+from vitssl.models import hvit, vit
 from vitssl.ops import erase, mix, patches
 
 
@@ -121,7 +122,7 @@ class Classify:
     """
 
     run: methods.Run
-    model: vit.ViT
+    model: vit.ViT | hvit.HViT
     augment: Augment
     head: heads.Head = heads.Head()
     mix: Mix = Mix()
@@ -172,7 +173,7 @@ class Classify:
         return self.model.apply(
             {"params": params["backbone"]},
             image,
-            how=self.head.pool,
+            how=self.head.feature,
             train=train,
             rngs=rngs,
             method="pooled",
@@ -229,9 +230,7 @@ class Classify:
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the backbone's; the head never freezes."""
-        depth = self.model.depth
-        last = ((r"backbone/norm/.*", depth),)
-        return freezeout.vit_layers(depth, "backbone/", last)
+        return self.model.freeze_layers("backbone/")
 
     def after(self, params, extra, step):
         """Return `extra` after update `step`: the average follows the parameters."""
@@ -245,22 +244,22 @@ class Classify:
         return extra | {"ema": tree.copy(params)} if "ema" in extra else extra
 
     def features(self, params, extra, image):
-        """Return {"pooled", "gap", "cls", "tokens"} of the backbone.
+        """Return {"pooled", "tokens", "gap", "mean", "cls"} of the backbone.
 
         "pooled" is what the head sees, after its normalisations.
         """
         x = patches.normalise(image, self.run.mean, self.run.std)
         net = {"params": params["backbone"]}
-        tokens, out = self.model.apply(net, x)
-        prefix = self.model.prefix
-        tokens = tokens.astype(jnp.float32)
-        found = {"tokens": tokens[:, prefix:], "mean": tokens[:, prefix:].mean(1)}
-        found["gap"] = out["blocks"][-1][:, prefix:].astype(jnp.float32).mean(1)
-        if self.model.cls:
-            found["cls"] = tokens[:, 0]
-        stats = extra.get("stats", {})
-        _, _, found["pooled"] = self.head(params["head"], stats, found[self.head.pool])
+        found = self.model.apply(net, x, method="features")
+        stats, x = extra.get("stats", {}), found[self.head.feature]
+        _, _, found["pooled"] = self.head(params["head"], stats, x)
         return found
+
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `evals.pictures.Material`."""
+        del extra, batch
+        own = params["backbone"]
+        return backbone_pictures.arrays(self.model, own, self.run, image)
 
     def outputs(self, params, extra, batch) -> dict:
         """Return the logits of a batch, and the average's if there is one."""
@@ -283,20 +282,19 @@ class Classify:
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
-        patch, size = getattr(self.model, "patch", 1), self.augment.size
-        if patch and size % patch:
-            below = size // patch * patch
-            yield (
-                f"augment.size={size}: must be a multiple of model.patch={patch}; "
-                f"nearest are {below} and {below + patch}"
-            )
+        size = self.augment.size
+        for fault in self.model.check_image(size):
+            yield f"augment.size={size}: {fault}"
+        for fault in self.model.check_channels(self.run.channels):
+            yield f"data.channels={fault}"
         if self.mix.on and self.run.batch_size % 2:
             yield (
                 f"batch_size={self.run.batch_size}: mixup and cutmix pair the images "
                 "of a batch; an even number is needed (or mix.prob=0)"
             )
-        if self.head.pool == "cls" and not getattr(self.model, "cls", True):
-            yield "head.pool=cls: needs the class token, model.cls=True"
+        if self.head.feature not in self.model.poolings:
+            known = ", ".join(self.model.poolings)
+            yield f"head.pool={self.head.pool}: there is no class token; use {known}"
         if self.augment.randaugment and self.run.channels not in (1, 3):
             yield f"augment.randaugment: needs 1 or 3 channels, not {self.run.channels}"
 
