@@ -377,3 +377,21 @@ def test_too_many_output_tokens_are_refused_in_one_line():
             lambda p: module.apply({"params": p}, fields.batch()),
             fields.params(dataclasses.replace(module, max_output_tokens=99)),
         )
+
+
+def test_bfloat16_is_of_the_networks_alone():
+    given = dict(upsampler="skip", sampled_keys=True, visible_loss=True, loss_tokens=5)
+    module = fields.system(encoder=dict(dtype="bfloat16", registers=1), **given)
+    module = module.clone(predictor=module.predictor.clone(dtype="bfloat16"))
+    frozen = hybrid_mim.targets_of(module.encoder)
+
+    def run(params, data):
+        rngs = {"tokens": jax.random.key(0)}
+        view = module.apply({"params": params}, data, slots=10, rngs=rngs)
+        target = params["encoder"]["patch_embed"]
+        return view, hybrid_mim.targets(frozen, target, data, view.asked, 2)
+
+    view, goal = jax.eval_shape(run, fields.params(module), fields.batch())
+    assert {x.prediction.dtype for x in view.asked.values()} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(goal)} == {jnp.dtype("float32")}
+    assert view.pooled.dtype == jnp.float32

@@ -245,3 +245,20 @@ def test_drop_path_acts_in_training_alone():
 def test_an_unknown_size_is_refused():
     with pytest.raises(errors.UsageError, match="size='huge': one of nano, tiny"):
         latent_mim.sized("huge", fields.ALL)
+
+
+def test_leaving_at_zero_everywhere_is_the_projection_alone():
+    module, data = fields.system().encoder, fields.batch()
+    data = {k: v for k, v in data.items() if not k.endswith("_mask")}
+    params = fields.params(fields.system())["encoder"]
+    none = {m.name: 0 for m in fields.ALL}
+    some = none | {"height": 1}
+
+    def run(params):
+        apply = functools.partial(module.apply, {"params": params}, data, 4)
+        return apply(method="project"), *(apply(exits=e).tokens for e in (none, some))
+
+    plain, left, mixed = quick(run)(params)
+    for name, x in plain.items():
+        np.testing.assert_array_equal(left[name], x)
+        assert np.abs(mixed[name] - x).max() > 0.1  # Normed, at least.

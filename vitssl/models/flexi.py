@@ -128,6 +128,38 @@ def _around(start, span, index):
     return jnp.asarray(start)[index][..., None] + jnp.arange(span, dtype=jnp.int32)
 
 
+class FlexiPatchReconstruction(nn.Module):
+    """Pixels from tokens, in patches of any size: `FlexiPatchEmbed` backwards.
+
+    A transposed convolution makes patches of a base size, each of which is then resized
+    by itself, bicubic with antialiasing.
+
+    Attributes:
+        channels: C of the pixels.
+        base: side in pixels of the patch the kernel is for.
+        dtype: of the computation.
+
+    Source: allenai/olmoearth_pretrain nn/flexi_patch_embed.py.
+    """
+
+    channels: int
+    base: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, patch):  # [..., h, w, D] -> [..., h patch, w patch, C]
+        p, d = self.base, x.shape[-1]
+        # What torch's transposed convolution takes for its fan-in.
+        init = vit.uniform_fan_in(self.channels * p * p)
+        kernel = self.param("kernel", init, (d, p, p, self.channels))
+        bias = self.param("bias", init, (self.channels,))
+        flat = einops.rearrange(kernel, "d p q c -> d (p q c)")
+        y = layers.linear(x, flat, jnp.tile(bias, p * p), self.dtype)
+        y = einops.rearrange(y, "... (p q c) -> ... p q c", p=p, q=p)
+        y = resize.image(y, patch, patch)
+        return einops.rearrange(y, "... h w p q c -> ... (h p) (w q) c")
+
+
 class PatchEmbeddings(nn.Module):
     """The patch embeddings of all bandsets of all modalities.
 

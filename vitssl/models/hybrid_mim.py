@@ -269,8 +269,9 @@ class HybridMIM(nn.Module):
             {name: [B, h r, w r, T, S, D]}, "mask_p", "mask_q"}.
 
         Raises:
-            ValueError: unknown mode.
+            ValueError: unknown mode, or p does not divide the field.
         """
+        tokens.shapes(fields, self.modalities, self.p)
         seen = self.encoder(fields, self.p)
         if mode == "upsampled":
             fine, states = self.up(seen.tokens, seen.mask, fields)
