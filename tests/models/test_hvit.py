@@ -210,6 +210,8 @@ def test_the_gradient_reaches_every_leaf_with_and_without_remat():
     still = [k for k, g in tree.flat(grad).items() if not np.abs(g).max() > 0]
     assert not still
     again = net.clone(backbone=net.backbone.clone(remat=True))
+    plan = _loss(again, True).trace(params, image).jaxpr
+    assert "checkpoint" in str(plan) or "remat" in str(plan)
     names = list(tree.flat(_variables(again, 5)["params"]))
     assert names == list(tree.flat(params))
     value_2, grad_2 = _loss(again, True)(params, image)

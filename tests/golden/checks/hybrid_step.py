@@ -109,7 +109,9 @@ def total_of(module, c, target, a, b):
     def total(params):
         la, va, goal = view(params, a)
         lb, vb, _ = view(params, b)
-        pull = contrastive.info_nce(va.pooled, vb.pooled, temperature=c["infonce_tau"])
+        pull = contrastive.infonce_one_way(
+            va.pooled, vb.pooled, temperature=c["infonce_tau"]
+        )
         pull = c["infonce_weight"] * pull
         return (la + lb) / 2 + pull, (la, lb, pull, va, vb, goal)
 
