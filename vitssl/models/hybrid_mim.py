@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import errors
 from vitssl.models import fieldblock, flexi, hybrid, latent_mim, tokens
 from vitssl.ops import patches
 
@@ -209,7 +210,7 @@ class HybridMIM(nn.Module):
         """Return the fine tokens the encoder saw, packed."""
         x = tokens.flatten(fine, self.modalities)
         if x.shape[1] > self.max_output_tokens:
-            raise ValueError(
+            raise errors.UsageError(
                 f"decoder=output has {x.shape[1]} tokens at q={self.q}, more than "
                 f"max_output_tokens={self.max_output_tokens}; use decoder=mixed, a "
                 "larger q or a smaller crop"
