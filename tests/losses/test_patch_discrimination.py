@@ -25,8 +25,11 @@ def _pairs(seed=0):
         valid[0, :2] = True
         found[name] = Pair(p, t, valid)
     found["map"].valid[1] = False  # A sample that has none.
-    # Two targets alike, as on a map with few classes.
-    found["map"].target[0, 1] = 2 * found["map"].target[0, 0]
+    # Two targets alike, as on a map with few classes; in one sample there are no more.
+    for b in (0, 2):
+        found["map"].target[b, 1] = 2 * found["map"].target[b, 0]
+        found["map"].valid[b, :2] = True
+    found["map"].valid[0, 2:] = False
     return found
 
 

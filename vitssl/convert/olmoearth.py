@@ -10,6 +10,9 @@ The tables of times and months are computed, not loaded; of a target encoder all
 its patch embeddings is left aside.
 """
 
+import re
+from typing import NamedTuple
+
 from vitssl import convert
 from vitssl.convert import CONV, LINEAR, Rule, Table, vit
 
@@ -28,6 +31,31 @@ _BLOCK = (
 )
 
 _TABLES = ("pos_embed", "month_embed.weight", "latlon_embed.weight")
+
+
+_EMBED = "patch_embeddings.per_modality_embeddings."
+
+
+class Sensor(NamedTuple):
+    """What the names of weights tell of a modality; the tables ask no more."""
+
+    name: str
+    channels: tuple
+    space: bool
+
+
+def sensors(state) -> tuple[Sensor, ...]:
+    """Return the modalities that an encoder of a state dict embeds, in its order."""
+    sets, space = {}, {}
+    pattern = re.compile(
+        rf"encoder\.{re.escape(_EMBED)}(\w+)\.\1__(\d+)\.(proj\.)?weight"
+    )
+    for key in state:
+        if found := pattern.fullmatch(key):
+            name = found[1]
+            sets[name] = max(sets.get(name, 0), 1 + int(found[2]))
+            space[name] = found[3] is not None
+    return tuple(Sensor(k, ((),) * n, space[k]) for k, n in sets.items())
 
 
 def block(torch: str = "", flax: str = "") -> Table:

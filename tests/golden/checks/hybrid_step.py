@@ -150,8 +150,8 @@ def _step(case):
 
 def _close_tokens(case, module, mods, views, va, goal):
     """Masks, predictions and targets on the grid of the loss."""
-    r = module.factor
     for m in mods:
+        r = module.p // module.target_patch if m.space else 1
         for name, batch in zip("ab", views, strict=True):
             mask = flexi.token_mask(batch, m, module.p)
             states = hybrid.upsample_mask(mask, r)
