@@ -95,7 +95,7 @@ def _demo():
     """Return the demo: a small two-stage model on drawn birds, from random weights."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "parts", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 32, 8.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 5.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="birds",
@@ -130,9 +130,20 @@ def _demo():
         dropout=0.3,
         mask_dropout=0.3,
         modulation="layer_norm",
+        # The modulation would make any features orthogonal: its bias is free to.
+        modulated_orthogonality=False,
         rooms=(0.5, 1.0),
     )
-    c.objective = dict(presence_group=16, background=2.0, orthogonality=1.0)
+    # Every bird shows all its parts, so every image must (a group of one); from random
+    # weights only a pull on all of the background, and compact parts, keep the
+    # background out of the parts.
+    c.objective = dict(
+        presence=2.0,
+        presence_group=1,
+        background=1.0,
+        background_type="log",
+        concentration=20.0,
+    )
     c.affine = dict(degrees=90.0, translate=(0.11, 0.11), scale=(0.8, 1.4))
     c.augment = dict(
         recipe="cub_original",
@@ -153,7 +164,7 @@ def _demo():
         min_lr=0.0,
         wd=0.05,
         clip_norm=2.0,
-        **groups(scratch=1.0, modulation=1.0, finer=1.0, freeze_backbone=False),
+        **groups(scratch=20.0, modulation=20.0, finer=3.0, freeze_backbone=False),
     )
     c.evals = dict(
         image_size=48,
@@ -187,7 +198,7 @@ def _demo_baseline():
     c = _demo()
     c.parts.kind = "baseline"
     c.measures.leave_one_out = False
-    c.optim.update(**groups("baseline", scratch=1.0, freeze_backbone=False))
+    c.optim.update(**groups("baseline", scratch=20.0, freeze_backbone=False))
     return c
 
 
@@ -200,7 +211,7 @@ def _evidence():
     """Return iFAM (hard, soft) against its ViT without masks, from one checkpoint."""
     c = _evidence_run()
     single = ("parts.kind=baseline", "measures.leave_one_out=False")
-    rules = groups("baseline", scratch=1.0, freeze_backbone=False)
+    rules = groups("baseline", scratch=20.0, freeze_backbone=False)
     single += tuple(f"optim.{key}={value!r}" for key, value in rules.items())
     single += (f"init.skip={HEADS[1:]!r}",)
     c.study = dict(
@@ -263,7 +274,8 @@ def _published(source, classes_per_batch=128, image=518):
         layerscale=1e-5,
         remat=True,
     )
-    c.parts.update(count=8, rooms=(0.25, 0.5, 0.75, 1.0))
+    c.parts.update(count=8, rooms=(0.25, 0.5, 0.75, 1.0), modulated_orthogonality=True)
+    c.objective = dict(presence_group=16, background=2.0)
     c.augment.update(
         size=image,
         planckian=0.8,
