@@ -3,6 +3,7 @@
 step    a whole training step of a config, or of a plain ViT, on synthetic batches
 data    the input pipeline, samples per second and core
 freeze  every phase of a run with FreezeOut, against its cost formula
+parts   the training step of iFAM at its published size, with and without remat
 knn     exact nearest neighbours
 """
 
@@ -10,7 +11,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("step", "data", "freeze", "knn")
+NAMES = ("step", "data", "freeze", "parts", "knn")
 
 
 def main(argv: list[str]) -> int:
