@@ -74,42 +74,46 @@ def planned(case) -> dict:
     executable = compiled.compile(phase, shapes)
     seconds = time.perf_counter() - start
     params, _ = jax.eval_shape(method.init, key, shapes)
+    fixed = optimizer.frozen(0)
+    frozen = any(k.startswith("stage_1/backbone/block") for k in fixed)
     count = jax.device_count()
     xla = (executable.cost_analysis() or {}).get("flops", 0.0) * count
     memory = executable.memory_analysis()
     return {
         "parameters": tree.size(params),
-        "trained": tree.size(tree.split(params, optimizer.frozen(0))[0]),
+        "trained": tree.size(tree.split(params, fixed)[0]),
         "compile_seconds": round(seconds, 1),
         "xla_gflop_per_image": xla * case["accumulate"] / images / 1e9,
-        "formula_gflop_per_image": cost(method) / 1e9,
+        "formula_gflop_per_image": cost(method, frozen=frozen) / 1e9,
         "peak_bytes": memory.peak_memory_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "state_bytes": memory.argument_size_in_bytes,
     }
 
 
-def cost(method) -> float:
-    """Return the formula's FLOPs per image of a step without recomputation.
+def cost(method, *, frozen: bool) -> float:
+    """Return the formula's FLOPs per image of a two-stage step, no recomputation.
 
-    The first stage sees the image and its warped copy. Where its backbone is frozen,
-    gradients still cross it to the tokens (2 x the forward pass instead of 3 x; the
-    products of attention have two backward products, either way).
+    The first stage sees the image and its warped copy, the second the image. Backward
+    is two products per weight matrix, one of them for the weights, and twice the
+    attention.
 
     Args:
-        method: Parts with a ViT; two_stage, frozen backbone or not by `lr_rules` is
-            not known here: it counts as frozen, as published.
+        method: Parts with a ViT.
+        frozen: the first backbone's weights do not train, but gradients cross them to
+            the tokens that do.
     """
     net, size = method.model, method.augment.size
     n = (size // net.patch) ** 2
-    sizes = dict(width=net.width, depth=net.depth, patch=net.patch)
     forward = flops.vit(
         n + net.prefix,
         n,
+        width=net.width,
+        depth=net.depth,
+        patch=net.patch,
         channels=method.run.channels,
         mlp_ratio=net.mlp_ratio,
-        **sizes,
     )
     attention = net.depth * 4 * (n + net.prefix) ** 2 * net.width
-    first = 2 * (2 * forward + attention)
-    return first + 3 * forward
+    first = 2 * forward + attention if frozen else 3 * forward
+    return 2 * first + 3 * forward

@@ -14,7 +14,7 @@ from vitssl.data.sources import folder, layout
 
 EXPECTED = "ROOT/<variant, as original or mixed_rand>/val/<class>/*.JPEG"
 MASKS = "ROOT/fg_mask/val/<class>/<name of the image>.npy"
-FOREGROUNDS, BACKGROUNDS = "original", "only_bg_t"
+FOREGROUNDS, BACKGROUNDS, CUTS = "original", "only_bg_t", "fg_mask"
 
 
 def variants(root) -> tuple[str, ...]:
@@ -23,7 +23,9 @@ def variants(root) -> tuple[str, ...]:
     found = [
         name
         for name in sorted(os.listdir(base))
-        if (base / name / "val").is_dir() and folder.folders(base / name / "val")
+        if name != CUTS
+        and (base / name / "val").is_dir()
+        and folder.folders(base / name / "val")
     ]
     if not found:
         layout.fail("in9", "no variant", base, EXPECTED)
@@ -122,7 +124,7 @@ def challenge(root, count, *, channels=3):
     paths = [os.path.relpath(front.path(i), front.root) for i in range(len(front))]
     cut = len(FOREGROUNDS) + 1
     masks = tuple(
-        os.path.join(front.root, "fg_mask", os.path.splitext(p[cut:])[0] + ".npy")
+        os.path.join(front.root, CUTS, os.path.splitext(p[cut:])[0] + ".npy")
         for p in paths
     )
     missing = [path for path in masks if not os.path.exists(path)]
