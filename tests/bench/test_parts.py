@@ -6,7 +6,12 @@ from tests.methods import test_parts as tiny
 from vitssl.bench import parts as bench
 
 SMALL = ("model.width=32", "model.depth=2", "model.image_size=56", "augment.size=56")
-MORE = ("evals.image_size=56", "precision=float32", "model.heads=2", "model.registers=0")
+MORE = (
+    "evals.image_size=56",
+    "precision=float32",
+    "model.heads=2",
+    "model.registers=0",
+)
 
 
 def test_remat_recomputes_and_keeps_less():
