@@ -11,6 +11,8 @@ _CACHE = pathlib.Path(tempfile.gettempdir()) / "vitssl-test-compile-cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 # grain reads absl flags in its workers; nobody parses them under pytest.
@@ -18,6 +20,17 @@ if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
 _CASES = pathlib.Path(__file__).parent / "golden" / "cases"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _executables_of_one_file():
+    """Drop compiled functions after each file.
+
+    XLA maps some memory regions for each; a process that ran a thousand tests passed
+    the kernel's limit of 65,530 (vm.max_map_count) and died.
+    """
+    yield
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):

@@ -41,6 +41,16 @@ def test_means_continue_after_a_checkpoint():
     assert second.means() == whole.means()
 
 
+def test_what_a_checkpoint_holds_stands_still_while_it_is_written():
+    metrics = log.Metrics(SPEC, {})
+    metrics.push(0, _values(2.0))
+    metrics.drain()
+    held = metrics.state()
+    metrics.push(1, _values(5.0))
+    metrics.drain()
+    assert held["sums"]["loss"] == 2.0 and held["count"] == 1
+
+
 def test_non_finite_steps_do_not_enter_the_mean_and_three_in_a_row_stop():
     metrics = log.Metrics(SPEC, {})
     nan = float("nan")

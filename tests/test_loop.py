@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from vitssl import config, experiment, init, log, train
+from vitssl import build, config, experiment, init, log, train
 
 
 def _read(workdir, **changes):
@@ -79,7 +79,7 @@ def test_local_crops_that_grow_are_compiled_ahead_and_trained(tmp_path):
         checkpoint__every_epochs=3.0,
     )
     checked = _read(tmp_path, **changes)
-    parts = train.build(checked)
+    parts = build.build(checked)
     counts = [parts.phase(i).method for i in (0, per_epoch, 2 * per_epoch)]
     assert counts == [1, 2, 3]
     shapes = [parts.shapes(i)["local"].shape[1] for i in (0, per_epoch)]

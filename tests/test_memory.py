@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from tests import runs
-from vitssl import errors, experiment, main, memory, train, tree
+from vitssl import build, errors, experiment, main, memory, train, tree
 
 
 def _parts(*overrides):
     small = [w.removeprefix("--config.") for w in runs.arguments("")[2:]]
     spec = f"{runs.ROOT}/configs/hjepa.py:smoke"
-    return train.build(experiment.read(experiment.load(spec, [*small, *overrides])))
+    return build.build(experiment.read(experiment.load(spec, [*small, *overrides])))
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,8 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     experiment = Experiment(settings, sections, c)
     method = experiment.method(experiment.run())
     problems.extend(method.check())
+    if hasattr(method, "check_size"):
+        problems.extend(method.check_size(settings.evals.image_size))
     if settings.accumulate > 1 and method.couples_batch:
         problems.append(
             f"accumulate={settings.accumulate}: this loss compares the samples of a "
@@ -209,8 +211,12 @@ def with_noise(experiment: Experiment) -> Experiment:
     """Return an experiment on random pixels of the same kind: for sizes, no data."""
     s = experiment.settings
     options = {"count": max(256, s.batch_size), "channels": s.data.channels}
+    source = "fake"
+    if s.data.source == "olmoearth":  # Its samples are no pictures.
+        source, given = "fields", dict(s.data.options)
+        options |= {k: given[k] for k in ("modalities",) if k in given} | {"size": 128}
     data = dataclasses.replace(
-        s.data, source="fake", root="", split="train", options=options
+        s.data, source=source, root="", split="train", options=options
     )
     return dataclasses.replace(experiment, settings=dataclasses.replace(s, data=data))
 
@@ -223,13 +229,16 @@ def _sections_of(cls) -> dict:
 
 
 def _section(annotation: Any, values, path: str, precision: str, problems):
-    """Build one section of a method; a model is chosen by its key `name`."""
-    if typing.get_origin(annotation) is not None or not isinstance(annotation, type):
-        return config.typed(annotation, values, path, problems)
-    if annotation in MODELS.values() or path == "model":
+    """Build one section of a method.
+
+    The key `name` chooses a model, among those that the annotation names.
+    """
+    kinds = typing.get_args(annotation) or (annotation,)
+    known = {name: kind for name, kind in MODELS.items() if kind in kinds}
+    if known:
         values = dict(values)
         name = values.pop("name", "vit")
-        annotation = config.choose(MODELS, name, f"{path}.name", problems)
+        annotation = config.choose(known, name, f"{path}.name", problems)
         if annotation is None:
             return None
         given = {}

@@ -52,11 +52,15 @@ class Features:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
 
         Args:
-            images: [B, H, W, C], uint8 pixels or float32 already normalised.
+            images: [B, H, W, C], uint8 pixels or float32 already normalised; of a
+                method that reads several arrays a dict of them, see its `features`.
 
         Raises:
             UsageError: another rank, dtype or number of channels.
         """
+        if isinstance(images, dict):
+            found = _compiled(self.apply)(self.state, images)
+            return {name: found[name] for name in NAMES}
         images = np.asarray(images) if not hasattr(images, "dtype") else images
         if images.ndim != 4 or images.shape[-1] != self.channels:
             raise errors.UsageError(
@@ -110,20 +114,19 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
     """
     about, module = found.about, found.module()
     pool = pool or about.pool
-    if pool not in ("cls", "mean") or (pool == "cls" and not module.cls):
-        allowed = "cls or mean" if module.cls else "mean (there is no class token)"
-        raise errors.UsageError(f"pool={pool}: {allowed}")
-    params = found.encoder()
+    known = [name for name in ("cls", "mean") if name in module.poolings]
+    if pool not in known:
+        more = "" if "cls" in known else " (there is no class token)"
+        raise errors.UsageError(f"pool={pool}: {' or '.join(known)}{more}")
     if image_size and image_size != module.image_size:
         found, module = _resized(found, image_size)
-        params = found.encoder()
-    apply = _Encode(module, about.mean, about.std, pool)
-    channels = params["patch_embed"]["kernel"].shape[2]
+    params = found.encoder()
+    kernels = [k for k in found.leaves if k.endswith("patch_embed/kernel")]
     return Features(
-        apply,
+        _Encode(module, about.mean, about.std, pool),
         jax.device_put(params),
         module.image_size,
-        channels,
+        sum(found.leaves[k].shape[2] for k in kernels),
         about.mean,
         about.std,
         about.source,
@@ -131,16 +134,15 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
 
 
 def _resized(found, size):
-    """Return (backbone, module) with the position table for another image size."""
+    """Return (backbone, module) with the position tables for another image size."""
     module = found.module()
     if size % module.patch:
         raise errors.UsageError(
             f"image_size={size}: must be a multiple of the patch, {module.patch}"
         )
-    leaves, name = dict(found.leaves), "encoder/pos_embed"
-    if name in leaves:
-        first = int(module.cls and module.class_position)
-        side = size // module.patch
+    leaves, side = dict(found.leaves), size // module.patch
+    first = int(module.cls and module.class_position)
+    for name in [name for name in leaves if name.endswith("pos_embed")]:
         leaves[name] = positions.resample(leaves[name], first, side, found.about.rule)
     model = dict(found.about.model) | {"image_size": size}
     about = dataclasses.replace(found.about, model=model)
@@ -150,7 +152,7 @@ def _resized(found, size):
 
 @dataclasses.dataclass(frozen=True)
 class _Encode:
-    """(params, image) -> features of a `models.vit.ViT`."""
+    """(params, image) -> features of a backbone of `models.MODELS`."""
 
     module: Any
     mean: tuple[float, ...]
@@ -160,10 +162,8 @@ class _Encode:
     def __call__(self, params, image) -> dict:
         """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
         x = patches.normalise(image, self.mean, self.std)
-        tokens, _ = self.module.apply({"params": params}, x)
-        body = tokens[:, self.module.prefix :]
-        pooled = tokens[:, 0] if self.pool == "cls" else body.mean(1)
-        return {"pooled": pooled, "tokens": body}
+        found = self.module.apply({"params": params}, x, method="features")
+        return {"pooled": found[self.pool], "tokens": found["tokens"]}
 
 
 def _of_run(path) -> Features:

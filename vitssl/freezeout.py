@@ -180,6 +180,24 @@ def vit_layers(depth: int, prefix: str = "", more: tuple = ()) -> tuple:
     return (*more, *start, *tokens, *blocks)
 
 
+def hvit_layers(depths: tuple[int, ...], prefix: str = "") -> tuple:
+    """Return `FreezeOut.layers` of a hierarchical ViT; see `vit_layers`.
+
+    Blocks count through all stages, of both streams; patch merging goes with the block
+    before it. What joins the streams, and the last norms, never freeze.
+
+    Args:
+        depths: blocks of every stage.
+        prefix: of the parameters, "backbone/".
+    """
+    stream, depth = f"{prefix}(spectral/)?", sum(depths)
+    merges = tuple(
+        (rf"{stream}merge_{s}/.*", sum(depths[: s + 1])) for s in range(len(depths) - 1)
+    )
+    last = ((rf"{stream}norm/.*", depth), (rf"{stream}patch_norm/.*", 0))
+    return vit_layers(depth, stream, (*last, *merges))
+
+
 # The networks of the FreezeOut paper: which module belongs to which layer.
 
 

@@ -233,7 +233,8 @@ class Metrics:
     def state(self) -> dict:
         """Return what a checkpoint must hold for the next line to be the same."""
         return {
-            "sums": self.sums,
+            # A copy: it is written in the background while the next steps add to it.
+            "sums": dict(self.sums),
             "count": self.count,
             "nonfinite": self.nonfinite,
             "in_a_row": self.in_a_row,
@@ -304,6 +305,12 @@ def progress(step: int, total: int, values: dict) -> str:
     if "lr" in values:
         parts.append(f"lr {values['lr']:.2e}")
     parts.append(f"{values['time/images_per_second_per_device']:.0f} img/s/device")
+    if "time/step_seconds" in values:
+        parts.append(f"{1e3 * values['time/step_seconds']:.0f} ms/step")
+    cut = len("tokens/")
+    counts = [f"{k[cut:]} {v:.0f}" for k, v in values.items() if k[:cut] == "tokens/"]
+    if counts:
+        parts.append(f"tokens: {', '.join(counts)}")
     parts.append(f"data wait {values['time/data_wait_percent']:.0f} %")
     if "time/mfu_percent" in values:
         parts.append(f"MFU {values['time/mfu_percent']:.1f} %")

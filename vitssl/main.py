@@ -108,14 +108,14 @@ def _run(flags) -> int:
 
 def _dry_run(checked) -> int:
     """Print what a step needs; it is compiled, but nothing is computed."""
-    from vitssl import devices, errors, experiment, memory, report, train
+    from vitssl import build, devices, errors, experiment, memory, report
 
     devices.start()
     try:
-        parts = train.build(checked)
+        parts = build.build(checked)
     except errors.DataError as e:
         print(f"data: {e}\n  noise takes its place here", flush=True)
-        parts = train.build(experiment.with_noise(checked))
+        parts = build.build(experiment.with_noise(checked))
     params = parts.compiled.abstract(parts.phase(0)).params
     lines = report.parameter_table(params, parts.optimizer)
     print("\n".join(lines), flush=True)

@@ -61,7 +61,7 @@ def estimate(parts, executable=None) -> Estimate:
     """Return the memory of the first step of a run, which nothing has to run for.
 
     Args:
-        parts: `train.Parts`.
+        parts: `build.Parts`.
         executable: its compiled step; None compiles it.
 
     Raises:

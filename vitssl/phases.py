@@ -1,4 +1,4 @@
-"""What each phase of a run cost: steps, seconds, FLOPs. One row per compiled step."""
+"""What each phase of a run cost: steps, seconds, FLOPs. One row per kind of step."""
 
 import time
 
@@ -6,8 +6,8 @@ import time
 class Phases:
     """Adds up the steps and the time of every phase.
 
-    Evaluation, saving and waiting for a compilation are left out. A phase that a
-    resumed run enters again goes on in its row.
+    Evaluation, saving and waiting for a compilation are left out. A phase that is
+    entered again goes on in its row, in a resumed run too.
 
     Args:
         rows: from `state` of an earlier part of the run.
@@ -15,6 +15,7 @@ class Phases:
 
     def __init__(self, rows=()):
         self.rows = [dict(row) for row in rows]
+        self._row = None
         self._since = None
 
     def enter(self, at: int, frozen: int, flops: float) -> None:
@@ -26,26 +27,35 @@ class Phases:
             flops: of one step, by XLA's count.
         """
         self._settle()
-        last = self.rows[-1] if self.rows else {}
-        if (last.get("frozen"), last.get("flops")) != (frozen, flops):
-            self.rows.append(
+        kind = (frozen, flops)
+        same = [r for r in self.rows if (r["frozen"], r["flops"]) == kind]
+        # Batches of several shapes take turns: a row for each turn would be too many.
+        if not same:
+            same = [
                 {"from": at, "frozen": frozen, "flops": flops, "steps": 0, "seconds": 0}
-            )
+            ]
+            self.rows += same
+        self._row = same[0]
         self._since = time.perf_counter()
 
     def step(self) -> None:
         """Count one step of the present phase."""
-        self.rows[-1]["steps"] += 1
+        self._row["steps"] += 1
 
     def pause(self, seconds: float) -> None:
         """Leave out time spent beside training."""
         if self._since is not None:
             self._since += seconds
 
+    def leave(self) -> None:
+        """End the present phase: what follows is no training."""
+        self._settle()
+        self._since = None
+
     def _settle(self):
         if self._since is not None:
             now = time.perf_counter()
-            self.rows[-1]["seconds"] += max(0.0, now - self._since)
+            self._row["seconds"] += max(0.0, now - self._since)
             self._since = now
 
     def state(self) -> list:

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from vitssl import checkpoint, config, errors, experiment, init, train
+from vitssl import build, checkpoint, config, errors, experiment, init
 
 
 def newest(workdir):
@@ -15,7 +15,7 @@ def newest(workdir):
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         raise errors.UsageError(f"{path}: missing; want the workdir of a run")
-    parts = train.build(experiment.read(config.from_json(path.read_text())))
+    parts = build.build(experiment.read(config.from_json(path.read_text())))
     directory, step = init.locate(workdir)
-    target = train.restore_target(parts)(step)
+    target = build.restore_target(parts)(step)
     return parts, checkpoint.read(directory, step, target)[0]

@@ -6,7 +6,6 @@ seed and i alone, and so do its random numbers; nothing else has to be restored.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -14,10 +13,10 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vitssl import (
+    build,
     checkpoint,
     config,
     devices,
@@ -26,136 +25,13 @@ from vitssl import (
     init,
     log,
     memory,
-    optim,
     phases,
     report,
     step,
 )
-from vitssl.data import pipeline
 from vitssl.evals import evaluation
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Parts:
-    """The objects of a run, built once, before the first step.
-
-    Attributes:
-        experiment: the checked config.
-        source: training images.
-        method, optimizer: see their modules.
-        run: length and sizes.
-        mesh: devices.
-        compiled: the step, one executable per phase.
-        abstract: shapes of the state at a step.
-    """
-
-    experiment: object
-    source: object
-    method: object
-    optimizer: optim.Optimizer
-    run: object
-    mesh: jax.sharding.Mesh
-    compiled: step.Compiled
-
-    def phase(self, at: int) -> step.Phase:
-        """Return the phase of step `at`."""
-        return step.phase_at(self.method, self.optimizer, at)
-
-    def stream(self, start: int):
-        """Return the batches of this process from step `start` on."""
-        settings = self.experiment.settings
-        return _stream(self.source, self.method, settings, start)
-
-    def shapes(self, at: int):
-        """Return the shapes of the global batch of step `at`, reading one image."""
-        return _shapes(self.stream(at), at)
-
-    def rng(self):
-        """Return the key of the whole run."""
-        return jax.random.key(self.experiment.settings.seed)
-
-    def fresh(self):
-        """Return a new state, made on the devices by one compiled function."""
-        first = self.phase(0)
-        shapes = self.shapes(0)
-
-        def make(rng):
-            # Only the shapes of a batch matter; XLA drops the zeros.
-            batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            return step.init(self.method, self.optimizer, rng, batch, first)
-
-        sharding = self.compiled.state_sharding(first)
-        return jax.jit(make, out_shardings=sharding)(self.rng())
-
-
-def _stream(source, method, settings, start: int):
-    """Return this process's batches from step `start` on."""
-    return pipeline.train(
-        source,
-        method.transform(),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        start_step=start,
-        threads=settings.data.threads,
-        workers=settings.data.workers,
-        process=(jax.process_index(), jax.process_count()),
-        on_bad_image=settings.data.on_bad_image,
-        sampling=settings.data.sampling,
-    )
-
-
-def _shapes(stream, at: int):
-    """Return the shapes of the global batch of step `at`, reading one image."""
-    spec = stream.spec(at)
-    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in spec.items()}
-
-
-def build(experiment) -> Parts:
-    """Open the data and build everything a run needs; nothing is computed yet.
-
-    Raises:
-        UsageError, DataError: what cannot work, before any time is spent.
-    """
-    experiment = experiment.on(jax.device_count())
-    s = experiment.settings
-    mesh = devices.mesh(s.mesh, s.batch_size, s.accumulate)
-    source = s.data.open(s.data.split)
-    per_epoch = pipeline.steps_per_epoch(source, s.batch_size)
-    total = s.steps or round(s.epochs * per_epoch)
-    if s.epochs or s.steps:
-        total = max(1, total)
-    labels = getattr(source, "labels", None)
-    classes, counts = len(source.classes), ()
-    if labels is not None and classes:
-        known = np.asarray(labels)[np.asarray(labels) >= 0]
-        counts = tuple(np.bincount(known, minlength=classes).tolist())
-    run = experiment.run(
-        total_steps=total, steps_per_epoch=per_epoch, classes=classes, counts=counts
-    )
-    method = experiment.method(run)
-    shapes = _shapes(_stream(source, method, s, 0), 0)
-    params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
-    freeze = s.freeze
-    if not freeze.layers and hasattr(method, "freeze_layers"):
-        freeze = dataclasses.replace(freeze, layers=method.freeze_layers())
-    optimizer = optim.make(
-        s.optim,
-        params,
-        total_steps=total,
-        steps_per_epoch=per_epoch,
-        batch_size=s.batch_size,
-        freeze=freeze,
-    )
-
-    def abstract(phase):
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return step.abstract(method, optimizer, key, shapes, phase)
-
-    function = step.make(method, optimizer, s.accumulate, mesh)
-    compiled = step.Compiled(function, abstract, mesh, s.mesh)
-    return Parts(experiment, source, method, optimizer, run, mesh, compiled)
 
 
 def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
@@ -178,7 +54,7 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         if devices.is_main():
             stack.enter_context(guard.lock(workdir, force_unlock))
         signals = stack.enter_context(guard.Signals())
-        parts = build(experiment)
+        parts = build.build(experiment)
         s = experiment.settings
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
@@ -203,7 +79,7 @@ def _last_words(workdir):
 
 def _run(parts, workdir, name, saves, signals, stack) -> dict:
     s, run_ = parts.experiment.settings, parts.run
-    found = saves.restore(restore_target(parts))
+    found = saves.restore(build.restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at = int(state.step)
     if devices.is_main():
@@ -212,8 +88,15 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
         )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
+        init.same_classes(
+            workdir,
+            meta.get("classes"),
+            parts.source.classes,
+            "give another --workdir, or the data it was trained on",
+        )
         logger.info("resuming after step %d of %d", at, run_.total_steps)
     elif s.init.from_:
+        init.check_classes(s.init, parts.source.classes, state.params)
         params = init.load(s.init, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)
@@ -293,23 +176,6 @@ def _pictures(parts, workdir, state, untrained):
     logger.info("%d pictures in %s", len(list(paths)), workdir / "pictures")
 
 
-def restore_target(parts: Parts):
-    """Return step -> abstract state with shardings, in the phase of that step."""
-
-    def target(at):
-        # The state after `at` updates is that of the phase of the last one made.
-        phase = parts.phase(max(0, at - 1))
-        abstract = parts.compiled.abstract(phase)
-        sharding = parts.compiled.state_sharding(phase)
-        return jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            abstract,
-            sharding,
-        )
-
-    return target
-
-
 class _Loop:
     """The state of the loop that is not the state of the model."""
 
@@ -333,7 +199,7 @@ class _Loop:
         sharding = devices.batch_sharding(parts.mesh)
         at = first = int(state.step)
         phase = parts.phase(at)
-        state = step.enter(state, phase)
+        state = self._entered(state, phase)
         self._first_compile(phase, at)
         self._enter(phase, at)
         if at == 0:
@@ -346,7 +212,7 @@ class _Loop:
             while at < total and not self.patience.over:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
-                    state = step.enter(state, phase)
+                    state = self._entered(state, phase)
                     waiting = time.perf_counter()
                     parts.compiled.get(phase, batch)
                     self._pause(waiting)
@@ -365,7 +231,13 @@ class _Loop:
                     self._look_ahead(at)
                 self._profile(at - first)
                 self._after(state, at, s)
+        self.phases.leave()
         return state
+
+    def _entered(self, state, phase):
+        """Return the state for a phase, every leaf where its step expects it."""
+        state = step.enter(state, phase, self.parts.optimizer)
+        return jax.device_put(state, self.parts.compiled.state_sharding(phase))
 
     def _first_compile(self, phase, at):
         parts, s = self.parts, self.parts.experiment.settings
@@ -496,6 +368,7 @@ class _Loop:
             "log": self.metrics.state(),
             "patience": self.patience.state(),
             "phases": self.phases.state(),
+            "classes": list(self.parts.source.classes),
             "versions": report.versions(),
         }
         self.saves.save(at, state, meta, self.scores)

@@ -121,4 +121,4 @@ def size(tree) -> int:
 def count_bytes(tree) -> int:
     """Return the bytes of a tree of arrays or shapes."""
     leaves = jax.tree.leaves(tree)
-    return sum(x.size * x.dtype.itemsize for x in leaves if hasattr(x, "itemsize"))
+    return sum(x.size * x.dtype.itemsize for x in leaves if hasattr(x, "dtype"))

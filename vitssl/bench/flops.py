@@ -15,6 +15,12 @@ def block(tokens: int, width: int, mlp_ratio: float = 4.0) -> float:
     return dense + attention
 
 
+def cross_block(queries: int, keys: int, width: int, mlp_ratio: float = 4.0) -> float:
+    """Return the FLOPs of a block whose queries attend to other tokens, one image."""
+    dense = 2 * (2 + 2 * mlp_ratio) * width**2 * queries + 4 * width**2 * keys
+    return dense + 4 * queries * keys * width
+
+
 def vit(
     tokens: int,
     patches: int,

@@ -135,7 +135,7 @@ def _adamw(method, shapes):
 
 def _of_config(o, overrides) -> dict:
     """Return what to measure for a config; its data are replaced by random ones."""
-    from vitssl import experiment, train
+    from vitssl import build, experiment
 
     c = experiment.load(o.config, overrides)
     if "study" in c:
@@ -151,7 +151,7 @@ def _of_config(o, overrides) -> dict:
     c.data.split = "train"
     if o.batch:
         c.batch_size = o.batch
-    parts = train.build(experiment.read(c))
+    parts = build.build(experiment.read(c))
     batch = parts.stream(0).load(0)
     return {
         "name": config.name_of(o.config),

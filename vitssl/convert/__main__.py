@@ -3,7 +3,7 @@
     python -m vitssl.convert import FILE --to=FOLDER [--family=auto] [--part=teacher]
         [--heads=N] [--image_size=N] [--channels=N]
     python -m vitssl.convert export WEIGHTS --to=FILE.safetensors
-        [--layout=timm|hf|vitssl|bigvision] [--part=target|encoder]
+        [--layout=timm|hf|vitssl|bigvision|hvit] [--part=target|encoder]
     python -m vitssl.convert families
 
 FILE is a .safetensors, .npz, .pth, .pt or .bin; nothing in it is ever executed. WEIGHTS

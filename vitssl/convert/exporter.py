@@ -20,6 +20,7 @@ from vitssl.convert import (
     dinov2,
     dinov3,
     huggingface,
+    hvit,
     safetensors,
     vit,
 )
@@ -62,6 +63,12 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         file = backbone.write(to, source)
         card.write(file, source, layout, OURS)
         return file
+    kind = source.about.model.get("name", "vit")
+    if (layout == "hvit") != (kind == "hvit"):
+        fitting = "hvit" if kind == "hvit" else ", ".join(sorted({*LAYOUTS} - {"hvit"}))
+        raise errors.UsageError(
+            f"--layout={layout}: cannot hold a model {kind!r}; use {fitting} or vitssl"
+        )
     made = LAYOUTS[layout](source)
     ending = ".npz" if layout == "bigvision" else ".safetensors"
     file = to if to.suffix == ending else to / f"model{ending}"
@@ -255,10 +262,46 @@ _BIG_VISION = """\
 import numpy as np
 params = dict(np.load("{file}"))  # {"Transformer/encoderblock_0/...": array}
 """
+
+
+def hierarchical(source: backbone.Backbone) -> Export:
+    """Return the layout of HierarchialViT, for its DiseaseAwareHVT.
+
+    The recipe is its `hvt_params`. A classifier's head goes with it.
+    """
+    module = source.module()
+    leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+    state = convert.export(tree.nest(leaves), hvit.table(module.depths, "encoder/"))
+    recipe = dict(
+        patch_size=module.patch,
+        embed_dim_rgb=module.width,
+        embed_dim_spectral=module.spectral_width or module.width,
+        spectral_channels=module.spectral_channels,
+        depths=module.depths,
+        num_heads=module.heads,
+        mlp_ratio=module.mlp_ratio,
+        qkv_bias=module.qkv_bias,
+        use_dfca=module.fusion == "dfca",
+        dfca_num_heads=module.dfca_heads,
+        dfca_embed_dim_match_rgb=module.dfca_width == "rgb",
+        dfca_use_disease_mask=module.disease_mask,
+    )
+    size = module.image_size, module.image_width or module.image_size
+    snippet = _HVIT.format(params=recipe, size=size, classes=_classes(source))
+    return Export(state, recipe, snippet)
+
+
+_HVIT = """from hvit.models.hvt import DiseaseAwareHVT
+from safetensors.torch import load_file
+params = {params}
+model = DiseaseAwareHVT(img_size={size}, num_classes={classes}, hvt_params=params)
+model.load_state_dict(load_file("{{file}}"), strict=False)
+"""
 LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {
     "timm": timm,
     "hf": hf,
     "bigvision": big_vision,
+    "hvit": hierarchical,
 }
 
 

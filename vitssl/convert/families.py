@@ -12,6 +12,7 @@ from vitssl.convert import (
     dinov3,
     family,
     huggingface,
+    hvit,
     reader,
     timm_names,
     wholes,
@@ -20,6 +21,8 @@ from vitssl.convert import (
 # The first that fits wins: special ones stand before timm, which fits most.
 ORDER = (
     wholes.PARTS,
+    wholes.OLMOEARTH,
+    hvit.FAMILY,
     timm_names.HJEPA,
     bigvision.BIGVISION,
     dinov3.DINOV3,

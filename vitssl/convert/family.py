@@ -33,7 +33,8 @@ class Options:
         heads: attention heads; 0 = those of the published model of this width.
         image_size: side in pixels to resample the position table for; 0 = as stored.
         channels: input channels to convert the patch embedding to; 0 = as stored.
-        config: a Hugging Face config.json that lies beside the file, or {}.
+        config: what a Hugging Face config.json beside the file says of the model, or
+            a training checkpoint itself; or {}.
     """
 
     heads: int = 0
@@ -50,8 +51,8 @@ class Family:
         name: what `--family` calls it.
         about: one line for a person.
         fits: whether a state dict, its wrapping stripped, is of this family.
-        model: (state, options) -> fields of `models.vit.ViT`; of a whole model, what
-            `table` needs to know.
+        model: (state, options) -> fields of the model; of a whole method, what `table`
+            needs to know.
         table: fields -> `Table` from the state that `prepare` returns into
             {"encoder": ..., "head": ...}.
         prepare: (state, notes) -> state: keys as `table` knows them; says in `notes`
@@ -60,6 +61,10 @@ class Family:
         strip: prefixes to take off every key that has one.
         named: fits only the dicts of a training checkpoint that `places` names.
         whole: not an encoder but all parameters of a method, see `wholes`.
+        kind: key of `models.MODELS`; `model` returns its fields.
+        shapes: (fields, state) -> nested shapes of {"encoder", "head"}, where they are
+            not those of a ViT and a linear layer.
+        told: (what the file holds beside arrays) -> `Options.config`.
         rule: how its code resamples position tables.
         mean, std: pixel normalisation it was trained with, of [0, 1] values.
         pool: what its users call the feature of an image.
@@ -75,6 +80,9 @@ class Family:
     strip: tuple[str, ...] = ("module.",)
     named: bool = False
     whole: bool = False
+    kind: str = "vit"
+    shapes: Callable[[dict, Mapping], dict] | None = None
+    told: Callable[[Mapping], dict] = lambda tree: {}
     rule: positions.Rule = "antialias"
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]

@@ -12,10 +12,9 @@ import numpy as np
 
 from vitssl import convert, errors, tree
 from vitssl.convert import backbone, families, family, positions, reader
-from vitssl.models import vit
+from vitssl.models import MODELS, vit
 
 _KERNEL = "encoder/patch_embed/kernel"
-_TABLE = "encoder/pos_embed"
 
 
 def read(
@@ -45,6 +44,7 @@ def read(
     found = reader.read(path)
     one, raw, place = families.find(found.tree, name, part)
     config, told = _config_beside(path)
+    config = config or one.told(found.tree)
     options = dataclasses.replace(options, config=config)
     notes = [f"read from {place!r} of the file"] if place else []
     notes += [told] if told else []
@@ -52,28 +52,37 @@ def read(
     fields = one.model(state, options)
     if one.whole:
         return _whole(path, one, state, one.table(fields), notes)
-    if fields["depth"] < 1 or fields["width"] % fields["heads"]:
-        raise errors.UsageError(
-            f"--heads={fields['heads']}: must divide the width {fields['width']}"
-        )
+    _check(one, fields)
     table = one.table(fields)
-    leaves = convert.views(state, _like(fields, state, table), table)
+    shapes = one.shapes or (lambda f, s: _like(f, s, table))
+    leaves = convert.views(state, shapes(fields, state), table)
     notes += _aside(state, table)
     if told and (pixels := _pixels_beside(path)):
         one = dataclasses.replace(one, mean=pixels[0], std=pixels[1])
         notes.append("mean and std from the preprocessor_config.json beside the file")
     leaves, fields, mean, std = _adapt(leaves, fields, one, options, notes)
     about = backbone.About(
-        model={"name": "vit", **fields},
+        model={"name": one.kind, **fields},
         mean=mean,
         std=std,
-        pool=one.pool if fields["cls"] else "mean",
+        pool=one.pool if fields.get("cls") else "mean",
         family=one.name,
         rule=one.rule,
         source=path.name,
         notes=tuple(notes),
     )
     return backbone.Backbone(about, leaves)
+
+
+def _check(one, fields):
+    """Raise UsageError where fields fit no model."""
+    if one.kind == "vit":
+        if fields["depth"] < 1 or fields["width"] % fields["heads"]:
+            raise errors.UsageError(
+                f"--heads={fields['heads']}: must divide the width {fields['width']}"
+            )
+    elif faults := list(MODELS[one.kind](**fields).check()):
+        raise errors.UsageError(f"{one.name}: {'; '.join(faults)}; see --heads=N")
 
 
 def _whole(path, one, state, table, notes):
@@ -132,8 +141,13 @@ def _aside(state, table) -> list[str]:
 def _adapt(leaves, fields, one, options, notes):
     """Return (leaves, fields, mean, std) for the channels and size asked for."""
     leaves, mean, std = dict(leaves), one.mean, one.std
-    had = leaves[_KERNEL].shape[2]
+    had = _channels(leaves)
     if options.channels and options.channels != had:
+        if fields.get("spectral_channels"):
+            raise errors.UsageError(
+                f"--channels={options.channels}: this model takes {had}, those of two "
+                "images"
+            )
         leaves[_KERNEL] = channels(leaves[_KERNEL], options.channels)
         notes.append(
             f"patch embedding of {had} channels converted to {options.channels} "
@@ -148,15 +162,23 @@ def _adapt(leaves, fields, one, options, notes):
         raise errors.UsageError(
             f"--image_size={size}: must be a multiple of the patch, {patch}"
         )
-    if size != fields["image_size"] and _TABLE in leaves:
-        first = int(fields["cls"] and fields["class_position"])
-        table = leaves[_TABLE]
-        leaves[_TABLE] = positions.resample(table, first, size // patch, one.rule)
+    tables = [name for name in leaves if name.endswith("pos_embed")]
+    if size != fields["image_size"] and tables:
+        first = int(fields.get("cls", False) and fields["class_position"])
+        for name in tables:
+            table = leaves[name]
+            leaves[name] = positions.resample(table, first, size // patch, one.rule)
         notes.append(
             f"position table resampled from {fields['image_size']} to {size} px "
             f"({one.rule})"
         )
     return leaves, fields | {"image_size": size}, mean, std
+
+
+def _channels(leaves) -> int:
+    """Return the channels of an image: of both streams, if there are two."""
+    kernels = [k for k in leaves if k.endswith("patch_embed/kernel")]
+    return sum(leaves[k].shape[2] for k in kernels)
 
 
 def channels(kernel, count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ have the same names; it has no features of its own. To add one: a `family.Family
 
 from collections.abc import Mapping
 
-from vitssl.convert import Table, dinov2, parts
+from vitssl.convert import Table, dinov2, olmoearth, parts
 from vitssl.convert.family import Family
 
 _HF = "encoder.layer."  # Hugging Face's name of a block.
@@ -39,5 +39,16 @@ PARTS = Family(
     table=_parts_table,
     prepare=_parts_prepare,
     places=("MODEL_STATE", "model", "state_dict", ""),
+    whole=True,
+)
+
+OLMOEARTH = Family(
+    name="olmoearth",
+    about="OlmoEarth: encoder, predictor and target, for the method latent_mim",
+    fits=lambda state: bool(olmoearth.sensors(state)),
+    model=lambda state, options: dict(sensors=olmoearth.sensors(state)),
+    table=lambda fields: olmoearth.table(fields["sensors"]),
+    places=("model", "model_state_dict", "state_dict", ""),
+    strip=("module.", "model."),
     whole=True,
 )

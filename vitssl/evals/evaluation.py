@@ -139,9 +139,11 @@ class Evaluation:
 
     def _snapshots(self, state, images):
         """Draw some batches of the test split, if the method does that now."""
+        if not hasattr(self._method, "drawn") or not devices.is_main():
+            return
         at = int(state.step)
-        share = self._method.drawn(at) if hasattr(self._method, "drawn") else 0.0
-        if not share or not devices.is_main():
+        share = self._method.drawn(at)
+        if not share:
             return
         leaves = jax.tree.leaves((state.params, state.extra))
         if not all(x.is_fully_addressable or x.is_fully_replicated for x in leaves):
@@ -155,6 +157,13 @@ class Evaluation:
                 path = folder / f"{at:06d}_{number:04d}_{name}.jpg"
                 self._method.snapshot(params, extra, batch, path)
 
+    def _written(self, scores) -> str:
+        """Return the scores of the test split as text."""
+        bare = {k[5:]: v for k, v in scores.items()}
+        if hasattr(self._method, "written"):
+            return self._method.written(bare)
+        return "  ".join(f"{k} {v:.4g}" for k, v in bare.items())
+
     def line(self, at: int, values: dict) -> str:
         """Return the line of an online evaluation, with a warning on collapse."""
         shown = [f"{k[5:]} {v:.4g}" for k, v in values.items() if k[:5] == "test/"][:4]
@@ -167,7 +176,8 @@ class Evaluation:
             if key in values:
                 shown.append(form.format(values[key]))
         text = f"  after step {at}: " + "  ".join(shown)
-        if values.get("quality/collapsed"):
+        # Those of an untrained network lie close together, too.
+        if at and values.get("quality/collapsed"):
             text += "  WARNING: the features have collapsed or nearly so"
         return text
 
@@ -181,11 +191,11 @@ class Evaluation:
         scores = self._scores(state, self._final_images[1])
         scores |= self._final_scores(state)
         self._snapshots(state, self._final_images[1])
-        text = "  ".join(f"{k[5:]} {v:.4g}" for k, v in scores.items())
+        text = self._written(scores)
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
             none = "no final evaluation (evals.final is empty)"
-            return scores, f"test split: {text}" if text else none
+            return scores, f"test split:{_gap(text)}{text}" if text else none
         rows = evals.final(
             section,
             self._method.features,
@@ -200,4 +210,9 @@ class Evaluation:
         values = evals.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = evals.format_table(rows, section.protocol())
-        return values, f"{table}\ntest split: {text}" if text else table
+        return values, f"{table}\ntest split:{_gap(text)}{text}" if text else table
+
+
+def _gap(text) -> str:
+    """Return what separates a heading from a text of one or more lines."""
+    return "\n" if "\n" in text else " "

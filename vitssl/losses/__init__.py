@@ -4,6 +4,20 @@ A loss is written on the global batch: under jit on a sharded batch its statisti
 are those of all devices, with no collective in the code.
 """
 
-from vitssl.losses import combined, contrastive, regression, sigreg, vicreg
+from vitssl.losses import (
+    combined,
+    contrastive,
+    patch_discrimination,
+    regression,
+    sigreg,
+    vicreg,
+)
 
-__all__ = ["combined", "contrastive", "regression", "sigreg", "vicreg"]
+__all__ = [
+    "combined",
+    "contrastive",
+    "patch_discrimination",
+    "regression",
+    "sigreg",
+    "vicreg",
+]

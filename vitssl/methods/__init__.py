@@ -75,6 +75,13 @@ class Method(Protocol):
         """Yield one line per impossible combination of the sections."""
 
 
+class Sized(Protocol):
+    """What a method adds whose evaluations need images of certain sizes."""
+
+    def check_size(self, size: int) -> Iterator[str]:
+        """Yield one line per reason why `evals.image_size` cannot be `size`."""
+
+
 class Layered(Protocol):
     """What a method adds so that `freeze.schedule` alone switches FreezeOut on."""
 
@@ -101,6 +108,9 @@ class Scored(Protocol):
 
         Arrays are allowed too (a confusion matrix); they go to WORKDIR/scores.npz.
         """
+
+    def written(self, scores: dict) -> str:
+        """Return scores {name: float} as text; if absent, all in one line."""
 
     def evaluation_transform(self, size: int) -> Callable:
         """Return the transform of evaluation images, `views.Evaluate(size)` if absent.

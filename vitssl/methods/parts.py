@@ -11,7 +11,6 @@ arXiv:2407.04538 (PDiscoFormer); code ananthu-aniraj/ifam@bc8eeae.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import einops
 import jax
@@ -26,7 +25,7 @@ from vitssl.methods import (
     parts_sections,
     parts_studies,
 )
-from vitssl.models import baselines, vit
+from vitssl.models import baselines, convnext, resnet, vit
 from vitssl.ops import affine as warps
 from vitssl.ops import partmaps, patches
 
@@ -40,7 +39,7 @@ class Parts:
     """
 
     run: methods.Run
-    model: Any
+    model: vit.ViT | resnet.ResNet | convnext.ConvNeXt
     parts: parts_sections.Parts
     augment: recipes.Augment
     objective: parts_sections.Objective = parts_sections.Objective()

@@ -16,17 +16,25 @@ class Head:
 
     Attributes:
         pool: feature of an image: "gap", the mean of the patch tokens before any norm,
-            then a LayerNorm of its own; "mean" and "cls", after the backbone's norm.
+            then a LayerNorm of its own; "mean" and "cls", after the backbone's norm;
+            "mean_norm", the mean after the backbone's norm, then one more (HViT).
         batchnorm: batch normalisation without gain and bias before the linear layer
             (the linear probe of MAE); its averages are not trained.
         init_std: of the linear layer's weights; its bias starts at 0.
         dropout: of what the linear layer gets.
+        norm_eps: of the LayerNorm of its own.
     """
 
-    pool: Literal["gap", "mean", "cls"] = "gap"
+    pool: Literal["gap", "mean", "cls", "mean_norm"] = "gap"
     batchnorm: bool = False
     init_std: float = 2e-5
     dropout: float = 0.0
+    norm_eps: float = EPS
+
+    @property
+    def feature(self) -> str:
+        """What the head wants of a backbone: "gap", "mean" or "cls"."""
+        return self.pool.removesuffix("_norm")
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
@@ -34,12 +42,14 @@ class Head:
             yield f"init_std={self.init_std}: 0 or more"
         if not 0 <= self.dropout < 1:
             yield f"dropout={self.dropout}: in [0, 1)"
+        if not self.norm_eps > 0:
+            yield f"norm_eps={self.norm_eps}: must be positive"
 
     def init(self, rng, width: int, classes: int):
         """Return (params, stats) for features [B, width]; stats is {} without BN."""
         kernel = self.init_std * jax.random.normal(rng, (width, classes))
         params = {"kernel": kernel, "bias": jnp.zeros(classes)}
-        if self.pool == "gap":
+        if self.pool in ("gap", "mean_norm"):
             params["norm"] = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
         stats = {}
         if self.batchnorm:
@@ -57,7 +67,8 @@ class Head:
         """
         x = x.astype(jnp.float32)
         if "norm" in params:
-            x = layer_norm(x, params["norm"]["scale"], params["norm"]["bias"])
+            norm = params["norm"]
+            x = layer_norm(x, norm["scale"], norm["bias"], self.norm_eps)
         if self.batchnorm:
             x, stats = batch_norm(x, stats, train)
         features = x
@@ -67,10 +78,10 @@ class Head:
         return x @ params["kernel"] + params["bias"], stats, features
 
 
-def layer_norm(x, scale, bias):
+def layer_norm(x, scale, bias, eps=EPS):
     """Return the LayerNorm of the last axis, float32."""
     x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
     return x * scale + bias
 
 

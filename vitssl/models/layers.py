@@ -31,29 +31,38 @@ class Dense(nn.Module):
 
     features: int
     dtype: str = "float32"
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):  # [..., C] -> [..., features]
         kernel = self.param("kernel", normal, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return linear(x, kernel, bias, self.dtype)
 
 
-def dense(features, dtype, name):
+def dense(features, dtype, name, use_bias=True):
     """Return a named `Dense`."""
-    return Dense(features, dtype, name=name)
+    return Dense(features, dtype, use_bias, name=name)
 
 
 def linear(x, kernel, bias, dtype):
-    """Return x kernel + bias: [..., C], [C, D], [D] -> [..., D] in `dtype`."""
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    y = rows @ kernel.astype(dtype) + bias.astype(dtype)
+    """Return x kernel + bias: [..., C], [C, D], [D] or None -> [..., D] in `dtype`."""
+    y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel.astype(dtype)
+    if bias is not None:
+        y = y + bias.astype(dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _on_cpu():
     """Whether to trace the forms that suit a CPU."""
     return jax.default_backend() == "cpu"
+
+
+def gelu(x):
+    """Exact (erf) GELU, any shape."""
+    return cpu.gelu(x) if _on_cpu() else nn.gelu(x, approximate=False)
 
 
 class LayerNorm(nn.Module):
@@ -78,12 +87,13 @@ class LayerNorm(nn.Module):
         return (x * scale + bias).astype(self.dtype)
 
 
-def softmax_attention(q, k, v, length=None):
+def softmax_attention(q, k, v, length=None, drop=None):
     """Attention with its map: the explicit form, for looking at and for checking.
 
     Args:
-        q, k, v: [B, T, heads, c].
+        q, k, v: [B, T, heads, c]; there may be another number of keys than queries.
         length: [B] int32, how many leading keys are valid; None = all.
+        drop: dropout of the map before it weighs the values; None = none.
 
     Returns:
         (output [B, T, heads, c], softmax [B, heads, T, T] float32).
@@ -96,7 +106,8 @@ def softmax_attention(q, k, v, length=None):
         # Finite, not -inf: a row with every key hidden must not become nan.
         logits = jnp.where(seen[:, None, None], logits, -1e30)
     probs = jax.nn.softmax(logits, axis=-1)  # [B, heads, T, T]
-    y = jnp.einsum("bhqk,bkhc->bqhc", probs.astype(v.dtype), v)
+    kept = probs if drop is None else drop(probs)
+    y = jnp.einsum("bhqk,bkhc->bqhc", kept.astype(v.dtype), v)
     return y, probs
 
 
@@ -177,6 +188,9 @@ class Attention(nn.Module):
         eps: of those LayerNorms.
         dtype: of the matrix products.
         attention: see `attend`.
+        qkv_bias: whether queries, keys and values have a bias.
+        dropout: of the output.
+        map_dropout: of the attention map, which is then computed explicitly.
     """
 
     heads: int
@@ -184,9 +198,12 @@ class Attention(nn.Module):
     eps: float = 1e-6
     dtype: str = "float32"
     attention: Implementation = "auto"
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    map_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, length=None, rope=None, weight=None):
+    def __call__(self, x, length=None, rope=None, weight=None, train=False):
         """Mix the tokens.
 
         Args:
@@ -194,7 +211,8 @@ class Attention(nn.Module):
             length: [B] int32 valid leading keys, or None.
             rope: (cos, sin) [1 or B, T, D / heads] of `posemb.rotation`, or None.
             weight: [B, T] how much every key counts, see `weighted_attention`; None =
-                all alike. Not together with length.
+                all alike. Not together with length, nor with map_dropout.
+            train: drop, from the stream "dropout".
 
         Returns:
             [B, T, D] in `dtype`.
@@ -205,7 +223,7 @@ class Attention(nn.Module):
         d = x.shape[-1]
         if d % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {d}")
-        qkv = dense(3 * d, self.dtype, "qkv")(x)  # [B, T, 3 D]
+        qkv = dense(3 * d, self.dtype, "qkv", self.qkv_bias)(x)  # [B, T, 3 D]
         # Splitting, whose gradient is one concatenation, not indexing.
         q, k, v = (
             einops.rearrange(x, "b n (h c) -> b n h c", h=self.heads)
@@ -216,29 +234,50 @@ class Attention(nn.Module):
             k = LayerNorm(self.eps, self.dtype, name="k_norm")(k)
         if rope is not None:
             q, k = posemb.rotate(q, *rope), posemb.rotate(k, *rope)
+        y = self._mix(q, k, v, length, weight, train)  # [B, T, heads, c]
+        y = einops.rearrange(y, "b n h c -> b n (h c)")
+        y = dense(d, self.dtype, "proj")(y)
+        return nn.Dropout(self.dropout, deterministic=not train)(y)
+
+    def _mix(self, q, k, v, length, weight, train):
+        """Return the attended values [B, T, heads, c]; sow the map where it exists."""
+        drop = train and self.map_dropout > 0.0
         if weight is not None:
             y, probs = weighted_attention(q, k, v, weight)
-            self.sow("intermediates", "attention", probs)
-        elif self.is_mutable_collection("intermediates"):
-            y, probs = softmax_attention(q, k, v, length)
-            self.sow("intermediates", "attention", probs)
+        elif drop or self.is_mutable_collection("intermediates"):
+            cut = nn.Dropout(self.map_dropout, deterministic=not drop)
+            y, probs = softmax_attention(q, k, v, length, cut)
         else:
-            y = attend(q, k, v, length, self.attention)  # [B, T, heads, c]
-        y = einops.rearrange(y, "b n h c -> b n (h c)")
-        return dense(d, self.dtype, "proj")(y)
+            return attend(q, k, v, length, self.attention)
+        self.sow("intermediates", "attention", probs)
+        return y
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU."""
+    """Two linear layers around the exact (erf) GELU, dropout after GELU and output."""
 
     hidden: int
     dtype: str = "float32"
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x):  # [..., D] -> [..., D]
+    def __call__(self, x, train=False):  # [..., D] -> [..., D]
         y = dense(self.hidden, self.dtype, "fc1")(x)
-        y = cpu.gelu(y) if _on_cpu() else nn.gelu(y, approximate=False)
-        return dense(x.shape[-1], self.dtype, "fc2")(y)
+        y = gelu(y)
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = dense(x.shape[-1], self.dtype, "fc2")(y)
+        return nn.Dropout(self.dropout, deterministic=not train)(y)
+
+
+def drop_path(x, draw, rate):
+    """Drop whole samples of x [B, ...] whose draw is below the rate; scale the rest.
+
+    Args:
+        x: the residual branch.
+        draw: [B, 1, ...] uniform in [0, 1].
+        rate: share that is dropped, below 1.
+    """
+    return x * ((draw >= rate) / (1.0 - rate)).astype(x.dtype)
 
 
 class DropPath(nn.Module):
@@ -253,10 +292,9 @@ class DropPath(nn.Module):
     def __call__(self, x, train):  # [B, ...] -> [B, ...]
         if not train or self.rate == 0.0:
             return x
-        keep = 1.0 - self.rate
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        alive = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
-        return x * (alive / keep).astype(x.dtype)
+        draw = jax.random.uniform(self.make_rng("drop_path"), shape)
+        return drop_path(x, 1.0 - draw, self.rate)
 
 
 class Block(nn.Module):
@@ -268,6 +306,8 @@ class Block(nn.Module):
         drop_path: probability that a sample skips a branch.
         layerscale: initial value of the per-channel gains g1, g2; 0 = no gains.
         qk_norm, eps, dtype, attention: see `Attention`; eps is every LayerNorm's.
+        qkv_bias, map_dropout: see `Attention`.
+        dropout: of the outputs of both branches and inside the MLP.
     """
 
     heads: int
@@ -278,18 +318,30 @@ class Block(nn.Module):
     eps: float = 1e-6
     dtype: str = "float32"
     attention: Implementation = "auto"
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    map_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x, length=None, rope=None, train=False, weight=None):
         """Return the block's output [B, T, D]; arguments as in `Attention`."""
         drop = DropPath(self.drop_path, name="drop")
         attn = Attention(
-            self.heads, self.qk_norm, self.eps, self.dtype, self.attention, name="attn"
+            heads=self.heads,
+            qk_norm=self.qk_norm,
+            eps=self.eps,
+            dtype=self.dtype,
+            attention=self.attention,
+            qkv_bias=self.qkv_bias,
+            dropout=self.dropout,
+            map_dropout=self.map_dropout,
+            name="attn",
         )
-        mlp = MLP(self.hidden, self.dtype, name="mlp")
-        y = attn(LayerNorm(self.eps, self.dtype, name="norm1")(x), length, rope, weight)
+        mlp = MLP(self.hidden, self.dtype, self.dropout, name="mlp")
+        y = LayerNorm(self.eps, self.dtype, name="norm1")(x)
+        y = attn(y, length, rope, weight, train)
         x = x + drop(self._gain("ls1", y), train)
-        y = mlp(LayerNorm(self.eps, self.dtype, name="norm2")(x))
+        y = mlp(LayerNorm(self.eps, self.dtype, name="norm2")(x), train)
         return x + drop(self._gain("ls2", y), train)
 
     def _gain(self, name, y):
@@ -308,3 +360,9 @@ def block(remat, **fields):
     positional arguments and give it a name, which is then the same either way.
     """
     return (RematBlock if remat else Block)(**fields)
+
+
+def sown_maps(blocks):
+    """Return the attention maps [B, layers, heads, T, T] that blocks have just sown."""
+    maps = [b.variables["intermediates"]["attn"]["attention"][0] for b in blocks]
+    return jnp.stack(maps, axis=1)

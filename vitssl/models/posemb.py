@@ -61,7 +61,16 @@ def cubic_matrix(old, new, step=None):
     return matrix.astype(np.float32)
 
 
-def sincos(grid, width):
+Spacing = tuple[float, float]  # Patch i lies at i * spacing[0] + spacing[1].
+
+
+def _places(grid, spacing):
+    """Return the rows and columns of a grid's patches: two [h w]."""
+    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    return y * spacing[0] + spacing[1], x * spacing[0] + spacing[1]
+
+
+def sincos(grid, width, spacing: Spacing = (1.0, 0.0)):
     """Return the fixed table of sines and cosines of a grid.
 
     With w_i = 10000^(-i / (D / 4)), the patch at row y and column x has
@@ -70,6 +79,7 @@ def sincos(grid, width):
     Args:
         grid: (h, w).
         width: D, divisible by 4.
+        spacing: see `Spacing`.
 
     Returns:
         [h w, D] float32 numpy, computed in float64.
@@ -82,13 +92,13 @@ def sincos(grid, width):
     if width % 4:
         raise ValueError(f"sincos: width={width} must be divisible by 4")
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    y, x = _places(grid, spacing)
     angles = [np.outer(x, omega), np.outer(y, omega)]
     parts = [f(a) for a in angles for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-def rope_angles(grid, head_dim, theta, unit=False):
+def rope_angles(grid, head_dim, theta, unit=False, spacing: Spacing = (1.0, 0.0)):
     """Angles by which rotary embedding turns the channel pairs of each patch.
 
     With m = head_dim / 4 frequencies w_i = theta^(-2 i / (head_dim / 2)), a patch at
@@ -102,6 +112,7 @@ def rope_angles(grid, head_dim, theta, unit=False):
         unit: rows and columns are patch centres scaled to [-1, 1], and frequencies
             count full turns, as in DINOv3 (arXiv:2508.10104): an image of any size
             covers the same angles.
+        spacing: see `Spacing`; of no meaning for `unit`.
 
     Returns:
         [h w, head_dim / 2] float32 numpy, a constant of the compiled step.
@@ -116,8 +127,9 @@ def rope_angles(grid, head_dim, theta, unit=False):
         raise ValueError(f"rope: head_dim={head_dim} must be divisible by 4")
     h, w = grid
     omega = theta ** (-2.0 * np.arange(head_dim // 4) / (head_dim // 2))
-    y, x = np.divmod(np.arange(h * w), w)
+    y, x = _places(grid, spacing)
     if unit:
+        y, x = _places(grid, (1.0, 0.0))
         y, x = 2 * (y + 0.5) / h - 1, 2 * (x + 0.5) / w - 1
         omega = 2 * np.pi * omega
     angles = np.concatenate([np.outer(y, omega), np.outer(x, omega)], axis=-1)

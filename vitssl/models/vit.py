@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import freezeout
 from vitssl.models import layers, posemb
 from vitssl.ops import patches
 
 
-def _uniform_fan_in(fan_in):
+def uniform_fan_in(fan_in):
     """PyTorch's default of a convolution: uniform in +-1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
 
@@ -27,18 +28,29 @@ class PatchEmbed(nn.Module):
 
     The kernel is stored as a convolution's, [patch, patch, C, D], and applied as one
     matrix product to flattened patches, hidden ones left out.
+
+    Attributes:
+        width: D.
+        patch: side of a patch, in pixels.
+        dtype: of the product.
+        init_by: initial values: PyTorch's, or those of He et al. 2015,
+            arXiv:1502.01852, by fan out, with bias 0.
     """
 
     width: int
     patch: int
     dtype: str = "float32"
+    init_by: Literal["torch", "he"] = "torch"
 
     @nn.compact
     def __call__(self, image, keep=None):  # [B, H, W, C] -> [B, N or K, D]
         p, channels = self.patch, image.shape[-1]
-        init = _uniform_fan_in(p * p * channels)
+        init = start = uniform_fan_in(p * p * channels)
+        if self.init_by == "he":
+            init = nn.initializers.normal((2 / (self.width * p * p)) ** 0.5)
+            start = nn.initializers.zeros
         kernel = self.param("kernel", init, (p, p, channels, self.width))
-        bias = self.param("bias", init, (self.width,))
+        bias = self.param("bias", start, (self.width,))
         x = patches.patchify(image.astype(self.dtype), p)  # [B, N, p p C]
         if keep is not None:
             x = patches.take(x, keep)  # [B, K, p p C]
@@ -70,6 +82,7 @@ class ViT(nn.Module):
         registers: number of register tokens after the class token; they have no
             position.
         resampling: of the position table for other grids, see `posemb.resample`.
+        spacing: of computed positions (sincos, rope), see `posemb.Spacing`.
         qk_norm: LayerNorm of queries and keys, per head.
         norm_eps: of every LayerNorm.
         remat: recompute every block in the backward pass instead of storing it.
@@ -97,6 +110,7 @@ class ViT(nn.Module):
     class_position: bool = True
     registers: int = 0
     resampling: posemb.Resampling = "antialias"
+    spacing: tuple[float, float] = (1.0, 0.0)
     qk_norm: bool = False
     norm_eps: float = 1e-6
     remat: bool = False
@@ -164,7 +178,7 @@ class ViT(nn.Module):
         if self.positions == "none":
             return jnp.zeros((grid[0] * grid[1], self.width))
         if self.positions == "sincos":
-            return jnp.asarray(posemb.sincos(grid, self.width))
+            return jnp.asarray(posemb.sincos(grid, self.width, self.spacing))
         side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
         return posemb.resample(table, (side, side), grid, self.resampling)
@@ -238,11 +252,51 @@ class ViT(nn.Module):
                 after the last norm; "cls": the class token after it.
             train: drop paths.
         """
-        tokens, out = self(image, train=train)
+        return self._pool(*self(image, train=train), how)
+
+    def _pool(self, tokens, out, how):
         if how == "cls":
-            return tokens[:, 0]
+            return tokens[:, 0].astype(jnp.float32)
         x = out["blocks"][-1] if how == "gap" else tokens
         return x[:, self.prefix :].astype(jnp.float32).mean(1)
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """What `pooled` knows."""
+        return ("gap", "mean", "cls") if self.cls else ("gap", "mean")
+
+    def features(self, image):
+        """Return {"tokens": [B, N, D] of the patches, and [B, D] of each pooling}."""
+        tokens, out = self(image)
+        found = {"tokens": tokens[:, self.prefix :].astype(jnp.float32)}
+        return found | {how: self._pool(tokens, out, how) for how in self.poolings}
+
+    def attention_maps(self, image):
+        """Return (maps [B, depth, heads, T, T], grid (h, w) of the patches).
+
+        Apply with the mutable collection "intermediates", where they come from.
+        """
+        _, out = self(image)
+        return layers.sown_maps(self.block), out["grid"]
+
+    def freeze_layers(self, prefix: str = "") -> tuple:
+        """Return `FreezeOut.layers`; see `freezeout.vit_layers`."""
+        last = ((rf"{prefix}norm/.*", self.depth),)
+        return freezeout.vit_layers(self.depth, prefix, last)
+
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield why images of so many channels do not fit: all do."""
+        del channels
+        yield from ()
+
+    def check_image(self, size: int) -> Iterator[str]:
+        """Yield why images of this side, in pixels, do not fit, if they do not."""
+        if self.patch and size % self.patch:
+            below = size // self.patch * self.patch
+            yield (
+                f"must be a multiple of model.patch={self.patch}; nearest are "
+                f"{below} and {below + self.patch}"
+            )
 
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
@@ -269,8 +323,8 @@ class ViT(nn.Module):
     def _rotation(self, grid, keep):
         """Return (cos, sin) [1 or B, P + K, D / heads]; the prefix is not turned."""
         head_dim = self.width // self.heads
-        theta, unit = self.rope_theta, self.rope_unit
-        angles = posemb.rope_angles(grid, head_dim, theta, unit)[None]
+        how = (self.rope_theta, self.rope_unit, self.spacing)
+        angles = posemb.rope_angles(grid, head_dim, *how)[None]
         if keep is not None:
             angles = patches.take(jnp.asarray(angles), keep)
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))

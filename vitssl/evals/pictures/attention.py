@@ -71,23 +71,24 @@ def overlay(image, values, grid):
 
 
 @panels.picture
-def heads(image, attention, grid=None, *, layers=6):
+def heads(image, attention, grid=None, *, layers=6, most=16):
     """Draw one map per layer (rows) and head (columns) of an image.
 
     Args:
         image: [H, W, C].
         attention: [layers, heads, T, T].
         grid: (h, w) of the patches; None: the largest square that T - 1 can be.
-        layers: draw at most so many, evenly spread from the first to the last.
+        layers, most: draw at most so many layers and heads, evenly spread from the
+            first to the last.
     """
-    count, number = attention.shape[:2]
     grid = grid or infer_grid(attention.shape[-1])
-    chosen = np.unique(
-        np.linspace(0, count - 1, min(layers, count)).round().astype(int)
+    chosen, shown = (
+        np.unique(np.linspace(0, n - 1, min(limit, n)).round().astype(int))
+        for n, limit in zip(attention.shape, (layers, most), strict=False)
     )
     figure, axes = panels.tiles(
         len(chosen),
-        1 + number,
+        1 + len(shown),
         "Attention of the whole image by layer and head, each from 0 to its maximum",
         size=1.0,
         headings="first",
@@ -97,9 +98,9 @@ def heads(image, attention, grid=None, *, layers=6):
         view = overlay(panels.rgb(image), mean, grid)
         panels.show(axes[r, 0], view, "mean of heads" if r == 0 else "")
         axes[r, 0].set_ylabel(f"layer {layer}", size=7.5)
-        for h in range(number):
+        for axis, h in zip(axes[r, 1:], shown, strict=True):
             values = on_patches(attention[layer, h], grid[0] * grid[1])
-            _heat(axes[r, 1 + h], values, grid, f"head {h}" if r == 0 else "")
+            _heat(axis, values, grid, f"head {h}" if r == 0 else "")
     return figure
 
 

@@ -1,0 +1,332 @@
+r"""Hybrid patch size: several sensors processed at 8 pixels, features put out at 1.
+
+    python -m vitssl.main --config=configs/latent_mim.py
+
+Arguments (`--config=configs/latent_mim.py:NAME`):
+    (none)          demo: drawn farmland under clouds, minutes on two cores; ends with
+                    the land cover of every pixel (mIoU), untrained at step 0
+    smoke           two steps, seconds
+    evidence        p=8 upsampled, hybrids with q=2 and everything at 2 pixels: mIoU
+                    against the cost of a step, three seeds, an hour on two cores
+    nano_ps8_ps1    OlmoEarth nano, p=8 and q=1; needs --config.data.root=DIR
+    base_ps8_ps1    the same at base size
+    nano, tiny, base, large
+                    OlmoEarth as published: patches of 1 to 8 pixels, no hybrid
+    rgb_vitb_p16_q4
+                    photographs as one sensor, ViT-B/16 with features at 4 pixels
+
+DIR holds OlmoEarth's HDF5 samples; the published ones are compressed by zstd and need
+the extra `olmoearth`. Learning rates and decays of nano to large are those of the
+released weights; 300 epochs of 1 138 828 samples at a batch of 512.
+
+One override away:
+    --config.hybrid.output_patch_size=2
+    --config.hybrid.upsampler=bilinear --config.hybrid.visible_loss_weight=0.0
+    --config.hybrid.decoder=output              (all of the decoder at q: dear)
+    --config.hybrid.sampled_keys=True           (trains an upsampler, too)
+    --config.hybrid.loss_tokens_per_modality=256
+    --config.mask.type=random_with_decode --config.mask.encode_ratio=0.4
+    --config.objective.same_target_threshold=0.999
+    --config.target.start=0.996                 (the target follows the encoder)
+    --config.readout.mode=decoder               (read the predictor's answers)
+    --config.network.anchor=corner --config.network.frequencies=legacy
+
+Published (linear probe, m-eurosat, nano / tiny / base): 93.1, 95.3, 97.5 %; of the
+hybrid nothing is: the original's step raises before the first update.
+"""
+
+import ml_collections
+
+MAPS = (
+    "worldcover",
+    "srtm",
+    "openstreetmap_raster",
+    "wri_canopy_height_map",
+    "cdl",
+    "worldcereal",
+)
+ALL = ("sentinel2_l2a", "sentinel1", "landsat", *MAPS)
+FEW = ("sentinel2_l2a", "sentinel1", "worldcover", "srtm")
+RATES = {  # size: learning rate and decay of the released weights
+    "nano": (1e-3, 2e-3),
+    "tiny": (2e-4, 2e-2),
+    "base": (1e-4, 2e-2),
+    "large": (1e-4, 2e-3),
+}
+
+
+def _sections():
+    """Return every section, at the size of two cores."""
+    c = ml_collections.ConfigDict()
+    c.method, c.seed = "latent_mim", 0
+    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 30.0, 0, 1
+    c.precision = "float32"
+    c.data = dict(
+        source="fields",
+        root="",
+        split="train",
+        bank_split="train",
+        test_split="test",
+        # Of each sensor's own table; these are for photographs.
+        channels=1,
+        mean=(0.0,),
+        std=(1.0,),
+        on_bad_image="skip",
+        threads=-1,
+        workers=-1,
+        options=dict(modalities=FEW, size=48),
+    )
+    c.inputs = dict(modalities=FEW, groups=())
+    c.network = dict(
+        size="",
+        width=64,
+        heads=4,
+        depth=3,
+        decoder_depth=1,
+        base_patch=8,
+        drop_path=0.0,
+        patch_resize="weights",
+        frequencies="standard",
+        anchor="center",
+        channels="learnable",
+        remat=False,
+    )
+    c.hybrid = dict(
+        processing_patch_size=(8,),
+        output_patch_size=1,
+        upsampler="skip",
+        decoder="mixed",
+        loss_tokens_per_modality=64,
+        sampled_keys=False,
+        visible_loss_weight=1.0,
+        pool_at="processing",
+        max_output_tokens=16384,
+    )
+    c.mask = dict(
+        type="modality_cross_random",
+        encode_ratio=0.5,
+        decode_ratio=0.5,
+        same_bandset=True,
+        min_encoded=2,
+        decode_only=MAPS,
+        strict_bandset_rules=False,
+    )
+    c.sampling = dict(
+        token_budget=300, min_side=4, max_side=4, tile=48, times=4, hold=1, seed=3622
+    )
+    c.augment = dict(turns="dihedral", scale=(0.2, 1.0), views=2)
+    c.objective = dict(
+        type="modality_patch_discrimination",
+        tau=0.1,
+        weight=1.0,
+        modality_weights=(),
+        same_target_threshold=0.999,
+        same_target_modalities=MAPS,
+        contrast_weight=0.1,
+        contrast_tau=0.1,
+    )
+    c.target = dict(depth=0, start=1.0, end=1.0)
+    c.readout = dict(p=0, q=0, mode="upsampled", times=4, modalities=())
+    c.measures = dict(
+        classes=6, epochs=20, lr=0.05, decay=0.01, batch_size=8, pixels=True
+    )
+    c.optim = dict(
+        name="adamw",
+        lr=2e-3,
+        lr_batch=0,
+        schedule="cosine",
+        warmup_epochs=2.0,
+        start_lr=0.0,
+        min_lr=2e-4,
+        wd=0.02,
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.999,
+        lr_rules=((".*", 1.0),),
+        wd_rules=((".*", 1.0),),
+    )
+    c.evals = dict(
+        image_size=32,
+        batch_size=16,
+        every_epochs=0,
+        online_samples_train=128,
+        online_samples_test=128,
+        final=("knn", "linear", "quality"),
+        knn_k=(20,),
+        knn_temperature=(0.07,),
+        probe="lbfgs",
+        probe_epochs=50,
+        features="pooled",
+    )
+    c.log = dict(
+        every_steps=50,
+        tensorboard=True,
+        wandb="",
+        pictures=False,
+        stall_seconds=1800.0,
+    )
+    c.checkpoint = dict(every_epochs=10.0, keep_last=2, keep_best=0, best="test/miou")
+    return c
+
+
+def _demo():
+    """Return the demo."""
+    c = _sections()
+    # Noise that makes a pixel hard to tell by itself, so that its surroundings help.
+    c.data.options = dict(modalities=FEW, size=48, count=320, held=320, noise=0.35)
+    c.evals.update(every_epochs=15, final_samples_test=160)
+    return c
+
+
+def _smoke():
+    c = _sections()
+    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 4, 0.0
+    c.data.options = dict(modalities=FEW, size=16, count=8)
+    c.network.update(width=16, heads=2, depth=1, decoder_depth=1)
+    c.sampling.update(min_side=2, max_side=2, tile=16, times=2)
+    c.hybrid.loss_tokens_per_modality = 16
+    c.readout.times, c.measures.epochs = 2, 2
+    c.evals.update(image_size=16, batch_size=4, final=("knn",), knn_k=(3,))
+    c.log.every_steps = 1
+    return c
+
+
+def _evidence():
+    """Return the ways to features of 2 pixels, and what a step of each costs.
+
+    From 8 to 2 pixels are 16 tokens for one; at 1 pixel, which would be 64, the arm
+    that processes them all would take days.
+    """
+    c = _demo()
+    c.epochs, c.optim.warmup_epochs = 20.0, 1.0
+    c.hybrid.output_patch_size = 2
+    c.sampling.update(times=2, token_budget=2600)
+    c.readout.times = 2
+    c.evals.update(every_epochs=0, final=(), batch_size=8)
+    c.log.update(every_steps=100, tensorboard=False)
+    c.checkpoint.every_epochs = 5.0
+    plain = ("hybrid.upsampler=bilinear", "hybrid.visible_loss_weight=0.0")
+    c.study = dict(
+        seeds=(0, 1, 2),
+        arms=dict(
+            p8_upsampled=(*plain, "hybrid.decoder=processing"),
+            hybrid_bilinear=plain,
+            hybrid_decoder=(*plain, "readout.mode=decoder"),
+            hybrid_skip=(),
+            all_at_q=(
+                *plain,
+                "hybrid.processing_patch_size=(2,)",
+                "sampling.min_side=16",
+                "sampling.max_side=16",
+            ),
+        ),
+        columns=(
+            "final/test/miou",
+            "final/test/accuracy",
+            "final/test/miou_pixels",
+            "final/test/miou_guess",
+            "time/train_seconds",
+            "compute/tflop",
+        ),
+    )
+    return c
+
+
+def _published(size="nano", *, lr=None, wd=None):
+    """Return OlmoEarth's recipe: patches of 1 to 8 pixels, the weights' conventions."""
+    c = _sections()
+    c.precision = "bfloat16"
+    c.batch_size, c.epochs, c.per_device = 512, 300.0, 32
+    c.data.update(source="olmoearth", options=dict(modalities=ALL))
+    c.inputs.modalities = ALL
+    c.network.update(
+        size=size,
+        width=0,
+        heads=0,
+        depth=0,
+        decoder_depth=0,
+        drop_path=0.1,
+        patch_resize="input",
+        frequencies="legacy",
+        anchor="corner",
+    )
+    c.hybrid.update(
+        processing_patch_size=(),
+        output_patch_size=0,
+        upsampler="bilinear",
+        visible_loss_weight=0.0,
+        loss_tokens_per_modality=16384,
+    )
+    c.sampling.update(
+        token_budget=2250, min_side=1, max_side=12, tile=128, times=12, hold=8
+    )
+    c.objective.same_target_threshold = 0.0
+    c.measures.classes = 0
+    rate, decay = RATES[size]
+    c.optim.update(lr=rate if lr is None else lr, wd=decay if wd is None else wd)
+    # 8000 steps of 2224 an epoch; the rate ends at a tenth of its peak.
+    c.optim.update(warmup_epochs=3.597, min_lr=0.1 * c.optim.lr)
+    c.evals.update(image_size=64, batch_size=64, final=("quality",))
+    c.readout.update(p=4, times=12)
+    c.checkpoint.update(every_epochs=0.25, keep_every_epochs=2.25, best="loss")
+    return c
+
+
+def _ps8_ps1(size="nano"):
+    """Return the hybrid at p=8, q=1, as it was meant to be."""
+    c = _published(size, lr=1e-4, wd=0.02)
+    c.network.update(patch_resize="weights", frequencies="standard", anchor="center")
+    c.hybrid.update(
+        processing_patch_size=(8,), output_patch_size=1, loss_tokens_per_modality=1024
+    )
+    c.objective.same_target_threshold = 0.999
+    c.readout.update(p=8, q=1)
+    return c
+
+
+def _rgb():
+    """Return a ViT-B/16 on photographs, features at 4 pixels."""
+    c = _ps8_ps1("base")
+    c.batch_size, c.epochs, c.per_device = 1024, 300.0, 64
+    c.data.update(
+        source="imagenet",
+        test_split="val",
+        channels=3,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        options={},
+    )
+    c.inputs.modalities = ("rgb",)
+    c.network.base_patch = 16
+    c.hybrid.update(processing_patch_size=(16,), output_patch_size=4)
+    c.mask.update(type="random", decode_only=())
+    c.sampling.update(token_budget=196, min_side=14, max_side=14, tile=224, times=1)
+    c.augment.turns = "flip"
+    c.objective.same_target_modalities = ()
+    c.optim.update(warmup_epochs=10.0)
+    c.evals.update(image_size=224, final=("knn", "linear", "quality"))
+    c.readout.update(p=16, q=4, times=1)
+    c.checkpoint.update(every_epochs=1.0, keep_every_epochs=50.0)
+    return c
+
+
+RECIPES = {
+    "": _demo,
+    "smoke": _smoke,
+    "evidence": _evidence,
+    "nano_ps8_ps1": _ps8_ps1,
+    "base_ps8_ps1": lambda: _ps8_ps1("base"),
+    "nano": _published,
+    "tiny": lambda: _published("tiny"),
+    "base": lambda: _published("base"),
+    "large": lambda: _published("large"),
+    "rgb_vitb_p16_q4": _rgb,
+}
+
+
+def get_config(name=""):
+    """Return the recipe `name`."""
+    if name not in RECIPES:
+        known = ", ".join(k for k in RECIPES if k)
+        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
+    return RECIPES[name]()

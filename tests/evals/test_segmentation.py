@@ -1,0 +1,84 @@
+"""The segmentation probe, its measures and int8 features."""
+
+import numpy as np
+import pytest
+
+from vitssl.evals import fieldscores, segmentation
+
+
+def test_measures_are_those_of_loops():
+    rng = np.random.default_rng(0)
+    said, truth = rng.integers(0, 4, (2, 3, 6, 6))
+    truth[0, 0] = segmentation.IGNORE
+    said[said == 3] = 0  # Class 3 is never said; class 4 does not occur at all.
+    ious, recalls, f1s = [], [], []
+    keep = truth >= 0
+    for c in range(5):
+        hit = ((said == c) & (truth == c) & keep).sum()
+        is_, called = ((truth == c) & keep).sum(), ((said == c) & keep).sum()
+        if is_ + called:
+            ious.append(hit / (is_ + called - hit))
+        if is_:
+            recalls.append(hit / is_)
+            f1s.append(2 * hit / (is_ + called))
+    got = segmentation.measure(said, truth, 5)
+    assert got["miou"] == pytest.approx(np.mean(ious))
+    assert got["macro_accuracy"] == pytest.approx(np.mean(recalls))
+    assert got["macro_f1"] == pytest.approx(np.mean(f1s))
+    assert got["accuracy"] == pytest.approx((said == truth)[keep].mean())
+    assert np.isnan(got["iou"][4])
+
+
+def test_a_token_predicts_the_pixels_it_covers():
+    """Each token codes the classes of its own 2 x 2 pixels; the probe finds how."""
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 3, (24, 8, 8))
+    cells = truth.reshape(24, 4, 2, 4, 2).swapaxes(2, 3).reshape(24, 4, 4, 4)
+    features = np.eye(3, dtype=np.float32)[cells].reshape(24, 4, 4, 12)
+    recipe = segmentation.Recipe(epochs=40, lr=0.1, batch_size=8)
+    params = segmentation.fit(
+        5 * features + 3, truth, classes=3, pixels=2, recipe=recipe
+    )
+    assert (segmentation.predict(params, 5 * features + 3, 2, (8, 8)) == truth).all()
+    # Half of the resolution cannot say what differs within a token.
+    blurred = features.reshape(24, 4, 4, 4, 3).mean(3)
+    params = segmentation.fit(blurred, truth, classes=3, pixels=2, recipe=recipe)
+    wrong = segmentation.predict(params, blurred, 2, (8, 8)) != truth
+    assert wrong.mean() > 0.2
+
+
+def test_ignored_pixels_do_not_teach():
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(8, 4, 4, 3)).astype(np.float32)
+    truth = (features[..., 0] > 0).astype(int)
+    truth[:, :2] = segmentation.IGNORE
+    recipe = segmentation.Recipe(epochs=3, lr=0.1, batch_size=4)
+    a = segmentation.fit(features, truth, classes=2, pixels=1, recipe=recipe)
+    moved = features.copy()
+    # What is ignored may be anything, as long as its statistics stay the same.
+    moved[:, :2] = np.roll(features[:, :2], 1, axis=0)
+    b = segmentation.fit(moved, truth, classes=2, pixels=1, recipe=recipe)
+    np.testing.assert_allclose(a["kernel"], b["kernel"], atol=1e-5)
+
+
+def test_scores_are_of_images_the_probe_did_not_see():
+    """Features that only name their image teach nothing about the others."""
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 2, (40, 1, 1)).repeat(4, 1).repeat(4, 2)
+    named = np.eye(40, dtype=np.float32)[:, None, None].repeat(2, 1).repeat(2, 2)
+    measures = fieldscores.Measures(classes=2, epochs=30, lr=0.05)
+    found = fieldscores.scores({"tokens": named, "truth": truth}, measures)
+    assert found["accuracy"] < 0.8
+    told = {"tokens": truth[:, ::2, ::2, None].astype(np.float32), "truth": truth}
+    told["pixels"] = np.zeros((40, 4, 4, 2), np.float32)
+    found = fieldscores.scores(told, measures)
+    assert found["miou"] == 1.0 and found["miou_pixels"] == found["miou_guess"] < 0.5
+    assert fieldscores.scores({"label": truth}, measures) == {}
+
+
+def test_int8_features_come_back_nearly():
+    x = np.linspace(-0.99, 0.99, 101)
+    back = segmentation.restore(segmentation.compress(x))
+    # Half a step of the square root, which is larger the larger the value.
+    assert (np.abs(back - x) <= (2 * np.sqrt(np.abs(x)) + 0.01) / 127.5 * 0.51).all()
+    assert segmentation.compress(np.array([-4.0, 0.0, 9.0])).tolist() == [-127, 0, 127]

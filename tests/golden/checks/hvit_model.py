@@ -1,0 +1,274 @@
+"""The hierarchical ViT: whole models, their parts, projection heads, rollout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import convert
+from vitssl.convert import family
+from vitssl.convert import hvit as table
+from vitssl.evals.pictures import attention
+from vitssl.models import (
+    hvit,
+    hvit_blocks,
+    hvit_fusion,
+    hvit_heads,
+    layers,
+    posemb,
+    projector,
+)
+
+QUICK = {"xla_backend_optimization_level": 0}
+EPS = 1e-5
+
+
+def image(case, name):
+    return jnp.asarray(case.inputs[name]).transpose(0, 2, 3, 1)  # [B, H, W, C]
+
+
+def backbone(config):
+    """The backbone that the configuration of a case describes."""
+    c = config["hvt_params"]
+    size = config["img_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    widths = c["embed_dim_rgb"], c.get("embed_dim_spectral", c["embed_dim_rgb"])
+    fusion = "concat" if widths[0] == widths[1] else "none"
+    return hvit.HViT(
+        width=widths[0],
+        depths=tuple(c["depths"]),
+        heads=tuple(c["num_heads"]),
+        patch=c["patch_size"],
+        image_size=height,
+        image_width=width,
+        mlp_ratio=c.get("mlp_ratio", 4.0),
+        qkv_bias=c.get("qkv_bias", True),
+        drop_path=c.get("drop_path_rate", 0.1),
+        remat=c.get("use_gradient_checkpointing", False),
+        spectral_channels=c.get("spectral_channels", 0),
+        spectral_width=widths[1],
+        fusion="dfca" if c.get("use_dfca", True) else fusion,
+        dfca_width="rgb" if c.get("dfca_embed_dim_match_rgb", True) else "spectral",
+        dfca_heads=c.get("dfca_num_heads", 12),
+        disease_mask=c.get("dfca_use_disease_mask", True),
+    )
+
+
+def model(config):
+    """The same with its heads."""
+    c = config["hvt_params"]
+    width = c.get("ssl_contrastive_projector_dim", 128)
+    depth = c.get("ssl_contrastive_projector_depth", 2)
+    return hvit_heads.HViTModel(
+        backbone(config),
+        config["num_classes"],
+        consistency=c.get("enable_consistency_loss_heads", False),
+        projector=(width,) * depth if c.get("ssl_enable_contrastive") else (),
+        mae=c.get("ssl_mae_decoder_dim", 64) if c.get("ssl_enable_mae") else 0,
+        mae_hides=False,
+    )
+
+
+def load(case):
+    """(model, its variables, its images) through the table a user's weights take."""
+    net = model(case.config)
+    images = {"spectral": None} | {
+        k: image(case, k) for k in case.inputs if k != "mask"
+    }
+    built = jnp.zeros((1, *case.config["img_size"], 3))
+    channels = net.backbone.spectral_channels
+    like = {"spectral": jnp.zeros((*built.shape[:3], channels))} if channels else {}
+    like = jax.eval_shape(net.init, jax.random.key(0), built, **like)["params"]
+    return net, {"params": table.load(case.param, like)}, images
+
+
+def _forward(case):
+    net, variables, images = load(case)
+    rgb, spectral = images["rgb"], images["spectral"]
+
+    def run(variables):
+        out = net.apply(variables, rgb, spectral=spectral)
+        first, _ = net.apply(variables, rgb, method=lambda m, x: m.backbone.embed(x))
+        positions = net.apply(
+            variables, method=lambda m: m.backbone.position_table(out["grids"][0])
+        )
+        return out | {"first": first, "positions": positions}
+
+    out = jax.jit(run, compiler_options=QUICK)(variables)
+    found = {
+        "rgb_patch_embed": out["first"],
+        "rgb_pos_embed_used": out["positions"],
+        "rgb_encoded": out["rgb"],
+        "spectral_encoded": out.get("spectral"),
+        "emb_fused_pooled": out["pooled"],
+        "emb_rgb_pooled": out["rgb_pooled"],
+        "emb_spectral_pooled": out.get("spectral_pooled"),
+        "contrastive": out.get("projection"),
+        **{k: v for k, v in out.items() if k.startswith("logits")},
+    }
+    for name, prefix in (("rgb", ""), ("spectral", "spectral_")):
+        last = out.get(f"{prefix}stages", [])[-1:]
+        # What a stage hands on, which of the last one is no smaller grid.
+        handed = out.get(f"{prefix}merged", []) + [_flat(x) for x in last]
+        found |= {f"{name}_stage{s}": x for s, x in enumerate(handed)}
+    for name in case.out:
+        case.close(name, found[name])
+
+
+def _flat(x):
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _mae(case):
+    net, variables, images = load(case)
+    spectral, mask = images["spectral"], np.asarray(case.inputs["mask"])
+    out = net.apply(variables, images["rgb"], spectral=spectral, mask=mask)
+    for name, prefix in (("rgb", ""), ("spectral", "spectral_")):
+        if images[name] is None:
+            continue
+        squares = hvit_heads.square_pixels(images[name], net.square)
+        case.close(f"pred_{name}", np.asarray(out[f"{prefix}pixels"])[mask])
+        case.close(f"target_{name}", np.asarray(squares)[mask])
+        grid = out["grids"][0]
+        case.close(f"mask_{name}", mask.reshape(-1, *grid))
+        if f"patchified_{name}" in case.out:
+            case.close(f"patchified_{name}", squares)
+
+
+def _part(case, net, rules, name, *args):
+    """Variables of a part whose weights are named after it."""
+    like = jax.eval_shape(lambda rng: net.init(rng, *args), jax.random.key(0))
+    before = f"{name}." if name else ""
+    state = {k: v for k, v in case.param.items() if k.startswith(before)}
+    table_ = convert.Table(rules).under(before)
+    return {"params": convert.convert(state, like["params"], table_)}
+
+
+def _blocks(case):
+    c = case.config
+    x = jnp.asarray(case.inputs["x"])  # [B, N, D]
+    hidden, grid = int(c["dim"] * c["mlp_ratio"]), tuple(c["grid"])
+    shape = dict(heads=c["num_heads"], qkv_bias=c["qkv_bias"])
+
+    attn = layers.Attention(**shape)
+    weights = _part(case, attn, table.ATTENTION, "attention", x)
+    y, sown = attn.apply(weights, x, mutable=["intermediates"])
+    case.close("attention_probs", sown["intermediates"]["attention"][0])
+    case.close("attention", attn.apply(weights, x))
+
+    mlp = layers.MLP(hidden)
+    case.close("mlp", mlp.apply(_part(case, mlp, table.MLP, "mlp", x), x))
+
+    block = layers.Block(hidden=hidden, eps=EPS, **shape)
+    merge = hvit_blocks.PatchMerging(EPS)
+    for name, net, rules, args in (
+        ("block", block, table.BLOCK, ()),
+        ("merging", merge, table.MERGE, (grid,)),
+    ):
+        weights = _part(case, net, rules, name, x, *args)
+        for suffix, scale in (("", 1.0), ("_small", 0.01)):
+            if name + suffix in case.out:
+                y = net.apply(weights, scale * x, *args)
+                case.close(name + suffix, y[0] if args else y)
+    y = x
+    for i in range(family.depth(case.param, "stage.blocks.{i}.")):
+        y = block.apply(_part(case, block, table.BLOCK, f"stage.blocks.{i}", x), y)
+    weights = _part(case, merge, table.MERGE, "stage.downsample_layer", x, grid)
+    case.close("stage", merge.apply(weights, y, grid)[0])
+
+    hidden, size = (case.param[f"mae_head.decoder_pred.{i}.bias"].size for i in (0, 2))
+    head = hvit_heads.Projections((hidden, size))
+    case.close(
+        "mae_head", head.apply(_part(case, head, table.mae_head(), "mae_head", x), x)
+    )
+
+
+def _dfca(case):
+    c = case.config
+    rgb, spectral = (
+        jnp.asarray(case.inputs[k]).swapaxes(0, 1) for k in ("rgb", "spectral")
+    )
+    net = hvit_fusion.DFCA(
+        heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True)
+    )
+    weights = _part(case, net, table.DFCA, "", rgb, spectral)
+    case.close("fused", net.apply(weights, rgb, spectral).swapaxes(0, 1))
+    attn = hvit_fusion.CrossAttention(c["num_heads"])
+    inner = {"params": weights["params"]["attn"]}
+    mask = weights["params"].get("disease_mask", 0.0)
+    case.close("attn_out", attn.apply(inner, rgb, spectral + mask).swapaxes(0, 1))
+    for name, keys in (
+        ("attn_weights", spectral + mask),
+        ("attn_weights_without_mask", spectral),
+    ):
+        if name in case.out:
+            _, sown = attn.apply(inner, rgb, keys, mutable=["intermediates"])
+            case.close(name, sown["intermediates"]["attention"][0].mean(1))
+
+
+def _drop_path(case):
+    c = case.config
+    x, u = case.inputs["x"], case.inputs["u"]
+    case.close("y", layers.drop_path(x, u, c["drop_prob"]))
+    shape = dict(width=8, heads=(1,) * len(c["depths"]), patch=4, image_size=8)
+    for name in case.out:
+        if name.startswith("rates_"):
+            rate = float(name.removeprefix("rates_"))
+            net = hvit.HViT(depths=tuple(c["depths"]), drop_path=rate, **shape)
+            case.close(name, net.rates)
+    block = layers.Block(heads=1, hidden=8, drop_path=0.0)
+    weights = block.init(jax.random.key(0), x)
+    # A rate of 0 draws nothing: there is no stream to draw from.
+    same = block.apply(weights, x, None, None, True)
+    np.testing.assert_array_equal(same, block.apply(weights, x))
+
+
+def _positions(case):
+    c = case.config
+    old, table_ = tuple(c["base_grid"]), case.inputs["pos_embed"]
+    for h, w in c["targets"]:
+        got = posemb.resample(table_, old, (h, w), "plain")
+        case.close(f"to_{h}x{w}", got)
+
+
+def _projectors(case):
+    c, x = case.config, jnp.asarray(case.inputs["x"])
+    heads = {
+        "relu": projector.Projector(c["out_dim"], 0),
+        "bn": projector.Projector(c["out_dim"], c["hidden_dim"], batchnorm=True),
+    }
+    for name, head in heads.items():
+        rng = jax.random.key(0)
+        like = jax.eval_shape(lambda: head.init(rng, c["in_dim"]))  # noqa: B023
+        like = {k: v for k, v in zip(("params", "stats"), like, strict=True) if v}
+        state = {k: v for k, v in case.param.items() if k.startswith(f"{name}.")}
+        rules = table.projector(head.batchnorm).under(f"{name}.")
+        found = convert.convert(state, like, rules)
+        params, stats = found["params"], found.get("stats", {})
+        y, _ = head(params, stats, x)
+        case.close("bn_eval" if stats else "relu", y)
+        if stats:
+            y, after = head(params, stats, x, train=True)
+            case.close("bn_train", y)
+            case.close("bn_running_mean_after", after["mean"])
+            case.close("bn_running_var_after", after["var"])
+
+
+def _rollout(case):
+    matrices = case.inputs["attn"]  # [layers, B, heads, N, N]
+    rolled = [attention.rollout(m) for m in matrices.swapaxes(0, 1)]
+    case.close("rollout", np.stack(rolled))
+    maps = [attention.on_patches(r, matrices.shape[-1]) for r in rolled]
+    case.close("map", np.stack(maps))
+
+
+CHECKS = {
+    "DiseaseAwareHVT.forward": _forward,
+    "DiseaseAwareHVT.forward (odd grids padded)": _forward,
+    "DiseaseFocusedCrossAttention": _dfca,
+    "building blocks": _blocks,
+    "drop_path": _drop_path,
+    "MAE mode": _mae,
+    "position-embedding interpolation": _positions,
+    "SimCLR projection heads": _projectors,
+    "attention rollout": _rollout,
+}

@@ -1,0 +1,208 @@
+"""Hybrid patch size: losses, optimizer, schedules of the pre-training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import optim, schedules
+from vitssl.losses import contrastive, patch_discrimination
+from vitssl.losses.patch_discrimination import Pair
+from vitssl.models import tokens
+
+# Names of the original's registry that are not ours.
+KINDS = {
+    "modality_patch_discrimination_new": "modality_patch_discrimination",
+    "patch_discrimination_new": "patch_discrimination",
+    "patch_discrimination": "patch_discrimination_batch",
+}
+
+
+def pairs(case):
+    """{modality: Pair} of the inputs."""
+    found = {}
+    for name in case.config["modalities"]:
+        prediction, target, mask = (
+            jnp.asarray(case.inputs[f"{kind}/{name}"])
+            for kind in ("pred", "target", "mask")
+        )
+        flat = (len(prediction), -1, prediction.shape[-1])
+        valid = (mask == tokens.DECODER).reshape(len(mask), -1)
+        found[name] = Pair(prediction.reshape(flat), target.reshape(flat), valid)
+    return found
+
+
+def options(s, weights):
+    """Our options of a loss of the original."""
+    found = {"tau": s["tau"], "standardise": s.get("pred2unit", False)}
+    given = s.get("modality_weights")
+    if given is not None:
+        found["weights"] = weights if isinstance(given, str) else given
+    return found
+
+
+def discrimination(case, name, s):
+    """(loss, gradients of the predictions) of one setting."""
+    kind = next(k for k in sorted(KINDS | same(), key=len)[::-1] if name.startswith(k))
+    kind = KINDS.get(kind, kind)
+    if s.get("mask_other_samples") is False:
+        kind = "all_discrimination"
+    given = options(s, case.config.get("modality_weights"))
+    return _graded(case, kind, given, s.get("weight", 1.0))
+
+
+def same():
+    """Kinds whose names are the original's."""
+    return {k: k for k in patch_discrimination.KINDS}
+
+
+def _graded(case, kind, given, weight):
+    found = pairs(case)
+
+    @jax.value_and_grad
+    def loss(predictions):
+        both = {k: v._replace(prediction=predictions[k]) for k, v in found.items()}
+        value, _ = patch_discrimination.patch_discrimination(both, kind=kind, **given)
+        return weight * value
+
+    return jax.jit(loss)({k: v.prediction for k, v in found.items()})
+
+
+def _close_grads(case, prefix, grads):
+    for name, grad in grads.items():
+        shape = case.inputs[f"pred/{name}"].shape
+        case.close(f"{prefix}/{name}", grad.reshape(shape))
+
+
+def _koleo(case, s):
+    x = {k: jnp.asarray(case.inputs[f"pred/{k}"]) for k in case.config["modalities"]}
+    mask = {k: jnp.asarray(case.inputs[f"mask/{k}"]) for k in x}
+    if s["mode"] == "instance":
+        return s["weight"] * contrastive.koleo(tokens.pool(x, mask))
+    flat = jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in x.values()])
+    seen = jnp.concatenate([v.ravel() == tokens.ONLINE for v in mask.values()])
+    return s["weight"] * contrastive.koleo(flat, seen)
+
+
+def _losses(case):
+    for name, s in case.config["settings"].items():
+        if name.startswith("koleo"):
+            if name != "koleo_tensor":
+                case.close(name, _koleo(case, s))
+                continue
+            case.close(name, s["weight"] * contrastive.koleo(case.inputs["a"]))
+        elif name.startswith("infonce"):
+            got = contrastive.infonce_one_way(
+                case.inputs["a"], case.inputs["b"], temperature=s["tau"]
+            )
+            case.close(name, s["weight"] * got)
+        elif name.startswith("adjusted"):
+            case.close(name, patch_discrimination.adjusted(pairs(case), **s))
+        else:
+            value, grads = discrimination(case, name, s)
+            case.close(name, value)
+            if f"grad_{name}/{case.config['modalities'][0]}" in case.out:
+                _close_grads(case, f"grad_{name}", grads)
+    for kind in ("l1", "l2"):
+        if kind in case.out:
+            case.close(kind, patch_discrimination.distance(pairs(case), kind))
+
+
+def _masked_negatives(case):
+    for name, s in case.config["settings"].items():
+        given = options(s, None)
+        if not name.startswith("unmasked"):
+            given["same_target"] = s.get("same_target_threshold", 0.999)
+            given["same_target_in"] = s.get("mask_negatives_for_modalities")
+            if given["same_target_in"] is not None:
+                given["same_target_in"] = tuple(given["same_target_in"])
+        kind = "modality_patch_discrimination"
+        value, grads = _graded(case, kind, given, s.get("weight", 1.0))
+        case.close(name, value)
+        if name == "loop":
+            _close_grads(case, "grad", grads)
+    case.close("cosine", patch_discrimination.distance(pairs(case), "cosine"))
+
+
+def _mae(case):
+    from vitssl.data import modalities
+
+    for name, s in case.config["settings"].items():
+        found = {}
+        for key in case.config["modalities"]:
+            mask = case.inputs[f"mask/{key}"]
+            if s.get("only_decode", True):
+                chosen = mask == tokens.DECODER
+            else:
+                chosen = mask != tokens.MISSING
+            groups = modalities.find(key).channels
+            band = np.zeros(case.inputs[f"pred/{key}"].shape, bool)
+            for g, channels in enumerate(groups):
+                band[..., list(channels)] = chosen[..., g : g + 1]
+            found[key] = Pair(
+                jnp.asarray(case.inputs[f"pred/{key}"]),
+                jnp.asarray(case.inputs[f"target/{key}"]),
+                jnp.asarray(band),
+            )
+        theirs = s.get("loss_function", "MSELoss")
+        kind = {"MSELoss": "mse", "L1Loss": "l1", "SmoothL1Loss": "smoothl1"}[theirs]
+        got = patch_discrimination.pixels(found, kind=kind, beta=s.get("beta", 1.0))
+        case.close(name, s.get("weight", 1.0) * got)
+
+
+def _optimizer(case):
+    c = case.config
+    spec = optim.Optim(
+        name="adamw",
+        lr=c["lr"],
+        schedule="constant",
+        warmup_epochs=0.0,
+        min_lr=0.0,
+        wd=c["weight_decay"],
+        clip_norm=c["max_grad_norm"],
+        b1=c["betas"][0],
+        b2=c["betas"][1],
+        eps=c["eps"],
+    )
+    start = {k: jnp.asarray(case.inputs[f"p0_{k}"]) for k in ("kernel", "bias")}
+    made = optim.make(
+        spec, start, total_steps=c["steps"], steps_per_epoch=c["steps"], batch_size=1
+    )
+    state, values = made.init(start), start
+    seen = {"kernel": [], "bias": [], "grad_norm": []}
+    for i in range(c["steps"]):
+        grads = {k: jnp.asarray(case.inputs[f"grads_{k}"][i]) for k in values}
+        values, state, facts = made.update(grads, state, values, jnp.int32(i))
+        seen["grad_norm"].append(facts["grad_norm"])
+        for k, v in values.items():
+            seen[k].append(v)
+    for name, rows in seen.items():
+        case.close(name, np.stack(rows))
+
+
+def _schedules(case):
+    c, at = case.config, case.inputs["steps"]
+    end, lr = c["total_steps"], c["lr"]
+    rise = dict(start=c["warmup_min_lr"], warmup_steps=c["warmup_steps"])
+    final = c["alpha_f"] * lr
+    got = schedules.cosine(at, base=lr, final=final, total_steps=end, **rise)
+    case.close("lr", got)
+    start, stop = c["ema"]
+    case.close("ema", schedules.momentum(at, start=start, end=stop, total_steps=end))
+    p = c["probe"]
+    got = schedules.cosine(
+        case.inputs["probe_epochs"],
+        base=p["max_lr"],
+        final=p["min_lr"],
+        total_steps=p["total_epochs"],
+        warmup_steps=p["warmup_epochs"],
+    )
+    case.close("probe_lr", got)
+
+
+CHECKS = {
+    "lr / EMA / probe schedules": _schedules,
+    "losses": _losses,
+    "modality patch discrimination, masked negatives": _masked_negatives,
+    "MAELoss": _mae,
+    "optimizer step": _optimizer,
+}

@@ -1,0 +1,258 @@
+"""Hybrid patch size: upsamplers, training steps, any ViT, counts of FLOPs."""
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import convert
+from vitssl.bench import flops, hybrid_flops
+from vitssl.convert import olmoearth
+from vitssl.convert import vit as names
+from vitssl.losses import contrastive, patch_discrimination
+from vitssl.losses.patch_discrimination import Pair
+from vitssl.models import flexi, hybrid, hybrid_mim, hybrid_vit, tokens, vit
+
+from . import hybrid_model as parts
+
+
+def _upsampler(case):
+    c, mods = case.config, parts.fields_of(case.config)
+    x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
+    mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
+    p, q = c["processing_patch_size"], c["output_patch_size"]
+    fine, states = hybrid.Upsampler(mods, p, q).apply({}, x, mask, {})
+    for m in mods:
+        case.close(m.name, fine[m.name])
+        case.close(f"{m.name}_mask", states[m.name])
+        wave = jnp.sin(jnp.arange(x[m.name].size, dtype=jnp.float32))
+        wave = wave.reshape(x[m.name].shape)
+        got = hybrid.upsample(wave, None, p // q)
+        case.close(f"unmasked/{m.name}", got)
+        # What the original's tokens came to: zeros of hidden tokens are data. Ours
+        # times the share of visible weight is that, where anything is visible.
+        seen = (mask[m.name] == tokens.ONLINE)[..., None]
+        plain = hybrid.upsample(jnp.where(seen, x[m.name], 0), None, p // q)
+        case.close(f"original/{m.name}", plain)
+    shuffle = {"kernel": case.param["W"], "bias": case.param["b"]}
+    for name in case.out:
+        if name.startswith("pixel_shuffle/"):
+            z = x[name.removeprefix("pixel_shuffle/")]
+            case.close(name, hybrid.PixelShuffle(p // q).apply({"params": shuffle}, z))
+
+
+def _skip(case):
+    from vitssl.data import modalities
+
+    c = case.config
+    names = tuple(f"band{i}" for i in range(c["C"]))
+    groups = tuple(tuple(names[i] for i in g) for g in c["band_groups"])
+    field = modalities.Modality("field", groups, time=True)
+    assert field.channels == tuple(map(tuple, c["band_groups"]))
+    params = {
+        "norm": {k: case.param[f"ln.{k}"] for k in ("scale", "bias")},
+        "mlp": {
+            f"fc{i + 1}": {k: case.param[f"mlp.{i}.{k}"] for k in ("kernel", "bias")}
+            for i in range(2)
+        },
+    }
+    for g in range(len(groups)):
+        params[f"field_{g}"] = {
+            k: case.param[f"fine_embed.{g}.{k}"] for k in ("kernel", "bias")
+        }
+    p, q = c["processing_patch_size"], c["output_patch_size"]
+    module = hybrid.Upsampler((field,), p, q, "skip")
+    x, mask, pixels = (jnp.asarray(case.inputs[k]) for k in ("tokens", "mask", "x"))
+    fine, states = module.apply(
+        {"params": {"skip": params}}, {"field": x}, {"field": mask}, {"field": pixels}
+    )
+    case.close("tokens", fine["field"])
+    case.close("mask", states["field"])
+
+
+def system_of(c, mods, **own):
+    """The system that the configuration of a case describes."""
+    mode = c["mode"]
+    return hybrid_mim.HybridMIM(
+        encoder=parts.encoder_of(c, mods),
+        predictor=parts.predictor_of(c, mods),
+        p=c["processing_patch_size"],
+        q=c["output_patch_size"],
+        decoder="mixed" if mode == "plain" else mode,
+        pool_at=c["pool_at"],
+        **own,
+    )
+
+
+def _views(case):
+    """The two views of a case as batches."""
+    a = parts.split_masks(case, "data/")
+    b = a | parts.split_masks(case, "mask_b/")
+    return a, b
+
+
+def total_of(module, c, target, a, b):
+    """The function {"encoder", "predictor"} -> (loss, everything on the way)."""
+    frozen = hybrid_mim.targets_of(module.encoder)
+
+    def view(params, batch):
+        seen = module.apply({"params": params}, batch)
+        goal = hybrid_mim.targets(
+            frozen, target, parts.unmask(batch), seen.asked, module.target_patch
+        )
+        both = {k: Pair(v.prediction, goal[k], v.valid) for k, v in seen.asked.items()}
+        loss, _ = patch_discrimination.patch_discrimination(
+            both, kind=c["loss"], tau=c["tau"]
+        )
+        return loss, seen, goal
+
+    def total(params):
+        la, va, goal = view(params, a)
+        lb, vb, _ = view(params, b)
+        pull = contrastive.infonce_one_way(
+            va.pooled, vb.pooled, temperature=c["infonce_tau"]
+        )
+        pull = c["infonce_weight"] * pull
+        return (la + lb) / 2 + pull, (la, lb, pull, va, vb, goal)
+
+    return total
+
+
+def _step(case):
+    c, mods = case.config, parts.fields_of(case.config)
+    module = system_of(c, mods)
+    a, b = _views(case)
+    like = {
+        "encoder": parts.encoder_like(module.encoder),
+        "predictor": parts.predictor_like(module.predictor, c["embedding_size"]),
+    }
+    like["target"] = like["encoder"]["patch_embed"]
+    params = olmoearth.load(case.param, like, mods)
+    target = params.pop("target")
+    step = jax.value_and_grad(total_of(module, c, target, a, b), has_aux=True)
+    (total, found), grads = parts.quick(step)(params)
+    la, lb, pull, va, vb, goal = found
+    scalars = {"a/loss": la, "b/loss": lb, "infonce_weighted": pull, "total": total}
+    for name, value in scalars.items():
+        case.close(name, value)
+    case.close("a/pooled", va.pooled)
+    case.close("b/pooled", vb.pooled)
+    _close_tokens(case, module, mods, (a, b), va, goal)
+    if any(k.startswith("a/latent/") for k in case.out):
+        _close_latents(case, module, params, a)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    case.close("grad_norm_all", norm)
+    named = convert.export(grads, olmoearth.table(mods))
+    for name in case.out:
+        if name.startswith("grad/"):
+            case.close(name, named[name.removeprefix("grad/")])
+
+
+def _close_tokens(case, module, mods, views, va, goal):
+    """Masks, predictions and targets on the grid of the loss."""
+    for m in mods:
+        r = module.p // module.target_patch if m.space else 1
+        for name, batch in zip("ab", views, strict=True):
+            mask = flexi.token_mask(batch, m, module.p)
+            states = hybrid.upsample_mask(mask, r)
+            case.close(f"{name}/mask/{m.name}", states)
+            if name == "a":
+                asked, shape = va.asked[m.name], (*states.shape, -1)
+                kept = jnp.where(asked.valid[..., None], asked.prediction, 0)
+                case.close(f"a/pred/{m.name}", kept.reshape(shape))
+                there = (states != tokens.MISSING)[..., None]
+                got = jnp.where(there, goal[m.name].reshape(shape), 0)
+                case.close(f"a/target/{m.name}", got)
+
+
+def _close_latents(case, module, params, batch):
+    """The encoder's tokens, upsampled where the decoder works at q."""
+    seen = module.encoder.apply({"params": params["encoder"]}, batch, module.p)
+    fine = seen.tokens
+    if module.decoder == "output":
+        fine, _ = module.clone(parent=None).apply(
+            {"params": params}, seen.tokens, seen.mask, batch, method=_up
+        )
+    for name, x in fine.items():
+        case.close(f"a/latent/{name}", x)
+
+
+def _up(module, *args):
+    return module.up(*args)
+
+
+def _vit(case):
+    c = case.config
+    # Whether the position table has rows for what precedes the patches.
+    rows = c["pos_embed_tokens"] > (c["img_size"] // c["base_patch"]) ** 2
+    net = vit.ViT(
+        width=c["embed_dim"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        patch=c["base_patch"],
+        image_size=c["img_size"],
+        mlp_ratio=c["mlp_ratio"],
+        cls=c["class_token"],
+        registers=c["reg_tokens"],
+        class_position=rows,
+        norm_eps=c["layer_norm_eps"],
+    )
+    image = jnp.moveaxis(jnp.asarray(case.inputs["x"]), 1, -1)
+    like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
+    state = names.fold_positions(case.param, net.prefix) if rows else case.param
+    params = convert.convert(state, like, names.table())
+
+    def run(p, q, mode="bilinear"):
+        system = hybrid_vit.HybridViT(net, p, q, mode)
+        apply = parts.quick(lambda params, x: system.apply({"vit": params}, x))
+        return system, apply(params, image)
+
+    base = c["base_patch"]
+    for q in c["output_patches"]:
+        _, found = run(base, q)
+        case.close(f"features_q{q}", found.features_q)
+    case.close("prefix", found.prefix)
+    case.close("tokens_p", found.tokens_p)
+    p, q = c["flexi_processing_patch"], c["flexi_output_patch"]
+    system, found = run(p, q)
+    case.close("flexi_prefix", found.prefix)
+    case.close("flexi_tokens_p", found.tokens_p)
+    case.close(f"flexi_features_q{q}", found.features_q)
+    kernel = system.fitted(params)["patch_embed"]["kernel"]
+    case.close("flexi_kernel", einops.rearrange(kernel, "p q c d -> d c p q"))
+    table = system.network.apply(
+        {"params": system.fitted(params)},
+        (c["img_size"] // p,) * 2,
+        method="position_table",
+    )
+    own = case.param["pos_embed"][0, : net.prefix if rows else 0]
+    case.close("flexi_pos_embed", np.concatenate([own, table])[None])
+    q = c["shift_output_patch"]
+    case.close(f"shift_features_q{q}", run(base, q, "shift")[1].features_q)
+
+
+def _flops(case):
+    for c in case.config:
+        n, q, every = (c[f"{k}_tokens"] for k in ("visible", "decode", "all"))
+        d, grow, depth = c["D"], c["r"] ** 2, c["encoder_depth"]
+        given = dict(width=d, depth=c["decoder_depth"])
+        coarse, fine = depth * flops.block(n, d), depth * flops.block(n * grow, d)
+        assert coarse == c["encoder_p"] and fine == c["encoder_q"]
+        cost = hybrid_flops.predictor
+        assert cost(q, n, every, every, **given) == c["decoder_p"]
+        found = cost(q * grow, n * grow, every * grow, every * grow, **given)
+        assert found == c["decoder_output"]
+        assert cost(q * grow, n, every, q * grow, **given) == c["decoder_mixed"]
+        assert grow**2 == c["encoder_attention_score_ratio"]
+        assert fine / coarse == c["encoder_total_ratio"]
+
+
+CHECKS = {
+    "FLOP model": _flops,
+    "RGB ViT with hybrid patch size": _vit,
+    "PatchUpsampler (mask-aware)": _upsampler,
+    'Upsampler mode "skip"': _skip,
+    "training step": _step,
+    "training step (hybrid, mixed)": _step,
+    "training step (hybrid, output)": _step,
+}

@@ -1,0 +1,83 @@
+"""Every command of README.md is valid: checked here, or run by the test named here."""
+
+import re
+import shlex
+
+import pytest
+
+from tests import runs
+from vitssl import config, experiment, study
+
+README = (runs.ROOT / "README.md").read_text()
+TRAIN = ("launch/local.sh", "vitssl train", "python -m vitssl.main")
+# Commands that do something else than train, and the file whose tests run them.
+TESTED = {
+    "launch/test.sh": "conftest.py",  # It runs these tests.
+    "vitssl recipes": "test_recipes.py",
+    "vitssl runs": "workdirs/test_cli.py",
+    "vitssl compare": "workdirs/test_cli.py",
+    "vitssl report": "workdirs/test_cli.py",
+    "vitssl convert import": "convert/test_commands.py",
+    "vitssl convert export": "convert/test_commands.py",
+    "vitssl extract": "convert/test_commands.py",
+    "vitssl sweep": "launch/test_sweep.py",
+    "python -m vitssl.bench freeze": "bench/test_freeze.py",
+    "python -m vitssl.bench data": "bench/test_data.py",
+    "python -m vitssl.bench knn": "bench/test_knn.py",
+    "python -m vitssl.feature_store": "methods/test_localmim_prefix.py",
+}
+# Timings with a partner of their own (torch), or too long for a test.
+UNTESTED = ("python -m vitssl.bench step",)
+
+
+def _commands():
+    """Yield the commands of sh blocks and of code spans, one string each."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    text = re.sub(r"```.*?```", "", README, flags=re.S)
+    spans = [" ".join(s.split()) for s in re.findall(r"`([^`]+)`", text)]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    begin = (*TRAIN, *TESTED, *UNTESTED, "vitssl ", "python -m ")
+    for line in [*lines, *spans]:
+        line = line.partition("  #")[0].strip()
+        if line.startswith(begin) and "..." not in line and " | " not in line:
+            yield line
+
+
+COMMANDS = sorted(set(_commands()))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_valid_or_run_elsewhere(command):
+    if command.startswith(UNTESTED):
+        return
+    if not command.startswith(TRAIN):
+        known = [k for k in TESTED if command.startswith(k)]
+        assert known, f"name the test that runs it: {command}"
+        assert (runs.ROOT / "tests" / TESTED[known[0]]).exists()
+        return
+    words = [w for w in shlex.split(command) if w.startswith("--config")]
+    spec = str(runs.ROOT / words[0].removeprefix("--config="))
+    c = experiment.load(spec, [w.removeprefix("--config.") for w in words[1:]])
+    study.read(c) if "study" in c else experiment.read(c)
+
+
+def test_overrides_of_every_block_are_valid():
+    """Lines of switches without a command are checked with the demo of H-JEPA."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    lines = [w for b in blocks for w in b.splitlines() if w.startswith("--config.")]
+    assert len(lines) > 5
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        given = [w.removeprefix("--config.") for w in words]
+        c = experiment.load(f"{runs.ROOT}/configs/hjepa.py", [])
+        faults = config.Problems()
+        config.override(c, given, faults)
+        faults.stop()
+
+
+def test_files_that_the_readme_names_exist():
+    named = set(re.findall(r"`((?:tests|configs|launch|vitssl|docs)/[\w/.]+)`", README))
+    named |= set(re.findall(r"\]\(([\w/.]+)\)", README))
+    assert len(named) > 10
+    absent = {n for n in named if not (runs.ROOT / n).exists()}
+    assert absent == {"configs/x.py", "vitssl/methods/x.py"}  # "To add a method".

@@ -1,0 +1,283 @@
+"""The hierarchical vision transformer: an RGB stream and, if wanted, a spectral one.
+
+Attention is global in every stage: there are no windows, whatever "hierarchical"
+suggests, so the cost of the first stage is quadratic in the number of patches.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import jax.numpy as jnp
+from absl import logging
+
+from vitssl import errors, freezeout
+from vitssl.models import hvit_blocks, hvit_fusion, layers
+
+SIZES = {  # name: width, depths, heads, patch, image size
+    "tiny": (64, (2, 2, 4, 2), (2, 4, 8, 16), 16, 256),
+    "small": (96, (2, 2, 6, 2), (3, 6, 12, 24), 16, 256),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 16, 256),
+    "xl": (192, (3, 6, 24, 3), (6, 12, 24, 48), 14, 448),
+}
+
+
+class HViT(hvit_blocks.Pyramid):
+    """Hierarchical ViT; a backbone like `vit.ViT`.
+
+    Names of the RGB stream's parameters are those of a ViT (patch_embed, pos_embed,
+    block_i counted through all stages, norm), with patch_norm and merge_s; "spectral/"
+    has the same again, "dfca", "rgb_to_dfca", "spectral_to_dfca" and "concat" join
+    them.
+
+    Attributes:
+        spectral_channels: of the spectral image; 0 = there is none.
+        rgb_channels: where one array holds both images, channels of the first, which
+            come first. Without a spectral image, images have any number of channels.
+        spectral_width: width of the spectral stream's first stage; 0 = `width`.
+        fusion: dfca: cross-attention. concat: a linear layer of both tokens at a place;
+            needs the same widths and grids, else the RGB tokens are handed on. none:
+            the RGB tokens.
+        dfca_width: the stream whose width DFCA works in, and hands on.
+        dfca_heads, dfca_dropout, disease_mask: see `hvit_fusion.DFCA`.
+
+    Source: w2sg-arnav/HierarchialViT hvit/models/hvt.py.
+    """
+
+    spectral_channels: int = 0
+    rgb_channels: int = 3
+    spectral_width: int = 0
+    fusion: Literal["dfca", "concat", "none"] = "dfca"
+    dfca_width: Literal["rgb", "spectral"] = "rgb"
+    dfca_heads: int = 12
+    dfca_dropout: float = 0.1
+    disease_mask: bool = True
+
+    # What backbones are asked about their tokens: there is nothing before the patches.
+    prefix = 0
+    cls = False
+
+    @property
+    def fused_width(self) -> int:
+        """Channels of a token of the output."""
+        if self.spectral_channels and self.fusion == "dfca":
+            return self._last(self.dfca_width == "spectral")
+        return self.widths[-1]
+
+    def _last(self, spectral: bool) -> int:
+        """Return the width of a stream's last stage."""
+        first = (spectral and self.spectral_width) or self.width
+        return first * 2 ** (len(self.depths) - 1)
+
+    def setup(self):
+        """Declare the parameters of both streams and of what joins them."""
+        super().setup()
+        if not self.spectral_channels:
+            return
+        shared = {
+            name: getattr(self, name)
+            for name in hvit_blocks.Pyramid.__dataclass_fields__
+            if name not in ("width", "parent", "name")
+        }
+        width = self.spectral_width or self.width
+        self.spectral = hvit_blocks.Pyramid(width=width, **shared)
+        if self.fusion == "dfca":
+            for name in ("rgb", "spectral"):
+                if self._last(name == "spectral") != self.fused_width:
+                    dense = layers.Dense(self.fused_width, self.dtype)
+                    setattr(self, f"{name}_to_dfca", dense)
+            self.dfca = hvit_fusion.DFCA(
+                heads=self.dfca_heads,
+                dropout=self.dfca_dropout,
+                disease_mask=self.disease_mask,
+                eps=self.norm_eps,
+                dtype=self.dtype,
+                attention=self.attention,
+            )
+        elif self.fusion == "concat":
+            self.concat = layers.Dense(self.fused_width, self.dtype)
+
+    def __call__(self, image, *, spectral=None, train=False, blank=None):
+        """Encode images.
+
+        Args:
+            image: [B, H, W, C] float, normalised, of any size; with spectral_channels
+                S and no `spectral`, the last S channels of rgb_channels + S are the
+                spectral image.
+            spectral: [B, H', W', S], or None. A model for both that is given RGB alone
+                does without the other stream.
+            train: dropout and drop path, from the streams "dropout" and "drop_path".
+            blank: (mask [B, h w] bool, a token [D] for each stream): patches of the
+                first stage whose content the token replaces; positions stay. Or None.
+
+        Returns:
+            {"tokens": [B, N, D] of the last stage, joined if there are two streams,
+            "pooled": [B, D] float32, their mean, which a head normalises once more,
+            "stages": the RGB stream's maps [B, h, w, D_s], before patch merging,
+            "grids": their (h, w), "merged": see `hvit_blocks.Pyramid.encode`,
+            "rgb": [B, N, D], "rgb_pooled": before the streams are joined; "spectral",
+            "spectral_pooled", "spectral_stages", "spectral_merged" if there is one}.
+
+        Raises:
+            ValueError: an image smaller than a patch, or another number of channels.
+        """
+        image, spectral = self._images(image, spectral)
+        mask, fill = blank or (None, (None, None))
+        tokens, stages = self.encode(image, train, mask, fill[0])
+        out = {
+            "rgb": tokens,
+            "stages": stages["maps"],
+            "grids": stages["grids"],
+            "merged": stages["merged"],
+        }
+        if spectral is not None:
+            other, stages = self.spectral.encode(spectral, train, mask, fill[1])
+            out |= {"spectral": other, "spectral_stages": stages["maps"]}
+            out["spectral_merged"] = stages["merged"]
+            tokens = self._join(tokens, other, train)
+        out["tokens"] = tokens
+        for name, key in (("pooled", "tokens"), ("rgb_pooled", "rgb")):
+            out[name] = out[key].astype(jnp.float32).mean(1)
+        if spectral is not None:
+            out["spectral_pooled"] = other.astype(jnp.float32).mean(1)
+        return out
+
+    def _images(self, image, spectral):
+        """Return (RGB image, spectral image or None)."""
+        count, rgb = self.spectral_channels, self.rgb_channels
+        channels = image.shape[-1]
+        if not count:
+            if spectral is not None:
+                raise ValueError("HViT: a spectral image needs spectral_channels=S")
+            return image, None
+        if spectral is None and channels == rgb + count:
+            return image[..., :rgb], image[..., rgb:]
+        if channels != rgb or (spectral is not None and spectral.shape[-1] != count):
+            got = "" if spectral is None else f" and {spectral.shape[-1]}"
+            raise ValueError(
+                f"HViT: {channels}{got} channels; want rgb_channels={rgb} and "
+                f"spectral_channels={count}, apart or as {rgb + count} in one image"
+            )
+        return image, spectral
+
+    def _join(self, rgb, spectral, train):
+        """Return the joined tokens [B, N, D] of [B, N, D] and [B, M, D']."""
+        if self.fusion == "none":
+            return rgb
+        if self.fusion == "concat":
+            if rgb.shape != spectral.shape:
+                logging.log_first_n(
+                    logging.WARNING,
+                    "HViT: fusion=concat needs tokens of one shape, not %s and %s; the "
+                    "spectral ones are not used",
+                    1,
+                    rgb.shape,
+                    spectral.shape,
+                )
+                return rgb
+            return self.concat(jnp.concatenate([rgb, spectral], axis=-1))
+        if rgb.shape[-1] != self.fused_width:
+            rgb = self.rgb_to_dfca(rgb)
+        if spectral.shape[-1] != self.fused_width:
+            spectral = self.spectral_to_dfca(spectral)
+        return self.dfca(rgb, spectral, train)
+
+    def pooled(self, image, how="mean", train=False):
+        """Return one vector per image: [B, D].
+
+        Args:
+            image: as in `__call__`.
+            how: "mean": of the tokens; "gap": of the RGB stream's, before its last
+                norm.
+            train: dropout and drop path.
+
+        Raises:
+            ValueError: any other `how`: there is no class token.
+        """
+        return self._pool(self(image, train=train), how)
+
+    def _pool(self, out, how):
+        if how == "mean":
+            return out["pooled"]
+        if how == "gap":
+            return out["stages"][-1].astype(jnp.float32).mean((1, 2))
+        raise ValueError(f"HViT: how={how!r}; one of mean, gap")
+
+    def features(self, image):
+        """Return {"tokens" [B, N, D], "mean", "gap" [B, D]}; see `ViT.features`."""
+        out = self(image)
+        tokens = out["tokens"].astype(jnp.float32)
+        return {"tokens": tokens} | {k: self._pool(out, k) for k in self.poolings}
+
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """What `pooled` knows."""
+        return ("mean", "gap")
+
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield why images of so many channels do not fit, if they do not."""
+        both = self.rgb_channels + self.spectral_channels
+        if self.spectral_channels and channels not in (both, self.rgb_channels):
+            yield (
+                f"{channels}: want model.rgb_channels={self.rgb_channels} and "
+                f"model.spectral_channels={self.spectral_channels} together, or the "
+                "first alone"
+            )
+
+    def check_image(self, size: int) -> Iterator[str]:
+        """Yield why images of this side, in pixels, do not fit, if they do not."""
+        if self.patch and size % self.patch:
+            below = size // self.patch * self.patch
+            yield (
+                f"must be a multiple of model.patch={self.patch}; nearest are "
+                f"{below} and {below + self.patch}"
+            )
+
+    def attention_maps(self, image):
+        """Return (maps [B, layers, heads, N, N] of the last stage, its grid).
+
+        Of the RGB stream; see `ViT.attention_maps`. Earlier stages have other grids.
+        """
+        out = self(image)
+        return layers.sown_maps(self.block[-self.depths[-1] :]), out["grids"][-1]
+
+    def freeze_layers(self, prefix: str = "") -> tuple:
+        """Return `FreezeOut.layers`; see `freezeout.hvit_layers`."""
+        return freezeout.hvit_layers(self.depths, prefix)
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible value or combination of the fields."""
+        yield from super().check()
+        for key in ("spectral_channels", "spectral_width"):
+            if getattr(self, key) < 0:
+                yield f"{key}={getattr(self, key)}: must be 0 or more"
+        if not self.spectral_channels:
+            return
+        other, heads = self.spectral_width or self.width, self.heads
+        for s, n in enumerate(heads[: len(self.depths)]):
+            if n >= 1 and other * 2**s % n:
+                yield f"spectral_width={other}: heads={heads} does not divide stage {s}"
+        if not 0.0 <= self.dfca_dropout < 1.0:
+            yield f"dfca_dropout={self.dfca_dropout}: must be in [0, 1)"
+        if self.fusion == "dfca" and self.fused_width % max(1, self.dfca_heads):
+            yield (
+                f"dfca_heads={self.dfca_heads}: does not divide {self.fused_width}, "
+                "the width of the last stage"
+            )
+        if self.fusion == "concat" and other != self.width:
+            yield f"fusion=concat: spectral_width={other} must be width={self.width}"
+
+
+def variant(size: str, **options) -> HViT:
+    """Return one of the published sizes.
+
+    Args:
+        size: "tiny", "small" (the default of the original), "base" or "xl".
+        **options: further fields, or other values of these.
+
+    Raises:
+        UsageError: unknown size.
+    """
+    if size not in SIZES:
+        raise errors.UsageError(f"HViT size={size!r}: one of {', '.join(SIZES)}")
+    names = ("width", "depths", "heads", "patch", "image_size")
+    return HViT(**dict(zip(names, SIZES[size], strict=True)) | options)

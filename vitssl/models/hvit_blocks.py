@@ -1,0 +1,226 @@
+"""One stream of the hierarchical transformer: stages joined by patch merging."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import einops
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import linen as nn
+
+from vitssl.models import layers, posemb, vit
+
+
+class PatchMerging(nn.Module):
+    """Join each 2 x 2 group of tokens into one of twice the width.
+
+    An odd grid gets a row or column of zeros at its end first. The order within a
+    group is column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
+
+    Attributes:
+        eps: of the LayerNorm, which comes before the linear layer.
+        dtype: of the product.
+
+    Source: Liu et al. 2021 (Swin), arXiv:2103.14030, section 3.1.
+    """
+
+    eps: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, grid):
+        """Return (tokens [B, h' w', 2 D], (h', w')) of [B, h w, D] and (h, w).
+
+        h' and w' are half of h and w, rounded up.
+        """
+        h, w = grid
+        x = einops.rearrange(x, "b (h w) d -> b h w d", h=h)
+        x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+        x = einops.rearrange(x, "b (h r) (w c) d -> b (h w) (c r d)", r=2, c=2)
+        x = layers.LayerNorm(self.eps, self.dtype, name="norm")(x)
+        half = layers.dense(x.shape[-1] // 2, self.dtype, "reduction", use_bias=False)
+        return half(x), (-(-h // 2), -(-w // 2))
+
+
+class Pyramid(nn.Module):
+    """Stages of global self-attention, each at half the grid and twice the width.
+
+    Images of any size with at least one patch: the position table is resampled, odd
+    grids are padded (`PatchMerging`), pixels at the right and bottom that fill no
+    patch are left out.
+
+    Attributes:
+        width: channels of a token in the first stage.
+        depths: blocks of every stage.
+        heads: attention heads of every stage.
+        patch: side of a patch in pixels.
+        image_size: height, in pixels, of the image the position table is for.
+        image_width: its width; 0 = the height.
+        mlp_ratio: hidden width of an MLP over its stage's width.
+        qkv_bias: whether queries, keys and values have a bias.
+        dropout: after the positions, and in and after attention and MLP.
+        map_dropout: of attention maps.
+        drop_path: of the last block; grows linearly from 0 in the first of all.
+        norm_eps: of every LayerNorm.
+        remat: recompute every block in the backward pass instead of storing it.
+        dtype: of the computation; parameters are float32 always.
+        attention: implementation, see `layers.attend`.
+    """
+
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    patch: int
+    image_size: int
+    image_width: int = 0
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    map_dropout: float = 0.0
+    drop_path: float = 0.0
+    norm_eps: float = 1e-5
+    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: layers.Implementation = "auto"
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of all stages."""
+        return sum(self.depths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of a token in every stage."""
+        return tuple(self.width * 2**s for s in range(len(self.depths)))
+
+    @property
+    def table_grid(self) -> tuple[int, int]:
+        """Grid (h, w) of the position table."""
+        wide = self.image_width or self.image_size
+        return self.image_size // self.patch, wide // self.patch
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Drop path of every block, all stages in one line [depth]."""
+        return np.linspace(0.0, self.drop_path, self.depth)
+
+    def setup(self):
+        """Declare the parameters; blocks are numbered through all stages."""
+        h, w = self.table_grid
+        self.pos_embed = self.param("pos_embed", layers.normal, (1, h * w, self.width))
+        self.patch_embed = vit.PatchEmbed(self.width, self.patch, self.dtype, "he")
+        self.patch_norm = layers.LayerNorm(self.norm_eps, self.dtype)
+        self.block = [
+            layers.block(
+                self.remat,
+                heads=self.heads[s],
+                hidden=int(self.widths[s] * self.mlp_ratio),
+                drop_path=float(rate),
+                eps=self.norm_eps,
+                dtype=self.dtype,
+                attention=self.attention,
+                qkv_bias=self.qkv_bias,
+                dropout=self.dropout,
+                map_dropout=self.map_dropout,
+            )
+            for s, rate in zip(self.stage_of_blocks, self.rates, strict=True)
+        ]
+        self.merge = [PatchMerging(self.norm_eps, self.dtype) for _ in self.depths[1:]]
+        self.norm = layers.LayerNorm(self.norm_eps, self.dtype)
+        self.drop = nn.Dropout(self.dropout)
+
+    @property
+    def stage_of_blocks(self) -> tuple[int, ...]:
+        """Stage of every block."""
+        return tuple(s for s, n in enumerate(self.depths) for _ in range(n))
+
+    def position_table(self, grid):
+        """Return the positions of the patches of `grid` = (h, w): [1, h w, D].
+
+        Bicubic with a = -0.75, half-pixel centres and no antialiasing.
+        """
+        return posemb.resample(self.pos_embed, self.table_grid, grid, "plain")
+
+    def encode(self, image, train=False, mask=None, fill=None):
+        """Return (tokens [B, N, D], stages) of images [B, H, W, C], normalised.
+
+        Args:
+            image: see above.
+            train: dropout and drop path, from the streams "dropout" and "drop_path".
+            mask: [B, h w] bool, patches of the first stage whose content `fill` [D]
+                replaces, before positions are added; None = none.
+            fill: see mask.
+
+        Returns:
+            tokens: of the last stage, after the last LayerNorm.
+            stages: {"maps": of every stage the output of its last block [B, h, w, D_s],
+                "merged": what patch merging makes of all but the last [B, N, 2 D_s],
+                "grids": (h, w) of every stage}.
+
+        Raises:
+            ValueError: the image is smaller than a patch.
+        """
+        x, grid = self.embed(image)  # [B, N, D]
+        if mask is not None:
+            x = jnp.where(mask[..., None], fill.astype(x.dtype), x)
+        x = x + self.position_table(grid).astype(x.dtype)
+        x = self.drop(x, deterministic=not train)
+        stages = {"maps": [], "merged": [], "grids": []}
+        blocks = iter(self.block)
+        for s, depth in enumerate(self.depths):
+            for _ in range(depth):
+                x = next(blocks)(x, None, None, train)
+            stages["grids"].append(grid)
+            maps = einops.rearrange(x, "b (h w) d -> b h w d", h=grid[0])
+            stages["maps"].append(maps)
+            if s + 1 < len(self.depths):
+                x, grid = self.merge[s](x, grid)
+                stages["merged"].append(x)
+        return self.norm(x), stages
+
+    def embed(self, image):
+        """Return (tokens [B, h w, D] without positions, (h, w)) of [B, H, W, C]."""
+        height, width = image.shape[1:3]
+        h, w = height // self.patch, width // self.patch
+        if not h or not w:
+            raise ValueError(
+                f"HViT: an image of {height}x{width} px holds no patch of {self.patch}"
+            )
+        if height % self.patch or width % self.patch:
+            logging.log_first_n(
+                logging.WARNING,
+                "HViT: patch=%d does not divide images of %dx%d px; the rest at the "
+                "right and bottom is left out",
+                1,
+                self.patch,
+                height,
+                width,
+            )
+        image = image[:, : h * self.patch, : w * self.patch]
+        return self.patch_norm(self.patch_embed(image)), (h, w)
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible value or combination of the fields."""
+        for key in ("width", "patch", "image_size"):
+            if getattr(self, key) < 1:
+                yield f"{key}={getattr(self, key)}: must be at least 1"
+        if not self.depths or min(self.depths) < 1:
+            yield f"depths={self.depths}: one number of blocks per stage, 1 or more"
+        if len(self.heads) != len(self.depths) or min(self.heads, default=0) < 1:
+            yield f"heads={self.heads}: one number per stage of depths={self.depths}"
+        else:
+            for s, (d, n) in enumerate(zip(self.widths, self.heads, strict=True)):
+                if d % n:
+                    yield (
+                        f"heads={self.heads}: {n} does not divide the width {d} of "
+                        f"stage {s} (width={self.width})"
+                    )
+        if self.patch >= 1 and min(self.table_grid) < 1:
+            yield f"image_size={self.image_size}: at least one patch={self.patch}"
+        for key in ("dropout", "map_dropout", "drop_path"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                yield f"{key}={getattr(self, key)}: must be in [0, 1)"
+        for key in ("mlp_ratio", "norm_eps"):
+            if not getattr(self, key) > 0.0:
+                yield f"{key}={getattr(self, key)}: must be positive"
