@@ -3,7 +3,8 @@
     python -m vitssl.convert import FILE --to=FOLDER [--family=auto] [--part=teacher]
         [--heads=N] [--image_size=N] [--channels=N]
     python -m vitssl.convert export WEIGHTS --to=FILE.safetensors
-        [--layout=timm|hf|vitssl|bigvision|hvit] [--part=target|encoder]
+        [--layout=timm|hf|vitssl|bigvision|hvit|parts|parts_hf|olmoearth]
+        [--part=target|encoder|ema]
     python -m vitssl.convert families
 
 FILE is a .safetensors, .npz, .pth, .pt or .bin; nothing in it is ever executed. WEIGHTS
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("weights")
     two.add_argument("--to", required=True, help="file, or a folder")
     two.add_argument("--layout", default="timm")
-    two.add_argument("--part", default="", help="of a run: target or encoder")
+    two.add_argument("--part", default="", help="of a run: target, encoder or ema")
     commands.add_parser("families", help="list what an import knows")
     return top
 

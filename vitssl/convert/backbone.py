@@ -76,9 +76,8 @@ class Backbone:
         values = dict(self.about.model)
         if not values:
             raise errors.CheckpointError(
-                f"{self.about.source}: all parameters of the method "
-                f"{self.about.family!r}, no encoder alone; start a run from it with "
-                "--config.init.from, then load or export the run"
+                f"{self.about.source}: all parameters of a method, no encoder alone; "
+                "start a run from it with --config.init.from, then load the run"
             )
         name = values.pop("name", "vit")
         if name not in MODELS:

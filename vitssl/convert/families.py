@@ -21,6 +21,7 @@ from vitssl.convert import (
 # The first that fits wins: special ones stand before timm, which fits most.
 ORDER = (
     wholes.PARTS,
+    wholes.OLMOEARTH,
     hvit.FAMILY,
     timm_names.HJEPA,
     bigvision.BIGVISION,
