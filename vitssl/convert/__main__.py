@@ -12,7 +12,9 @@ is a run's workdir, one checkpoint of it, or a FOLDER of an import.
 """
 
 import argparse
+import dataclasses
 import sys
+from concurrent import futures
 
 from vitssl import errors
 
@@ -68,9 +70,12 @@ def _import(flags) -> int:
     found = importer.read(
         flags.file, name=flags.family, part=flags.part, options=options
     )
-    found = importer.signed(found, flags.file)
-    file = backbone.write(flags.to, found)
-    card.write(file, found, "vitssl", exporter.OURS)
+    with futures.ThreadPoolExecutor(1) as pool:  # Both take a while.
+        digest = pool.submit(importer.digest, flags.file)
+        file = backbone.write(flags.to, found, digest.result)
+    signed = dataclasses.replace(found.about, sha256=digest.result())
+    found = dataclasses.replace(found, about=signed)
+    card.write(file, found, "vitssl", exporter.OURS, digest=False)
     about = found.about
     print(f"{flags.file}: {about.family}, {importer.size(found):,} parameters")
     print("  " + ", ".join(f"{k}={v}" for k, v in about.model.items()))

@@ -290,12 +290,6 @@ def digest(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def signed(found: backbone.Backbone, path) -> backbone.Backbone:
-    """Return a network with the sha256 of the file it came from, which reads it all."""
-    about = dataclasses.replace(found.about, sha256=digest(path))
-    return dataclasses.replace(found, about=about)
-
-
 def size(found: backbone.Backbone) -> int:
     """Return the number of parameters."""
     return tree.size(dict(found.leaves))
