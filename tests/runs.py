@@ -41,7 +41,8 @@ TINY = {
 }
 
 
-# The same of LocalMIM: two layers of three freeze after the fifth of eight steps.
+# The same of LocalMIM: two layers of three freeze after the fifth of eight steps, and
+# the last one's MLP trains from the fourth on.
 TINY_FREEZING = {
     "steps": 8,
     "batch_size": 16,
@@ -54,6 +55,7 @@ TINY_FREEZING = {
     "stages.scales": "(2.0, 1.0)",
     "decoder.width": 16,
     "decoder.heads": 2,
+    "optim.thaw": f"(('encoder/block_2/mlp/.*', {3 / 89}),)",
     "freeze.schedule": "linear",
     "freeze.t_0": 0.5,
     "freeze.layers": "(('(encoder/(patch_embed|block_0)|norm_0|decoder_0)/.*', 0), "
@@ -113,9 +115,18 @@ def state(workdir, step=12):
             lambda _: ocp.ArrayRestoreArgs(sharding=here),
             reader.metadata(path).item_metadata.tree,
         )
-        found = tree.flat(reader.restore(path, restore_args=args))
+        found = tree.flat(_nested(reader.restore(path, restore_args=args)))
     found["rng"] = jax.random.key_data(found["rng"])
     return {k: np.asarray(v) for k, v in found.items() if v is not None}
+
+
+def _nested(node):
+    """Return nested dicts where there may be sequences (states of an optimizer)."""
+    if isinstance(node, list | tuple):
+        node = {str(i): value for i, value in enumerate(node)}
+    if not isinstance(node, dict):
+        return node
+    return {key: _nested(value) for key, value in node.items()}
 
 
 def digest(workdir, step=12):

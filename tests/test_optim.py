@@ -211,3 +211,52 @@ def test_a_warm_up_may_cover_the_beginning_of_the_schedule():
     made = _make(schedule="cosine", warmup_epochs=2.0, warmup_over=True)
     np.testing.assert_allclose(made.lr(2), 0.005, rtol=1e-6)
     np.testing.assert_allclose(made.lr(5), 0.005, rtol=1e-5)  # Half of the cosine.
+
+
+def test_onecycle_rises_falls_and_cycles_beta1():
+    cycle = dict(schedule="onecycle", cycle_rise=0.3, cycle_div=10.0)
+    made = _make(20, cycle_final_div=100.0, cycle_b1=(0.85, 0.95), **cycle)
+    steps = np.arange(20)
+    rate, b1 = np.asarray(made.lr(steps)), np.asarray(made.b1(steps))
+    # The peak is at step 0.3 * 20 - 1, and no warm-up comes before.
+    assert int(np.argmax(rate)) == int(np.argmin(b1)) == 5
+    want = {0: 1e-3, 5: 1e-2, 19: 1e-5}
+    for at, value in want.items():
+        np.testing.assert_allclose(rate[at], value, rtol=1e-5)
+    np.testing.assert_allclose(b1[[0, 5, 19]], [0.95, 0.85, 0.95], rtol=1e-6)
+    half = 1e-5 + (1e-2 - 1e-5) * 0.5 * (1 + np.cos(np.pi * 7 / 14))
+    np.testing.assert_allclose(rate[12], half, rtol=1e-5)
+    lines = list(optim.Optim(**VALUES | cycle | dict(warmup_epochs=1.0)).check())
+    assert len(lines) == 1 and "rises by itself" in lines[0]
+    (line,) = optim.Optim(**VALUES, cycle_b1=(0.85, 0.95)).check()
+    assert "needs schedule=onecycle" in line
+
+
+def test_what_is_thawed_starts_like_a_fresh_optimizer():
+    made = _make(10, 2, thaw=(("a/kernel", 2.0),), wd=0.0)
+    assert [sorted(made.frozen(i)) for i in (0, 3, 4)] == [["a/kernel"]] * 2 + [[]]
+    params, opt = dict(PARAMS), made.init({"a/bias": PARAMS["a/bias"]})
+    for i in range(6):
+        live = {k: v for k, v in params.items() if k not in made.frozen(i)}
+        opt = made.release(opt, live)
+        grads = {k: GRADS[k] for k in live}
+        moved, opt, _ = made.update(grads, opt, live, i)
+        params |= moved
+    # A constant rate: two steps of a fresh Adam, its bias corrected from one on.
+    fresh = _make(wd=0.0)
+    want = _run(fresh, 2)
+    np.testing.assert_allclose(params["a/kernel"], want["a/kernel"], rtol=1e-6)
+    other = _run(fresh, 6)
+    np.testing.assert_allclose(params["a/bias"], other["a/bias"], rtol=1e-6)
+    # Going on from a stored state releases nothing anew.
+    again = made.release(opt, params)
+    assert again[1].mu["a/kernel"] is opt[1].mu["a/kernel"]
+
+
+def test_a_thaw_that_leaves_nothing_or_comes_too_late_is_an_error():
+    with pytest.raises(errors.UsageError, match="nothing is left to train before"):
+        _make(thaw=((".*", 1.0),))
+    with pytest.raises(errors.UsageError, match="releases leaves at step 10 of a run"):
+        _make(10, 2, thaw=(("a/bias", 5.0),))
+    (line,) = optim.Optim(**VALUES, thaw=(("x", -1.0),)).check()
+    assert "0.0 or more epochs" in line

@@ -198,7 +198,7 @@ def test_moments_of_leaves_that_froze_are_dropped_and_the_others_kept():
     state, _ = fn(state, toy.batch(), phase)
     later = step.phase_at(method, optimizer, 10)
     assert step.phase_at(method, optimizer, 9) == phase != later
-    entered = step.enter(state, later)
+    entered = step.enter(state, later, optimizer)
     assert set(state.opt.mu) - set(entered.opt.mu) == set(later.frozen)
     assert all((entered.opt.mu[k] == state.opt.mu[k]).all() for k in entered.opt.mu)
     frozen = tree.flat(state.params)["model/block_0/mlp/fc1/kernel"]

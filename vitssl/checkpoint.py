@@ -37,9 +37,11 @@ class Checkpoint:
             newest one has a predecessor).
         keep_every_epochs: keep one each so many epochs for ever; 0.0 is off.
         keep_best: how many of the best by `best` to keep; 0 is off.
-        best: metric of the online evaluation, higher is better.
+        best: metric of the online evaluation; higher is better, unless its name has
+            "loss" in it.
         patience: the run ends after so many online evaluations in a row without a
             better `best`; 0 is off.
+        min_delta: better is by more than this (for `patience`).
         failures: after so many failed saves in a row the run ends with exit code 4.
     """
 
@@ -49,6 +51,7 @@ class Checkpoint:
     keep_best: int = 0
     best: str = "knn/top1"
     patience: int = 0
+    min_delta: float = 0.0
     failures: int = 3
 
     def check(self) -> Iterator[str]:
@@ -59,10 +62,17 @@ class Checkpoint:
             yield f"keep_last={self.keep_last}: 2 or more"
         if self.patience < 0:
             yield f"patience={self.patience}: 0 (off) or more evaluations"
+        if self.min_delta < 0:
+            yield f"min_delta={self.min_delta}: must not be negative"
         if self.keep_best < 0:
             yield f"keep_best={self.keep_best}: 0 (off) or more"
         if self.keep_every_epochs < 0:
             yield f"keep_every_epochs={self.keep_every_epochs}: 0.0 (off) or more"
+
+    @property
+    def sign(self) -> float:
+        """Return -1 where `best` is a loss, else 1."""
+        return -1.0 if "loss" in self.best else 1.0
 
 
 class Patience:
@@ -82,7 +92,9 @@ class Patience:
         value = scores.get(self._spec.best)
         if value is None:
             return
-        better = self._best is None or value > self._best
+        sign = self._spec.sign
+        gain = None if self._best is None else sign * (value - self._best)
+        better = gain is None or gain > self._spec.min_delta
         self._best = value if better else self._best
         self._since = 0 if better else self._since + 1
 
@@ -155,7 +167,8 @@ class Checkpoints:
             CheckpointError: `spec.failures` saves in a row failed.
         """
         self.wait()
-        best = float(metrics.get(self.spec.best, float("-inf")))
+        found = metrics.get(self.spec.best)
+        best = float("-inf") if found is None else self.spec.sign * float(found)
         meta = {"format": FORMAT, "step": step, "metrics": dict(metrics), **meta}
         try:
             self._manager.save(

@@ -52,11 +52,15 @@ class Features:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
 
         Args:
-            images: [B, H, W, C], uint8 pixels or float32 already normalised.
+            images: [B, H, W, C], uint8 pixels or float32 already normalised; of a
+                method that reads several arrays a dict of them, see its `features`.
 
         Raises:
             UsageError: another rank, dtype or number of channels.
         """
+        if isinstance(images, dict):
+            found = _compiled(self.apply)(self.state, images)
+            return {name: found[name] for name in NAMES}
         images = np.asarray(images) if not hasattr(images, "dtype") else images
         if images.ndim != 4 or images.shape[-1] != self.channels:
             raise errors.UsageError(

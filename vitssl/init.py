@@ -1,6 +1,7 @@
 """Start from parameters that exist: `init.from` of any config."""
 
 import dataclasses
+import itertools
 import logging
 import pathlib
 import re
@@ -100,6 +101,46 @@ def load(spec: Init, params):
         return jax.device_put(value, getattr(leaf, "sharding", None))
 
     return tree.nest({k: place(k, v) for k, v in leaves.items()})
+
+
+def check_classes(spec: Init, classes, params) -> None:
+    """Refuse a trained classifier of other classes than those of the data.
+
+    A head of the same size would load, and name everything wrongly.
+
+    Args:
+        spec: the section.
+        classes: names of the data's classes, in order.
+        params: of the method.
+
+    Raises:
+        CheckpointError: the first classes that differ.
+    """
+    heads = (n for n in tree.flat(params) if n.startswith("head/"))
+    loaded = [n for n in heads if not any(re.fullmatch(p, n) for p in spec.skip)]
+    if not loaded or backbone.is_backbone(spec.from_):
+        return
+    stored = checkpoint.read_meta(*locate(spec.from_)).get("classes")
+    same_classes(spec.from_, stored, classes, "name the head in init.skip")
+
+
+def same_classes(path, stored, classes, way_out: str) -> None:
+    """Raise CheckpointError where stored class names are not the data's.
+
+    Args:
+        path: of the checkpoint, for the message.
+        stored: names, or None where it does not tell.
+        classes: names of the data.
+        way_out: what to do.
+    """
+    if not stored or list(stored) == list(classes):
+        return
+    pairs = itertools.zip_longest(stored, classes, fillvalue="(none)")
+    i, (old, new) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    raise errors.CheckpointError(
+        f"{path}: was trained on {len(stored)} classes, the data have {len(classes)}; "
+        f"class {i} is {old!r} there and {new!r} here; {way_out}"
+    )
 
 
 def renamed(stored, names, rules) -> dict:

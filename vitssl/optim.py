@@ -8,99 +8,14 @@ needs no state beyond the moments. Parameters are flat here: {name: leaf}
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vitssl import errors, freezeout, schedules, tree
+from vitssl import errors, freezeout, optim_section, schedules, tree
 
-EVERYTHING = ((".*", 1.0),)
-
-
-@dataclasses.dataclass(frozen=True)
-class Optim:
-    """Config section `optim`.
-
-    Attributes:
-        name: adamw decouples weight decay (Loshchilov & Hutter 2019); adam and sgd add
-            it to the gradient, as torch does; lars is You et al. 2017 as MAE codes it.
-        lr: peak learning rate; for `lr_batch` images if that is not 0.
-        lr_batch: 0, or the batch for which `lr` is meant: the rate used is
-            lr * batch_size / lr_batch (MAE's `blr` has 256).
-        lr_batch_power: of that quotient; 0.5 is the square-root rule.
-        schedule: shape after the warm-up; ends at `min_lr`. "stairs" multiplies by
-            `gamma` every `stair_epochs` instead.
-        per_epoch: the rate changes at the start of an epoch only.
-        warmup_epochs, start_lr: linear warm-up from start_lr.
-        warmup_over: the warm-up covers the beginning of the schedule, which does not
-            wait for it (timm).
-        floors: "scaled": min_lr and start_lr are multiplied by a leaf's factor like
-            the rate; "absolute": they hold for every leaf.
-        stretch: the schedules are laid over `stretch` times the run and cut off
-            (I-JEPA's ipe_scale of 1.25); 1.0 is none.
-        wd: weight decay; with wd_schedule "cosine" it ends at `wd_end`.
-        wd_normalised: the decay used is wd * sqrt(1 / steps of the run), Loshchilov &
-            Hutter 2019, arXiv:1711.05101, appendix B.1.
-        clip_norm: largest global gradient norm over trainable leaves; 0.0 is off.
-        lr_rules: ((pattern, factor), ...), first match wins; factor 0.0 freezes.
-        wd_rules: ((pattern, factor), ...) of the decay.
-        freeze: ((pattern, fraction), ...): leaves matching are frozen from that
-            fraction of the run on; 0.0 freezes them from the start.
-    """
-
-    name: Literal["adamw", "adam", "sgd", "lars"]
-    lr: float
-    schedule: Literal["cosine", "linear", "constant", "stairs"]
-    warmup_epochs: float
-    min_lr: float
-    wd: float
-    clip_norm: float
-    start_lr: float = 0.0
-    lr_batch: int = 0
-    lr_batch_power: float = 1.0
-    per_epoch: bool = False
-    stair_epochs: float = 0.0
-    gamma: float = 0.1
-    warmup_over: bool = False
-    floors: Literal["scaled", "absolute"] = "scaled"
-    stretch: float = 1.0
-    wd_schedule: Literal["constant", "cosine"] = "constant"
-    wd_end: float = 0.0
-    wd_normalised: bool = False
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.9
-    trust: float = 0.001
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    lr_rules: tuple[tuple[str, float], ...] = EVERYTHING
-    wd_rules: tuple[tuple[str, float], ...] = EVERYTHING
-    freeze: tuple[tuple[str, float], ...] = ()
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.lr <= 0:
-            yield f"lr={self.lr}: must be above 0"
-        if self.lr_batch < 0:
-            yield f"lr_batch={self.lr_batch}: 0 (lr as it is) or a batch size"
-        for key in ("min_lr", "start_lr", "wd", "wd_end", "clip_norm"):
-            if getattr(self, key) < 0:
-                yield f"{key}={getattr(self, key)}: must not be negative"
-        for key in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                yield f"{key}={getattr(self, key)}: must be in [0, 1)"
-        if self.warmup_epochs < 0:
-            yield f"warmup_epochs={self.warmup_epochs}: must not be negative"
-        if self.schedule == "stairs" and self.stair_epochs <= 0:
-            yield f"stair_epochs={self.stair_epochs}: schedule=stairs needs its length"
-        if self.stretch < 1:
-            yield f"stretch={self.stretch}: must be 1.0 or more"
-        for pattern, fraction in self.freeze:
-            if not 0 <= fraction <= 1:
-                yield f"freeze: {pattern!r} at {fraction}: a fraction in [0, 1]"
+Optim, EVERYTHING = optim_section.Optim, optim_section.EVERYTHING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +30,7 @@ class Optimizer:
         frozen_from: {name: first step at which the leaf is frozen}.
         layers: {name: layer index} of FreezeOut; empty without it.
         plan: FreezeOut's schedule, or None.
+        frozen_until: {name: first step at which the leaf trains}.
     """
 
     spec: Optim
@@ -127,6 +43,7 @@ class Optimizer:
     steps_per_epoch: int = 1
     layers: dict = dataclasses.field(default_factory=dict)
     plan: freezeout.Schedule | None = None
+    frozen_until: dict = dataclasses.field(default_factory=dict)
 
     def lr(self, step, factor=1.0):
         """Return the rate of step `step` for leaves of a factor, float32 []."""
@@ -138,6 +55,10 @@ class Optimizer:
         given = dict(base=base, final=s.min_lr * least, total_steps=self._span)
         if s.schedule == "stairs":
             given |= dict(length=s.stair_epochs * self.steps_per_epoch, gamma=s.gamma)
+        if s.schedule == "onecycle":
+            given |= dict(
+                rise=s.cycle_rise, div=s.cycle_div, final_div=s.cycle_final_div
+            )
         curve = schedules.SCHEDULES[s.schedule]
         rise = dict(start=start, warmup_steps=self.warmup_steps)
         if not s.warmup_over:
@@ -160,21 +81,55 @@ class Optimizer:
     @functools.cached_property
     def _events(self):
         """Steps at which the frozen set changes, and the set from each on."""
-        steps = sorted(set(self.frozen_from.values()))
+        first, until = self.frozen_from, self.frozen_until
+        steps = sorted({0, *first.values(), *until.values()})
         sets = [
-            frozenset(k for k, v in self.frozen_from.items() if v <= s) for s in steps
+            frozenset(
+                [k for k, v in first.items() if v <= s]
+                + [k for k, v in until.items() if s < v]
+            )
+            for s in steps
         ]
         return steps, sets
 
     def frozen(self, step: int) -> frozenset[str]:
         """Return the names of the leaves that do not train at step `step`."""
         steps, sets = self._events
-        i = bisect.bisect_right(steps, step)
-        return sets[i - 1] if i else frozenset()
+        return sets[bisect.bisect_right(steps, step) - 1]
 
     def init(self, trainable: dict):
-        """Return the optimizer state of {name: leaf}."""
-        return self._direction.init(trainable)
+        """Return the optimizer state of {name: leaf}: one per time of release."""
+        direction = self._direction(0)
+        if not self._releases:
+            return direction.init(trainable)
+        return tuple(direction.init(part) for part in self._parts(trainable))
+
+    @functools.cached_property
+    def _releases(self):
+        """Steps at which leaves are released that were frozen from the start."""
+        return sorted({v for v in self.frozen_until.values() if v > 0})
+
+    def _parts(self, leaves):
+        """Split {name: leaf} by the step from which it trains; each counts its own."""
+        return [
+            {k: v for k, v in leaves.items() if self.frozen_until.get(k, 0) == at}
+            for at in (0, *self._releases)
+        ]
+
+    def release(self, opt, trainable: dict):
+        """Return the state with fresh moments for leaves that begin to train.
+
+        Args:
+            opt: the state of some of the trainable leaves.
+            trainable: {name: leaf} of all of them.
+        """
+        if not self._releases:
+            return opt
+        fresh = self.init(trainable)
+        parts = zip(opt, fresh, self._parts(trainable), strict=True)
+        return tuple(
+            new if part and not _holds(old) else old for old, new, part in parts
+        )
 
     def update(self, grads: dict, opt, params: dict, step):
         """One update of the trainable leaves.
@@ -197,7 +152,7 @@ class Optimizer:
         coupled = self.spec.name != "adamw"
         if coupled:
             grads = {k: g + decay[k] for k, g in grads.items()}
-        move, opt = self._direction.update(grads, opt, params)
+        move, opt = self._move(grads, opt, params, step)
         kinds = {self._kind(k) for k in params}
         rates = {kind: self._rate(step, *kind) for kind in kinds}
         new = {}
@@ -228,11 +183,34 @@ class Optimizer:
         rates = {f"lr/layer_{i:02d}": self._rate(step, i, 1.0) for i in sorted(live)}
         return rates | {"freeze/layers": float(len(every) - len(live))}
 
-    @property
-    def _direction(self):
+    def _move(self, grads, opt, params, step):
+        """Return ({name: direction}, new state)."""
+        direction = self._direction(step)
+        if not self._releases:
+            return direction.update(grads, opt, params)
+        move, states = {}, []
+        parts = zip(self._parts(grads), opt, self._parts(params), strict=True)
+        for grad, state, leaves in parts:
+            if leaves:
+                found, state = direction.update(grad, state, leaves)
+                move |= found
+            states.append(state)
+        return move, tuple(states)
+
+    def b1(self, step):
+        """Return Adam's b1 of step `step`."""
+        s = self.spec
+        if not s.cycle_b1:
+            return s.b1
+        low, high = s.cycle_b1
+        span = dict(total_steps=self._span, rise=s.cycle_rise)
+        return schedules.onecycle_momentum(step, low=low, high=high, **span)
+
+    def _direction(self, step):
         s = self.spec
         if s.name in ("adamw", "adam"):
-            return optax.scale_by_adam(s.b1, s.b2, s.eps, mu_dtype=s.mu_dtype)
+            b1 = self.b1(step)
+            return optax.scale_by_adam(b1, s.b2, s.eps, mu_dtype=s.mu_dtype)
         trace = optax.trace(decay=s.momentum)
         return trace if s.name == "sgd" else optax.chain(_trust(s.trust), trace)
 
@@ -278,6 +256,7 @@ def make(
             frozen_from[k] = round(fraction[k] * total_steps)
     if all(frozen_from.get(k, 1) == 0 for k in names):
         raise errors.UsageError("optim: every parameter is frozen from the start")
+    until = _releases(spec, names, frozen_from, total_steps, steps_per_epoch)
     warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
     if warmup_steps and warmup_steps >= total_steps:
         raise errors.UsageError(
@@ -286,23 +265,8 @@ def make(
         )
     layers, plan = {}, None
     if freeze is not None and freeze.schedule != "none":
-        if not freeze.layers:
-            raise errors.UsageError(
-                f"freeze.schedule={freeze.schedule}: this method has no table of its "
-                "own; give freeze.layers=((pattern, layer), ...), for a ViT "
-                "freezeout.vit_layers(depth, prefix)"
-            )
-        layers = freeze.index(
-            tree.match(names, freeze.layers, what="freeze.layers", default=-1)
-        )
-        last = max(layers.values())
-        if last < 1:
-            raise errors.UsageError(
-                f"freeze.layers: the largest index is {last}; FreezeOut needs two "
-                "layers or more"
-            )
         span = round(spec.stretch * total_steps)
-        plan = freezeout.Schedule(freeze, last, span, warmup_steps)
+        layers, plan = _plan(freeze, names, span, warmup_steps)
         for k in names:
             event = plan.frozen_from(layers[k])
             if event is not None:
@@ -324,7 +288,46 @@ def make(
         steps_per_epoch=steps_per_epoch,
         layers=layers,
         plan=plan,
+        frozen_until=until,
     )
+
+
+def _releases(spec, names, frozen_from, total_steps, steps_per_epoch) -> dict:
+    """Return {name: first step at which it trains} of `optim.thaw`."""
+    epochs = tree.match(names, spec.thaw, what="optim.thaw", default=0.0)
+    until = {k: round(epochs[k] * steps_per_epoch) for k in names}
+    until = {k: v for k, v in until.items() if v}
+    if all(frozen_from.get(k) == 0 or k in until for k in names):
+        raise errors.UsageError(
+            "optim.thaw: nothing is left to train before the first release"
+        )
+    late = sorted(v for v in until.values() if v >= total_steps)
+    if late:
+        raise errors.UsageError(
+            f"optim.thaw: releases leaves at step {late[0]} of a run of {total_steps}; "
+            "shorten it, or freeze them with optim.freeze at 0.0"
+        )
+    return until
+
+
+def _plan(freeze, names, span, warmup_steps):
+    """Return ({name: layer}, schedule) of FreezeOut."""
+    if not freeze.layers:
+        raise errors.UsageError(
+            f"freeze.schedule={freeze.schedule}: this method has no table of its "
+            "own; give freeze.layers=((pattern, layer), ...), for a ViT "
+            "freezeout.vit_layers(depth, prefix)"
+        )
+    layers = freeze.index(
+        tree.match(names, freeze.layers, what="freeze.layers", default=-1)
+    )
+    last = max(layers.values())
+    if last < 1:
+        raise errors.UsageError(
+            f"freeze.layers: the largest index is {last}; FreezeOut needs two "
+            "layers or more"
+        )
+    return layers, freezeout.Schedule(freeze, last, span, warmup_steps)
 
 
 def drop(opt, names: frozenset[str]):
@@ -339,6 +342,12 @@ def drop(opt, names: frozenset[str]):
     return jax.tree.map(
         lambda n: cut(n) if isinstance(n, dict) else n, opt, is_leaf=is_leaves
     )
+
+
+def _holds(opt) -> bool:
+    """Return whether an optimizer state has any leaf's moments."""
+    nodes = jax.tree.leaves(opt, is_leaf=lambda n: isinstance(n, dict))
+    return any(isinstance(n, dict) and n for n in nodes)
 
 
 def layer_decay(decay: float, depth: int, prefix: str = "") -> tuple:

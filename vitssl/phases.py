@@ -47,6 +47,11 @@ class Phases:
         if self._since is not None:
             self._since += seconds
 
+    def leave(self) -> None:
+        """End the present phase: what follows is no training."""
+        self._settle()
+        self._since = None
+
     def _settle(self):
         if self._since is not None:
             now = time.perf_counter()

@@ -70,23 +70,26 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
 
 def parameter_table(params, optimizer: optim.Optimizer) -> list[str]:
     """Return lines: parameters per module, what trains, decays and freezes."""
-    rows = {}
+    rows, at_first = {}, optimizer.frozen(0)
     for name, leaf in tree.flat(params).items():
         parts = name.split("/")
         head = "/".join(parts[: min(2, len(parts) - 1)]) or name
-        row = rows.setdefault(head, [0, 0, 0, set()])
+        row = rows.setdefault(head, [0, 0, 0, set(), set()])
         first_frozen = optimizer.frozen_from.get(name)
         row[0] += leaf.size
-        row[1] += leaf.size if first_frozen != 0 else 0
+        row[1] += leaf.size if name not in at_first else 0
         row[2] += leaf.size if optimizer.wd_factor[name] else 0
         if first_frozen is not None:
             row[3].add(first_frozen)
+        if name in optimizer.frozen_until:
+            row[4].add(optimizer.frozen_until[name])
     total = tree.size(params)
     trained = sum(r[1] for r in rows.values())
     lines = [f"  parameters {total:,}, {trained:,} trained at the start"]
     width = max(map(len, rows))
-    for head, (count, trains, decays, frozen) in rows.items():
-        note = f"frozen from step {sorted(frozen)}" if frozen else ""
+    for head, (count, trains, decays, frozen, until) in rows.items():
+        note = f"frozen from step {sorted(frozen)}  " if frozen else ""
+        note += f"frozen until step {sorted(until)}" if until else ""
         lines.append(
             f"    {head:<{width}} {count:>12,}  trains {_share(trains, count):>4}  "
             f"decays {_share(decays, count):>4}  {note}".rstrip()

@@ -50,6 +50,48 @@ def stairs(
     return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
 
 
+def onecycle(
+    step,
+    *,
+    base,
+    total_steps,
+    rise=0.1,
+    div=25.0,
+    final_div=1e4,
+    final=0.0,
+    warmup_steps=0,
+    start=0.0,
+):
+    """Half a cosine base / div -> base, then half a cosine to base / (div final_div).
+
+    The peak is at step rise * total_steps - 1, the end at the last step. `final`,
+    `warmup_steps` and `start` are not used.
+
+    Source: Smith & Topin 2017, arXiv:1708.07120; torch.optim.lr_scheduler.OneCycleLR.
+    """
+    del final, warmup_steps, start
+    first, last = base / div, base / (div * final_div)
+    return _two_halves(step, (first, base, last), total_steps, rise)
+
+
+def onecycle_momentum(step, *, low, high, total_steps, rise=0.1):
+    """Adam's beta1 beside `onecycle`: high -> low -> high."""
+    return _two_halves(step, (high, low, high), total_steps, rise)
+
+
+def _two_halves(step, values, total_steps, rise):
+    """Return half a cosine between each two of three values."""
+    peak = rise * total_steps - 1
+    up = jnp.clip(step / max(peak, 1e-9), 0.0, 1.0)
+    down = jnp.clip((step - peak) / max(total_steps - 1 - peak, 1e-9), 0.0, 1.0)
+    a, b, c = values
+
+    def between(x, y, t):
+        return y + (x - y) * 0.5 * (1 + jnp.cos(jnp.pi * t))
+
+    return jnp.where(step <= peak, between(a, b, up), between(b, c, down))
+
+
 def averaging(step, *, decay, gamma=1.0, power=2 / 3):
     """EMA decay that grows with the updates: min(decay, 1 - (1 + t / gamma)^-power).
 
@@ -59,6 +101,15 @@ def averaging(step, *, decay, gamma=1.0, power=2 / 3):
     """
     t = jnp.maximum(0.0, jnp.asarray(step, jnp.float32) - 1.0)
     return jnp.minimum(decay, 1.0 - (1.0 + t / gamma) ** -power)
+
+
+def averaging_counted(step, *, decay):
+    """EMA decay min(decay, (1 + n) / (10 + n)) of update n = 1, 2, ...
+
+    Source: tf.train.ExponentialMovingAverage with num_updates.
+    """
+    n = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n))
 
 
 def momentum(step, *, start, end, total_steps, warmup_steps=0):
@@ -77,4 +128,10 @@ def _progress(step, warmup_steps, total_steps):
     return jnp.clip(x, 0.0, 1.0)
 
 
-SCHEDULES = {"cosine": cosine, "linear": linear, "constant": constant, "stairs": stairs}
+SCHEDULES = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "stairs": stairs,
+    "onecycle": onecycle,
+}

@@ -66,9 +66,14 @@ def _state(step, params, extra, optimizer, rng, phase):
     return State(jnp.int32(step), params, extra, opt, rng)
 
 
-def enter(state: State, phase: Phase) -> State:
-    """Return the state for `phase`: moments of leaves that froze are dropped."""
-    return state.replace(opt=optim.drop(state.opt, phase.frozen))
+def enter(state: State, phase: Phase, optimizer: optim.Optimizer) -> State:
+    """Return the state for `phase`.
+
+    Moments of leaves that froze are dropped, leaves that are released get fresh ones.
+    """
+    trainable, _ = tree.split(state.params, phase.frozen)
+    opt = optim.drop(state.opt, phase.frozen)
+    return state.replace(opt=optimizer.release(opt, trainable))
 
 
 def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):

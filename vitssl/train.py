@@ -88,8 +88,15 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
         )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
+        init.same_classes(
+            workdir,
+            meta.get("classes"),
+            parts.source.classes,
+            "give another --workdir, or the data it was trained on",
+        )
         logger.info("resuming after step %d of %d", at, run_.total_steps)
     elif s.init.from_:
+        init.check_classes(s.init, parts.source.classes, state.params)
         params = init.load(s.init, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)
@@ -190,7 +197,7 @@ class _Loop:
         sharding = devices.batch_sharding(parts.mesh)
         at = first = int(state.step)
         phase = parts.phase(at)
-        state = step.enter(state, phase)
+        state = self._entered(state, phase)
         self._first_compile(phase, at)
         self._enter(phase, at)
         if at == 0:
@@ -203,7 +210,7 @@ class _Loop:
             while at < total and not self.patience.over:
                 if parts.phase(at) != phase:
                     phase = parts.phase(at)
-                    state = step.enter(state, phase)
+                    state = self._entered(state, phase)
                     waiting = time.perf_counter()
                     parts.compiled.get(phase, batch)
                     self._pause(waiting)
@@ -222,7 +229,13 @@ class _Loop:
                     self._look_ahead(at)
                 self._profile(at - first)
                 self._after(state, at, s)
+        self.phases.leave()
         return state
+
+    def _entered(self, state, phase):
+        """Return the state for a phase, every leaf where its step expects it."""
+        state = step.enter(state, phase, self.parts.optimizer)
+        return jax.device_put(state, self.parts.compiled.state_sharding(phase))
 
     def _first_compile(self, phase, at):
         parts, s = self.parts, self.parts.experiment.settings
@@ -353,6 +366,7 @@ class _Loop:
             "log": self.metrics.state(),
             "patience": self.patience.state(),
             "phases": self.phases.state(),
+            "classes": list(self.parts.source.classes),
             "versions": report.versions(),
         }
         self.saves.save(at, state, meta, self.scores)

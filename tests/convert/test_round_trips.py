@@ -14,7 +14,6 @@ from vitssl.convert import (
     families,
     family,
     importer,
-    olmoearth,
     reader,
 )
 
@@ -135,13 +134,6 @@ def test_olmoearth_says_what_is_left_aside(tmp_path):
     assert "left aside: target_encoder.norm (1 keys)" in notes
     pth.write(tmp_path / "a.pth", checkpoints.olmo_earth(encoder_alone=True))
     assert any("alone" in n for n in importer.read(tmp_path / "a.pth").about.notes)
-
-
-def test_modalities_are_read_off_the_names():
-    found = olmoearth.sensors(checkpoints.olmo_earth())
-    want = {"optical": (2, True), "height": (1, True), "weather": (1, False)}
-    want["place"] = (1, False)
-    assert {s.name: (s.sets, s.space) for s in found} == want
 
 
 @pytest.mark.parametrize("kind", ["parts", "parts of PDiscoFormer", "olmoearth"])

@@ -293,3 +293,26 @@ def test_each_fault_is_named_with_its_key(key, value):
     problems = config.Problems()
     config.section(evals.Evals, SECTION | {key: value}, "evals", problems)
     assert len(problems) == 1 and problems[0].startswith(f"evals.{key}=")
+
+
+def test_the_histogram_of_colours_counts_pixels_and_is_a_row():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (3, 5, 4, 3)).astype(np.uint8)
+    got = np.asarray(evals.features.Colours(4)(image)["pooled"])
+    want = np.zeros((3, 64))
+    for b in range(3):
+        for pixel in image[b].reshape(-1, 3).tolist():
+            r, g, blue = (v // 64 for v in pixel)
+            want[b, 16 * r + 4 * g + blue] += 1 / 20
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    rows = evals.final(
+        _section(final=("linear",), baselines=("colours",)),
+        Network().features,
+        {"trained": GOOD},
+        Batches(60, 0),
+        Batches(50, 1),
+        classes=CLASSES,
+    )
+    assert [r["features"] for r in rows[1:]] == ["colour histogram", "largest class"]
+    assert rows[1]["dim"] == 4  # One channel.
+    assert 0 <= rows[1]["linear/f1_macro"] <= 1

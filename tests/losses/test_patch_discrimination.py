@@ -25,8 +25,11 @@ def _pairs(seed=0):
         valid[0, :2] = True
         found[name] = Pair(p, t, valid)
     found["map"].valid[1] = False  # A sample that has none.
-    # Two targets alike, as on a map with few classes.
-    found["map"].target[0, 1] = 2 * found["map"].target[0, 0]
+    # Two targets alike, as on a map with few classes; in one sample there are no more.
+    for b in (0, 2):
+        found["map"].target[b, 1] = 2 * found["map"].target[b, 0]
+        found["map"].valid[b, :2] = True
+    found["map"].valid[0, 2:] = False
     return found
 
 
@@ -131,11 +134,13 @@ def test_info_nce_at_chance_and_one_directional():
     z, w = _unit(a) @ _unit(b).T / 0.2, 0.0
     for i in range(7):
         w += (np.log(np.exp(z[i]).sum()) - z[i, i]) / 7
-    got = contrastive.info_nce(a, b, temperature=0.2)
+    got = contrastive.infonce_one_way(a, b, temperature=0.2)
     np.testing.assert_allclose(got, w, rtol=1e-5)
-    assert abs(float(got - contrastive.info_nce(b, a, temperature=0.2))) > 1e-3
+    assert abs(float(got - contrastive.infonce_one_way(b, a, temperature=0.2))) > 1e-3
     ones = np.ones((7, 4), np.float32)
-    np.testing.assert_allclose(contrastive.info_nce(ones, ones), np.log(7), rtol=1e-5)
+    np.testing.assert_allclose(
+        contrastive.infonce_one_way(ones, ones), np.log(7), rtol=1e-5
+    )
 
 
 def test_koleo_pushes_rows_apart_and_ignores_what_does_not_count():

@@ -11,6 +11,7 @@ from vitssl import methods, optim, step, tree
 from vitssl.data.augment.randaugment import OPERATIONS, RandAugment
 from vitssl.errors import UsageError
 from vitssl.methods import classify
+from vitssl.methods import classify_sections as sections
 from vitssl.models import head, vit
 from vitssl.ops import erase, mix
 
@@ -30,10 +31,11 @@ def _method(batch_size=6, **own):
             counts=(1, 2, 3),
         ),
         model=vit.ViT(16, 2, 2, 4, 8, drop_path=0.5, positions="learned_sincos"),
-        augment=classify.Augment(**dict(size=8) | own.pop("augment", {})),
+        augment=sections.Augment(**dict(size=8) | own.pop("augment", {})),
         head=head.Head(**dict(init_std=0.5) | own.pop("head", {})),
-        mix=classify.Mix(**own.pop("mix", {})),
-        objective=classify.Objective(**own.pop("objective", {})),
+        mix=sections.Mix(**own.pop("mix", {})),
+        objective=sections.Objective(**own.pop("objective", {})),
+        **own,
     )
 
 
@@ -71,7 +73,9 @@ def test_the_loss_is_the_cross_entropy_of_smoothed_labels():
     target = np.eye(3)[batch["label"]] * 0.9 + 0.1 / 3
     weight = 6 / (3 * np.array([1.0, 2.0, 3.0]))
     rows = target * weight
-    np.testing.assert_allclose(value, -(rows * log_p).sum() / rows.sum(), rtol=1e-5)
+    # PyTorch divides by the weights of the labels, not of the smoothed targets.
+    total = weight[batch["label"]].sum()
+    np.testing.assert_allclose(value, -(rows * log_p).sum() / total, rtol=1e-5)
 
 
 def test_paths_are_dropped_only_while_the_backbone_trains():
@@ -141,12 +145,13 @@ def test_mixing_pairs_the_batch_with_itself_reversed():
     image = jnp.arange(4.0).reshape(4, 1, 1, 1) * jnp.ones((4, 6, 6, 1))
     label = jnp.arange(4) % 3
     draw = functools.partial(
-        mix.mix, classes=3, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch=0.5
+        mix.mix, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch=0.5
     )
-    draw = jax.jit(functools.partial(draw, smooth=0.0), compiler_options=QUICK)
+    draw = jax.jit(draw, compiler_options=QUICK)
     kinds = set()
     for i in range(12):
-        x, target = draw(jax.random.key(i), image, label)
+        x, share = draw(jax.random.key(i), image)
+        target = mix.targets(label, 3, share, 0.0)
         np.testing.assert_allclose(target.sum(-1), 1.0, rtol=1e-5)
         # The mean of an image says how much of its partner it got.
         lam = 1 - (float(x[0].mean()) - 0.0) / 3.0
@@ -219,3 +224,50 @@ def test_layers_of_the_backbone_freeze_and_the_head_never():
     assert found["backbone/patch_embed/kernel"] == 0
     assert found["backbone/block_1/mlp/fc1/kernel"] == found["backbone/norm/scale"] == 2
     assert found["head/kernel"] == -1
+
+
+def test_test_time_views_average_probabilities_not_logits():
+    # The "network" looks at one corner: every view shows it another pixel.
+    image = jnp.arange(8.0).reshape(2, 2, 2, 1)
+    logits = lambda x: jnp.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], -1)  # noqa: E731
+    for kind, seen in (("flip", (0, 1)), ("six", (0, 1, 2, 1, 3, 2))):
+        got = sections.Scoring(tta=kind).averaged(logits, image)
+        corners = np.array([seen, [4 + k for k in seen]], float)
+        p = 1 / (1 + np.exp(-2 * corners))
+        want = np.stack([p.mean(1), 1 - p.mean(1)], -1)
+        np.testing.assert_allclose(np.exp(got), want, rtol=1e-5)
+
+
+def test_every_weight_and_view_is_scored_and_written():
+    m = _method(
+        objective=dict(ema=0.5), scoring=sections.Scoring(tta="flip", calibration=True)
+    )
+    params, extra = _fresh(m)
+    batch = _batch(m)
+    rows = jax.jit(m.outputs, compiler_options=QUICK)(params, extra, batch)
+    kinds = {"", "ema_", "tta_", "ema_tta_"}
+    assert set(rows) == {f"{k}logits" for k in kinds}
+    mirrored = jax.nn.softmax(m.logits(params, extra, batch["image"][:, :, ::-1]))
+    both = (jax.nn.softmax(rows["logits"]) + mirrored) / 2
+    np.testing.assert_allclose(np.exp(rows["tta_logits"]), both, rtol=1e-4)
+    scores = m.scores({k: np.asarray(v) for k, v in rows.items()} | batch)
+    wanted = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+    assert all(f"{k}{name}" in scores for k in kinds for name in wanted)
+    text = m.written({k: v for k, v in scores.items() if np.ndim(v) == 0})
+    assert [line.split()[1] for line in text.splitlines()[2:]] == [
+        "parameters",
+        "tta",
+        "ema",
+        "ema_tta",
+    ]
+    assert f"{scores['ema_tta_f1_macro']:.4f}" in text
+
+
+def test_the_loss_of_mixed_images_is_that_of_both_labels():
+    keys = dict(loss="combined", smoothing=0.1, class_weights=(0.5, 1.0, 2.0))
+    m = _method(objective=keys, mix=dict(mixup=0.8))
+    logits, label = jnp.arange(18.0).reshape(6, 3) % 5, _batch(m)["label"]
+    got, shown = m._objective(logits, label, 0.3)
+    a, b = (m.objective(logits, y, m.class_weights) for y in (label, label[::-1]))
+    np.testing.assert_allclose(got, 0.3 * a + 0.7 * b, rtol=1e-6)
+    assert (np.asarray(shown) == label[::-1]).all()  # Of these they show most.

@@ -12,6 +12,7 @@ from tests.models import fields
 from vitssl import tree
 from vitssl.data import tokens
 from vitssl.models import hybrid, hybrid_mim
+from vitssl.ops import patches
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -331,20 +332,42 @@ def test_the_predictor_reads_out_every_fine_place():
 
 
 def test_children_stand_for_their_own_parent():
-    rng = np.random.default_rng(0)
-    fine = {"optical": jnp.asarray(rng.normal(size=(2, 6, 6, 2, 2, 3)), jnp.float32)}
-    shapes = {"optical": (3, 3, 2, 2)}
-    drawn, places = hybrid.draw_children(
-        jax.random.key(0), fine, shapes, (fields.OPTICAL,), 2
-    )
-    at = np.unravel_index(np.asarray(places["optical"]), (6, 6, 2, 2))
+    shapes = {"optical": (3, 3, 2, 2), "place": (1,)}
+    kinds = (fields.OPTICAL, fields.PLACE)
+    places = hybrid.draw_children(jax.random.key(0), shapes, kinds, 2, 4)
+    assert set(places) == {"optical"}
+    at = np.unravel_index(np.asarray(places["optical"]), (12, 12, 2, 2))
     parent = np.unravel_index(np.arange(36), (3, 3, 2, 2))
     for axis in range(2):
-        assert (at[axis] // 2 == parent[axis]).all()
-        assert set(np.unique(at[axis] % 2)) == {0, 1}
-    want = np.asarray(fine["optical"]).reshape(2, -1, 3)
-    want = np.take_along_axis(want, np.asarray(places["optical"])[..., None], 1)
-    np.testing.assert_array_equal(drawn["optical"].reshape(2, 36, 3), want)
+        assert (at[axis] // 4 == parent[axis]).all()
+        assert set(np.unique(at[axis] % 4)) == {0, 1, 2, 3}
+    for axis in (2, 3):
+        assert (at[axis] == parent[axis]).all()
+
+
+def test_keys_that_are_copies_differ_by_their_place_alone():
+    """Of "nearest", a sampled key is its coarse token with the encodings of a child."""
+    mods = (fields.OPTICAL, fields.PLACE)
+    module = fields.system(mods, upsampler="nearest", sampled_keys=True)
+    params, data = fields.params(module), fields.batch(mods)
+
+    def keys(module):
+        def run(params, data, rng):
+            def context(module, fields):
+                seen = module.encoder(fields, module.p)
+                found = module._context(seen, seen.tokens, fields, 0)
+                real = patches.valid(found.count, found.tokens.shape[1])
+                return jnp.where(real[..., None], found.tokens, 0)
+
+            rngs = {"tokens": rng}
+            return module.apply({"params": params}, data, rngs=rngs, method=context)
+
+        return quick(run)(params, data, jax.random.key(0))
+
+    drawn, plain = keys(module), keys(dataclasses.replace(module, sampled_keys=False))
+    difference = np.abs(np.asarray(drawn - plain))
+    assert difference[..., 12:].max() > 1e-2  # The quarter that tells places.
+    np.testing.assert_allclose(difference[..., :12], 0, atol=1e-5)
 
 
 def test_too_many_output_tokens_are_refused_in_one_line():
@@ -354,3 +377,21 @@ def test_too_many_output_tokens_are_refused_in_one_line():
             lambda p: module.apply({"params": p}, fields.batch()),
             fields.params(dataclasses.replace(module, max_output_tokens=99)),
         )
+
+
+def test_bfloat16_is_of_the_networks_alone():
+    given = dict(upsampler="skip", sampled_keys=True, visible_loss=True, loss_tokens=5)
+    module = fields.system(encoder=dict(dtype="bfloat16", registers=1), **given)
+    module = module.clone(predictor=module.predictor.clone(dtype="bfloat16"))
+    frozen = hybrid_mim.targets_of(module.encoder)
+
+    def run(params, data):
+        rngs = {"tokens": jax.random.key(0)}
+        view = module.apply({"params": params}, data, slots=10, rngs=rngs)
+        target = params["encoder"]["patch_embed"]
+        return view, hybrid_mim.targets(frozen, target, data, view.asked, 2)
+
+    view, goal = jax.eval_shape(run, fields.params(module), fields.batch())
+    assert {x.prediction.dtype for x in view.asked.values()} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(goal)} == {jnp.dtype("float32")}
+    assert view.pooled.dtype == jnp.float32

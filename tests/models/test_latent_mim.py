@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models import fields
-from vitssl import convert, errors, tree
-from vitssl.convert import olmoearth
+from vitssl import errors, tree
 from vitssl.data import modalities, tokens
 from vitssl.models import encodings, flexi, latent_mim
 from vitssl.ops import resize
@@ -88,6 +87,19 @@ def test_missing_values_count_as_zero_and_reach_no_neighbour():
     zero = run(params, data | {"optical": data["optical"].at[:, 3, 3].set(0.0)})
     np.testing.assert_array_equal(found, zero["optical"])
     assert np.abs(found).max() < 100
+
+
+def test_one_time_after_the_other_is_the_same_and_smaller():
+    module = flexi.PatchEmbeddings(fields.ALL, 8, 4)
+    data = fields.batch()
+    params = quick(functools.partial(module.init, patch=2))(jax.random.key(0), data)
+    want = quick(functools.partial(module.apply, patch=2))(params, data)
+    slow = functools.partial(module.clone(by_time=True).apply, patch=2)
+    got = quick(slow)(params, data)
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, atol=1e-6)
+    text = str(jax.make_jaxpr(slow)(params, data))
+    assert "scan" in text and "[2,2,16,16,2]" not in text
 
 
 def test_a_pixel_mask_is_read_in_the_corner_of_a_patch():
@@ -235,20 +247,18 @@ def test_an_unknown_size_is_refused():
         latent_mim.sized("huge", fields.ALL)
 
 
-def test_weights_go_out_and_come_back():
-    system = fields.system(fields.ALL, encoder=dict(registers=2, qk_norm=True))
-    params = fields.params(system)
-    params["target"] = params["encoder"]["patch_embed"]
-    state = convert.export(params, olmoearth.table(fields.ALL))
-    theirs = "encoder.patch_embeddings.per_modality_embeddings.optical.optical__1"
-    assert state[f"{theirs}.proj.weight"].shape == (16, 1, 4, 4)
-    state["encoder.composite_encodings.pos_embed"] = np.zeros((12, 4))
-    state["target_encoder.norm.weight"] = np.zeros(16)
-    back = olmoearth.load(state, params, fields.ALL)
-    for name, x in tree.flat(back).items():
-        np.testing.assert_array_equal(x, tree.flat(params)[name])
-    only = olmoearth.load(state, {"encoder": params["encoder"]}, fields.ALL)
-    assert set(only) == {"encoder"}
-    del state["encoder.norm.bias"]
-    with pytest.raises(errors.CheckpointError, match="encoder/norm/bias"):
-        olmoearth.load(state, params, fields.ALL)
+def test_leaving_at_zero_everywhere_is_the_projection_alone():
+    module, data = fields.system().encoder, fields.batch()
+    data = {k: v for k, v in data.items() if not k.endswith("_mask")}
+    params = fields.params(fields.system())["encoder"]
+    none = {m.name: 0 for m in fields.ALL}
+    some = none | {"height": 1}
+
+    def run(params):
+        apply = functools.partial(module.apply, {"params": params}, data, 4)
+        return apply(method="project"), *(apply(exits=e).tokens for e in (none, some))
+
+    plain, left, mixed = quick(run)(params)
+    for name, x in plain.items():
+        np.testing.assert_array_equal(left[name], x)
+        assert np.abs(mixed[name] - x).max() > 0.1  # Normed, at least.

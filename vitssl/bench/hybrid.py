@@ -149,7 +149,7 @@ class Step:
             }
             total += patch_discrimination.patch_discrimination(pairs)[0] / 2
             pooled.append(seen.pooled)
-        return total + 0.1 * contrastive.info_nce(*pooled)
+        return total + 0.1 * contrastive.infonce_one_way(*pooled)
 
     def update(self, state, batch, rng):
         """Return the state after one step of AdamW, and the loss."""

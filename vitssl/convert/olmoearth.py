@@ -10,9 +10,8 @@ The tables of times and months are computed, not loaded; of a target encoder all
 its patch embeddings is left aside.
 """
 
-import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,9 +32,46 @@ _BLOCK = (
     *vit.linear("mlp.fc2", "mlp/fc2"),
 )
 
-_EMBEDDING = re.compile(r".*per_modality_embeddings\.(\w+)\.\1__(\d+)(\.proj)?\.weight")
-_LEAF = re.compile(r".*patch_embed/(\w+)_(\d+)/kernel")
 _TABLES = ("pos_embed", "month_embed.weight", "latlon_embed.weight")
+
+
+_EMBED = "patch_embeddings.per_modality_embeddings."
+
+
+class Sensor(NamedTuple):
+    """What the names of weights tell of a modality; the tables ask no more."""
+
+    name: str
+    channels: tuple
+    space: bool
+
+
+def sensors(state) -> tuple[Sensor, ...]:
+    """Return the modalities that an encoder of a state dict embeds, in its order.
+
+    Keys may lack the prefix "encoder.", as in a file of the encoder alone.
+    """
+    pattern = re.compile(
+        rf"(?:encoder\.)?{re.escape(_EMBED)}(\w+)\.\1__(\d+)\.(proj\.)?weight"
+    )
+    found = (pattern.fullmatch(key) for key in state)
+    return _sensors((m[1], int(m[2]), bool(m[3])) for m in found if m)
+
+
+def sensors_of(leaves) -> tuple[Sensor, ...]:
+    """Return the modalities of parameters by name, {"encoder/...": array}."""
+    pattern = re.compile(r"encoder/patch_embed/(\w+)_(\d+)/kernel")
+    found = ((pattern.fullmatch(name), np.ndim(x)) for name, x in leaves.items())
+    return _sensors((m[1], int(m[2]), axes == 4) for m, axes in found if m)
+
+
+def _sensors(found) -> tuple[Sensor, ...]:
+    """Return the modalities of (name, number of a bandset, has space)."""
+    sets, space = {}, {}
+    for name, i, spread in found:
+        sets[name] = max(sets.get(name, 0), 1 + i)
+        space[name] = spread
+    return tuple(Sensor(k, ((),) * n, space[k]) for k, n in sets.items())
 
 
 def block(torch: str = "", flax: str = "") -> Table:
@@ -134,43 +170,3 @@ def load(state, like, modalities):
     theirs = {"encoder": "encoder", "predictor": "decoder", "target": "target_encoder"}
     aside = tuple(f"{key}.{{*}}" for k, key in theirs.items() if k not in like)
     return convert.convert(state, like, table(modalities) + Table((), aside))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sensor:
-    """What the names of weights tell of a modality: as much as a table asks for.
-
-    Attributes:
-        name: of the modality.
-        sets: number of its bandsets.
-        space: has rows and columns.
-    """
-
-    name: str
-    sets: int
-    space: bool
-
-    @property
-    def channels(self) -> range:
-        """Return one item for each bandset."""
-        return range(self.sets)
-
-
-def sensors(state: Mapping) -> tuple[Sensor, ...]:
-    """Return the modalities of a state dict."""
-    found = (_EMBEDDING.fullmatch(key) for key in state)
-    return _sensors((m[1], int(m[2]), bool(m[3])) for m in found if m)
-
-
-def sensors_of(leaves: Mapping) -> tuple[Sensor, ...]:
-    """Return the modalities of parameters by name: {"encoder/...": array}."""
-    found = ((_LEAF.fullmatch(name), np.ndim(x)) for name, x in leaves.items())
-    return _sensors((m[1], int(m[2]), axes == 4) for m, axes in found if m)
-
-
-def _sensors(found: Iterable) -> tuple[Sensor, ...]:
-    count, space = {}, {}
-    for name, i, spread in found:
-        count[name] = max(count.get(name, 0), i + 1)
-        space[name] = spread
-    return tuple(Sensor(name, n, space[name]) for name, n in count.items())

@@ -58,12 +58,12 @@ def _fields_prepare(state: Mapping, notes: list) -> dict:
 
 OLMOEARTH = Family(
     name="olmoearth",
-    about="OlmoEarth: encoder, predictor, target projection, for the method latent_mim",
+    about="OlmoEarth: encoder, predictor and target, for the method latent_mim",
     fits=lambda state: bool(olmoearth.sensors(state)),
-    model=lambda state, options: {"sensors": olmoearth.sensors(state)},
+    model=lambda state, options: dict(sensors=olmoearth.sensors(state)),
     table=lambda fields: olmoearth.table(fields["sensors"]),
     prepare=_fields_prepare,
-    places=("model", "state_dict", ""),
+    places=("model", "model_state_dict", "state_dict", ""),
     strip=("module.", "_orig_mod.", "model."),
     whole=True,
 )

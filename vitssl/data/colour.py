@@ -69,11 +69,14 @@ def grayscale(image):
     return cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
 
 
-def blur(image, sigma):
-    """Blur with a 9 x 9 Gaussian of `sigma` pixels, reflecting at the border."""
-    kernel = cv2.getGaussianKernel(BLUR_KERNEL, sigma)
+def blur(image, sigma, size=BLUR_KERNEL):
+    """Blur with a Gaussian of `sigma` pixels, `size` x `size`, reflecting at the edge.
+
+    `size` is odd.
+    """
+    kernel = cv2.getGaussianKernel(size, sigma)
     # A border can be reflected only where the image is wider than half the kernel.
-    thin = min(image.shape[:2]) <= BLUR_KERNEL // 2
+    thin = min(image.shape[:2]) <= size // 2
     border = cv2.BORDER_REPLICATE if thin else cv2.BORDER_REFLECT_101
     out = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=border)
     return out.reshape(image.shape)

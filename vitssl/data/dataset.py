@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
+
 from vitssl import errors
 from vitssl.data import sources
 
@@ -27,6 +29,8 @@ class Data:
             counted ("skip", at most 1 % of the set) or ends the run ("raise").
         threads, workers: decoding threads and processes of each process of the run;
             -1 = what suits the machine (`pipeline.resources`).
+        per_class: if not 0, the training split has so many labelled images of every
+            class and no others; a smaller number is a part of a larger one.
         options: keyword arguments of the source.
     """
 
@@ -42,6 +46,7 @@ class Data:
     on_bad_image: Literal["skip", "raise"] = "skip"
     threads: int = -1
     workers: int = -1
+    per_class: int = 0
     options: Any = dataclasses.field(default_factory=dict)
 
     def check(self) -> Iterator[str]:
@@ -59,6 +64,8 @@ class Data:
                 yield f"{key} has {have} values for channels={self.channels}"
         if any(s <= 0 for s in self.std):
             yield f"std={self.std}: every value above 0"
+        if self.per_class < 0:
+            yield f"per_class={self.per_class}: 0 (all) or more"
         if self.threads < -1 or self.workers < -1:
             yield f"threads={self.threads}, workers={self.workers}: -1 (auto) or more"
 
@@ -78,7 +85,35 @@ class Data:
                 f"data.channels={self.channels}: {self.source} has {source.channels}; "
                 "set data.channels, data.mean and data.std to that many"
             )
+        if self.per_class and split == self.split:
+            return few(source, self.per_class)
         return source
+
+
+def few(source, count: int) -> "Subset":
+    """Return `count` images of every class, the same whenever it is asked for.
+
+    Raises:
+        UsageError: the source does not know its labels.
+        DataError: a class has fewer.
+    """
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        raise errors.UsageError(
+            f"data.per_class={count}: {source.name} knows no labels before its images "
+            "are read"
+        )
+    order = np.random.default_rng(0).permutation(len(labels))
+    chosen = []
+    for label, name in enumerate(source.classes):
+        own = [i for i in order if labels[i] == label][:count]
+        if len(own) < count:
+            raise errors.DataError(
+                f"data.per_class={count}: {source.name} split {source.split!r} has "
+                f"{len(own)} images of class {name!r}"
+            )
+        chosen += own
+    return Subset(source, np.sort(np.array(chosen, np.int64)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

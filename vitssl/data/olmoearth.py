@@ -10,6 +10,7 @@ olmoearth_pretrain/data/dataset.py.
 """
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -59,6 +60,7 @@ def read(path, names) -> dict:
         raise errors.DataError(f"olmoearth: {where}: {e}") from e
 
 
+@functools.cache
 def _filters():
     """Make the compression of the published files known to HDF5, if it is there."""
     try:

@@ -53,6 +53,12 @@ def order(n, seed, epoch):
     return _generator(seed, np.uint64(epoch) | _ORDER).permutation(n)
 
 
+def class_weight(labels):
+    """Return 1 / (images of its class) of every image, from labels [N]: [N]."""
+    _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
+    return 1.0 / count[group]
+
+
 @functools.lru_cache(maxsize=4)
 def balanced(labels, seed, epoch):
     """Draw as many images as there are, each class equally often on average.
@@ -67,8 +73,7 @@ def balanced(labels, seed, epoch):
         int64 [N], with replacement: image i with weight 1 / (images of its class).
     """
     labels = np.frombuffer(labels, np.int32)
-    _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
-    weight = 1.0 / count[group]
+    weight = class_weight(labels)
     rng = _generator(seed, np.uint64(epoch) | _ORDER)
     return rng.choice(len(labels), len(labels), p=weight / weight.sum())
 

@@ -1,4 +1,4 @@
-"""Resizing of uint8 images: PIL's antialiased bicubic, and a fast stand-in for it.
+"""Resizing of images: PIL's antialiased bicubic, and a fast stand-in for it.
 
 `bicubic` is PIL's, bit for bit. `fast` is OpenCV's cubic interpolation behind a short
 symmetric filter, chosen for each scale so that both together come as near as possible
@@ -24,14 +24,14 @@ def resize(image, size, box=None, interpolation="bicubic"):
     """Cut out a box and resize it.
 
     Args:
-        image: uint8 [H, W, C], any C.
+        image: uint8 [H, W, C], any C; or float32, by "bicubic" or "bilinear".
         size: (height, width) of the result.
         box: (top, left, height, width), or None for the whole image. No pixel outside
             of it is used.
         interpolation: "bicubic", "bilinear" or "fast".
 
     Returns:
-        uint8 [height, width, C]; a view of `image` if there is nothing to resize.
+        [height, width, C] of the same dtype; a view if there is nothing to resize.
     """
     if box is not None:
         top, left, height, width = box
@@ -42,7 +42,7 @@ def resize(image, size, box=None, interpolation="bicubic"):
     if interpolation != "fast":
         one = functools.partial(_pil, how=interpolation)
     depth = image.shape[-1]
-    if depth in (1, 3):
+    if depth == 1 or (depth == 3 and image.dtype == np.uint8):
         return one(image, size).reshape(*size, depth)
     # PIL would take the fourth channel for opacity; OpenCV resizes at most four.
     return np.stack([one(image[..., i : i + 1], size) for i in range(depth)], -1)

@@ -39,6 +39,25 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Warp:
+    """Resize the whole image to a square, whatever its shape. Nothing is random.
+
+    Attributes:
+        size: side of the result, in pixels.
+        interpolation: see `crops.MultiCrop`.
+    """
+
+    size: int
+    interpolation: str = "bicubic"
+
+    def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
+        """Return {image uint8 [s, s, C], label, index int32 []}."""
+        size = (self.size,) * 2
+        image = resample.resize(example["image"], size, None, self.interpolation)
+        return _labels(example) | dict(image=np.ascontiguousarray(image))
+
+
+@dataclasses.dataclass(frozen=True)
 class SingleCrop:
     """One random crop, as the single-crop systems train: the baselines of multi-crop.
 

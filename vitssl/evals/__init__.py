@@ -12,12 +12,24 @@ from typing import Literal
 
 import numpy as np
 
-from vitssl.evals import accuracy, features, fewshot, knn, linear, quality, table
+from vitssl.evals import (
+    accuracy,
+    features,
+    fewshot,
+    knn,
+    linear,
+    quality,
+    scores,
+    table,
+)
 
 format_table, flat = table.format_table, table.flat
 
 # Raw pixels are compared at no more than this side: 3072 numbers in colour.
-PIXELS = features.Pixels(32)
+BASELINES = {
+    "pixels": ("raw pixels", features.Pixels(32)),
+    "colours": ("colour histogram", features.Colours()),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +59,9 @@ class Evals:
         probe_pooling: "" probes `features` themselves; otherwise the "tokens", pooled
             so (attention is learned, by sgd only).
         probe_normalise: scale what is probed to length one (sgd only).
-        probe_lr, probe_schedule: of sgd.
+        probe_lr, probe_schedule, probe_batch: of sgd.
+        baselines: what the networks are compared with at the end: raw pixels, and the
+            histogram of their colours.
         probe_folds: cross-validation of the probe on the bank in so many parts, by
             sgd; 0 = none.
         fewshot_ways, fewshot_shots, fewshot_queries, fewshot_episodes: see
@@ -75,7 +89,9 @@ class Evals:
     probe_pooling: Literal["", "mean", "max", "attention"] = ""
     probe_normalise: bool = False
     probe_lr: float = 0.1
-    probe_schedule: Literal["cosine", "step"] = "cosine"
+    probe_schedule: Literal["cosine", "step", "constant"] = "cosine"
+    probe_batch: int = 256
+    baselines: tuple[Literal["pixels", "colours"], ...] = ("pixels",)
     probe_folds: int = 0
     fewshot_ways: int = 5
     fewshot_shots: tuple[int, ...] = (1, 5, 10)
@@ -84,7 +100,7 @@ class Evals:
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""
-        for key in ("image_size", "batch_size", "probe_epochs"):
+        for key in ("image_size", "batch_size", "probe_epochs", "probe_batch"):
             if getattr(self, key) < 1:
                 yield f"{key}={getattr(self, key)}: 1 or more"
         for key in (
@@ -147,7 +163,12 @@ class Evals:
 
     def recipe(self, epochs: int) -> linear.SGD:
         """Return how the probe is trained by SGD."""
-        return linear.SGD(epochs, lr=self.probe_lr, schedule=self.probe_schedule)
+        return linear.SGD(
+            epochs,
+            lr=self.probe_lr,
+            schedule=self.probe_schedule,
+            batch_size=self.probe_batch,
+        )
 
 
 def online(
@@ -184,8 +205,8 @@ def online(
     train = features.extract(network, state, bank, names=name, sharding=sharding)
     if not _has_labels(train, classes):
         return values
-    scores = _neighbours(section, train, test, classes, sweep=False)
-    values |= {f"knn/{key}": value for key, value in scores.items()}
+    near = _neighbours(section, train, test, classes, sweep=False)
+    values |= {f"knn/{key}": value for key, value in near.items()}
     if section.online_probe_epochs:
         pair = _labelled(train, section), _labelled(test, section)
         found = _sgd(section, *pair, classes, section.online_probe_epochs)
@@ -220,7 +241,8 @@ def final(
     rows = []
     todo = [(name, network, state, section.names) for name, state in states.items()]
     if "image" in next(iter(query)):
-        todo.append(("raw pixels", PIXELS, (), ("pooled",)))
+        for name, function in (BASELINES[key] for key in section.baselines):
+            todo.append((name, function, (), ("pooled",)))
     for name, function, state, names in todo:
         pair = [
             features.extract(function, state, part, names=names, sharding=sharding)
@@ -259,8 +281,8 @@ def _measure(section, train, test, classes) -> dict[str, float]:
             queries=section.fewshot_queries,
             episodes=section.fewshot_episodes,
         )
-        for shots, scores in found.items():
-            row |= {f"fewshot/{shots}/{key}": value for key, value in scores.items()}
+        for shots, each in found.items():
+            row |= {f"fewshot/{shots}/{key}": value for key, value in each.items()}
     return row
 
 
@@ -307,8 +329,8 @@ def _neighbours(section, train, test, classes, *, sweep) -> dict[str, float]:
     )
     values = dict(next(iter(found.values())))
     if len(found) > 1:
-        for (k, t), scores in found.items():
-            values |= {f"k{k}_t{t:g}/{key}": value for key, value in scores.items()}
+        for (k, t), each in found.items():
+            values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}
     return values
 
 
@@ -341,8 +363,8 @@ def _probe(section, train, test, classes) -> dict[str, float]:
             _module(section, classes), *train, recipe=recipe, parts=section.probe_folds
         )
         values |= {f"folds_{key}": found[key] for key in ("top1", "top1_std")}
-    values.pop("confusion")
-    return values
+    counts = values.pop("confusion")
+    return values | {"f1_macro": scores.summary(counts)["f1_macro"]}
 
 
 def _module(section, classes) -> linear.LinearProbe:

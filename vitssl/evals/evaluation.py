@@ -114,6 +114,13 @@ class Evaluation:
         self.arrays = {k: v for k, v in found.items() if np.ndim(v)}
         return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
 
+    def _written(self, scores) -> str:
+        """Return the scores of the test split as text."""
+        bare = {k[5:]: v for k, v in scores.items()}
+        if hasattr(self._method, "written"):
+            return self._method.written(bare)
+        return "  ".join(f"{k} {v:.4g}" for k, v in bare.items())
+
     def line(self, at: int, values: dict) -> str:
         """Return the line of an online evaluation, with a warning on collapse."""
         shown = [f"{k[5:]} {v:.4g}" for k, v in values.items() if k[:5] == "test/"][:4]
@@ -139,11 +146,11 @@ class Evaluation:
         """
         section = self._section
         scores = self._scores(state, self._final_images[1])
-        text = "  ".join(f"{k[5:]} {v:.4g}" for k, v in scores.items())
+        text = self._written(scores)
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
             none = "no final evaluation (evals.final is empty)"
-            return scores, f"test split: {text}" if text else none
+            return scores, f"test split:{_gap(text)}{text}" if text else none
         rows = evals.final(
             section,
             self._method.features,
@@ -158,4 +165,9 @@ class Evaluation:
         values = evals.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = evals.format_table(rows, section.protocol())
-        return values, f"{table}\ntest split: {text}" if text else table
+        return values, f"{table}\ntest split:{_gap(text)}{text}" if text else table
+
+
+def _gap(text) -> str:
+    """Return what separates a heading from a text of one or more lines."""
+    return "\n" if "\n" in text else " "

@@ -179,6 +179,27 @@ class Pixels:
         return {"pooled": einops.rearrange(x, "b h w c -> b (h w c)")}
 
 
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """The features of no network either: how often each colour occurs.
+
+    Attributes:
+        levels: of every channel; the first three channels are counted together.
+    """
+
+    levels: int = 4
+
+    def __call__(self, image) -> dict:
+        """Return {"pooled": shares [B, levels^min(C, 3)]} of uint8 [B, H, W, C]."""
+        level = image[..., :3].astype(jnp.int32) * self.levels // 256
+        place, count = 0, 1
+        for c in range(level.shape[-1]):
+            place, count = place * self.levels + level[..., c], count * self.levels
+        place = einops.rearrange(place, "b h w -> b (h w)")
+        each = jax.vmap(lambda row: jnp.bincount(row, length=count))(place)
+        return {"pooled": each / place.shape[1]}
+
+
 class Cached:
     """Evaluation batches that are read once and then kept, if they fit into memory.
 

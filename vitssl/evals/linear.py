@@ -90,20 +90,24 @@ class SGD:
         epochs: passes over the features.
         lr: of the first epoch; constant within one.
         schedule: cosine: half a cosine over the epochs, towards 0. step: a tenth after
-            every third of them.
+            every third of them. constant: none.
         momentum, weight_decay: torch's; the decay is added to the gradient.
         batch_size: the last batch of an epoch is smaller.
+        shuffle: a new order in every epoch; False keeps that of the samples.
     """
 
     epochs: int
     lr: float = 0.1
-    schedule: Literal["cosine", "step"] = "cosine"
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
     momentum: float = 0.9
     weight_decay: float = 0.0
     batch_size: int = 256
+    shuffle: bool = True
 
     def rate(self, epoch):
         """Return the learning rate of 0-based `epoch`."""
+        if self.schedule == "constant":
+            return self.lr + 0.0 * epoch
         if self.schedule == "step":
             return self.lr * 0.1 ** (epoch // max(1, self.epochs // 3))
         return schedules.cosine(epoch, base=self.lr, final=0.0, total_steps=self.epochs)
@@ -138,7 +142,7 @@ def train(probe: LinearProbe, params, features, label, *, recipe: SGD, seed: int
     features = jax.device_put(np.asarray(features, np.float32))
     label = jax.device_put(np.asarray(label, np.int32))
     key = jax.device_put(np.uint32(seed))
-    params, history = _train(probe, params, features, label, key, recipe=recipe)
+    params, history, _ = _train(probe, params, features, label, key, recipe=recipe)
     return params, np.asarray(jax.device_get(history))
 
 
@@ -159,7 +163,10 @@ def _train(probe, params, features, label, seed, *, recipe):
 
     def epoch(carry, e):
         lr = recipe.rate(e)
-        order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), e), m)
+        order = jnp.arange(m)
+        if recipe.shuffle:
+            key = jax.random.fold_in(jax.random.key(seed), e)
+            order = jax.random.permutation(key, m)
         order = jnp.pad(order, (0, steps * size - m), constant_values=m)
 
         def step(carry, taken):
@@ -169,15 +176,18 @@ def _train(probe, params, features, label, seed, *, recipe):
             )
             update, velocity = momentum.update(gradient, velocity, params)
             params = jax.tree.map(lambda p, u: p - lr * u, params, update)
-            return (params, velocity), loss * count
+            return (params, velocity), (loss, count)
 
         batches = einops.rearrange(order, "(s b) -> s b", s=steps)
-        carry, losses = jax.lax.scan(step, carry, batches)
-        return carry, jnp.stack([losses.sum() / m, lr])
+        carry, (losses, counts) = jax.lax.scan(step, carry, batches)
+        row = jnp.stack([(losses * counts).sum() / m, lr])
+        return carry, (row, losses)
 
     carry = (params, momentum.init(params))
-    (params, _), history = jax.lax.scan(epoch, carry, jnp.arange(recipe.epochs))
-    return params, history
+    (params, _), (history, losses) = jax.lax.scan(
+        epoch, carry, jnp.arange(recipe.epochs)
+    )
+    return params, history, losses
 
 
 @functools.partial(jax.jit, static_argnames="probe")

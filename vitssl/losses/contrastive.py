@@ -1,4 +1,4 @@
-"""NT-Xent, alone and beside a prediction loss (C-JEPA); InfoNCE; KoLeo."""
+"""NT-Xent, InfoNCE, and the sum with a prediction loss (C-JEPA); KoLeo."""
 
 import einops
 import jax
@@ -57,10 +57,53 @@ def nt_xent(a, b, valid=None, *, temperature, cosine=True, eps=1e-8):
     return loss, _metrics(similarity, candidate, keep, pair)
 
 
+def infonce(a, b, *, temperature, eps=1e-12):
+    """Cross-view InfoNCE: pick out the other view among the B of the other side.
+
+    Its negatives are B - 1 per anchor, all of the other view, where NT-Xent has
+    2 B - 2 of both.
+
+    Args:
+        a, b: [B, D], row i of both from image i; normalised here.
+        temperature: divides the similarities.
+        eps: shortest length a row is divided by.
+
+    Returns:
+        loss: [] mean of the cross-entropies a -> b and b -> a, in nats; log B at
+            chance, 0 of an empty batch.
+        metrics: as of `nt_xent`.
+
+    Raises:
+        UsageError: temperature not above 0.
+
+    Source: w2sg-arnav/HierarchialViT hvit/training/losses.py:InfoNCELoss; van den
+    Oord et al. 2018, arXiv:1807.03748, Eq. 4.
+    """
+    if not isinstance(temperature, jax.Array) and temperature <= 0:
+        raise errors.UsageError(f"temperature={temperature}: must be above 0")
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"infonce: want two [B, D], got {a.shape} and {b.shape}")
+    z = regression.unit(jnp.stack([a, b]), eps)  # [2, B, D]
+    # Full float32 products: see `nt_xent`.
+    similarity = jnp.matmul(z[0], z[1].T, precision="highest")  # [B, B]
+    n = len(a)
+    if not n:
+        return jnp.float32(0.0), {}
+    logits = similarity / temperature
+    positive = jnp.diagonal(logits)
+    rows = jax.nn.logsumexp(logits, 1) - positive
+    columns = jax.nn.logsumexp(logits, 0) - positive
+    both = jnp.concatenate([similarity, similarity.T])  # [2B, B]
+    pair = jnp.tile(jnp.arange(n), 2)
+    always = jnp.ones(2 * n, bool)
+    metrics = _metrics(both, jnp.ones_like(both, bool), always, pair)
+    return (rows.mean() + columns.mean()) / 2, metrics
+
+
 def _metrics(similarity, candidate, keep, pair):
     """Accuracy and mean similarities of pairs and non-pairs; no gradient."""
     similarity = jax.lax.stop_gradient(similarity)  # [2B, 2B]
-    is_pair = jnp.arange(len(pair)) == pair[:, None]
+    is_pair = jnp.arange(similarity.shape[1]) == pair[:, None]
     negative = candidate & keep[:, None] & ~is_pair
     positive = jnp.take_along_axis(similarity, pair[:, None], 1)[:, 0]  # [2B]
     best = jnp.where(negative, similarity, -jnp.inf).max(1)
@@ -71,7 +114,7 @@ def _metrics(similarity, candidate, keep, pair):
     }
 
 
-def info_nce(a, b, *, temperature=0.1):
+def infonce_one_way(a, b, *, temperature=0.1):
     """Pick out row i of `b` for row i of `a` among the rows of `b`; one direction.
 
     Args:
@@ -87,7 +130,9 @@ def info_nce(a, b, *, temperature=0.1):
     Source: van den Oord et al. 2018, arXiv:1807.03748, Eq. 4.
     """
     if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"info_nce: want two [B, D], got {a.shape} and {b.shape}")
+        raise ValueError(
+            f"infonce_one_way: want two [B, D], got {a.shape} and {b.shape}"
+        )
     a, b = regression.unit(a, 1e-12), regression.unit(b, 1e-12)
     logits = jnp.matmul(a, b.T, precision="highest") / temperature
     return (jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits)).mean()

@@ -109,6 +109,9 @@ class Scored(Protocol):
         Arrays are allowed too (a confusion matrix); they go to WORKDIR/scores.npz.
         """
 
+    def written(self, scores: dict) -> str:
+        """Return scores {name: float} as text; if absent, all in one line."""
+
     def evaluation_transform(self, size: int) -> Callable:
         """Return the transform of evaluation images, `views.Evaluate(size)` if absent.
 

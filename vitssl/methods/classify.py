@@ -10,108 +10,20 @@ main_finetune.py, main_linprobe.py; utkutpcgl/ViTFreeze@30e80f9.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors, methods, tree
-from vitssl.data import views
-from vitssl.data.augment import randaugment
+from vitssl import methods, tree
 from vitssl.evals import accuracy
+from vitssl.evals import scores as measures
 from vitssl.losses import classification
 from vitssl.methods import backbone_pictures
+from vitssl.methods import classify_sections as sections
 from vitssl.models import head as heads
 from vitssl.models import hvit, vit
 from vitssl.ops import erase, mix, patches
-
-
-@dataclasses.dataclass(frozen=True)
-class Augment:
-    """Config section `augment`: one crop on the host, erasing on the device.
-
-    Attributes:
-        size: side of the crop, in pixels.
-        scale, flip, crop, interpolation: see `data.views.Supervised`.
-        randaugment: such as "rand-m9-mstd0.5-inc1"; "" is none.
-        erase: probability of random erasing.
-    """
-
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    flip: float = 0.5
-    randaugment: str = ""
-    erase: float = 0.0
-    crop: Literal["sampled", "clipped"] = "sampled"
-    interpolation: str = "bicubic"
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.size < 1:
-            yield f"size={self.size}: 1 or more pixels"
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            yield f"scale={self.scale}: 0 < smallest <= largest <= 1"
-        for key in ("flip", "erase"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"{key}={getattr(self, key)}: a probability"
-        try:
-            randaugment.RandAugment.parse(self.randaugment)
-        except errors.UsageError as e:
-            yield str(e).removeprefix("augment.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Mix:
-    """Config section `mix`; see `ops.mix.mix`.
-
-    Attributes:
-        mixup, cutmix: parameters of the Beta distributions; 0.0 is off.
-        prob: probability that a batch is mixed.
-        switch: probability of CutMix where both are on.
-    """
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    prob: float = 1.0
-    switch: float = 0.5
-
-    @property
-    def on(self) -> bool:
-        """Whether batches are mixed at all."""
-        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        for key in ("mixup", "cutmix"):
-            if getattr(self, key) < 0:
-                yield f"{key}={getattr(self, key)}: 0.0 (off) or more"
-        for key in ("prob", "switch"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"{key}={getattr(self, key)}: a probability"
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """Config section `objective`.
-
-    Attributes:
-        smoothing: of the labels.
-        balanced: weight classes by N / (K count), as scikit-learn does.
-        ema: decay of an average of the parameters that is scored beside them; 0.0 is
-            off.
-    """
-
-    smoothing: float = 0.0
-    balanced: bool = False
-    ema: float = 0.0
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        for key in ("smoothing", "ema"):
-            if not 0 <= getattr(self, key) < 1:
-                yield f"{key}={getattr(self, key)}: in [0, 1)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,28 +35,20 @@ class Classify:
 
     run: methods.Run
     model: vit.ViT | hvit.HViT
-    augment: Augment
+    augment: sections.Augment
     head: heads.Head = heads.Head()
-    mix: Mix = Mix()
-    objective: Objective = Objective()
+    mix: sections.Mix = sections.Mix()
+    objective: sections.Objective = sections.Objective()
+    scoring: sections.Scoring = sections.Scoring()
     couples_batch = False
 
-    def transform(self) -> views.Supervised:
+    def transform(self):
         """Return the training transform."""
-        a = self.augment
-        return views.Supervised(
-            size=a.size,
-            scale=a.scale,
-            flip=a.flip,
-            randaugment=randaugment.RandAugment.parse(a.randaugment),
-            crop=a.crop,
-            interpolation=a.interpolation,
-            fill=tuple(min(255, round(255 * m)) for m in self.run.mean),
-        )
+        return self.augment.training(self.run.mean)
 
-    def evaluation_transform(self, size: int) -> views.Evaluate:
+    def evaluation_transform(self, size: int):
         """Return the transform of evaluation images."""
-        return views.classifier_evaluation(size, self.augment.interpolation)
+        return self.augment.evaluation(size)
 
     def phase(self, step: int) -> None:
         """Return None: every step is alike."""
@@ -189,24 +93,17 @@ class Classify:
         """Return (loss [], (extra, metrics)) of one (micro-)batch."""
         keys = jax.random.split(rng, 4)
         image = patches.normalise(batch["image"], self.run.mean, self.run.std)
-        smoothing = self.objective.smoothing
+        label, lam = batch["label"], 1.0
         if self.augment.erase:
             image = erase.erase(keys[0], image, prob=self.augment.erase)
         if self.mix.on:
-            image, target = mix.mix(
+            image, lam = mix.mix(
                 keys[1],
                 image,
-                batch["label"],
-                classes=self.run.classes,
                 mixup_alpha=self.mix.mixup,
                 cutmix_alpha=self.mix.cutmix,
                 prob=self.mix.prob,
                 switch=self.mix.switch,
-                smooth=smoothing,
-            )
-        else:
-            target = classification.soft_targets(
-                batch["label"], self.run.classes, smoothing
             )
         # Of a frozen backbone no layer is dropped: it is a fixed function.
         train = not _backbone_frozen(params, phase)
@@ -214,19 +111,32 @@ class Classify:
         logits, stats, _ = self.head(
             params["head"], extra.get("stats", {}), x, train=True, rng=keys[3]
         )
-        value = classification.cross_entropy(logits, target, self.class_weights)
-        hit = logits.argmax(-1) == target.argmax(-1)
+        value, named = self._objective(logits, label, lam)
+        hit = logits.argmax(-1) == named
         if stats:
             extra = extra | {"stats": stats}
         return value, (extra, {"train_top1": hit.mean()})
 
+    def _objective(self, logits, label, lam):
+        """Return (loss [], the labels [B] that the images show most of)."""
+        weight = self.class_weights
+
+        def one(label):
+            return self.objective(logits, label, weight)
+
+        if not self.mix.on:
+            return one(label), label
+        shown = mix.targets(label, self.run.classes, lam, 0.0).argmax(-1)
+        return classification.mixed(one, label, label[::-1], lam), shown
+
     @property
     def class_weights(self):
-        """Return N / (K count) of every class [K] float32, or None."""
+        """Return the weight of every class [K] float32, or None."""
+        if self.objective.class_weights:
+            return np.asarray(self.objective.class_weights, np.float32)
         if not self.objective.balanced:
             return None
-        counts = np.maximum(1, np.asarray(self.run.counts, np.float32))
-        return counts.sum() / (len(counts) * counts)
+        return classification.class_weights(self.run.counts)
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the backbone's; the head never freezes."""
@@ -234,10 +144,10 @@ class Classify:
 
     def after(self, params, extra, step):
         """Return `extra` after update `step`: the average follows the parameters."""
-        del step
         if "ema" not in extra:
             return extra
-        return extra | {"ema": tree.ema(extra["ema"], params, self.objective.ema)}
+        decay = self.objective.decay(step)
+        return extra | {"ema": tree.ema(extra["ema"], params, decay)}
 
     def adopt(self, params, extra):
         """Return `extra` with an average that starts as the loaded parameters."""
@@ -262,23 +172,60 @@ class Classify:
         return backbone_pictures.arrays(self.model, own, self.run, image)
 
     def outputs(self, params, extra, batch) -> dict:
-        """Return the logits of a batch, and the average's if there is one."""
-        found = {"logits": self.logits(params, extra, batch["image"])}
-        if "ema" in extra:
-            found["ema_logits"] = self.logits(extra["ema"], extra, batch["image"])
+        """Return "logits", "ema_logits" of the average, "tta_..." of either, [B, K]."""
+        found = {}
+        weights = {"": params} | ({"ema_": extra["ema"]} if "ema" in extra else {})
+        for prefix, own in weights.items():
+
+            def logits(image, own=own):
+                return self.logits(own, extra, image)
+
+            found[f"{prefix}logits"] = logits(batch["image"])
+            if self.scoring.tta != "none":
+                mean = self.scoring.averaged(logits, batch["image"])
+                found[f"{prefix}tta_logits"] = mean
         return found
 
     def scores(self, rows) -> dict:
-        """Return top-1, top-5, cross-entropy and macro F1; "ema_..." of the average."""
+        """Return accuracies, cross-entropy and F1 of all that `outputs` returns.
+
+        Names begin with "", "ema_", "tta_" or "ema_tta_". Arrays, for the report:
+        "confusion" [K, K], "precision", "recall", "f1", "support" [K], and
+        "reliability" [3, bins] with scoring.calibration.
+        """
         found = {}
         known = rows["label"] >= 0
-        for prefix in ("", "ema_"):
-            if f"{prefix}logits" not in rows or not known.any():
+        if not known.any():
+            return found
+        label = rows["label"][known]
+        for name in rows:
+            if not name.endswith("logits"):
                 continue
-            one = accuracy.measure(rows[f"{prefix}logits"][known], rows["label"][known])
-            one["f1_macro"] = f1_macro(one["confusion"])
+            logits, prefix = rows[name][known], name.removesuffix("logits")
+            one = accuracy.measure(logits, label)
+            means = measures.summary(one["confusion"])
+            del means["accuracy"]  # Which is "top1".
+            # First what is looked at first: an online line shows the first four.
+            one = {"f1_macro": means["f1_macro"]} | one | means
+            one |= measures.per_class(one["confusion"])
+            if self.scoring.calibration:
+                one |= measures.calibration(logits, label)
+                one["reliability"] = np.stack(measures.reliability(logits, label))
             found |= {f"{prefix}{key}": value for key, value in one.items()}
         return found
+
+    def written(self, scores) -> str:
+        """Return scores as a table: weights and views in rows."""
+        columns = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+        lines = ["| scored | " + " | ".join(columns) + " |"]
+        lines.append("|" + " --- |" * (1 + len(columns)))
+        for prefix in ("", "tta_", "ema_", "ema_tta_"):
+            if f"{prefix}top1" in scores:
+                cells = [scores.get(f"{prefix}{c}", float("nan")) for c in columns]
+                name = prefix.rstrip("_") or "parameters"
+                lines.append(f"| {name} | " + " | ".join(f"{v:.4f}" for v in cells))
+                lines[-1] += " |"
+        return "\n".join(lines) if len(lines) > 2 else ""
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
@@ -295,6 +242,10 @@ class Classify:
         if self.head.feature not in self.model.poolings:
             known = ", ".join(self.model.poolings)
             yield f"head.pool={self.head.pool}: there is no class token; use {known}"
+        for fault in self.objective.faults(self.run.classes):
+            yield f"objective.{fault}"
+        if self.augment.severity and self.run.channels < 3:
+            yield f"augment.severity: needs 3 channels, not {self.run.channels}"
         if self.augment.randaugment and self.run.channels not in (1, 3):
             yield f"augment.randaugment: needs 1 or 3 channels, not {self.run.channels}"
 
@@ -303,15 +254,3 @@ def _backbone_frozen(params, phase) -> bool:
     """Return whether no parameter of the backbone trains in this phase."""
     names = (f"backbone/{name}" for name in tree.flat(params["backbone"]))
     return phase is not None and all(name in phase.frozen for name in names)
-
-
-def f1_macro(confusion) -> float:
-    """Return the mean F1 over the classes that occur, from counts [true, predicted].
-
-    F1 = 2 TP / (2 TP + FP + FN), 0 for a class that is never predicted.
-    """
-    confusion = np.asarray(confusion, np.float64)
-    hit = np.diag(confusion)
-    total = confusion.sum(0) + confusion.sum(1)
-    seen = total > 0
-    return float((2 * hit[seen] / total[seen]).mean())

@@ -278,7 +278,7 @@ class Objective:
         """Return {name: weighted loss []} of the vectors [B, D] of each view."""
         found = {}
         if self.contrast_weight and len(pooled) == 2:
-            found["contrast"] = self.contrast_weight * contrastive.info_nce(
+            found["contrast"] = self.contrast_weight * contrastive.infonce_one_way(
                 *pooled, temperature=self.contrast_tau
             )
         if self.koleo_weight:

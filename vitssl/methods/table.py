@@ -1,6 +1,6 @@
 """The table of methods: what the key `method` of a config may be."""
 
-from vitssl.methods import classify, hjepa, latent_mim, localmim, parts
+from vitssl.methods import classify, hjepa, latent_mim, localmim, parts, simclr
 
 METHODS = {
     "classify": classify.Classify,
@@ -8,4 +8,5 @@ METHODS = {
     "latent_mim": latent_mim.LatentMIM,
     "localmim": localmim.LocalMIM,
     "parts": parts.Parts,
+    "simclr": simclr.SimCLR,
 }

@@ -7,6 +7,7 @@ nn/flexi_patch_embed.py and nn/flexi_vit.py (MultiModalPatchEmbeddings).
 from typing import Literal
 
 import einops
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -127,6 +128,38 @@ def _around(start, span, index):
     return jnp.asarray(start)[index][..., None] + jnp.arange(span, dtype=jnp.int32)
 
 
+class FlexiPatchReconstruction(nn.Module):
+    """Pixels from tokens, in patches of any size: `FlexiPatchEmbed` backwards.
+
+    A transposed convolution makes patches of a base size, each of which is then resized
+    by itself, bicubic with antialiasing.
+
+    Attributes:
+        channels: C of the pixels.
+        base: side in pixels of the patch the kernel is for.
+        dtype: of the computation.
+
+    Source: allenai/olmoearth_pretrain nn/flexi_patch_embed.py.
+    """
+
+    channels: int
+    base: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, patch):  # [..., h, w, D] -> [..., h patch, w patch, C]
+        p, d = self.base, x.shape[-1]
+        # What torch's transposed convolution takes for its fan-in.
+        init = vit.uniform_fan_in(self.channels * p * p)
+        kernel = self.param("kernel", init, (d, p, p, self.channels))
+        bias = self.param("bias", init, (self.channels,))
+        flat = einops.rearrange(kernel, "d p q c -> d (p q c)")
+        y = layers.linear(x, flat, jnp.tile(bias, p * p), self.dtype)
+        y = einops.rearrange(y, "... (p q c) -> ... p q c", p=p, q=p)
+        y = resize.image(y, patch, patch)
+        return einops.rearrange(y, "... h w p q c -> ... (h p) (w q) c")
+
+
 class PatchEmbeddings(nn.Module):
     """The patch embeddings of all bandsets of all modalities.
 
@@ -138,6 +171,8 @@ class PatchEmbeddings(nn.Module):
         width: D.
         base: patch side the kernels are for, in pixels of the field.
         resize, dtype: see `FlexiPatchEmbed`.
+        by_time: embed one time after the other. An image resized for patches of q
+            pixels has (base / q)^2 times as many; so only one time's exist at once.
     """
 
     modalities: tuple[tokens.Modality, ...]
@@ -145,6 +180,7 @@ class PatchEmbeddings(nn.Module):
     base: int = 8
     resize: Resize = "input"
     dtype: str = "float32"
+    by_time: bool = False
 
     def setup(self):
         """Declare one embedding `<modality>_<bandset>` each."""
@@ -176,17 +212,26 @@ class PatchEmbeddings(nn.Module):
         found = {}
         for m in self.modalities:
             x = clean(fields[m.name])
-            if m.space:
-                x = einops.rearrange(x, "b h w t c -> b t h w c")
-            parts = []
-            for g, bands in enumerate(m.channels):
-                one, y = getattr(self, f"{m.name}_{g}"), x[..., np.array(bands)]
-                parts.append(one(y, patch * m.factor) if m.space else one(y))
-            y = jnp.stack(parts, axis=-2)  # [B, T, h, w, S, D] or [B, T, S, D]
-            if m.space:
-                y = einops.rearrange(y, "b t h w s d -> b h w t s d")
-            found[m.name] = y
+            if not m.space:
+                found[m.name] = self._stacked(m, x)
+                continue
+            x = einops.rearrange(x, "b h w t c -> t b h w c")
+            side = patch * m.factor
+            resized = self.resize == "input" and patch != self.base
+            if self.by_time and resized and len(x) > 1:
+                y = jax.lax.map(lambda x, m=m, side=side: self._stacked(m, x, side), x)
+            else:
+                y = self._stacked(m, x, side)  # [T, B, h, w, S, D]
+            found[m.name] = einops.rearrange(y, "t b h w s d -> b h w t s d")
         return found
+
+    def _stacked(self, m, x, *side):
+        """Return the tokens of all bandsets of [..., C]: [..., S, D]."""
+        parts = [
+            getattr(self, f"{m.name}_{g}")(x[..., np.array(bands)], *side)
+            for g, bands in enumerate(m.channels)
+        ]
+        return jnp.stack(parts, axis=-2)
 
     def at(self, fields, name, index, patch):
         """Embed some tokens of one modality.
@@ -203,10 +248,8 @@ class PatchEmbeddings(nn.Module):
         m = next(m for m in self.modalities if m.name == name)
         x = clean(fields[name])
         if not m.space:
-            y = einops.rearrange(
-                self._flat(m, x), "b ... d -> b (...) d"
-            )  # [B, T S, D] or [B, S, D]
-            return patches.take(y, index)
+            y = einops.rearrange(self._stacked(m, x), "b ... d -> b (...) d")
+            return patches.take(y, index)  # Of [B, T S, D] or [B, S, D].
         side = patch * m.factor
         shape = tokens.shape(m, x.shape[1] // side, x.shape[2] // side, x.shape[3])
         row, column, time, group = jnp.unravel_index(index, shape)
@@ -216,13 +259,6 @@ class PatchEmbeddings(nn.Module):
             z = one.at(x[..., np.array(bands)], row, column, time, side)
             y = y + jnp.where((group == g)[..., None], z, 0)
         return y
-
-    def _flat(self, m, x):
-        parts = [
-            getattr(self, f"{m.name}_{g}")(x[..., np.array(bands)])
-            for g, bands in enumerate(m.channels)
-        ]
-        return jnp.stack(parts, axis=-2)
 
 
 def clean(x):

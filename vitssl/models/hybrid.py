@@ -307,33 +307,30 @@ class Upsampler(nn.Module):
         return fine
 
 
-def draw_children(rng, fine, shapes, modalities, r):
-    """Replace every coarse token by one of its r x r children, uniformly drawn.
+def draw_children(rng, shapes, modalities, batch, r):
+    """Draw one of the r x r children of every coarse token, uniformly.
 
     Args:
         rng: key.
-        fine: {name: [B, h r, w r, T, S, D]}.
         shapes: {name: (h, w, T, S)} of the coarse grid.
-        modalities: tuple of `tokens.Modality`.
+        modalities: tuple of `tokens.Modality`; those without places are left out.
+        batch: B.
         r: children per side.
 
     Returns:
-        ({name: [B, h, w, T, S, D]}, {name: [B, h w T S] int32 places on the fine grid,
-        flattened}).
+        {name: [B, h w T S] int32 places on the fine grid, flattened}.
     """
-    drawn, places = {}, {}
+    places = {}
     for i, m in enumerate(modalities):
-        x, shape = fine[m.name], shapes[m.name]
-        count = int(np.prod(shape))
-        index = jnp.broadcast_to(jnp.arange(count), (len(x), count))
-        if m.space:
-            key = jax.random.fold_in(rng, i)
-            a, b = jax.random.randint(key, (2, len(x), count), 0, r)
-            row, column, *rest = jnp.unravel_index(index, shape)
-            grid = x.shape[1:-1]
-            where = (row * r + a, column * r + b, *rest)
-            index = jnp.ravel_multi_index(where, grid, mode="clip").astype(jnp.int32)
-        flat = einops.rearrange(x, "b ... d -> b (...) d")
-        drawn[m.name] = patches.take(flat, index).reshape(len(x), *shape, -1)
-        places[m.name] = index
-    return drawn, places
+        if not m.space:
+            continue
+        h, w, *rest = shapes[m.name]
+        count = int(np.prod(shapes[m.name]))
+        index = jnp.broadcast_to(jnp.arange(count), (batch, count))
+        key = jax.random.fold_in(rng, i)
+        a, b = jax.random.randint(key, (2, batch, count), 0, r)
+        row, column, *more = jnp.unravel_index(index, shapes[m.name])
+        where, grid = (row * r + a, column * r + b, *more), (h * r, w * r, *rest)
+        found = jnp.ravel_multi_index(where, grid, mode="clip")
+        places[m.name] = found.astype(jnp.int32)
+    return places

@@ -157,8 +157,8 @@ class HybridMIM(nn.Module):
         """Whether the step needs the upsampled tokens themselves."""
         if self.decoder == "processing":
             return False
-        more = self.sampled_keys or self.pool_at == "output"
-        return self.factor > 1 and (self.decoder == "output" or more)
+        fine = self.decoder == "output" or self.pool_at == "output"
+        return self.factor > 1 and fine
 
     def _fine_states(self, mask):
         return {
@@ -181,20 +181,29 @@ class HybridMIM(nn.Module):
         if not self.sampled_keys:
             codes = self.predictor.codes(shapes, dates, self.p)
             return self.predictor.context(seen.packed, codes)
+        return self._children(seen, fields)
+
+    def _children(self, seen, fields):
+        """Return the context of one drawn fine child per coarse token."""
+        dates, r, parts = fields["timestamps"], self.factor, []
+        shapes, states = tokens.shapes_of(seen.tokens), self._fine_states(seen.mask)
         rng = self.make_rng("tokens")
-        drawn, places = hybrid.draw_children(rng, fine, shapes, self.modalities, r)
-        grids = tokens.shapes_of(fine)
-        codes = jnp.concatenate(
-            [
-                self.predictor.codes_at(k, index, grids[k], dates, self.q)
-                for k, index in places.items()
-            ],
-            axis=1,
-        )
+        places = hybrid.draw_children(rng, shapes, self.modalities, len(dates), r)
+        drawn = self.up(seen.tokens, seen.mask, fields, places)
+        for m in self.modalities:
+            shape, name = states[m.name].shape[1:], m.name
+            if m.space:
+                code = self.predictor.codes_at(name, places[name], shape, dates, self.q)
+            else:
+                drawn[name] = seen.tokens[name]
+                code = self.predictor.encodings({name: shape}, dates, self.q)[name]
+            parts.append(code.reshape(len(code), -1, code.shape[-1]))
+        parts = [jnp.broadcast_to(x, (len(dates), *x.shape[1:])) for x in parts]
         x = tokens.flatten(drawn, self.modalities)
-        keep = seen.packed.keep
-        x = x if keep is None else patches.take(x, keep)
-        return self.predictor.context(seen.packed._replace(tokens=x), codes)
+        if seen.packed.keep is not None:
+            x = patches.take(x, seen.packed.keep)
+        packed = seen.packed._replace(tokens=x)
+        return self.predictor.context(packed, jnp.concatenate(parts, axis=1))
 
     def _pack_fine(self, seen, fine, slots):
         """Return the fine tokens the encoder saw, packed."""
@@ -260,8 +269,9 @@ class HybridMIM(nn.Module):
             {name: [B, h r, w r, T, S, D]}, "mask_p", "mask_q"}.
 
         Raises:
-            ValueError: unknown mode.
+            ValueError: unknown mode, or p does not divide the field.
         """
+        tokens.shapes(fields, self.modalities, self.p)
         seen = self.encoder(fields, self.p)
         if mode == "upsampled":
             fine, states = self.up(seen.tokens, seen.mask, fields)
@@ -373,7 +383,11 @@ def targets_of(encoder: latent_mim.Encoder) -> flexi.PatchEmbeddings:
     float32.
     """
     return flexi.PatchEmbeddings(
-        encoder.modalities, encoder.width, encoder.base, encoder.patch_resize
+        encoder.modalities,
+        encoder.width,
+        encoder.base,
+        encoder.patch_resize,
+        by_time=True,
     )
 
 

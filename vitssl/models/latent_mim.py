@@ -156,7 +156,8 @@ class Encoder(nn.Module):
             patch: side in pixels, static.
             slots: bound on the ONLINE tokens of a field, static; 0 = all tokens.
             exits: {name: depth}: tokens of that modality leave with what enters block
-                `depth` (0: without encodings either); None: all leave at the end.
+                `depth` (0: without encodings either) and the last norm; all at 0:
+                without the norm too, see `project`. None: all leave at the end.
             resolution: metres per pixel.
             train: drop paths, from the stream "drop_path".
 
@@ -179,7 +180,10 @@ class Encoder(nn.Module):
             packed = tokens.pack(x, seen, slots)
             if leave is not None:
                 raw, leave = patches.take(raw, packed.keep), leave[packed.keep]
-        packed = packed._replace(tokens=self._blocks(packed, raw, leave, train))
+        if exits is None or any(exits.values()):
+            packed = packed._replace(tokens=self._blocks(packed, raw, leave, train))
+        else:
+            packed = packed._replace(tokens=raw)
         whole = tokens.unpack(packed, x.shape[1])
         placed = tokens.split(whole, shapes, self.modalities)
         return Encoded(packed, placed, mask, self.aggregate(packed))

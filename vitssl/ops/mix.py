@@ -28,18 +28,20 @@ def box(lam, centre, size):
     return tuple(edges)
 
 
-def mixup(image, lam):
-    """Return lam x + (1 - lam) x reversed along the batch: [B, H, W, C]."""
-    return lam * image + (1 - lam) * image[::-1]
+def mixup(image, lam, other=None):
+    """Return lam x + (1 - lam) other: [B, H, W, C]; other = x reversed if None."""
+    other = image[::-1] if other is None else other
+    return lam * image + (1 - lam) * other
 
 
-def cutmix(image, edges):
-    """Paste the box of the reversed batch; return (images, share that stayed)."""
+def cutmix(image, edges, other=None):
+    """Paste the box of other (see `mixup`); return (images, share that stayed)."""
+    other = image[::-1] if other is None else other
     h, w = image.shape[1:3]
     y0, y1, x0, x1 = edges
     rows, columns = jnp.arange(h)[:, None], jnp.arange(w)[None]
     inside = (rows >= y0) & (rows < y1) & (columns >= x0) & (columns < x1)  # [H, W]
-    mixed = jnp.where(inside[..., None], image[::-1], image)
+    mixed = jnp.where(inside[..., None], other, image)
     return mixed, 1 - (y1 - y0) * (x1 - x0) / (h * w)
 
 
@@ -49,21 +51,19 @@ def targets(label, classes, lam, smoothing):
     return lam * own + (1 - lam) * own[::-1]
 
 
-def mix(rng, image, label, *, classes, mixup_alpha, cutmix_alpha, prob, switch, smooth):
-    """Mix a batch at random; one draw for all of it.
+def mix(rng, image, *, mixup_alpha, cutmix_alpha, prob, switch):
+    """Mix a batch with itself reversed, at random; one draw for all of it.
 
     Args:
         rng: key.
         image: [B, H, W, C] float, B even.
-        label: [B] int.
-        classes: K.
         mixup_alpha, cutmix_alpha: of the Beta distributions; 0 is off.
         prob: probability that the batch is mixed at all.
         switch: probability of CutMix where both are on.
-        smooth: label smoothing inside the targets.
 
     Returns:
-        images [B, H, W, C], targets [B, K].
+        images [B, H, W, C], and the share [] of every image that is its own; of a
+        pasted box as it came to lie, not as it was drawn.
     """
     keys = jax.random.split(rng, 6)
     both = mixup_alpha > 0 and cutmix_alpha > 0
@@ -81,7 +81,4 @@ def mix(rng, image, label, *, classes, mixup_alpha, cutmix_alpha, prob, switch, 
     mixed = jnp.where(cut, pasted, mixup(image, lam_mix))
     lam = jnp.where(cut, share, lam_mix)
     on = jax.random.bernoulli(keys[5], prob)
-    return (
-        jnp.where(on, mixed, image),
-        targets(label, classes, jnp.where(on, lam, 1.0), smooth),
-    )
+    return jnp.where(on, mixed, image), jnp.where(on, lam, 1.0)

@@ -91,7 +91,7 @@ def _losses(case):
                 continue
             case.close(name, s["weight"] * contrastive.koleo(case.inputs["a"]))
         elif name.startswith("infonce"):
-            got = contrastive.info_nce(
+            got = contrastive.infonce_one_way(
                 case.inputs["a"], case.inputs["b"], temperature=s["tau"]
             )
             case.close(name, s["weight"] * got)

@@ -126,13 +126,15 @@ def _flexi(case):
         )
     )
     params = convert.by_name(case.param, rules)
-    x = einops.rearrange(case.inputs["x"], "b h w t c -> b t h w c")
+    x = case.inputs["x"]
+    timed = x.ndim == 5
+    x = jnp.asarray(np.moveaxis(x, 3, 1) if timed else x)
     sizes = {f"ps{p}": p for p in c["patch_sizes"]} | {"base": c["base_patch_size"]}
     for name, patch in sizes.items():
         got = module.apply({"params": params}, x, patch * factor)
-        got = einops.rearrange(got, "b t h w d -> b h w t d")
-        case.close(name, got)
-        _some(case, module, params, name, patch * factor)
+        case.close(name, jnp.moveaxis(got, 1, 3) if timed else got)
+        if timed:
+            _some(case, module, params, name, patch * factor)
 
 
 def _some(case, module, params, name, patch):
@@ -147,6 +149,24 @@ def _some(case, module, params, name, patch):
     want = case.out[name].reshape(b, h * w * t, -1)
     want = np.take_along_axis(want, flat[..., None], 1)
     np.testing.assert_allclose(got, want, rtol=case.tolerance, atol=case.tolerance)
+
+
+def _reconstruction(case):
+    c = case.config
+    module = flexi.FlexiPatchReconstruction(c["out_chans"], c["max_patch_size"])
+    rules = convert.Table(
+        (
+            convert.Rule("proj.weight", "kernel", "d c p q -> d p q c"),
+            convert.Rule("proj.bias", "bias"),
+        )
+    )
+    params = convert.by_name(case.param, rules)
+    x = jnp.asarray(case.inputs["x"])
+    timed = x.ndim == 5
+    x = jnp.moveaxis(x, 3, 1) if timed else x
+    for patch in c["patch_sizes"]:
+        got = module.apply({"params": params}, x, patch)
+        case.close(f"ps{patch}", jnp.moveaxis(got, 1, 3) if timed else got)
 
 
 def _pi_resize(case):
@@ -354,7 +374,8 @@ def _pooling(case):
         case.close(f"inst_{how}", tokens.pool(x, mask, how))
         case.close(f"spatial_{how}", tokens.pool_in_place(x, None, how))
     case.close("spatial_concat", tokens.pool_in_place(x, None, "concat"))
-    part = {k: v if k == "worldcover" else v * 0 for k, v in mask.items()}
+    kept = "worldcover" if "worldcover" in mask else mods[-1].name
+    part = {k: v if k == kept else v * 0 for k, v in mask.items()}
     case.close("spatial_mean_partial", tokens.pool_in_place(x, part, "mean"))
     state = tokens.flatten_mask(mask, mods)
     packed = tokens.pack(tokens.flatten(x, mods), state == tokens.ONLINE, 0)
@@ -409,6 +430,7 @@ def _inventory(case):
 
 CHECKS = {
     "FlexiPatchEmbed": _flexi,
+    "FlexiPatchReconstruction": _reconstruction,
     "FlexiViT weight resize": _pi_resize,
     "resize primitives": _resize,
     "MultiModalPatchEmbeddings": _multi,

@@ -109,7 +109,9 @@ def total_of(module, c, target, a, b):
     def total(params):
         la, va, goal = view(params, a)
         lb, vb, _ = view(params, b)
-        pull = contrastive.info_nce(va.pooled, vb.pooled, temperature=c["infonce_tau"])
+        pull = contrastive.infonce_one_way(
+            va.pooled, vb.pooled, temperature=c["infonce_tau"]
+        )
         pull = c["infonce_weight"] * pull
         return (la + lb) / 2 + pull, (la, lb, pull, va, vb, goal)
 
@@ -148,8 +150,8 @@ def _step(case):
 
 def _close_tokens(case, module, mods, views, va, goal):
     """Masks, predictions and targets on the grid of the loss."""
-    r = module.factor
     for m in mods:
+        r = module.p // module.target_patch if m.space else 1
         for name, batch in zip("ab", views, strict=True):
             mask = flexi.token_mask(batch, m, module.p)
             states = hybrid.upsample_mask(mask, r)

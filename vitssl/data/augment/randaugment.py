@@ -83,6 +83,9 @@ OPERATIONS = {
 }
 
 
+MOVING = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+
+
 def _posterize(image, share):
     bits = 4 - int(share * 4)
     if not bits:  # Nothing of the image is left.
@@ -99,12 +102,14 @@ class RandAugment:
         deviation: its standard deviation.
         count: operations per image, drawn with replacement.
         prob: probability that each is applied.
+        still: leave out what moves pixels: there are planes that would not follow.
     """
 
     magnitude: float = 9.0
     deviation: float = 0.5
     count: int = 2
     prob: float = 0.5
+    still: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "RandAugment | None":
@@ -153,7 +158,7 @@ class RandAugment:
             raise errors.UsageError(f"RandAugment: {depth} channels; 1 or 3 work")
         picture = Image.fromarray(image[..., 0] if depth == 1 else image)
         fill = int(fill[0]) if depth == 1 else tuple(int(f) for f in fill[:3])
-        names = list(OPERATIONS)
+        names = [n for n in OPERATIONS if not (self.still and n in MOVING)]
         for i in rng.integers(0, len(names), self.count):
             strength = rng.normal(self.magnitude, self.deviation)
             sign = 1 if rng.random() < 0.5 else -1

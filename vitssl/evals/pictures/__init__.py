@@ -17,6 +17,7 @@ from vitssl.evals.pictures import (
     landscape,
     masks,
     parts,
+    report,
     space,
     tokens,
 )
@@ -47,6 +48,7 @@ class Material:
         queries: so many of `bank` are shown with their neighbours among the others.
         metrics_path: a metrics.jsonl.
         plane: (offsets, losses), see `landscape.plane`.
+        scores: arrays of the method's own scores of the test split, see `report`.
     """
 
     images: object = None
@@ -67,6 +69,7 @@ class Material:
     queries: int = 6
     metrics_path: str | pathlib.Path = ""
     plane: tuple | None = None
+    scores: dict = dataclasses.field(default_factory=dict)
 
 
 def write_all(directory, material: Material) -> list[pathlib.Path]:
@@ -175,6 +178,9 @@ def _of_features(m: Material):
 
 def _of_run(m: Material):
     """Yield (file name, picture) of the run as a whole."""
+    if report.chosen(m.scores)[1]:
+        yield "report.png", partial(report.page, m.scores, m.classes)
+        yield "report.json", partial(report.write, m.scores, m.classes)
     if m.metrics_path and pathlib.Path(m.metrics_path).exists():
         metrics = curves.read(m.metrics_path)
         if metrics:

@@ -1,6 +1,7 @@
 """Collects from a trained network what there is to draw."""
 
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,18 @@ def gather(
         labels=bank["label"] if (bank["label"] >= 0).any() else None,
         classes=tuple(source.classes),
         metrics_path=metrics_path,
+        scores=_scores(metrics_path),
         **fields,
     )
+
+
+def _scores(metrics_path):
+    """Return the arrays of the final scores that lie beside a metrics.jsonl."""
+    path = pathlib.Path(metrics_path).parent / "scores.npz"
+    if not metrics_path or not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
 
 
 def evaluation(data, size, points, seed):

@@ -1,0 +1,205 @@
+r"""Pre-train the hierarchical ViT on unlabelled leaves by SimCLR.
+
+    python -m vitssl.main --config=configs/simclr_hvit.py --workdir=runs/simclr
+    python -m vitssl.main --config=configs/finetune_hvit.py \
+        --config.init.from=runs/simclr
+
+Arguments (`--config=configs/simclr_hvit.py:NAME`):
+    (none)          demo: drawn leaves in seven conditions, minutes on two cores
+    smoke           two steps, seconds
+    vit             the demo with a plain ViT
+    folder          the demo's size on your own folder of images (data.root)
+    sarcld_small    SAR-CLD-2024, HViT small, 256 px: the documented recipe
+    sarcld_xl_448   the recipe of the logged runs: HViT xl, 448 px, wide projector with
+                    batch normalisation
+    supplement      the numbers of the supplement: temperature 0.5, weaker colours
+All but the first three need --config.data.root=DIR.
+
+One override away:
+    --config.objective.loss=infonce         (the loss of the released code)
+    --config.freeze.schedule=cubic          (FreezeOut)
+    --config.optim.wd_rules='((".*", 1.0),)'    (decay norms and biases, as coded)
+    --config.augment.scale='(0.08, 1.0)'    (crops as coded)
+
+Published: a linear probe on the logged runs' features gets 13 to 60 % of seven classes.
+"""
+
+import ml_collections
+
+RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# Vectors do not decay, nor do position tables.
+DECAY = ((r".*/(bias|scale|pos_embed|disease_mask|cls)", 0.0), (".*", 1.0))
+SIZES = {  # width, depths, heads, patch, image size
+    "small": (96, (2, 2, 6, 2), (3, 6, 12, 24), 16, 256),
+    "xl": (192, (3, 6, 24, 3), (6, 12, 24, 48), 14, 448),
+}
+
+
+def _demo():
+    """Return the demo: every section, at the size of two cores."""
+    c = ml_collections.ConfigDict()
+    c.method, c.seed = "simclr", 0
+    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 25.0, 0, 1
+    c.precision = "float32"
+    c.data = dict(
+        source="leaves",
+        root="",
+        split="train",
+        bank_split="train",
+        test_split="test",
+        channels=3,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        on_bad_image="skip",
+        threads=-1,
+        workers=-1,
+        options={},
+    )
+    c.model = dict(
+        name="hvit",
+        width=32,
+        depths=(1, 2, 1),
+        heads=(1, 2, 4),
+        patch=6,
+        image_size=48,
+        mlp_ratio=4.0,
+        drop_path=0.0,
+        remat=False,
+    )
+    c.projector = dict(width=64, hidden=128, batchnorm=True)
+    c.objective = dict(loss="nt_xent", temperature=0.1, pool="mean")
+    c.augment = dict(
+        size=48,
+        scale=(0.3, 1.0),
+        flip=0.5,
+        jitter=(0.4, 0.4, 0.4, 0.05),
+        jitter_prob=0.8,
+        grayscale_prob=0.1,
+        blur_prob=0.2,
+        interpolation="fast",
+    )
+    c.optim = dict(
+        name="adamw",
+        lr=2e-3,
+        schedule="cosine",
+        warmup_epochs=3.0,
+        min_lr=0.0,
+        wd=0.05,
+        clip_norm=1.0,
+        wd_rules=DECAY,
+    )
+    c.evals = dict(
+        image_size=48,
+        batch_size=210,
+        every_epochs=5.0,
+        online_samples_train=1000,
+        online_samples_test=0,
+        online_probe_epochs=10,
+        final=("knn", "linear"),
+        baselines=("pixels", "colours"),
+        knn_k=(20,),
+        knn_temperature=(0.07,),
+        probe="lbfgs",
+        probe_epochs=10,
+        probe_schedule="constant",
+        probe_batch=64,
+        features="pooled",
+    )
+    c.log = dict(
+        every_steps=50,
+        tensorboard=True,
+        wandb="",
+        pictures=True,
+        stall_seconds=1800.0,
+    )
+    c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="probe/top1")
+    return c
+
+
+def _smoke():
+    c = _demo()
+    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c.model.update(depths=(1, 1), heads=(1, 2))
+    c.data.options = dict(count=64)
+    c.evals.update(online_samples_train=64, batch_size=32)
+    c.log.update(every_steps=1, pictures=False)
+    return c
+
+
+def _vit():
+    c = _demo()
+    c.model = dict(name="vit", width=64, depth=4, heads=2, patch=6, image_size=48)
+    return c
+
+
+def _folder():
+    c = _demo()
+    c.data.update(source="folder", options={})
+    return c
+
+
+def _published(size):
+    """Return the documented recipe at a size of the model."""
+    width, depths, heads, patch, side = SIZES[size]
+    c = _demo()
+    c.seed, c.precision, c.batch_size, c.epochs = 42, "bfloat16", 64, 100.0
+    c.data.update(source="sarcld", test_split="val", **RGB)
+    c.model.update(width=width, depths=depths, heads=heads, patch=patch)
+    c.model.update(image_size=side, drop_path=0.1)
+    c.projector.update(width=128, hidden=0, batchnorm=False)
+    c.objective.temperature = 0.07
+    c.augment.update(
+        size=side,
+        scale=(0.2, 1.0),
+        jitter=(0.8, 0.8, 0.8, 0.2),
+        grayscale_prob=0.2,
+        blur_prob=0.5,
+        interpolation="bilinear",
+    )
+    c.optim.update(lr=3e-4, warmup_epochs=10.0, wd=1e-4, clip_norm=0.0)
+    c.evals.update(image_size=side, batch_size=64, probe="sgd")
+    c.evals.update(online_samples_train=0, final=("knn", "linear"))
+    c.log.every_steps = 10
+    c.checkpoint.every_epochs = 25.0
+    return c
+
+
+def _logged():
+    """Return the recipe behind the logged runs; they had micro-batches of 32."""
+    c = _published("xl")
+    c.epochs = 80.0
+    c.model.update(drop_path=0.2, remat=True)
+    c.projector.update(width=256, hidden=4096, batchnorm=True)
+    c.objective.update(loss="infonce", temperature=0.1)
+    c.augment.scale = (0.08, 1.0)
+    c.optim.update(lr=5e-4, wd=0.05, clip_norm=1.0)
+    return c
+
+
+def _supplement():
+    c = _published("small")
+    c.epochs = 80.0
+    c.model.drop_path = 0.3
+    c.objective.temperature = 0.5
+    c.augment.update(jitter=(0.4, 0.4, 0.4, 0.1), blur_kernel=23)
+    c.optim.update(lr=5e-4, wd=0.05, clip_norm=1.0)
+    return c
+
+
+RECIPES = {
+    "": _demo,
+    "smoke": _smoke,
+    "vit": _vit,
+    "folder": _folder,
+    "sarcld_small": lambda: _published("small"),
+    "sarcld_xl_448": _logged,
+    "supplement": _supplement,
+}
+
+
+def get_config(name=""):
+    """Return the recipe `name`."""
+    if name not in RECIPES:
+        known = ", ".join(k for k in RECIPES if k)
+        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
+    return RECIPES[name]()
