@@ -37,7 +37,7 @@ All published recipes need --config.data.root=DIR and pretrained weights
 (--config.init.from=FILE); lr = 1e-6 sqrt(batch / 16), decay = 0.05 sqrt(1 / steps).
 
 The demo (4,000 drawn birds, half of them before their class's background) reached
-99 % top-1 and 98 % in the worst group after 4 of its 5 epochs, NMI 0.80 and ARI 0.66
+99 % top-1, 98 % in the worst group in a run of 4 epochs, not 5, NMI 0.80 and ARI 0.66
 against the true parts; the same ViT without parts (demo_baseline) 56 % and 23 %.
 
 Published results (third-party table of arXiv:2506.08915): Waterbirds 99.0 average,
