@@ -6,7 +6,9 @@ The default is ViT-B/14 with four registers at 518 px and K = 8, both stages. Th
 training step is compiled ahead of time and not run, so that it needs neither the
 weights nor the memory of it: XLA's FLOPs (recomputation is in them), the formula's, and
 the compiler's plan of memory. Plans differ between backends: a GPU's attention kernel
-keeps no [N, N] weights, a CPU's does.
+keeps no [N, N] weights, a CPU's does, and a CPU's default schedule is made for
+concurrency: it recomputes early and saves nothing. To see what remat saves, set
+XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false.
 """
 
 import argparse
