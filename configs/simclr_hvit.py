@@ -39,7 +39,7 @@ def _demo():
     """Return the demo: every section, at the size of two cores."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "simclr", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 128, 25.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 25.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="leaves",
@@ -67,7 +67,7 @@ def _demo():
         remat=False,
     )
     c.projector = dict(width=64, hidden=128, batchnorm=True)
-    c.objective = dict(loss="nt_xent", temperature=0.2, pool="mean")
+    c.objective = dict(loss="nt_xent", temperature=0.1, pool="mean")
     c.augment = dict(
         size=48,
         scale=(0.3, 1.0),
@@ -80,7 +80,7 @@ def _demo():
     )
     c.optim = dict(
         name="adamw",
-        lr=1e-3,
+        lr=2e-3,
         schedule="cosine",
         warmup_epochs=3.0,
         min_lr=0.0,

@@ -230,6 +230,10 @@ def test_every_severity_keeps_the_kind_of_the_image(severity, channels):
     assert same == (severity == "minimal")
     again = run(example, np.random.default_rng(1))["image"]
     assert np.array_equal(again, got[0]["image"])
+    if channels == 4:  # A plane is moved, which may leave black corners, no more.
+        image[..., 3] = 200
+        planes = np.stack([run(example, rng)["image"][..., 3] for _ in range(12)])
+        assert np.median(planes) == 200 and planes.max() == 200
 
 
 def test_severities_grow_and_light_changes_no_colour():

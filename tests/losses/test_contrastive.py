@@ -159,3 +159,36 @@ def test_wrong_options_say_what_is_allowed():
         contrastive.nt_xent(a, b, temperature=0.0)
     with pytest.raises(ValueError, match=r"\(6, 5\).*\(5, 5\)"):
         contrastive.nt_xent(a, b[:5], temperature=0.1)
+
+
+@pytest.mark.parametrize("batch, temperature", [(2, 0.5), (7, 0.07)])
+def test_infonce_is_two_cross_entropies_across_the_views(batch, temperature):
+    a, b = np.random.default_rng(0).normal(size=(2, batch, 5)).astype(np.float32)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
+    x, y = (u.astype(np.float64) for u in unit)
+    total = 0.0
+    for i in range(batch):
+        for one, other in ((x, y), (y, x)):
+            s = [one[i] @ other[j] / temperature for j in range(batch)]
+            total += np.log(np.exp(s).sum()) - s[i]
+    loss, metrics = contrastive.infonce(a, b, temperature=temperature)
+    np.testing.assert_allclose(loss, total / (2 * batch), rtol=1e-5)
+    similarity = x @ y.T
+    np.testing.assert_allclose(
+        metrics["positive_similarity"], np.diag(similarity).mean(), rtol=1e-4
+    )
+    others = similarity[~np.eye(batch, dtype=bool)].mean()
+    np.testing.assert_allclose(metrics["negative_similarity"], others, rtol=1e-3)
+
+
+def test_infonce_at_chance_at_the_optimum_and_of_nothing():
+    same = np.ones((4, 3), np.float32)
+    loss, metrics = contrastive.infonce(same, same, temperature=0.1)
+    np.testing.assert_allclose(loss, np.log(4), rtol=1e-5)
+    assert metrics["accuracy"] == 0  # A tie is no hit.
+    apart = np.eye(4, dtype=np.float32)
+    loss, metrics = contrastive.infonce(apart, apart, temperature=0.01)
+    assert float(loss) < 1e-5 and metrics["accuracy"] == 1
+    assert contrastive.infonce(same[:0], same[:0], temperature=0.1)[0] == 0
+    with pytest.raises(errors.UsageError, match="temperature=0"):
+        contrastive.infonce(same, same, temperature=0)

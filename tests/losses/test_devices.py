@@ -16,6 +16,7 @@ LOSSES = {
     "vicreg": lambda a, b: vicreg.vicreg(a, b, jnp.asarray(VALID))[0],
     "halves": lambda a, b: combined.vicreg_of(combined.pairs("context", context=a))[0],
     "nt_xent": lambda a, b: contrastive.nt_xent(a[:, 0], b[:, 0], temperature=0.1)[0],
+    "infonce": lambda a, b: contrastive.infonce(a[:, 0], b[:, 0], temperature=0.1)[0],
     **{
         kind: lambda a, b, kind=kind: sigreg.two_views(a, b, along=ALONG, kind=kind)[0]
         for kind in sigreg.TESTS

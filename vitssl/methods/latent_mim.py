@@ -139,26 +139,26 @@ class LatentMIM:
         return encoder if self.target.depth else encoder["patch_embed"]
 
     def views(self, batch) -> dict:
-        """Return all views of a batch as one, [V B, ...], the first view of all first.
+        """Return all views of a batch as one, [B V, ...], those of a sample together.
 
-        It is what `models.latent_mim` takes.
+        It is what `models.latent_mim` takes; rows stay on their device.
         """
         cut, stamps = len("view/"), batch["timestamps"]
         fields = {
-            k[cut:]: einops.rearrange(x, "b v ... -> (v b) ...")
+            k[cut:]: einops.rearrange(x, "b v ... -> (b v) ...")
             for k, x in batch.items()
             if k.startswith("view/")
         }
-        every = einops.repeat(stamps, "b t c -> (v b) t c", v=self.augment.views)
+        every = einops.repeat(stamps, "b t c -> (b v) t c", v=self.augment.views)
         return fields | {"timestamps": every}
 
     def loss(self, params, extra, batch, rng, *, phase):
         """Return (loss [], (extra, metrics)); see the module."""
-        shape, count = phase.method, self.augment.views
+        shape = phase.method
         parts, pooled, metrics = self.terms(
             params, extra, self.views(batch), shape, rng
         )
-        parts |= self.objective.of_views(jnp.split(pooled, count))
+        parts |= self.objective.of_views(self._apart(pooled))
         metrics |= {f"loss_{k}": v for k, v in parts.items()}
         metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
         if self.target.moves:
@@ -167,7 +167,7 @@ class LatentMIM:
         return sum(parts.values()), (extra, metrics)
 
     def terms(self, params, extra, fields, shape, rng, train=True):
-        """Return ({name: weighted loss []}, pooled vectors [V B, D], metrics).
+        """Return ({name: weighted loss []}, pooled vectors [B V, D], metrics).
 
         Args:
             params, extra: of the method.
@@ -199,19 +199,22 @@ class LatentMIM:
     def _compare(self, module, extra, fields, asked):
         """Return (loss [], {modality: []}): the mean over the views."""
         goals = self._goals(module, extra, fields, asked)
-        count = self.augment.views
         split = {
-            name: [jnp.split(x, count) for x in (a.prediction, goals[name], a.valid)]
+            name: [self._apart(x) for x in (a.prediction, goals[name], a.valid)]
             for name, a in asked.items()
         }
         each = []
-        for v in range(count):
+        for v in range(self.augment.views):
             pairs = {
                 name: patch_discrimination.Pair(*(x[v] for x in parts))
                 for name, parts in split.items()
             }
             each.append(self.objective.of_tokens(pairs))
-        return jax.tree.map(lambda *x: sum(x) / count, *each)
+        return jax.tree.map(lambda *x: sum(x) / len(x), *each)
+
+    def _apart(self, x):
+        """Return each view's rows of [B V, ...]."""
+        return list(einops.rearrange(x, "(b v) ... -> v b ...", v=self.augment.views))
 
     def _goals(self, module, extra, fields, asked):
         """Return {modality: targets [B, Q, D]}, without gradient."""

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import errors
 from vitssl.models import fieldblock, flexi, hybrid, latent_mim, tokens
 from vitssl.ops import patches
 
@@ -209,7 +210,7 @@ class HybridMIM(nn.Module):
         """Return the fine tokens the encoder saw, packed."""
         x = tokens.flatten(fine, self.modalities)
         if x.shape[1] > self.max_output_tokens:
-            raise ValueError(
+            raise errors.UsageError(
                 f"decoder={self.decoder}, pool_at={self.pool_at} makes {x.shape[1]} "
                 f"tokens at q={self.q}, more than max_output_tokens="
                 f"{self.max_output_tokens}; use decoder=mixed with pool_at=processing, "
