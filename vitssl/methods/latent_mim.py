@@ -19,7 +19,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import freezeout, methods, tree
+from vitssl import methods, tree
 from vitssl.data import field_masks, field_views, modalities, shapes
 from vitssl.evals import fieldscores
 from vitssl.losses import patch_discrimination
@@ -199,6 +199,8 @@ class LatentMIM:
     def _compare(self, module, extra, fields, asked):
         """Return (loss [], {modality: []}): the mean over the views."""
         goals = self._goals(module, extra, fields, asked)
+        if self.target.centre:
+            goals = {k: readout.centred(v, asked[k].valid) for k, v in goals.items()}
         split = {
             name: [self._apart(x) for x in (a.prediction, goals[name], a.valid)]
             for name, a in asked.items()
@@ -261,7 +263,7 @@ class LatentMIM:
         Returns:
             "pooled" [B, D], the mean of all tokens at p; "tokens" [B, H/q W/q, D] at q
             and "tokens_p" at p, rows first: means over times and bandsets of each
-            modality, then over the modalities.
+            modality, then over the modalities; [.., T D] with readout.pool="times".
         """
         del extra
         fields, (p, q) = self._fields(image), self.patches
@@ -271,8 +273,9 @@ class LatentMIM:
         found = module.apply(
             {"params": params}, fields, self.readout.mode, method="features"
         )
-        coarse = readout.in_place(found["tokens_p"], found["mask_p"])
-        fine = readout.in_place(found["features_q"], found["mask_q"])
+        pool = self.readout.pool
+        coarse = readout.in_place(found["tokens_p"], found["mask_p"], pool)
+        fine = readout.in_place(found["features_q"], found["mask_q"], pool)
         return {
             "pooled": states.pool(found["tokens_p"], found["mask_p"]),
             "tokens": einops.rearrange(fine, "b h w d -> b (h w) d"),
@@ -288,8 +291,16 @@ class LatentMIM:
         return {"rgb": x[:, :, :, None], "timestamps": stamps}
 
     def freeze_layers(self) -> tuple:
-        """Return `FreezeOut.layers`: the encoder's blocks; the rest never freezes."""
-        return freezeout.vit_layers(self.network.numbers[2], "encoder/")
+        """Return `FreezeOut.layers`: the encoder's blocks; the rest never freezes.
+
+        Encodings and registers act through block 0 alone, and go with it.
+        """
+        n = self.network
+        own = [("encoder/patch_embed/.*", 0)]
+        own += [("encoder/encodings/.*", 1)] * (n.channels != "zero")
+        own += [("encoder/registers", 1)] * bool(n.registers)
+        blocks = [(f"encoder/block_{i}/.*", i + 1) for i in range(n.numbers[2])]
+        return (*own, *blocks)
 
     # Evaluation.
 
