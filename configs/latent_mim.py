@@ -33,7 +33,8 @@ One override away:
     --config.network.anchor=corner --config.network.frequencies=legacy
 
 Ours: land cover of the demo after half of its run (200 steps, 224 s of one core with
-compiling): mIoU 0.76, the pixels themselves 0.68.
+compiling): mIoU 0.76 through the skip, 0.32 of the same tokens merely interpolated, the
+pixels themselves 0.68. Masked Sentinel-1 at 1 px is speckle: its loss stays at chance.
 Published (linear probe, m-eurosat, nano / tiny / base): 93.1, 95.3, 97.5 %; of the
 hybrid nothing is: the original's step raises before the first update.
 """
