@@ -34,6 +34,10 @@ One override away:
     --config.data.sampling=balanced         (every class equally often)
     --config.scoring.tta=six
 
+The demo, seed 0: macro F1 of .780 from the checkpoint of SimCLR's demo and of .755 from
+random weights (average of the weights, both mirror images); logistic regression on a
+colour histogram names 39.3 % of the leaves, guessing 14.3.
+
 Published: macro F1 of .912 to .967 on splits where copies of a photograph lie on both
 sides; the best log is without SSL. On a clean split no number is known.
 """

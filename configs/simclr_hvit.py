@@ -21,6 +21,9 @@ One override away:
     --config.optim.wd_rules='((".*", 1.0),)'    (decay norms and biases, as coded)
     --config.augment.scale='(0.08, 1.0)'    (crops as coded)
 
+The demo, seed 0: a linear probe on the features gets 72.9 % of the test leaves; on the
+untrained network's 36.0, on raw pixels 69.5, on a colour histogram 49.8.
+
 Published: a linear probe on the logged runs' features gets 13 to 60 % of seven classes.
 """
 
