@@ -28,6 +28,7 @@ One override away:
     --config.mask.type=random_with_decode --config.mask.encode_ratio=0.4
     --config.objective.same_target_threshold=0.999
     --config.target.start=0.996                 (the target follows the encoder)
+    --config.target.centre=False                (as the original)
     --config.readout.mode=decoder               (read the predictor's answers)
     --config.network.anchor=corner --config.network.frequencies=legacy
 
@@ -125,8 +126,8 @@ def _sections():
         contrast_weight=0.1,
         contrast_tau=0.1,
     )
-    c.target = dict(depth=0, start=1.0, end=1.0)
-    c.readout = dict(p=0, q=0, mode="upsampled", times=4, modalities=())
+    c.target = dict(depth=0, start=1.0, end=1.0, centre=True)
+    c.readout = dict(p=0, q=0, mode="upsampled", times=4, modalities=(), pool="times")
     c.measures = dict(
         classes=6, epochs=20, lr=0.05, decay=0.01, batch_size=8, pixels=True
     )
@@ -261,6 +262,7 @@ def _published(size="nano", *, lr=None, wd=None):
         token_budget=2250, min_side=1, max_side=12, tile=128, times=12, hold=8
     )
     c.objective.same_target_threshold = 0.0
+    c.target.centre, c.readout.pool = False, "mean"
     c.measures.classes = 0
     rate, decay = RATES[size]
     c.optim.update(lr=rate if lr is None else lr, wd=decay if wd is None else wd)

@@ -27,6 +27,7 @@ One override away:
     --config.stages.weighting=n_minus_k         (4 3 2 1; one_over_k; ...)
     --config.stages.targets="('pixel',)"
     --config.masking.ratio=0.9
+    --config.prefix.boundary=4                  (four blocks see all tokens once frozen)
     --config.optim.schedule=constant
     --config.optim.wd=1e-5                      (what the published freeze runs had)
     --config.epochs=60 --config.optim.stretch=1.6667   (stop a schedule of 100 at 60)
@@ -101,6 +102,7 @@ def _demo():
         moves=(),
     )
     c.masking = dict(ratio=0.75, schedule=(), distance=0.0)
+    c.prefix = dict(boundary=0, store="")
     c.target = dict(nbins=9, hog_bias=False, normalise_pixels=True)
     c.augment = dict(size=24, scale=(0.5, 1.0), flip=0.0, interpolation="fast")
     c.freeze = dict(

@@ -9,6 +9,7 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
     evidence        hard and soft masks against the same ViT without masks, all from
                     one self-supervised checkpoint (configs/hjepa.py:birds), three
                     seeds, an hour on two cores
+    evidence_run    one run of it with hard masks; --config.init.from=DIR of the first
     cub_k8, cub_k4  CUB-200-2011, ViT-B/14 at 518 px, 8 x 16 images a step
     waterbirds      Waterbirds, K=8; waterbirds_k4
     siim_acr_rad_dino
@@ -24,8 +25,20 @@ noise and orthogonality over channels as released), train_backbone, freeze_token
 freeze_second_stage, freeze_tokens_2, and the rates scratch=1e4, modulation=1e4,
 finer=1e3, second=1.0.
 
+What the final evaluation can measure besides (a finished run does only that):
+    --config.measures.thresholds="(0.01, 0.03, 0.05, 0.1)"   without each part's least
+                    confident patches, thresholds found in the training set
+    --config.measures.leave_one_out=True    without each part, beside parts.removed
+    --config.measures.backgrounds=DIR --config.measures.challenge=20
+                    ImageNet-9, its gap, and the challenge; measures.mapping=FILE
+    --config.measures.maps=0.8              share of the test batches to draw
+
 All published recipes need --config.data.root=DIR and pretrained weights
 (--config.init.from=FILE); lr = 1e-6 sqrt(batch / 16), decay = 0.05 sqrt(1 / steps).
+
+The demo (4,000 drawn birds, half of them before their class's background) reached
+99 % top-1, 98 % in the worst group in a run of 4 epochs, not 5, NMI 0.80 and ARI 0.66
+against the true parts; the same ViT without parts (demo_baseline) 56 % and 23 %.
 
 Published results (third-party table of arXiv:2506.08915): Waterbirds 99.0 average,
 CUB-trained on Waterbirds 86.2, MetaShift 88.7; PDiscoFormer CUB 89.1.
@@ -95,7 +108,7 @@ def _demo():
     """Return the demo: a small two-stage model on drawn birds, from random weights."""
     c = ml_collections.ConfigDict()
     c.method, c.seed = "parts", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 32, 8.0, 0, 1
+    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 5.0, 0, 1
     c.precision = "float32"
     c.data = dict(
         source="birds",
@@ -130,9 +143,20 @@ def _demo():
         dropout=0.3,
         mask_dropout=0.3,
         modulation="layer_norm",
+        # The modulation would make any features orthogonal: its bias is free to.
+        modulated_orthogonality=False,
         rooms=(0.5, 1.0),
     )
-    c.objective = dict(presence_group=16, background=2.0, orthogonality=1.0)
+    # Every bird shows all its parts, so every image must (a group of one); from random
+    # weights only a pull on all of the background, and compact parts, keep the
+    # background out of the parts.
+    c.objective = dict(
+        presence=2.0,
+        presence_group=1,
+        background=1.0,
+        background_type="log",
+        concentration=20.0,
+    )
     c.affine = dict(degrees=90.0, translate=(0.11, 0.11), scale=(0.8, 1.4))
     c.augment = dict(
         recipe="cub_original",
@@ -153,7 +177,7 @@ def _demo():
         min_lr=0.0,
         wd=0.05,
         clip_norm=2.0,
-        **groups(scratch=1.0, modulation=1.0, finer=1.0, freeze_backbone=False),
+        **groups(scratch=20.0, modulation=20.0, finer=3.0, freeze_backbone=False),
     )
     c.evals = dict(
         image_size=48,
@@ -186,8 +210,8 @@ def _demo_baseline():
     """Return the demo's ViT without parts: what the background costs it."""
     c = _demo()
     c.parts.kind = "baseline"
-    c.measures.leave_one_out = False
-    c.optim.update(**groups("baseline", scratch=1.0, freeze_backbone=False))
+    c.measures.update(leave_one_out=False)
+    c.optim.update(**groups("baseline", scratch=20.0, freeze_backbone=False))
     return c
 
 
@@ -199,8 +223,9 @@ HEADS = ("stage_1/head/.*", "stage_2/(head|fc_norm|pool)/.*")
 def _evidence():
     """Return iFAM (hard, soft) against its ViT without masks, from one checkpoint."""
     c = _evidence_run()
+    c.init["from"] = "@first"
     single = ("parts.kind=baseline", "measures.leave_one_out=False")
-    rules = groups("baseline", scratch=1.0, freeze_backbone=False)
+    rules = groups("baseline", scratch=20.0, freeze_backbone=False)
     single += tuple(f"optim.{key}={value!r}" for key, value in rules.items())
     single += (f"init.skip={HEADS[1:]!r}",)
     c.study = dict(
@@ -227,13 +252,12 @@ def _evidence():
 def _evidence_run():
     """Return one run of `evidence`: the demo before misleading backgrounds."""
     c = _demo()
-    c.epochs = 8.0
     c.data.options.purity = 0.95
-    c.init = {"from": "@first", "rename": BOTH, "skip": HEADS}
+    c.init = {"from": "", "rename": BOTH, "skip": HEADS}
     c.evals.every_epochs = 0
     c.log.update(every_steps=200, pictures=False)
     c.measures.leave_one_out = False
-    c.checkpoint.update(every_epochs=4.0, keep_best=0)
+    c.checkpoint.update(every_epochs=2.5, keep_best=0)
     return c
 
 
@@ -263,7 +287,8 @@ def _published(source, classes_per_batch=128, image=518):
         layerscale=1e-5,
         remat=True,
     )
-    c.parts.update(count=8, rooms=(0.25, 0.5, 0.75, 1.0))
+    c.parts.update(count=8, rooms=(0.25, 0.5, 0.75, 1.0), modulated_orthogonality=True)
+    c.objective = dict(presence_group=16, background=2.0)
     c.augment.update(
         size=image,
         planckian=0.8,
@@ -284,7 +309,7 @@ def _published(source, classes_per_batch=128, image=518):
     )
     c.evals.update(image_size=image, batch_size=32, every_epochs=1)
     c.evals.update(online_samples_train=0, online_samples_test=0)
-    c.measures.leave_one_out = False
+    c.measures.update(leave_one_out=False, maps=0.05, maps_every_epochs=16)
     c.init = {"from": "", "rename": BOTH, "skip": HEADS}
     c.log.every_steps = 10
     c.checkpoint.update(every_epochs=1.0, best="test/top1")
@@ -369,6 +394,7 @@ def _baseline(source="waterbirds", **keys):
     """Return one ViT without parts, fine-tuned as the originals' baselines are."""
     c = _published(source)
     c.parts.update(kind="baseline", pooling="cls")
+    c.measures.maps = 0.0  # There are none.
     c.parts.update(**keys)
     c.optim.update(
         lr=1e-4,
@@ -390,6 +416,7 @@ RECIPES = {
     "": _demo,
     "smoke": _smoke,
     "evidence": _evidence,
+    "evidence_run": _evidence_run,
     "demo_baseline": _demo_baseline,
     "cub_k8": lambda: _cub(8),
     "cub_k4": lambda: _cub(4),

@@ -21,6 +21,8 @@ TESTED = {
     "vitssl convert export": "convert/test_commands.py",
     "vitssl extract": "convert/test_commands.py",
     "vitssl sweep": "launch/test_sweep.py",
+    "python -m vitssl.bench hybrid": "bench/test_hybrid.py",
+    "python -m vitssl.bench parts": "bench/test_parts.py",
     "python -m vitssl.bench freeze": "bench/test_freeze.py",
     "python -m vitssl.bench data": "bench/test_data.py",
     "python -m vitssl.bench knn": "bench/test_knn.py",

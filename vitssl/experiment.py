@@ -153,7 +153,10 @@ def complete(c: ml_collections.ConfigDict) -> None:
     """Add the keys that a config file may leave out, with their defaults."""
     config.fill(c, Settings)
     cls = methods_table.METHODS.get(c.get("method"))
-    for key, (annotation, _) in (_sections_of(cls) if cls else {}).items():
+    for key, (annotation, default) in (_sections_of(cls) if cls else {}).items():
+        # A section that is not there could not be overridden.
+        if key not in c and dataclasses.is_dataclass(default):
+            c[key] = ml_collections.ConfigDict()
         section = c.get(key)
         if key == "model" and isinstance(section, ml_collections.ConfigDict):
             model = MODELS.get(section.get("name", "vit"))

@@ -6,11 +6,13 @@
     python -m vitssl.extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
 
 WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
-FEATURES.npz holds "pooled" [M, D], "label" [M], "classes" and "path" [M];
-FEATURES.parquet the same, one row an image, where pyarrow is installed.
+FEATURES.npz holds "pooled" [M, D], "label" [M], "classes" and "path" [M].
+FEATURES.parquet (extra [parquet]) has one row an image: "class", "label", "path" and
+each feature as a list, whose shape the schema's metadata tells under "shapes".
 """
 
 import argparse
+import json
 import pathlib
 import sys
 import time
@@ -102,11 +104,19 @@ def _write(to, found):
         np.savez(to, **found)
         return
     pyarrow, parquet = _arrow()
-    rows = {k: v for k, v in found.items() if k != "classes"}
-    columns = {
-        k: v if v.ndim == 1 else list(v.reshape(len(v), -1)) for k, v in rows.items()
-    }
-    parquet.write_table(pyarrow.table(columns), to)
+    classes = np.array([*found["classes"], ""])
+    columns, shapes = {"class": classes[found["label"]]}, {}
+    for name, x in found.items():
+        if name == "classes":
+            continue
+        columns[name] = pyarrow.array(x.ravel())
+        if x.ndim > 1:  # One list of fixed length in each row; its shape stands apart.
+            size = int(np.prod(x.shape[1:]))
+            made = pyarrow.FixedSizeListArray.from_arrays
+            columns[name], shapes[name] = made(columns[name], size), x.shape[1:]
+    table = pyarrow.table(columns)
+    table = table.replace_schema_metadata({"shapes": json.dumps(shapes)})
+    parquet.write_table(table, to)
 
 
 def _arrow():
@@ -115,8 +125,9 @@ def _arrow():
         import pyarrow
         from pyarrow import parquet
     except ImportError as e:
-        message = "--to=*.parquet needs pyarrow: pip install pyarrow; or write .npz"
-        raise errors.UsageError(message) from e
+        raise errors.UsageError(
+            "--to=*.parquet needs pyarrow: pip install 'vitssl[parquet]'; or write .npz"
+        ) from e
     return pyarrow, parquet
 
 

@@ -106,7 +106,9 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
         plain = json.loads(config.to_json(parts.experiment.config))
         writers = log.Writers(workdir, s.log, at, plain, name)
         stack.callback(writers.close)
-    evaluate = evaluation.Evaluation(s.evals, s.data, parts.method, parts.mesh)
+    evaluate = evaluation.Evaluation(
+        s.evals, s.data, parts.method, parts.mesh, workdir=workdir, seed=s.seed
+    )
     logger.info(
         "%s",
         report.start(

@@ -174,6 +174,39 @@ def test_extract_writes_every_image_once_with_its_class_and_path(weights, tmp_pa
         np.testing.assert_allclose(found["pooled"][3], want, rtol=1e-4, atol=1e-5)
 
 
+def test_parquet_holds_what_npz_holds(weights, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")  # The extra [parquet].
+    _, folder = weights
+    made, images = vitssl.load(folder), _folder_of_images(tmp_path / "images")
+    names = ("pooled", "tokens")
+    told = []
+    want = extract.run(made, images, tmp_path / "f.npz", names=names, show=told.append)
+    extract.run(made, images, tmp_path / "f.parquet", names=names, show=told.append)
+    assert "f.parquet: 5 images, pooled (5, 32), tokens (5, 16, 32)" in told[-1]
+    found = parquet.read_table(tmp_path / "f.parquet")
+    shapes = json.loads(found.schema.metadata[b"shapes"])
+    for name in names:
+        got = np.array(found[name].to_pylist(), np.float32)
+        np.testing.assert_array_equal(got.reshape(5, *shapes[name]), want[name])
+    assert found["class"].to_pylist() == ["cat", "cat", "dog", "dog", "dog"]
+    assert found["label"].to_pylist() == want["label"].tolist()
+    assert found["path"].to_pylist() == want["path"].tolist()
+    for image in (tmp_path / "images").glob("*/*"):  # Without classes.
+        image.rename(tmp_path / "images" / f"{image.parent.name}{image.name}")
+    extract.run(made, images, tmp_path / "flat.parquet", show=told.append)
+    found = parquet.read_table(tmp_path / "flat.parquet")
+    assert found["class"].to_pylist() == [""] * 5
+
+
+def test_parquet_without_pyarrow_is_one_line(weights, tmp_path, capsys, monkeypatch):
+    _, folder = weights
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    given = [str(folder), f"--images={tmp_path}", f"--to={tmp_path}/f.parquet"]
+    assert extract.main(given) == 2
+    told = capsys.readouterr().err
+    assert "pip install 'vitssl[parquet]'" in told and told.count("\n") == 1
+
+
 def test_extract_says_what_is_wrong(weights, tmp_path, capsys):
     _, folder = weights
     images = _folder_of_images(tmp_path / "images")

@@ -6,10 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests.convert import pth, published
+from tests.convert import checkpoints, pth, published
+from tests.convert.checkpoints import noise
 from vitssl import errors
 from vitssl.convert import (
-    backbone,
     dinov3,
     exporter,
     families,
@@ -24,10 +24,6 @@ HEADS = family.Options(heads=2)
 CASES = pathlib.Path(__file__).parents[1] / "golden" / "cases"
 
 
-def _noise(*shape):
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
-
-
 def _same(found, want, but=()):
     """Assert that leaves agree bit by bit, except those named."""
     assert sorted(found.leaves) == sorted(want.leaves)
@@ -36,98 +32,9 @@ def _same(found, want, but=()):
             np.testing.assert_array_equal(found.leaves[name], leaf, err_msg=name)
 
 
-def _timm(tmp_path):
-    net = published.network(classes=5, layerscale=1e-5, registers=3, qk_norm=True)
-    # timm's registers leave no position to the class token: it is in the token.
-    tree = {"state_dict": published.timm(net), "epoch": 2}
-    want = dict(net.leaves)
-    want["encoder/cls"] = want["encoder/cls"] + want["encoder/pos_embed"][:, :1]
-    want["encoder/pos_embed"] = want["encoder/pos_embed"][:, 1:]
-    return tree, backbone.Backbone(net.about, want), "cls"
-
-
-def _dino(tmp_path):
-    net = published.network()
-    head = {f"head.{k}": _noise(3) for k in ("mlp.0.weight", "last_layer.weight_g")}
-    teacher = published.prefixed(published.timm(net) | head, "module.backbone.")
-    other = published.prefixed(published.timm(published.network(9)), "module.backbone.")
-    return {"student": other, "teacher": teacher, "epoch": 1}, net, "cls"
-
-
-def _dinov2(tmp_path):
-    net = published.network(layerscale=1e-5, registers=2)
-    state, leaves = published.timm(net), net.leaves
-    del state["reg_token"]
-    state |= {
-        "register_tokens": leaves["encoder/registers"],
-        "cls_token": leaves["encoder/cls"],
-        "pos_embed": leaves["encoder/pos_embed"],
-        "mask_token": _noise(1, 32),
-    }
-    # Blocks in groups of one, as its training code keeps them.
-    state = {k.replace("blocks.1.", "blocks.1.1."): x for k, x in state.items()}
-    state = {k.replace("blocks.0.", "blocks.0.0."): x for k, x in state.items()}
-    return {"teacher": published.prefixed(state, "backbone.")}, net, "cls"
-
-
-def _mae(tmp_path):
-    net = published.network()
-    aside = {"decoder_embed.weight": _noise(4, 4), "mask_token": _noise(1, 1, 4)}
-    aside["decoder_blocks.0.norm1.weight"] = _noise(4)
-    args = pth.call("argparse.Namespace") + pth.value({"lr": 0.1}, []) + b"b"
-    return {"model": published.timm(net) | aside, "args": pth.Raw(args)}, net, "mean"
-
-
-def _ijepa(tmp_path):
-    net = published.network(cls=False)
-    state = published.prefixed(published.timm(net), "module.")
-    other = published.prefixed(published.timm(published.network(9, cls=False)), "m.")
-    return {"encoder": other, "target_encoder": state, "epoch": 9}, net, "mean"
-
-
-def _localmim(stages):
-    def make(tmp_path):
-        net = published.network()
-        state = published.timm(net)
-        last = {k: state.pop(f"norm.{k}") for k in ("weight", "bias")}
-        for stage in range(stages - 1):
-            state |= {f"norm.{stage}.{k}": _noise(32) for k in ("weight", "bias")}
-        state |= {f"norm.{stages - 1}.{k}": x for k, x in last.items()}
-        state |= {"decoder.0.embed.weight": _noise(4), "hog_enc.0.conv": _noise(4)}
-        return {"model": state | {"mask_token": _noise(1)}}, net, "mean"
-
-    return make
-
-
-def _dinov3(tmp_path):
-    net = published.network(
-        layerscale=1e-5, registers=2, rope=True, rope_unit=True, positions="none"
-    )
-    d = 32
-    leaves = dict(net.leaves)
-    for i in range(2):  # Keys have no bias.
-        bias = leaves[f"encoder/block_{i}/attn/qkv/bias"].copy()
-        bias[d : 2 * d] = 0
-        leaves[f"encoder/block_{i}/attn/qkv/bias"] = bias
-    net = backbone.Backbone(net.about, leaves)
-    return exporter.hf(net).arrays, net, "cls"
-
-
-FAMILIES = {
-    "timm": _timm,
-    "dino": _dino,
-    "dinov2": _dinov2,
-    "mae": _mae,
-    "ijepa": _ijepa,
-    "localmim": _localmim(4),
-    "localmim of a frozen run": _localmim(1),
-    "dinov3": _dinov3,
-}
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", checkpoints.TREES)
 def test_a_checkpoint_of_the_family_is_found_and_read_bit_by_bit(kind, tmp_path):
-    tree, want, pool = FAMILIES[kind](tmp_path)
+    tree, want, pool = checkpoints.TREES[kind]()
     pth.write(tmp_path / "a.pth", tree)
     found = importer.read(tmp_path / "a.pth", options=HEADS)
     assert found.about.family == kind.split(" ")[0]
@@ -137,7 +44,7 @@ def test_a_checkpoint_of_the_family_is_found_and_read_bit_by_bit(kind, tmp_path)
 
 
 def test_what_is_left_aside_is_told(tmp_path):
-    tree, _, _ = _mae(tmp_path)
+    tree, _, _ = checkpoints.mae()
     pth.write(tmp_path / "a.pth", tree)
     notes = importer.read(tmp_path / "a.pth", options=HEADS).about.notes
     for group in ("decoder_embed", "decoder_blocks", "mask_token"):
@@ -159,7 +66,7 @@ HUGGING_FACE = {
 def test_hugging_face_there_and_back(kind, tmp_path):
     net = published.network(**HUGGING_FACE[kind])
     if kind == "dinov3":
-        net = _dinov3(tmp_path)[1]
+        net = checkpoints.dino_v3()[1]
     file = exporter.write(net, tmp_path / "hf", "hf")
     found = importer.read(file)
     assert found.about.family == kind.split(" ")[0]
@@ -277,13 +184,16 @@ def _faulty(change):
     "change, told",
     [
         (lambda s: s.pop("blocks.1.mlp.fc2.bias"), "blocks.1.mlp.fc2.bias"),
-        (lambda s: s.update({"extra.weight": _noise(2)}), "extra.weight"),
+        (lambda s: s.update({"extra.weight": noise(2)}), "extra.weight"),
         (
-            lambda s: s.update({"blocks.0.norm1.bias": _noise(7)}),
+            lambda s: s.update({"blocks.0.norm1.bias": noise(7)}),
             r"encoder/block_0/norm1/bias \(32,\): blocks.0.norm1.bias \(7,\)",
         ),
-        (lambda s: s.update({"pos_embed": _noise(1, 14, 32)}), "no square grid"),
-        (lambda s: s.update({"fc_norm.weight": _noise(32)}), "fc_norm"),
+        (
+            lambda s: s.update({"pos_embed": noise(1, 14, 32)}),
+            "no square grid",
+        ),
+        (lambda s: s.update({"fc_norm.weight": noise(32)}), "fc_norm"),
     ],
 )
 def test_what_does_not_fit_is_named(change, told, tmp_path):
@@ -334,7 +244,7 @@ def test_channels_are_converted_and_said(tmp_path):
 
 @pytest.mark.parametrize("rule", ["antialias", "plain", "offset", "corners"])
 def test_resampling_keeps_constants_prefix_and_equal_grids(rule):
-    table = np.concatenate([_noise(1, 1, 4), np.full((1, 16, 4), 3.0)], axis=1)
+    table = np.concatenate([noise(1, 1, 4), np.full((1, 16, 4), 3.0)], axis=1)
     same = positions.resample(table, 1, 4, rule)
     np.testing.assert_array_equal(same, table.astype(np.float32))
     for size in (3, 7):
@@ -362,10 +272,13 @@ def test_every_family_has_a_name_of_its_own():
 
 def test_a_whole_method_comes_with_every_parameter(tmp_path):
     net = published.timm(published.network(layerscale=1e-5))
-    head = {"fc_landmarks.weight": _noise(3, 32, 1, 1), "modulation": _noise(1, 32, 3)}
-    head["fc_class_landmarks.weight"] = _noise(5, 32)
+    head = {
+        "fc_landmarks.weight": noise(3, 32, 1, 1),
+        "modulation": noise(1, 32, 3),
+    }
+    head["fc_class_landmarks.weight"] = noise(5, 32)
     state = published.prefixed(net | head, "stage_1.")
-    second = published.prefixed(net | {"head.weight": _noise(5, 32)}, "stage_2.")
+    second = published.prefixed(net | {"head.weight": noise(5, 32)}, "stage_2.")
     pth.write(tmp_path / "a.pth", {"MODEL_STATE": state | second, "EPOCHS_RUN": 3})
     found = importer.read(tmp_path / "a.pth")
     assert found.about.family == "parts"
@@ -377,7 +290,7 @@ def test_a_whole_method_comes_with_every_parameter(tmp_path):
     np.testing.assert_array_equal(leaves["stage_2/head/kernel"], want)
     with pytest.raises(errors.CheckpointError, match="init.from"):
         found.module()
-    state["stage_1.new"] = _noise(1)
+    state["stage_1.new"] = noise(1)
     pth.write(tmp_path / "a.pth", {"MODEL_STATE": state | second})
     with pytest.raises(errors.CheckpointError, match="stage_1.new"):
         importer.read(tmp_path / "a.pth")
@@ -387,7 +300,7 @@ def test_reordered_channels_attend_as_rotated_halves_do():
     """DINOv3 turns channel c with c + half; ours turns neighbours, channels moved."""
     heads, head_dim, grid = 2, 8, (3, 2)
     rule = next(r for r in dinov3.table(heads).rules if r.torch.endswith("qkv.bias"))
-    theirs = _noise(3 * heads * head_dim)
+    theirs = noise(3 * heads * head_dim)
     ours = rule.to_flax(theirs).reshape(3, heads, head_dim)
     theirs = theirs.reshape(3, heads, head_dim)
     periods = 100.0 ** (np.arange(2) / 2)  # head_dim / 4 of them.
@@ -410,7 +323,7 @@ def test_reordered_channels_attend_as_rotated_halves_do():
     out = next(
         r for r in dinov3.table(heads).rules if r.torch == "blocks.{i}.attn.proj.weight"
     )
-    weight = _noise(5, heads * head_dim)
+    weight = noise(5, heads * head_dim)
     value = theirs[2].reshape(-1)
     np.testing.assert_allclose(
         ours[2].reshape(-1) @ out.to_flax(weight), weight @ value, rtol=1e-4, atol=1e-5

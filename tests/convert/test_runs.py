@@ -6,7 +6,8 @@ import pytest
 
 import vitssl
 from tests import runs as make
-from vitssl import errors, features
+from tests.convert import published
+from vitssl import errors, experiment, features, init
 from vitssl.convert import backbone, exporter, importer, runs
 
 
@@ -72,3 +73,71 @@ def test_a_run_becomes_a_program(workdir, tmp_path):
 def test_a_folder_that_is_no_run_says_so(tmp_path):
     with pytest.raises(errors.CheckpointError, match="no complete checkpoint"):
         vitssl.load(tmp_path)
+
+
+def _stored(monkeypatch, config, params, extra=()):
+    """Let `runs.read` find these trees in a run of a config; return the config."""
+    checked = experiment.read(experiment.load(f"{make.ROOT}/configs/{config}"))
+    trees = {"params": dict(params), "extra": dict(extra)}
+    place = make.ROOT / "run" / "checkpoints" / "7"
+    monkeypatch.setattr(runs, "open_run", lambda path: (checked, place))
+    monkeypatch.setattr(init, "read_trees", lambda path, keys: trees)
+    return checked.config
+
+
+def _leaf(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _classifier(net, prefix="", classes=3):
+    width = net.module().width
+    leaves = {
+        f"{prefix}{name.replace('encoder/', 'backbone/')}": leaf
+        for name, leaf in net.leaves.items()
+    }
+    head = {"kernel": _leaf(1, width, classes), "bias": _leaf(2, classes)}
+    return leaves | {f"{prefix}head/{k}": x for k, x in head.items()}
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "gap"])
+def test_a_fine_tuned_run_is_exported(pool, monkeypatch, tmp_path):
+    net, average = published.network(1), published.network(2)
+    extra = _classifier(average, "ema/")
+    settings = _stored(monkeypatch, "finetune_vit.py:smoke", _classifier(net), extra)
+    settings.model.update(published.MODEL)
+    settings.head.pool = pool
+    for part, want in (("", net), ("encoder", net), ("ema", average)):
+        found = runs.read("run", part)
+        assert found.about.pool == ("cls" if pool == "cls" else "mean")
+        got = {k: x for k, x in found.leaves.items() if k.startswith("encoder/")}
+        assert got.keys() == want.leaves.keys()
+        for name, leaf in want.leaves.items():
+            np.testing.assert_array_equal(got[name], leaf)
+        assert ("head/kernel" in found.leaves) == (pool != "gap")
+        assert any("head.pool=gap" in n for n in found.about.notes) == (pool == "gap")
+    file = exporter.write(runs.read("run"), tmp_path / "t.safetensors", "timm")
+    assert ("head.weight" in importer.reader.read(file).tree) == (pool != "gap")
+    with pytest.raises(errors.UsageError, match="the run has encoder, ema"):
+        runs.read("run", "target")
+
+
+def test_a_run_that_is_no_encoder_is_exported_whole(monkeypatch, tmp_path):
+    params = {"encoder/patch_embed/rgb_0/kernel": _leaf(0, 4, 4, 3, 16)}
+    params["predictor/mask_token"] = _leaf(1, 16)
+    target = {"target/rgb_0/kernel": _leaf(2, 4, 4, 3, 16), "step": np.int32(3)}
+    _stored(monkeypatch, "latent_mim.py:smoke", params, target)
+    found = runs.read("run")
+    target.pop("step")
+    assert found.leaves == params | target
+    file = exporter.write(found, tmp_path / "o.safetensors", "olmoearth")
+    again = importer.read(file)
+    for name, leaf in found.leaves.items():
+        np.testing.assert_array_equal(again.leaves[name], leaf)
+    assert "7" in file.with_suffix(".md").read_text()
+    with pytest.raises(errors.UsageError, match="exported whole"):
+        runs.read("run", "encoder")
+    first = {"stage_1/head/prototypes": _leaf(0, 2, 8)}
+    average = {"average/stage_1/head/prototypes": _leaf(1, 2, 8)}
+    _stored(monkeypatch, "parts.py:smoke", first, average)
+    got = runs.read("run").leaves  # What the run's own evaluations use.
+    np.testing.assert_array_equal(*got.values(), *average.values())

@@ -156,11 +156,11 @@ def test_background_challenge_and_gap():
 def test_scores_use_what_there_is():
     rng = np.random.default_rng(0)
     rows = dict(logits=rng.normal(size=(20, 3)), label=rng.integers(0, 3, 20))
-    found = partscores.scores(rows, 3, partscores.Measures())
+    found = partscores.scores(rows)
     assert "top1" in found and "nmi" not in found and "worst_group" not in found
     rows |= dict(logits_swap_same=rows["logits"], logits_swap_random=-rows["logits"])
     rows["logits_without"] = np.stack([rows["logits"]] * 2, axis=1)
-    found = partscores.scores(rows, 3, partscores.Measures())
+    found = partscores.scores(rows)
     assert found["swap_same"] == found["without_0"] == found["top1"]
     np.testing.assert_allclose(
         found["bg_gap"], found["swap_same"] - found["swap_random"]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from vitssl import freezeout, methods, optim, step, tree
-from vitssl.methods import classify
-from vitssl.methods import classify_sections as sections
+from vitssl.methods import classify, classify_sections
 from vitssl.models import head, hvit, hvit_heads
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -29,7 +28,7 @@ def _method(channels=5, pool="mean_norm", size=8, **fields):
             std=(0.5,) * channels,
         ),
         model=hvit.HViT(**SIZE | SPECTRAL | fields),
-        augment=sections.Augment(size=size),
+        augment=classify_sections.Augment(size=size),
         head=head.Head(pool=pool, init_std=0.5, norm_eps=1e-5),
     )
 

@@ -225,6 +225,27 @@ def test_means_in_place_count_what_is_seen():
             np.testing.assert_allclose(got[0, i, j], want, atol=1e-6)
 
 
+def test_times_side_by_side_are_the_means_of_each():
+    rng = np.random.default_rng(1)
+    x = {"a": rng.normal(size=(2, 2, 2, 3, 2, 4)).astype(np.float32)}
+    mask = {"a": rng.integers(0, 2, (2, 2, 2, 3, 2))}
+    apart = np.asarray(latent_mim_readout.in_place(x, mask, "times"))
+    for t in range(3):
+        one = {"a": x["a"][:, :, :, t : t + 1]}, {"a": mask["a"][:, :, :, t : t + 1]}
+        want = latent_mim_readout.in_place(*one)
+        np.testing.assert_allclose(apart[..., 4 * t : 4 * t + 4], want, atol=1e-6)
+
+
+def test_centred_targets_lose_the_mean_of_what_is_valid():
+    rng = np.random.default_rng(2)
+    goal = rng.normal(size=(3, 5, 4)).astype(np.float32) + 7
+    valid = rng.random((3, 5)) < 0.5
+    got = np.asarray(latent_mim_readout.centred(goal, valid))
+    np.testing.assert_allclose(got, goal - goal[valid].mean(0), atol=1e-5)
+    empty = latent_mim_readout.centred(goal, np.zeros((3, 5), bool))
+    np.testing.assert_array_equal(empty, goal)
+
+
 def test_pictures_are_a_sensor_of_their_own():
     m = method(
         inputs=dict(modalities=("rgb",)),

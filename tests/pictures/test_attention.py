@@ -96,6 +96,19 @@ def test_rollout_is_drawn_for_every_image():
     assert lit[0, 0, 0] == pytest.approx(want)
 
 
+def test_without_a_class_token_the_rollout_is_drawn_from_its_minimum():
+    a = softmax_attention(2, 2, 9)[None]
+    images = np.full((1, 6, 6, 3), 255, np.uint8)
+    axes = attention.layers(images, a, (3, 3)).axes
+    map_ = attention.rollout(a[0]).mean(0)
+    (heat,) = (x for x in axes if x.get_title() == "rollout from its minimum")
+    assert heat.images[0].get_clim() == pytest.approx((map_.min(), map_.max()))
+    (lit,) = (x for x in axes if x.get_title() == "rollout on image")
+    lit = np.asarray(lit.images[0].get_array())
+    # The darkest patch keeps what keeps the image visible, the brightest everything.
+    assert (lit.min(), lit.max()) == pytest.approx((0.12, 1.0), abs=1e-6)
+
+
 def test_one_patch_shows_its_own_row_and_is_marked():
     a = softmax_attention(8, 2, 11)  # A class token, a register, 3 x 3 patches.
     figure = attention.patch(np.zeros((9, 9, 3), np.uint8), a, (1, 2), (3, 3))

@@ -3,6 +3,7 @@
 step    a whole training step of a config, or of a plain ViT, on synthetic batches
 data    the input pipeline, samples per second and core
 freeze  every phase of a run with FreezeOut, against its cost formula
+parts   the training step of iFAM at its published size, with and without remat
 knn     exact nearest neighbours
 hybrid  hybrid patch sizes: every mode on every case, against its cost formula
 """
@@ -11,7 +12,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("step", "data", "freeze", "knn", "hybrid")
+NAMES = ("step", "data", "freeze", "parts", "knn", "hybrid")
 
 
 def main(argv: list[str]) -> int:

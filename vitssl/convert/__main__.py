@@ -3,7 +3,8 @@
     python -m vitssl.convert import FILE --to=FOLDER [--family=auto] [--part=teacher]
         [--heads=N] [--image_size=N] [--channels=N]
     python -m vitssl.convert export WEIGHTS --to=FILE.safetensors
-        [--layout=timm|hf|vitssl|bigvision|hvit] [--part=target|encoder]
+        [--layout=timm|hf|vitssl|bigvision|hvit|parts|parts_hf|olmoearth]
+        [--part=target|encoder|ema]
     python -m vitssl.convert families
 
 FILE is a .safetensors, .npz, .pth, .pt or .bin; nothing in it is ever executed. WEIGHTS
@@ -11,7 +12,9 @@ is a run's workdir, one checkpoint of it, or a FOLDER of an import.
 """
 
 import argparse
+import dataclasses
 import sys
+from concurrent import futures
 
 from vitssl import errors
 
@@ -43,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("weights")
     two.add_argument("--to", required=True, help="file, or a folder")
     two.add_argument("--layout", default="timm")
-    two.add_argument("--part", default="", help="of a run: target or encoder")
+    two.add_argument("--part", default="", help="of a run: target, encoder or ema")
     commands.add_parser("families", help="list what an import knows")
     return top
 
@@ -67,9 +70,12 @@ def _import(flags) -> int:
     found = importer.read(
         flags.file, name=flags.family, part=flags.part, options=options
     )
-    found = importer.signed(found, flags.file)
-    file = backbone.write(flags.to, found)
-    card.write(file, found, "vitssl", exporter.OURS)
+    with futures.ThreadPoolExecutor(1) as pool:  # Both take a while.
+        digest = pool.submit(importer.digest, flags.file)
+        file = backbone.write(flags.to, found, digest.result)
+    signed = dataclasses.replace(found.about, sha256=digest.result())
+    found = dataclasses.replace(found, about=signed)
+    card.write(file, found, "vitssl", exporter.OURS, digest=False)
     about = found.about
     print(f"{flags.file}: {about.family}, {importer.size(found):,} parameters")
     print("  " + ", ".join(f"{k}={v}" for k, v in about.model.items()))

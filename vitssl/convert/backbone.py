@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
+from concurrent import futures
 from typing import Any
 
 import ml_collections
@@ -76,9 +77,8 @@ class Backbone:
         values = dict(self.about.model)
         if not values:
             raise errors.CheckpointError(
-                f"{self.about.source}: all parameters of the method "
-                f"{self.about.family!r}, no encoder alone; start a run from it with "
-                "--config.init.from, then load or export the run"
+                f"{self.about.source}: all parameters of a method, no encoder alone; "
+                "start a run from it with --config.init.from, then load the run"
             )
         name = values.pop("name", "vit")
         if name not in MODELS:
@@ -138,21 +138,44 @@ def read(path) -> Backbone:
     return Backbone(about, found.tree)
 
 
-def write(path, backbone: Backbone) -> pathlib.Path:
-    """Write weights as float32, one array at a time; return the file.
+def write(path, backbone: Backbone, sha256=None) -> pathlib.Path:
+    """Write weights as float32, two arrays at a time; return the file.
 
     Args:
         path: a folder (made if need be) or a `.safetensors` file.
         backbone: what to write; bfloat16 and float16 become float32.
+        sha256: () -> digest to describe the weights by instead of their own, asked
+            last, so that it may be computed meanwhile.
     """
     path = pathlib.Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     leaves = backbone.leaves
     shapes = {n: (tuple(x.shape), np.dtype(np.float32)) for n, x in leaves.items()}
-    made = ((n, contiguous(leaves[n])) for n in safetensors.order(shapes))
-    safetensors.write_lazily(file, shapes, made, {KEY: describe(backbone.about)})
+
+    def text(digest):
+        about = dataclasses.replace(backbone.about, sha256=digest)
+        return {KEY: describe(about)}
+
+    first, last = text(backbone.about.sha256), None
+    if sha256 is not None:
+        first, last = text("0" * 64), lambda: text(sha256())
+    with futures.ThreadPoolExecutor(1) as pool:
+        made = _ahead(pool, lambda n: contiguous(leaves[n]), safetensors.order(shapes))
+        safetensors.write_lazily(file, shapes, made, first, last)
     return file
+
+
+def _ahead(pool, make, names):
+    """Yield (name, make(name)), the next one being made while one is used."""
+    waiting = None
+    for name in names:
+        one = name, pool.submit(make, name)
+        if waiting:
+            yield waiting[0], waiting[1].result()
+        waiting = one
+    if waiting:
+        yield waiting[0], waiting[1].result()
 
 
 def describe(about: About) -> str:

@@ -6,21 +6,22 @@ import pathlib
 from vitssl.convert import backbone, importer
 
 
-def write(file: pathlib.Path, source: backbone.Backbone, layout: str, snippet: str):
-    """Write the card of an exported file beside it, as NAME.md; return its path."""
+def write(file: pathlib.Path, source: backbone.Backbone, layout, snippet, digest=True):
+    """Write the card of a file beside it, as NAME.md; return its path; see `text`."""
     path = file.with_suffix(".md")
-    path.write_text(text(file, source, layout, snippet))
+    path.write_text(text(file, source, layout, snippet, digest))
     return path
 
 
-def text(file, source: backbone.Backbone, layout: str, snippet: str) -> str:
+def text(file, source: backbone.Backbone, layout, snippet, digest=True) -> str:
     """Return the card in Markdown.
 
     Args:
-        file: the exported file; read for its sha256.
+        file: the exported file.
         source: what was exported.
         layout: its layout.
         snippet: lines that load it; {file} and {folder} are filled in.
+        digest: read the file for its sha256; of an import that of its source is enough.
     """
     about = source.about
     code = snippet.replace("{file}", file.name).replace("{folder}", ".")
@@ -33,7 +34,7 @@ def text(file, source: backbone.Backbone, layout: str, snippet: str) -> str:
         "Family": about.family,
         "Source": about.source or "unknown",
         "sha256 of the source": about.sha256,
-        "sha256 of this file": importer.digest(file),
+        "sha256 of this file": importer.digest(file) if digest else "",
         "Training data": _inline(
             {k: data[k] for k in ("source", "split") if k in data}
         ),

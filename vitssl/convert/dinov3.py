@@ -125,9 +125,14 @@ def _prepare(state: Mapping, notes: list) -> dict:
             "mlp.w1: gated MLPs (DINOv3 ViT-S+, H+ and 7B) have no place in models.vit"
         )
     blocks = range(family.depth(found, "blocks.{i}."))
+    lacking = []
     for i in blocks:
         for kind in ("weight", "bias"):
-            _fuse(found, f"blocks.{i}.attn", kind)
+            lacking += _fuse(found, f"blocks.{i}.attn", kind)
+    if lacking:
+        notes.append(
+            f"{len(lacking)} biases the model does without: zeros ({lacking[0]})"
+        )
     biases = [f"blocks.{i}.attn.qkv.bias" for i in blocks]
     family.add_zero_bias(
         found, biases, lambda key: key.replace(".bias", ".weight"), notes
@@ -143,13 +148,22 @@ def _prepare(state: Mapping, notes: list) -> dict:
     return found
 
 
-def _fuse(state, attn, kind):
-    """Join q, k and v of one block; a bias that one of them lacks is zero."""
-    parts = [state.pop(f"{attn}.{name}.{kind}", None) for name in "qkv"]
-    there = [p for p in parts if p is not None]
-    if there:
-        parts = [np.zeros_like(there[0]) if p is None else p for p in parts]
-        state[f"{attn}.qkv.{kind}"] = np.concatenate(parts)
+def _fuse(state, attn, kind) -> list[str]:
+    """Join q, k and v of one block; return the names of those it lacks, now zeros.
+
+    Raises:
+        CheckpointError: a weight is missing.
+    """
+    names = [f"{attn}.{name}.{kind}" for name in "qkv"]
+    there = [state[name] for name in names if name in state]
+    missing = [name for name in names if name not in state]
+    if not there:
+        return []
+    if missing and kind == "weight":
+        raise errors.CheckpointError(f"the checkpoint lacks {missing[0]}")
+    parts = [state.pop(name, np.zeros_like(there[0])) for name in names]
+    state[f"{attn}.qkv.{kind}"] = np.concatenate(parts)
+    return missing
 
 
 def _check_periods(state):

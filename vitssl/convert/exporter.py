@@ -5,6 +5,7 @@ there). What a layout cannot say is an error that names the field.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from vitssl.convert import (
     hvit,
     safetensors,
     vit,
+    wholes,
 )
 from vitssl.models import posemb
 
@@ -63,11 +65,12 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         file = backbone.write(to, source)
         card.write(file, source, layout, OURS)
         return file
-    kind = source.about.model.get("name", "vit")
-    if (layout == "hvit") != (kind == "hvit"):
-        fitting = "hvit" if kind == "hvit" else ", ".join(sorted({*LAYOUTS} - {"hvit"}))
+    fitting = _fitting(source)
+    if layout not in fitting:
+        kind = source.about.model.get("name", "vit")
+        what = f"a model {kind!r}" if source.about.model else "a whole method"
         raise errors.UsageError(
-            f"--layout={layout}: cannot hold a model {kind!r}; use {fitting} or vitssl"
+            f"--layout={layout}: cannot hold {what}; use {', '.join(fitting)} or vitssl"
         )
     made = LAYOUTS[layout](source)
     ending = ".npz" if layout == "bigvision" else ".safetensors"
@@ -83,6 +86,15 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         (file.parent / "config.json").write_text(json.dumps(made.recipe, indent=1))
     card.write(file, source, layout, made.snippet)
     return file
+
+
+def _fitting(source) -> tuple[str, ...]:
+    """Return the layouts for the kind of model that a source is."""
+    if not source.about.model:
+        return WHOLE
+    if source.about.model.get("name", "vit") == "hvit":
+        return ("hvit",)
+    return tuple(name for name in LAYOUTS if name not in (*WHOLE, "hvit"))
 
 
 OURS = """\
@@ -253,7 +265,7 @@ def big_vision(source: backbone.Backbone) -> Export:
     extra = [field for field in absent if getattr(module, field)]
     if extra:
         raise errors.UsageError(f"layout bigvision: its ViT has no {', '.join(extra)}")
-    leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+    leaves = _copied(source)
     state = convert.export(tree.nest(leaves), bigvision.table({"heads": module.heads}))
     return Export(bigvision.export(state, module.heads), {}, _BIG_VISION)
 
@@ -270,7 +282,7 @@ def hierarchical(source: backbone.Backbone) -> Export:
     The recipe is its `hvt_params`. A classifier's head goes with it.
     """
     module = source.module()
-    leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+    leaves = _copied(source)
     state = convert.export(tree.nest(leaves), hvit.table(module.depths, "encoder/"))
     recipe = dict(
         patch_size=module.patch,
@@ -297,11 +309,43 @@ params = {params}
 model = DiseaseAwareHVT(img_size={size}, num_classes={classes}, hvt_params=params)
 model.load_state_dict(load_file("{{file}}"), strict=False)
 """
+
+
+def part_discovery(source: backbone.Backbone, hf: bool = False) -> Export:
+    """Return the layout of iFAM and PDiscoFormer, all parameters.
+
+    Raises:
+        UsageError: weights of another method.
+    """
+    return Export(wholes.to_parts(_copied(source), hf), {}, _STATE)
+
+
+def olmo_earth(source: backbone.Backbone) -> Export:
+    """Return the layout of OlmoEarth, all parameters.
+
+    Raises:
+        UsageError: weights of another method.
+    """
+    return Export(wholes.to_olmoearth(_copied(source)), {}, _STATE)
+
+
+def _copied(source) -> dict:
+    return {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+
+
+_STATE = """from safetensors.torch import load_file
+# model: the original's, built for the same sizes; what it computes is not in the file.
+model.load_state_dict(load_file("{file}"), strict=False)
+"""
+WHOLE = ("parts", "parts_hf", "olmoearth")
 LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {
     "timm": timm,
     "hf": hf,
     "bigvision": big_vision,
     "hvit": hierarchical,
+    "parts": part_discovery,
+    "parts_hf": functools.partial(part_discovery, hf=True),
+    "olmoearth": olmo_earth,
 }
 
 
@@ -352,7 +396,7 @@ def _folded(source, module) -> Mapping:
 
     timm's models with registers give positions to patches alone.
     """
-    leaves = {k: backbone.contiguous(v) for k, v in source.leaves.items()}
+    leaves = _copied(source)
     if module.registers and module.cls and module.class_position:
         table = leaves["encoder/pos_embed"]
         leaves["encoder/cls"] = leaves["encoder/cls"] + table[:, :1]

@@ -29,7 +29,7 @@ def read(
     Nothing large is read or copied yet: arrays are rearranged views of the file.
 
     Args:
-        path: `.pth`, `.safetensors` or `.npz`.
+        path: `.pth`, `.safetensors` or `.npz`; also a `.safetensors` of ours.
         name: of the family, or "auto".
         part: which dict of a training checkpoint; "" = the family's first choice.
         options: what the tensors do not tell.
@@ -42,6 +42,8 @@ def read(
     path = pathlib.Path(path)
     options = options or family.Options()
     found = reader.read(path)
+    if backbone.KEY in found.metadata:
+        return _own(path, name, part, options)
     one, raw, place = families.find(found.tree, name, part)
     config, told = _config_beside(path)
     config = config or one.told(found.tree)
@@ -70,6 +72,40 @@ def read(
         rule=one.rule,
         source=path.name,
         notes=tuple(notes),
+    )
+    return backbone.Backbone(about, leaves)
+
+
+def _own(path, name, part, options):
+    """Return a network that this package wrote, for another image size or channels.
+
+    Raises:
+        UsageError: an option that says what the file says itself.
+    """
+    for key, value in (
+        ("family", name.replace("auto", "")),
+        ("part", part),
+        ("heads", options.heads),
+    ):
+        if value:
+            raise errors.UsageError(
+                f"--{key}={value}: {path} is in the layout vitssl, which says it itself"
+            )
+    found = backbone.read(path)
+    if not (options.image_size or options.channels):
+        return found
+    about = found.about
+    if not about.model:
+        raise errors.UsageError(
+            f"--image_size, --channels: {path} holds a whole method, not one encoder"
+        )
+    module, notes = found.module(), list(about.notes)
+    keys = ("image_size", "patch", "cls", "class_position", "spectral_channels")
+    fields = {key: getattr(module, key) for key in keys if hasattr(module, key)}
+    leaves, fields, mean, std = _adapt(found.leaves, fields, about, options, notes)
+    model = dict(about.model) | {"image_size": fields["image_size"]}
+    about = dataclasses.replace(
+        about, model=model, mean=mean, std=std, notes=tuple(notes)
     )
     return backbone.Backbone(about, leaves)
 
@@ -131,10 +167,19 @@ def _like(fields, state, table):
 
 
 def _aside(state, table) -> list[str]:
-    """Return one line per group of keys that were left aside."""
-    groups = collections.Counter(
-        key.replace("/", ".").split(".")[0] for key in convert.left_aside(state, table)
-    )
+    """Return one line per group of keys that were left aside.
+
+    A group is the shortest prefix, cut at a dot, of which no key is used.
+    """
+    out = set(convert.left_aside(state, table))
+    used, groups = set(), collections.Counter()
+    for key in set(state) - out:
+        parts = key.replace("/", ".").split(".")
+        used |= {tuple(parts[:n]) for n in range(1, len(parts) + 1)}
+    for key in out:
+        parts = tuple(key.replace("/", ".").split("."))
+        free = [n for n in range(1, len(parts)) if parts[:n] not in used]
+        groups[".".join(parts[: min(free, default=len(parts))])] += 1
     return [f"left aside: {name} ({n} keys)" for name, n in sorted(groups.items())]
 
 
@@ -164,7 +209,7 @@ def _adapt(leaves, fields, one, options, notes):
         )
     tables = [name for name in leaves if name.endswith("pos_embed")]
     if size != fields["image_size"] and tables:
-        first = int(fields.get("cls", False) and fields["class_position"])
+        first = int(fields.get("cls", False) and fields.get("class_position", True))
         for name in tables:
             table = leaves[name]
             leaves[name] = positions.resample(table, first, size // patch, one.rule)
@@ -243,12 +288,6 @@ def digest(path) -> str:
     """Return the sha256 of a file, in hexadecimal."""
     with pathlib.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def signed(found: backbone.Backbone, path) -> backbone.Backbone:
-    """Return a network with the sha256 of the file it came from, which reads it all."""
-    about = dataclasses.replace(found.about, sha256=digest(path))
-    return dataclasses.replace(found, about=about)
 
 
 def size(found: backbone.Backbone) -> int:

@@ -13,6 +13,8 @@ its patch embeddings is left aside.
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from vitssl import convert
 from vitssl.convert import CONV, LINEAR, Rule, Table, vit
 
@@ -45,16 +47,30 @@ class Sensor(NamedTuple):
 
 
 def sensors(state) -> tuple[Sensor, ...]:
-    """Return the modalities that an encoder of a state dict embeds, in its order."""
-    sets, space = {}, {}
+    """Return the modalities that an encoder of a state dict embeds, in its order.
+
+    Keys may lack the prefix "encoder.", as in a file of the encoder alone.
+    """
     pattern = re.compile(
-        rf"encoder\.{re.escape(_EMBED)}(\w+)\.\1__(\d+)\.(proj\.)?weight"
+        rf"(?:encoder\.)?{re.escape(_EMBED)}(\w+)\.\1__(\d+)\.(proj\.)?weight"
     )
-    for key in state:
-        if found := pattern.fullmatch(key):
-            name = found[1]
-            sets[name] = max(sets.get(name, 0), 1 + int(found[2]))
-            space[name] = found[3] is not None
+    found = (pattern.fullmatch(key) for key in state)
+    return _sensors((m[1], int(m[2]), bool(m[3])) for m in found if m)
+
+
+def sensors_of(leaves) -> tuple[Sensor, ...]:
+    """Return the modalities of parameters by name, {"encoder/...": array}."""
+    pattern = re.compile(r"encoder/patch_embed/(\w+)_(\d+)/kernel")
+    found = ((pattern.fullmatch(name), np.ndim(x)) for name, x in leaves.items())
+    return _sensors((m[1], int(m[2]), axes == 4) for m, axes in found if m)
+
+
+def _sensors(found) -> tuple[Sensor, ...]:
+    """Return the modalities of (name, number of a bandset, has space)."""
+    sets, space = {}, {}
+    for name, i, spread in found:
+        sets[name] = max(sets.get(name, 0), 1 + i)
+        space[name] = spread
     return tuple(Sensor(k, ((),) * n, space[k]) for k, n in sets.items())
 
 

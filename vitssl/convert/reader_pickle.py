@@ -7,6 +7,7 @@ PyTorch never writes are refused too.
 """
 
 import dataclasses
+import pathlib
 import pickletools
 from collections.abc import Callable
 from typing import Any
@@ -330,6 +331,11 @@ def _numpy_dtype(code, *_):
     return np.dtype(code)
 
 
+def _path(parts):
+    """A path as text; its first part may be the root."""
+    return str(pathlib.PurePosixPath(*(_want(p, str) for p in parts)))
+
+
 _UNTYPED = "torch.storage.UntypedStorage"
 _BUILDERS: dict[str, Callable] = {
     "collections.OrderedDict": lambda items=(): dict(items),
@@ -338,8 +344,8 @@ _BUILDERS: dict[str, Callable] = {
     "argparse.Namespace": lambda: _Plain(),
     "builtins.set": lambda items=(): set(items),
     "builtins.slice": lambda *items: items,
-    "pathlib.PosixPath": lambda *parts: "/".join(map(str, parts)),
-    "pathlib._local.PosixPath": lambda *parts: "/".join(map(str, parts)),
+    "pathlib.PosixPath": lambda *parts: _path(parts),
+    "pathlib._local.PosixPath": lambda *parts: _path(parts),
     "torch.Size": lambda items=(): tuple(items),
     "torch.device": lambda *name: ":".join(map(str, name)),
     "torch._utils._rebuild_tensor": _tensor,

@@ -107,7 +107,7 @@ def write(path, arrays: Mapping, metadata: Mapping[str, str] | None = None) -> N
     write_lazily(path, shapes, ((n, arrays[n]) for n in _order(shapes)), metadata)
 
 
-def write_lazily(path, shapes, items: Iterable, metadata=None) -> None:
+def write_lazily(path, shapes, items: Iterable, metadata=None, last=None) -> None:
     """Write arrays one by one as an iterable makes them.
 
     Args:
@@ -115,6 +115,8 @@ def write_lazily(path, shapes, items: Iterable, metadata=None) -> None:
         shapes: {name: (shape, dtype)} of all of them.
         items: (name, array) pairs in the order of `order(shapes)`.
         metadata: texts to keep in the header.
+        last: () -> the same texts as they shall be, no longer and no shorter; asked
+            once the arrays are written.
 
     Raises:
         CheckpointError: an item is not what `shapes` promised.
@@ -130,6 +132,9 @@ def write_lazily(path, shapes, items: Iterable, metadata=None) -> None:
                 if name != want or array.shape != shape or array.dtype != dtype:
                     raise errors.CheckpointError(f"{path}: {name} is not as announced")
                 file.write(array.reshape(-1).view(np.uint8).data)
+            if last is not None:
+                file.seek(0)
+                file.write(_header(shapes, last()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

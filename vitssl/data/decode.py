@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import pathlib
+import re
 import threading
 import typing
 
@@ -61,7 +62,8 @@ def decode(data, *, channels, name="image"):
                 return image
         return _pillow(data, channels)
     except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
-        what = str(e) or type(e).__name__
+        # PIL names its buffer where a file has a name.
+        what = re.sub(r" <_io\.BytesIO.*?>", "", str(e)) or type(e).__name__
         raise errors.DataError(f"{name}: cannot be decoded: {what}") from e
 
 
@@ -252,6 +254,7 @@ class Tolerant:
             shown = "\n  ".join(bad[:5])
             raise errors.DataError(
                 f"{self.name}: {printable(self.root)}: {len(bad)} of {len(self)} "
-                f"images are broken, more than {self.max_bad_fraction:.0%} of the set"
+                f"images are broken, more than {self.max_bad_fraction:.0%} of the set; "
+                "repair them or take them out of the folder"
                 f"\n  {shown}" + "\n  ..." * (len(bad) > 5)
             )

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import pathlib
 
 import jax
 import numpy as np
@@ -21,11 +22,14 @@ class Evaluation:
         data: `data` of the config; its bank_split teaches, its test_split is scored.
         method: features come from `method.features`.
         mesh: devices of the run.
+        workdir: where snapshots of the test split go.
+        seed: of the choice of these.
     """
 
-    def __init__(self, section: evals.Evals, data, method, mesh):
+    def __init__(self, section: evals.Evals, data, method, mesh, workdir="", seed=0):
         self._section, self._data = section, data
         self._method, self._mesh = method, mesh
+        self._workdir, self._seed = pathlib.Path(workdir), seed
         self.arrays = {}  # Of the last scores: what is no number.
 
     def due(self, at: int, run) -> bool:
@@ -52,28 +56,28 @@ class Evaluation:
         return self._images((s.final_samples_train, s.final_samples_test))
 
     def _images(self, counts):
-        s, data = self._section, self._data
-
-        transform = getattr(self._method, "evaluation_transform", views.Evaluate)
-
-        def make(source):
-            return pipeline.evaluate(
-                source,
-                transform(s.image_size),
-                batch_size=self._rows(),
-                threads=data.threads,
-                process=(jax.process_index(), jax.process_count()),
-                on_bad_image=data.on_bad_image,
-            )
-
         parts = [
             dataset.Subset(source, features.subset(len(source), count))
             for source, count in zip(self._sources, counts, strict=True)
         ]
+        keep = self._section.cache_bytes
         return [
-            features.Cached(functools.partial(make, part), s.cache_bytes)
+            features.Cached(functools.partial(self._batches, part), keep)
             for part in parts
         ]
+
+    def _batches(self, source):
+        """Return the evaluation batches of a source, read anew."""
+        s, data = self._section, self._data
+        transform = getattr(self._method, "evaluation_transform", views.Evaluate)
+        return pipeline.evaluate(
+            source,
+            transform(s.image_size),
+            batch_size=self._rows(),
+            threads=data.threads,
+            process=(jax.process_index(), jax.process_count()),
+            on_bad_image=data.on_bad_image,
+        )
 
     def _rows(self):
         """Return the evaluation batch, rounded up to split over the devices."""
@@ -89,6 +93,7 @@ class Evaluation:
         if not self._section.every_epochs:
             return {}
         values = self._scores(state, self._online_images[1])
+        self._snapshots(state, self._online_images[1])
         if self._section.online:
             values |= evals.online(
                 self._section,
@@ -104,15 +109,53 @@ class Evaluation:
         """Return the method's own scores on the test split, "test/<name>"."""
         if not hasattr(self._method, "outputs"):
             return {}
-        rows = features.outputs(
-            self._method.outputs,
-            (state.params, state.extra),
-            images,
-            sharding=devices.batch_sharding(self._mesh),
-        )
+        rows = self._outputs(state, images, self._method.outputs)
         found = self._method.scores(rows)
         self.arrays = {k: v for k, v in found.items() if np.ndim(v)}
         return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
+
+    def _outputs(self, state, images, function, *arguments):
+        return features.outputs(
+            function,
+            (state.params, state.extra, *arguments),
+            images,
+            sharding=devices.batch_sharding(self._mesh),
+        )
+
+    def _final_scores(self, state) -> dict[str, float]:
+        """Return what the method measures once, at the end."""
+        if not hasattr(self._method, "final_scores"):
+            return {}
+
+        def rows(function, *arguments, split="test", source=None):
+            images = self._final_images[int(split == "test")]
+            if source is not None:
+                images = self._batches(source)
+            return self._outputs(state, images, function, *arguments)
+
+        found = self._method.final_scores(rows)
+        self.arrays |= {k: v for k, v in found.items() if np.ndim(v)}
+        return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
+
+    def _snapshots(self, state, images):
+        """Draw some batches of the test split, if the method does that now."""
+        if not hasattr(self._method, "drawn") or not devices.is_main():
+            return
+        at = int(state.step)
+        share = self._method.drawn(at)
+        if not share:
+            return
+        leaves = jax.tree.leaves((state.params, state.extra))
+        if not all(x.is_fully_addressable or x.is_fully_replicated for x in leaves):
+            logger.warning("no snapshots: the weights are spread over several hosts")
+            return
+        params, extra = jax.device_get((state.params, state.extra))
+        folder, name = self._workdir / "pictures" / "maps", self._data.source
+        for number, batch in enumerate(images):
+            rng = np.random.default_rng((self._seed, at, number))
+            if rng.random() < share and batch["valid"].any():
+                path = folder / f"{at:06d}_{number:04d}_{name}.jpg"
+                self._method.snapshot(params, extra, batch, path)
 
     def _written(self, scores) -> str:
         """Return the scores of the test split as text."""
@@ -146,6 +189,8 @@ class Evaluation:
         """
         section = self._section
         scores = self._scores(state, self._final_images[1])
+        scores |= self._final_scores(state)
+        self._snapshots(state, self._final_images[1])
         text = self._written(scores)
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:

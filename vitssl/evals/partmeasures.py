@@ -76,12 +76,14 @@ def at_points(maps, xy, size):
 def centres(maps, size):
     """Return (centres of mass (x, y) in pixels [B, K, 2], which parts are there).
 
-    A part is there, [B, K] bool, if its map exceeds 1/2 somewhere.
+    A part is there, [B, K] bool, if its map exceeds 1/2 somewhere; the centre of one
+    whose map is all 0 is the corner.
     """
     parts = maps[..., :-1]
     rows, columns = partmaps.centroids(parts)
     scale = size / maps.shape[1], size / maps.shape[2]
     xy = jnp.stack([columns * scale[1], rows * scale[0]], axis=-1)
+    xy = jnp.where(parts.sum((1, 2))[..., None] > 0, xy, 0.0)
     return xy, parts.max((1, 2)) > 0.5
 
 

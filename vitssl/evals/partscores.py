@@ -4,6 +4,7 @@ On the host, from the rows that `evals.partmeasures` leaves. Accuracies are frac
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,14 +18,45 @@ class Measures:
 
     Attributes:
         leave_one_out: also classify without each single part in turn (K times the
-            second stage).
+            second stage), beside those of `parts.removed`.
+        thresholds: shares of each part's least confident patches, as (0.01, 0.05): the
+            final evaluation finds them in the bank split (`evals.final_samples_train`
+            of it) and scores the test split with such patches taken away.
+        backgrounds: folder of ImageNet-9, whose variants the final evaluation scores;
+            "" = off. See `data.sources.in9`.
+        mapping: JSON file {class of the model: class of ImageNet-9, or -1}; "" = they
+            are the same.
+        challenge: backgrounds to put behind each foreground of ImageNet-9; 0 = off.
+        maps: probability with which a batch of the test split is drawn with its parts,
+            in WORKDIR/pictures/maps; 0.0 = off.
+        maps_every_epochs: when: at evaluations in epoch 1, in each so-manieth, and at
+            the end.
     """
 
     leave_one_out: bool = False
+    thresholds: tuple[float, ...] = ()
+    backgrounds: str = ""
+    mapping: str = ""
+    challenge: int = 0
+    maps: float = 0.0
+    maps_every_epochs: int = 16
 
     def check(self) -> Iterator[str]:
-        """Yield nothing: every value is allowed."""
-        yield from ()
+        """Yield what is out of range or not there."""
+        if any(not 0.0 < q < 1.0 for q in self.thresholds):
+            yield f"thresholds={self.thresholds}: shares above 0 and below 1"
+        if self.challenge < 0:
+            yield f"challenge={self.challenge}: 0 (off) or more backgrounds"
+        if self.challenge and not self.backgrounds:
+            yield f"challenge={self.challenge}: needs measures.backgrounds, a folder"
+        for key, there in (("backgrounds", os.path.isdir), ("mapping", os.path.isfile)):
+            path = getattr(self, key)
+            if path and not there(os.path.expanduser(path)):
+                yield f"{key}={path!r}: there is no such path"
+        if not 0.0 <= self.maps <= 1.0:
+            yield f"maps={self.maps}: a probability, 0 to 1"
+        if self.maps_every_epochs < 1:
+            yield f"maps_every_epochs={self.maps_every_epochs}: 1 or more"
 
 
 def classification(logits, labels) -> dict:
@@ -189,10 +221,15 @@ def coarse_accuracy(logits, targets, mapping) -> float:
 
     Source: Xiao et al. 2020, arXiv:2006.09994.
     """
-    table = np.full(logits.shape[1], -1)
-    for fine, coarse in mapping.items():
-        table[int(fine)] = coarse
-    return float((table[logits.argmax(-1)] == targets).mean())
+    return float((coarse(logits.argmax(-1), mapping) == targets).mean())
+
+
+def coarse(guesses, mapping):
+    """Return the coarse class of fine ones, -1 = none; arguments as above."""
+    table = np.full(1 + max([int(guesses.max()), *map(int, mapping)]), -1)
+    for fine, group in mapping.items():
+        table[int(fine)] = group
+    return table[guesses]
 
 
 def background_gap(same, random) -> float:
@@ -221,21 +258,33 @@ def thresholds(maps, dot, quantiles) -> dict:
         {q: float64 [K]}; nan for a part that owns no patch.
     """
     own = maps.argmax(-1)
+    values = np.take_along_axis(dot, own[..., None], axis=-1)[..., 0]
+    return least(own, values, maps.shape[-1] - 1, quantiles)
+
+
+def least(owner, values, parts, quantiles) -> dict:
+    """Return `thresholds` from less: what owns each patch, and its own product.
+
+    Args:
+        owner: int [M, h, w], K = the background.
+        values: [M, h, w] product with the prototype of the owner.
+        parts: K.
+        quantiles: see `thresholds`.
+    """
     columns = []
-    for k in range(maps.shape[-1] - 1):
-        values = dot[own == k, k]
+    for k in range(parts):
+        some = values[owner == k]
         empty = np.full(len(quantiles), np.nan)
-        columns.append(np.quantile(values, quantiles) if len(values) else empty)
+        columns.append(np.quantile(some, quantiles) if len(some) else empty)
     return dict(zip(quantiles, np.stack(columns, axis=-1), strict=True))
 
 
-def scores(rows: dict, classes: int, measures: Measures) -> dict:
+def scores(rows: dict, removed=()) -> dict:
     """Return every number that the rows of a test split allow.
 
     Args:
         rows: of `methods.parts.Parts.outputs`, with "label", in order of "index".
-        classes: C.
-        measures: the section.
+        removed: parts that were away all along.
 
     Returns:
         Accuracies of the prediction by their own names, of the first stage with
@@ -243,7 +292,6 @@ def scores(rows: dict, classes: int, measures: Measures) -> dict:
         pixel; "keypoint_error" (fitted on the even images, judged on the odd ones);
         IoUs; accuracies before swapped backgrounds and "bg_gap"; "without_k".
     """
-    del classes, measures
     labels, found = rows["label"], {}
     for key, end in (("logits", ""), ("logits_stage_1", "_stage_1")):
         if key in rows:
@@ -255,7 +303,10 @@ def scores(rows: dict, classes: int, measures: Measures) -> dict:
     found |= _swapped(rows, labels)
     if "logits_without" in rows:
         right = rows["logits_without"].argmax(-1) == labels[:, None]  # [M, K]
-        found |= {f"without_{k}": float(v) for k, v in enumerate(right.mean(0))}
+        gone = set(removed)
+        left = [k for k in range(right.shape[1] + len(gone)) if k not in gone]
+        means = zip(left, right.mean(0), strict=True)
+        found |= {f"without_{k}": float(v) for k, v in means}
     return found | _parts(rows)
 
 

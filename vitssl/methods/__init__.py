@@ -117,3 +117,25 @@ class Scored(Protocol):
 
         It may hand on further columns of the source's examples.
         """
+
+
+class Examined(Protocol):
+    """What a scored method adds that is measured once, at the end."""
+
+    def final_scores(self, rows: Callable) -> dict:
+        """Return {name: float or array}, on the host; metrics "test/<name>".
+
+        `rows(function, *arguments, split="test", source=None)` returns {name: [M, ...]}
+        of function(params, extra, *arguments, batch), jitted once, over the final
+        images of the "test" or "bank" split, or all of another source.
+        """
+
+
+class Drawn(Protocol):
+    """What a method adds to draw batches of the test split as training goes on."""
+
+    def drawn(self, step: int) -> float:
+        """Return the probability that a batch is drawn after `step` updates."""
+
+    def snapshot(self, params, extra, batch, path) -> None:
+        """Write a picture of one evaluation batch (numpy) into a file."""

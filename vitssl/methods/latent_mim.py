@@ -19,7 +19,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import freezeout, methods, tree
+from vitssl import methods, tree
 from vitssl.data import field_masks, field_views, modalities, shapes
 from vitssl.evals import fieldscores
 from vitssl.losses import patch_discrimination
@@ -139,26 +139,26 @@ class LatentMIM:
         return encoder if self.target.depth else encoder["patch_embed"]
 
     def views(self, batch) -> dict:
-        """Return all views of a batch as one, [V B, ...], the first view of all first.
+        """Return all views of a batch as one, [B V, ...], those of a sample together.
 
-        It is what `models.latent_mim` takes.
+        It is what `models.latent_mim` takes; rows stay on their device.
         """
         cut, stamps = len("view/"), batch["timestamps"]
         fields = {
-            k[cut:]: einops.rearrange(x, "b v ... -> (v b) ...")
+            k[cut:]: einops.rearrange(x, "b v ... -> (b v) ...")
             for k, x in batch.items()
             if k.startswith("view/")
         }
-        every = einops.repeat(stamps, "b t c -> (v b) t c", v=self.augment.views)
+        every = einops.repeat(stamps, "b t c -> (b v) t c", v=self.augment.views)
         return fields | {"timestamps": every}
 
     def loss(self, params, extra, batch, rng, *, phase):
         """Return (loss [], (extra, metrics)); see the module."""
-        shape, count = phase.method, self.augment.views
+        shape = phase.method
         parts, pooled, metrics = self.terms(
             params, extra, self.views(batch), shape, rng
         )
-        parts |= self.objective.of_views(jnp.split(pooled, count))
+        parts |= self.objective.of_views(self._apart(pooled))
         metrics |= {f"loss_{k}": v for k, v in parts.items()}
         metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
         if self.target.moves:
@@ -167,7 +167,7 @@ class LatentMIM:
         return sum(parts.values()), (extra, metrics)
 
     def terms(self, params, extra, fields, shape, rng, train=True):
-        """Return ({name: weighted loss []}, pooled vectors [V B, D], metrics).
+        """Return ({name: weighted loss []}, pooled vectors [B V, D], metrics).
 
         Args:
             params, extra: of the method.
@@ -199,19 +199,24 @@ class LatentMIM:
     def _compare(self, module, extra, fields, asked):
         """Return (loss [], {modality: []}): the mean over the views."""
         goals = self._goals(module, extra, fields, asked)
-        count = self.augment.views
+        if self.target.centre:
+            goals = {k: readout.centred(v, asked[k].valid) for k, v in goals.items()}
         split = {
-            name: [jnp.split(x, count) for x in (a.prediction, goals[name], a.valid)]
+            name: [self._apart(x) for x in (a.prediction, goals[name], a.valid)]
             for name, a in asked.items()
         }
         each = []
-        for v in range(count):
+        for v in range(self.augment.views):
             pairs = {
                 name: patch_discrimination.Pair(*(x[v] for x in parts))
                 for name, parts in split.items()
             }
             each.append(self.objective.of_tokens(pairs))
-        return jax.tree.map(lambda *x: sum(x) / count, *each)
+        return jax.tree.map(lambda *x: sum(x) / len(x), *each)
+
+    def _apart(self, x):
+        """Return each view's rows of [B V, ...]."""
+        return list(einops.rearrange(x, "(b v) ... -> v b ...", v=self.augment.views))
 
     def _goals(self, module, extra, fields, asked):
         """Return {modality: targets [B, Q, D]}, without gradient."""
@@ -258,7 +263,7 @@ class LatentMIM:
         Returns:
             "pooled" [B, D], the mean of all tokens at p; "tokens" [B, H/q W/q, D] at q
             and "tokens_p" at p, rows first: means over times and bandsets of each
-            modality, then over the modalities.
+            modality, then over the modalities; [.., T D] with readout.pool="times".
         """
         del extra
         fields, (p, q) = self._fields(image), self.patches
@@ -268,8 +273,9 @@ class LatentMIM:
         found = module.apply(
             {"params": params}, fields, self.readout.mode, method="features"
         )
-        coarse = readout.in_place(found["tokens_p"], found["mask_p"])
-        fine = readout.in_place(found["features_q"], found["mask_q"])
+        pool = self.readout.pool
+        coarse = readout.in_place(found["tokens_p"], found["mask_p"], pool)
+        fine = readout.in_place(found["features_q"], found["mask_q"], pool)
         return {
             "pooled": states.pool(found["tokens_p"], found["mask_p"]),
             "tokens": einops.rearrange(fine, "b h w d -> b (h w) d"),
@@ -285,8 +291,16 @@ class LatentMIM:
         return {"rgb": x[:, :, :, None], "timestamps": stamps}
 
     def freeze_layers(self) -> tuple:
-        """Return `FreezeOut.layers`: the encoder's blocks; the rest never freezes."""
-        return freezeout.vit_layers(self.network.numbers[2], "encoder/")
+        """Return `FreezeOut.layers`: the encoder's blocks; the rest never freezes.
+
+        Encodings and registers act through block 0 alone, and go with it.
+        """
+        n = self.network
+        own = [("encoder/patch_embed/.*", 0)]
+        own += [("encoder/encodings/.*", 1)] * (n.channels != "zero")
+        own += [("encoder/registers", 1)] * bool(n.registers)
+        blocks = [(f"encoder/block_{i}/.*", i + 1) for i in range(n.numbers[2])]
+        return (*own, *blocks)
 
     # Evaluation.
 

@@ -26,26 +26,38 @@ def online(kind, x, patch):
     return jnp.where(gone, states.MISSING, states.ONLINE)
 
 
-def in_place(tokens: dict, mask: dict):
+def in_place(tokens: dict, mask: dict, pool: str = "mean"):
     """Return one vector per place: [B, h, w, D] float32.
 
     Args:
         tokens: {modality: [B, h, w, T, S, D]}; those without places are left out.
         mask: {modality: [B, h, w, T, S]}; only ONLINE tokens count.
+        pool: "mean", or "times": one mean for each time step, side by side:
+            [B, h, w, T D]; what does not change with time counts at every one.
 
     Returns:
         The mean over times and bandsets of each modality, then over the modalities
         that have any there; 0 of none.
     """
+    axes = (3, 4) if pool == "mean" else (4,)
     total, count = 0.0, 0.0
     for name, x in tokens.items():
         if x.ndim != 6:
             continue
         seen = (mask[name] == states.ONLINE)[..., None].astype(jnp.float32)
-        held = seen.sum((3, 4))  # [B, h, w, 1]
-        mean = (x.astype(jnp.float32) * seen).sum((3, 4)) / jnp.maximum(held, 1)
+        held = seen.sum(axes)
+        mean = (x.astype(jnp.float32) * seen).sum(axes) / jnp.maximum(held, 1)
         total, count = total + mean, count + (held > 0)
-    return total / jnp.maximum(count, 1)
+    found = total / jnp.maximum(count, 1)
+    return einops.rearrange(found, "b h w ... d -> b h w (... d)")
+
+
+def centred(goal, valid):
+    """Return targets [B, Q, D] without their mean over what is valid [B, Q]."""
+    goal = goal.astype(jnp.float32)
+    keep = valid[..., None]
+    mean = jnp.where(keep, goal, 0).sum((0, 1)) / jnp.maximum(valid.sum(), 1)
+    return goal - mean
 
 
 def pixels(kinds, image):

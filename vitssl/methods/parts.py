@@ -19,7 +19,12 @@ import jax.numpy as jnp
 from vitssl import methods, schedules, tree
 from vitssl.data import recipes
 from vitssl.evals import partmeasures, partscores
-from vitssl.methods import parts_networks, parts_pictures, parts_sections
+from vitssl.methods import (
+    parts_networks,
+    parts_pictures,
+    parts_sections,
+    parts_studies,
+)
 from vitssl.models import baselines, convnext, resnet, vit
 from vitssl.ops import affine as warps
 from vitssl.ops import partmaps, patches
@@ -282,9 +287,10 @@ class Parts:
         if p.eval_noise:
             key = jax.random.key(0) if rng is None else rng
             draws = self.draws(key, x, train=False)
-        given = {"on_distance": p.threshold_on_distance}
+        given = {"on_distance": p.threshold_on_distance, "thresholds": None}
         thresholds = options.get("thresholds", p.thresholds)
-        given["thresholds"] = jnp.asarray(thresholds) if thresholds else None
+        if len(thresholds):
+            given["thresholds"] = jnp.asarray(thresholds)
         if p.kind == "two_stage":
             given |= dict(removed=options.get("removed", p.removed), removal=p.removal)
         weights = self._weights(params, extra)
@@ -303,22 +309,64 @@ class Parts:
 
             return partmeasures.swaps(classify, batch) | partmeasures.passed(batch)
         out = self.predict(params, extra, batch["image"])
-        rows = {"logits": out.logits, "logits_stage_1": out.found.class_logits}
-        rows |= partmeasures.of_maps(out.found.maps, batch)
+        rows = self._rows(out, batch)
         rows |= partmeasures.swaps(
             lambda image: self.predict(params, extra, image).logits, batch, rows
         )
         if self.measures.leave_one_out and self.parts.kind == "two_stage":
+            gone = self.parts.removed
             each = [
-                self.predict(params, extra, batch["image"], removed=(k,)).logits
+                self.predict(params, extra, batch["image"], removed=(*gone, k)).logits
                 for k in range(self.parts.count)
+                if k not in gone
             ]
-            rows["logits_without"] = jnp.stack(each, axis=1)  # [B, K, C]
+            rows["logits_without"] = jnp.stack(each, axis=1)  # [B, parts left, C]
+        return rows
+
+    @staticmethod
+    def _rows(out, batch) -> dict:
+        """Return the rows of what was found in a test batch."""
+        rows = {"logits": out.logits, "logits_stage_1": out.found.class_logits}
+        rows |= partmeasures.of_maps(out.found.maps, batch)
         return rows | partmeasures.passed(batch)
 
     def scores(self, rows) -> dict:
         """Return the numbers of a test split, see `evals.partscores.scores`."""
-        return partscores.scores(rows, self.run.classes, self.measures)
+        return partscores.scores(rows, self.parts.removed)
+
+    def final_scores(self, rows) -> dict:
+        """Return the scores of thresholds and of ImageNet-9, where asked for."""
+        return parts_studies.scores(self, rows)
+
+    def confidence(self, params, extra, batch) -> dict:
+        """Return {"owner", "value"} [B, h, w]: `partscores.least` of them."""
+        found = self.predict(params, extra, batch["image"], thresholds=()).found
+        owner = found.maps.argmax(-1)
+        value = jnp.take_along_axis(found.dot, owner[..., None], axis=-1)[..., 0]
+        return {"owner": owner, "value": value}
+
+    def thresholded(self, params, extra, thresholds, batch) -> dict:
+        """Return rows like `outputs`, without patches below the thresholds [K]."""
+        out = self.predict(params, extra, batch["image"], thresholds=thresholds)
+        return self._rows(out, batch)
+
+    def guesses(self, params, extra, batch) -> dict:
+        """Return {"guess": [B]}, the predicted class."""
+        if self.parts.finds_parts:
+            logits = self.predict(params, extra, batch["image"]).logits
+        else:
+            args = (self._given(batch),) if self._masked else ()
+            x, weights = self._pixels(batch["image"]), self._weights(params, extra)
+            logits = self._apply(weights, extra, x, *args, train=False)[0].logits
+        return {"guess": logits.argmax(-1)}
+
+    def drawn(self, step: int) -> float:
+        """Return the probability that a test batch is drawn after `step` updates."""
+        return parts_pictures.probability(self.measures, self.run, step)
+
+    def snapshot(self, params, extra, batch, path):
+        """Draw a test batch with its parts into a file."""
+        parts_pictures.snapshot(self, params, extra, batch, path)
 
     def pictures(self, params, extra, batch, image):
         """Return fields of `evals.pictures.Material`."""
@@ -356,6 +404,11 @@ class Parts:
         if p.kind == "baseline" and is_vit:
             pool = baselines.Baseline(self.model, 1, p.pooling)
             yield from (f"parts.{line}" for line in pool.check())
+        for key in ("thresholds", "maps"):
+            if getattr(self.measures, key) and not p.finds_parts:
+                yield f"measures.{key}: parts.kind={p.kind} finds no parts"
+        if self.measures.backgrounds and self._masked:
+            yield f"measures.backgrounds: has no masks for parts.kind={p.kind}"
         batch = self.run.batch_size
         if p.finds_parts and self.objective.presence and 0 < group < batch:
             if batch % group:

@@ -109,6 +109,7 @@ class FlexiPatchEmbed(nn.Module):
                 jnp.asarray(rows[1])[row],
                 jnp.asarray(columns[1])[column],
                 block.astype(jnp.float32),
+                precision="highest",
             )
         block = einops.rearrange(block, "b k p q c -> b k (p q c)")
         return self._linear(block, kernel)

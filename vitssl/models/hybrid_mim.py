@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import errors
 from vitssl.models import fieldblock, flexi, hybrid, latent_mim, tokens
 from vitssl.ops import patches
 
@@ -69,7 +70,7 @@ class HybridMIM(nn.Module):
             so that a learned upsampler gets a gradient.
         visible_loss: also predict fine tokens the encoder saw, through a linear layer.
         pool_at: whether pooled vectors are means of coarse or of fine tokens.
-        max_output_tokens: most fine tokens per sample that "output" accepts.
+        max_output_tokens: most tokens per sample where all fine ones are made.
     """
 
     encoder: latent_mim.Encoder
@@ -126,8 +127,8 @@ class HybridMIM(nn.Module):
             `View`.
 
         Raises:
-            ValueError: p does not divide the field, q does not divide p, or "output"
-                has more than max_output_tokens.
+            ValueError: p does not divide the field, q does not divide p, or all fine
+                tokens are made (output) and are more than max_output_tokens.
         """
         tokens.shapes(fields, self.modalities, self.p)
         seen = self.encoder(fields, self.p, slots=slots, train=train)
@@ -209,10 +210,11 @@ class HybridMIM(nn.Module):
         """Return the fine tokens the encoder saw, packed."""
         x = tokens.flatten(fine, self.modalities)
         if x.shape[1] > self.max_output_tokens:
-            raise ValueError(
-                f"decoder=output has {x.shape[1]} tokens at q={self.q}, more than "
-                f"max_output_tokens={self.max_output_tokens}; use decoder=mixed, a "
-                "larger q or a smaller crop"
+            raise errors.UsageError(
+                f"decoder={self.decoder}, pool_at={self.pool_at} makes {x.shape[1]} "
+                f"tokens at q={self.q}, more than max_output_tokens="
+                f"{self.max_output_tokens}; use decoder=mixed with pool_at=processing, "
+                "a larger q or a smaller crop"
             )
         if seen.packed.keep is None:
             return tokens.Packed(x)
@@ -252,7 +254,8 @@ class HybridMIM(nn.Module):
         return {k: Asked(self.visible_head(x[k]), *chosen[k]) for k in chosen}
 
     def _pool(self, seen, fine, slots):
-        if self.pool_at == "processing" or self.factor == 1:
+        coarse = "processing" in (self.pool_at, self.decoder)
+        if coarse or self.factor == 1:
             return seen.pooled
         return self.encoder.aggregate(self._pack_fine(seen, fine, slots))
 
@@ -309,8 +312,12 @@ class HybridMIM(nn.Module):
                 f"{self.decoder}: set decoder=output, sampled_keys=True (mixed) or a "
                 "visible_loss_weight above 0"
             )
-        if self.decoder == "processing" and (self.sampled_keys or self.visible_loss):
-            yield "decoder=processing: sampled_keys and the visible loss need q tokens"
+        fine = self.sampled_keys or self.visible_loss or self.pool_at == "output"
+        if self.decoder == "processing" and fine:
+            yield (
+                "decoder=processing: sampled_keys, the visible loss and pool_at=output "
+                "need tokens at q"
+            )
         if self.loss_tokens < 0:
             yield f"loss_tokens_per_modality={self.loss_tokens}: 0 (all) or positive"
 

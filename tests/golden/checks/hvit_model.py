@@ -26,11 +26,16 @@ def image(case, name):
     return jnp.asarray(case.inputs[name]).transpose(0, 2, 3, 1)  # [B, H, W, C]
 
 
+def _size(config):
+    """(height, width) of the images a model is built for."""
+    size = config["img_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def backbone(config):
     """The backbone that the configuration of a case describes."""
     c = config["hvt_params"]
-    size = config["img_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = _size(config)
     widths = c["embed_dim_rgb"], c.get("embed_dim_spectral", c["embed_dim_rgb"])
     fusion = "concat" if widths[0] == widths[1] else "none"
     return hvit.HViT(
@@ -74,7 +79,7 @@ def load(case):
     images = {"spectral": None} | {
         k: image(case, k) for k in case.inputs if k != "mask"
     }
-    built = jnp.zeros((1, *case.config["img_size"], 3))
+    built = jnp.zeros((1, *_size(case.config), images["rgb"].shape[-1]))
     channels = net.backbone.spectral_channels
     like = {"spectral": jnp.zeros((*built.shape[:3], channels))} if channels else {}
     like = jax.eval_shape(net.init, jax.random.key(0), built, **like)["params"]

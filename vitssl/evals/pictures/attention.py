@@ -58,15 +58,18 @@ def depths(layers):
     return found | {"last": layers - 1}
 
 
-def _heat(axis, values, grid, title=""):
-    """Draw a map of a value per patch, each map on its own scale from 0 up."""
-    top = max(float(values.max()), 1e-12)
-    panels.show(axis, values.reshape(grid), title, cmap=HEAT, vmin=0, vmax=top)
+def _heat(axis, values, grid, title="", low=0.0):
+    """Draw a map of a value per patch, each map on its own scale from `low` up."""
+    top = max(float(values.max()), low + 1e-12)
+    panels.show(axis, values.reshape(grid), title, cmap=HEAT, vmin=low, vmax=top)
 
 
-def overlay(image, values, grid):
-    """Return [H, W, 3]: an image [H, W, 3], darkened where `values` [N] are low."""
-    light = values.reshape(grid) / max(float(values.max()), 1e-12)
+def overlay(image, values, grid, low=0.0):
+    """Return [H, W, 3]: an image [H, W, 3], darkened where `values` [N] are low.
+
+    Values of `low` are darkest, the largest is as bright as the image.
+    """
+    light = (values.reshape(grid) - low) / max(float(values.max()) - low, 1e-12)
     return image * (0.12 + 0.88 * panels.enlarge(light, image.shape)[..., None])
 
 
@@ -117,6 +120,9 @@ def infer_grid(tokens):
 def layers(images, attention, grid=None):
     """Draw a row per image: early, middle and last layer, and the rollout.
 
+    Without a class token every patch looks at itself in half of the rollout: that is
+    as much for all, so the rollout is then drawn from its minimum up.
+
     Args:
         images: [B, H, W, C].
         attention: [B, layers, heads, T, T].
@@ -132,8 +138,11 @@ def layers(images, attention, grid=None):
             values = on_patches(each[i].mean(0), count)
             _heat(axis, values, grid, f"{name} (layer {i})")
         rolled = on_patches(rollout(each), count)
-        _heat(row[-2], rolled, grid, "rollout")
-        panels.show(row[-1], overlay(image, rolled, grid), "rollout on image")
+        low = 0.0 if each.shape[-1] > count else float(rolled.min())
+        _heat(
+            row[-2], rolled, grid, "rollout from its minimum" if low else "rollout", low
+        )
+        panels.show(row[-1], overlay(image, rolled, grid, low), "rollout on image")
     return figure
 
 
