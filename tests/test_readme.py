@@ -19,6 +19,7 @@ TESTED = {
     "vitssl report": "workdirs/test_cli.py",
     "vitssl convert import": "convert/test_commands.py",
     "vitssl convert export": "convert/test_commands.py",
+    "vitssl convert families": "convert/test_families.py",
     "vitssl extract": "convert/test_commands.py",
     "vitssl sweep": "launch/test_sweep.py",
     "python -m vitssl.bench hybrid": "bench/test_hybrid.py",
@@ -29,7 +30,7 @@ TESTED = {
     "python -m vitssl.feature_store": "methods/test_localmim_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.
-UNTESTED = ("python -m vitssl.bench step",)
+UNTESTED = ("python -m vitssl.bench step", "python -m pytest -m torch")
 
 
 def _commands():

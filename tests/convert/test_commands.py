@@ -174,6 +174,13 @@ def test_extract_writes_every_image_once_with_its_class_and_path(weights, tmp_pa
         np.testing.assert_allclose(found["pooled"][3], want, rtol=1e-4, atol=1e-5)
 
 
+def test_progress_counts_images_not_batches():
+    told = []
+    got = list(extract._watched(iter("abc"), 5, 2, told.append, every=0.0))
+    assert got == ["a", "b", "c"]
+    assert [line.split(" ")[0] for line in told] == ["2/5", "4/5", "5/5"]
+
+
 def test_parquet_holds_what_npz_holds(weights, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")  # The extra [parquet].
     _, folder = weights

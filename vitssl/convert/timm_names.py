@@ -113,6 +113,14 @@ def _stages(state: Mapping, notes: list) -> dict:
     return _prepare(found, notes)
 
 
+def _localmim_model(state: Mapping, options: family.Options) -> dict:
+    """Return the fields of LocalMIM's encoder: a fixed table may not be stored."""
+    fields = _model(resampling="plain")(state, options)
+    if "pos_embed" not in state:
+        fields["positions"] = "sincos"
+    return fields
+
+
 TIMM = family.Family(
     name="timm",
     about="timm's VisionTransformer: class token, registers, LayerScale, qk-norm",
@@ -175,7 +183,7 @@ LOCALMIM = family.Family(
     name="localmim",
     about="LocalMIM and ViTFreeze: the encoder; decoders are left aside",
     fits=lambda state: family.is_vit(state) and "norm.0.weight" in state,
-    model=_model(resampling="plain"),
+    model=_localmim_model,
     table=_table(
         "norm.{i}.{*}", "decoder.{*}", "mask_token", "hog{*}", "pos_embed_{*}"
     ),

@@ -217,6 +217,7 @@ class Classify:
     def written(self, scores) -> str:
         """Return scores as a table: weights and views in rows."""
         columns = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+        columns = [c for c in columns if any(k.endswith(c) for k in scores)]
         lines = ["| scored | " + " | ".join(columns) + " |"]
         lines.append("|" + " --- |" * (1 + len(columns)))
         for prefix in ("", "tta_", "ema_", "ema_tta_"):
