@@ -94,7 +94,7 @@ def build(experiment) -> Parts:
     experiment = experiment.on(jax.device_count())
     s = experiment.settings
     mesh = devices.mesh(s.mesh, s.batch_size, s.accumulate)
-    source = s.data.open(s.data.split)
+    source = s.data.open(s.data.split, s.seed)
     per_epoch = pipeline.steps_per_epoch(source, s.batch_size)
     total = s.steps or round(s.epochs * per_epoch)
     if s.epochs or s.steps:

@@ -68,7 +68,8 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
         raise errors.UsageError("\n".join(problems))
     params = tree.nest(init.read_params(workdir))
     data = made.settings.data
-    source = decode.Tolerant(data.open(data.split), data.on_bad_image)
+    source = data.open(data.split, made.settings.seed)
+    source = decode.Tolerant(source, data.on_bad_image)
 
     @jax.jit
     def run(image):

@@ -210,6 +210,9 @@ def test_few_labels_are_a_part_of_more():
     five, twenty = (dataset.Data(**DATA, per_class=n).open("train") for n in (5, 20))
     assert np.bincount(five.labels).tolist() == [5] * 7
     assert set(five.indices) < set(twenty.indices)
+    again, other = (dataset.Data(**DATA, per_class=5).open("train", s) for s in (0, 1))
+    np.testing.assert_array_equal(again.indices, five.indices)
+    assert set(other.indices) != set(five.indices)  # The run's seed chooses.
     whole = dataset.Data(**DATA, per_class=5).open("test")
     assert len(whole) == 420  # Only what trains is cut.
     with pytest.raises(errors.DataError, match="has 116 images of class 'Leaf Varieg"):

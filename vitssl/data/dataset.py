@@ -30,7 +30,8 @@ class Data:
         threads, workers: decoding threads and processes of each process of the run;
             -1 = what suits the machine (`pipeline.resources`).
         per_class: if not 0, the training split has so many labelled images of every
-            class and no others; a smaller number is a part of a larger one.
+            class and no others, drawn by the run's seed; a smaller number is a part of
+            a larger one.
         options: keyword arguments of the source.
     """
 
@@ -69,8 +70,12 @@ class Data:
         if self.threads < -1 or self.workers < -1:
             yield f"threads={self.threads}, workers={self.workers}: -1 (auto) or more"
 
-    def open(self, split: str):
+    def open(self, split: str, seed: int = 0):
         """Return the source of one split.
+
+        Args:
+            split: its name.
+            seed: of the run, which draws the images of `per_class`.
 
         Raises:
             DataError: what is missing, where, and what the layout should be.
@@ -86,12 +91,12 @@ class Data:
                 "set data.channels, data.mean and data.std to that many"
             )
         if self.per_class and split == self.split:
-            return few(source, self.per_class)
+            return few(source, self.per_class, seed)
         return source
 
 
-def few(source, count: int) -> "Subset":
-    """Return `count` images of every class, the same whenever it is asked for.
+def few(source, count: int, seed: int) -> "Subset":
+    """Return `count` images of every class, the same for the same seed.
 
     Raises:
         UsageError: the source does not know its labels.
@@ -103,7 +108,7 @@ def few(source, count: int) -> "Subset":
             f"data.per_class={count}: {source.name} knows no labels before its images "
             "are read"
         )
-    order = np.random.default_rng(0).permutation(len(labels))
+    order = np.random.default_rng(seed).permutation(len(labels))
     chosen = []
     for label, name in enumerate(source.classes):
         own = [i for i in order if labels[i] == label][:count]

@@ -23,7 +23,7 @@ class Evaluation:
         method: features come from `method.features`.
         mesh: devices of the run.
         workdir: where snapshots of the test split go.
-        seed: of the choice of these.
+        seed: of the run.
     """
 
     def __init__(self, section: evals.Evals, data, method, mesh, workdir="", seed=0):
@@ -40,7 +40,7 @@ class Evaluation:
     @functools.cached_property
     def _sources(self):
         return tuple(
-            self._data.open(split)
+            self._data.open(split, self._seed)
             for split in (self._data.bank_split, self._data.test_split)
         )
 

@@ -41,7 +41,7 @@ def gather(
         untrained: (params, extra) of the same network before training, to compare.
         metrics_path: metrics.jsonl of the run.
     """
-    source = data.open(data.split)
+    source = data.open(data.split, seed)
     batch = next(_batches(method, source, min(4, images, len(source)), seed))
     bank = evaluation(data, evals.image_size, points, seed)
     shown = bank["image"][:images]
