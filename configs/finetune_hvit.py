@@ -33,6 +33,8 @@ One override away:
     --config.optim.thaw='(("backbone/.*", 10.0),)'      (train the head alone at first)
     --config.data.sampling=balanced         (every class equally often)
     --config.scoring.tta=six
+    --config.resolution.start=24            (grows to augment.size; also .sizes, .prob)
+    --config.objective.consistency=0.1      (with a spectral stream)
 
 The demo, seed 0: macro F1 of .780 from the checkpoint of SimCLR's demo and of .755 from
 random weights (average of the weights, both mirror images); logistic regression on a
@@ -63,7 +65,7 @@ def _demo():
     # What pre-training calls "encoder" is the backbone here.
     c.init = {
         "from": "",
-        "skip": ("head/.*",),
+        "skip": ("head/.*", "aux_.*"),
         "rename": (("backbone/(.*)", r"encoder/\1"),),
     }
     c.data = dict(

@@ -211,8 +211,10 @@ class _Loop:
             batch, ids, waited = _next(stream, sharding)
             while at < total and not self.patience.over:
                 if parts.phase(at) != phase:
-                    phase = parts.phase(at)
-                    state = self._entered(state, phase)
+                    before, phase = phase, parts.phase(at)
+                    # Another shape of batch alone leaves the state as it is.
+                    if phase.frozen != before.frozen:
+                        state = self._entered(state, phase)
                     waiting = time.perf_counter()
                     parts.compiled.get(phase, batch)
                     self._pause(waiting)

@@ -1,5 +1,6 @@
 """The hierarchical ViT as the backbone of a method that is not its own."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from vitssl import freezeout, methods, optim, step, tree
 from vitssl.methods import classify, classify_sections
-from vitssl.models import head, hvit, hvit_heads
+from vitssl.models import head, hvit, hvit_heads, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
 SIZE = dict(width=8, depths=(1, 1), heads=(1, 2), patch=4, image_size=8)
@@ -61,6 +62,33 @@ def test_a_classifier_on_it_is_the_whole_model_with_the_same_names():
     found = jax.jit(m.features, compiler_options=QUICK)(params, extra, batch["image"])
     assert found["tokens"].shape == (4, 1, 16)
     assert set(found) == {"tokens", "pooled", "mean", "gap"}
+
+
+def test_consistency_adds_what_the_streams_say_apart():
+    m = _method(dfca_dropout=0.0)
+    m = dataclasses.replace(m, objective=classify_sections.Objective(consistency=0.5))
+    params, extra = _fresh(m)
+    batch = _batch(m)
+    whole = hvit_heads.HViTModel(m.model, 3, consistency=True)
+    image = (batch["image"] / 255.0 - 0.5) / 0.5
+    like = jax.eval_shape(whole.init, jax.random.key(0), image[:1])["params"]
+    assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, params)
+    # Weights large enough that the streams disagree.
+    params = jax.tree.map(lambda x: x + 0.1, params)
+    out = whole.apply({"params": params}, image)
+    p = jax.nn.softmax(out["logits"])
+    apart = sum(
+        (p * (jnp.log(p) - jax.nn.log_softmax(out[f"logits_{n}"]))).sum(-1).mean()
+        for n in ("rgb", "spectral")
+    )
+    run = jax.jit(m.loss, static_argnames="phase", compiler_options=QUICK)
+    value, (_, metrics) = run(params, extra, batch, jax.random.key(0), phase=None)
+    hard = -jnp.log(p[jnp.arange(4), batch["label"]]).mean()
+    assert apart > 0.01
+    np.testing.assert_allclose(metrics["consistency"], apart, rtol=1e-3)
+    np.testing.assert_allclose(value, hard + 0.5 * apart, rtol=1e-3)
+    plain = dataclasses.replace(m, model=vit.ViT(16, 2, 2, 4, 8))
+    assert any("streams of model.name=hvit" in line for line in plain.check())
 
 
 def test_frozen_layers_of_both_streams_do_not_move_and_the_others_do():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vitssl import devices, errors, freezeout, methods, optim, step, tree
+from vitssl.data import resolution
 from vitssl.data.augment import simclr as views
 from vitssl.losses import contrastive
 from vitssl.methods import simclr
@@ -31,9 +32,10 @@ def _method(model=PLAIN, batch_size=8, size=16, **own):
             std=(0.25,) * 3,
         ),
         model=model,
-        augment=views.Views(size=size),
+        augment=views.Views(size=size, **own.pop("augment", {})),
         projector=projector.Projector(width=8, **own.pop("projector", {})),
         objective=sections.Objective(**own.pop("objective", {})),
+        **own,
     )
 
 
@@ -167,6 +169,70 @@ def test_views_are_drawn_one_by_one():
     planes = np.concatenate([image // 2, np.full((40, 40, 1), 9, np.uint8)], -1)
     got = run(dict(example, image=planes), np.random.default_rng(0))["global"]
     assert got.shape[-1] == 4 and (got[..., 3] == 9).all()
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_the_device_are_those_of_the_host(channels):
+    """Mean and spread of the pixels; planes of a spectral image keep their values."""
+    paint = dict(jitter=(0.4, 0.4, 0.4, 0.1), blur_prob=0.5, grayscale_prob=0.3)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (24, 24, channels), np.uint8)
+    draws = np.random.default_rng(1)
+    still = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    of = {k: views.Views(24, **still, **paint, colour=k) for k in ("host", "device")}
+    host = np.stack([of["host"].view(pixels, draws) for _ in range(400)])
+    plain = np.stack([of["device"].view(pixels, draws) for _ in range(400)])
+    np.testing.assert_array_equal(plain, np.broadcast_to(pixels, plain.shape))
+    m = _method(augment=still | paint | {"colour": "device"}, size=24)
+    device = np.asarray(m._coloured(jax.random.key(0), plain[:, None]))[:, 0]
+    np.testing.assert_array_equal(device[..., 3:], plain[..., 3:])
+    for measure in (np.mean, np.std):
+        a, b = (measure(x[..., :3], (1, 2, 3)) for x in (device, host))
+        # 400 draws: the mean of each of these is known to about 1.5 grey levels.
+        assert abs(a.mean() - b.mean()) < 4
+        np.testing.assert_allclose(
+            np.quantile(a, (0.1, 0.9)), np.quantile(b, (0.1, 0.9)), atol=8
+        )
+
+
+def test_the_loss_colours_what_the_host_left_alone():
+    m = _method(TREE, augment=dict(colour="device"))
+    params, extra = _fresh(m)
+    batch = _batch(m)
+    run = jax.jit(lambda key: m.loss(params, extra, batch, key, phase=None)[0])
+    one, again, other = (run(jax.random.key(k)) for k in (0, 0, 1))
+    assert one == again != other
+    host = _method(TREE)
+    run = jax.jit(lambda key: host.loss(params, extra, batch, key, phase=None)[0])
+    assert run(jax.random.key(0)) == run(jax.random.key(1)) != one
+
+
+def test_sides_that_change_are_compiled_once_each():
+    growing = resolution.Resolution(start=8)
+    m = _method(TREE, resolution=growing)
+    assert [m.phase(t) for t in (0, 5, 15, 19)] == [8, 8, 16, 16]
+    params, extra = _fresh(m)
+    optimizer = _optimizer(params)
+    compiled = []
+
+    def build(phase, batch):
+        function = step.make(m, optimizer)
+        compiled.append(phase.method)
+        return jax.jit(lambda s, b: function(s, b, phase), compiler_options=QUICK)
+
+    executables = {}
+    phase = step.phase_at(m, optimizer, 0)
+    state = step._state(0, params, extra, optimizer, jax.random.key(0), phase)
+    transform, rng = m.transform(), np.random.default_rng(0)
+    image = rng.integers(0, 256, (8, 24, 20, 3), np.uint8)
+    for at in (0, 14, 15, 16):
+        rows = [transform(dict(image=x, step=at), rng)["global"] for x in image]
+        phase = step.phase_at(m, optimizer, at)
+        if phase not in executables:
+            executables[phase] = build(phase, None)
+        state, metrics = executables[phase](state, {"global": np.stack(rows)})
+        assert metrics["nonfinite"] == 0
+    assert compiled == [8, 16] and int(state.step) == 4
 
 
 def test_impossible_settings_are_one_line_each():

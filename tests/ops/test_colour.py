@@ -119,3 +119,16 @@ def test_mean_and_spread_of_augmented_pixels_are_those_of_the_host():
     pixels = np.array([host.augment(image, rng, **values) for _ in range(1500)], float)
     assert gap(device.mean(0), pixels.mean(0)).mean() < 2
     assert gap(device.std(0), pixels.std(0)).mean() < 2
+
+
+def test_spread_and_kernel_are_the_callers():
+    image = np.stack([picture((24, 20), 3, seed) for seed in range(2)])
+    wide = colour.blur(image.astype(np.float32), jnp.array([1.9, 0.5]), 15)
+    for i, sigma in enumerate((1.9, 0.5)):
+        assert gap(wide[i], host.blur(image[i], sigma, 15)).max() <= 1.01
+    factors, _ = colour.draw_jitter(
+        jax.random.key(0), np.ones(4000), (0.8, 1.5, 0.0, 0.2)
+    )
+    low, high = np.min(factors, 0), np.max(factors, 0)
+    np.testing.assert_allclose(low, (0.2, 0.0, 1.0, -0.2), atol=0.01)
+    np.testing.assert_allclose(high, (1.8, 2.5, 1.0, 0.2), atol=0.01)

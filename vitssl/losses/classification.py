@@ -32,6 +32,22 @@ def cross_entropy(logits, target, weight=None):
     return -(rows * log_p).sum() / rows.sum()
 
 
+def consistency(logits, others):
+    """Return the mean over the batch of KL(softmax(logits) || softmax(other)): [].
+
+    Args:
+        logits: [B, K] of all streams together.
+        others: [S, B, K] of each by itself; the sum of their divergences.
+
+    Source: w2sg-arnav/HierarchialViT enable_consistency_loss_heads (its heads, for
+    which it has no loss).
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    log_q = jax.nn.log_softmax(jnp.asarray(others, jnp.float32), axis=-1)
+    each = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)  # [S, B]
+    return each.mean(-1).sum()
+
+
 def class_weights(counts):
     """Return the weight N / (K n_c) of every class, 1 for a class without images.
 

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import methods, tree
+from vitssl.data import resolution as resolutions
 from vitssl.evals import accuracy
 from vitssl.evals import scores as measures
 from vitssl.losses import classification
 from vitssl.methods import backbone_pictures
 from vitssl.methods import classify_sections as sections
 from vitssl.models import head as heads
-from vitssl.models import hvit, vit
+from vitssl.models import hvit, hvit_heads, vit
 from vitssl.ops import erase, mix, patches
 
 
@@ -30,7 +31,8 @@ from vitssl.ops import erase, mix, patches
 class Classify:
     """The method; fields are the sections of its config.
 
-    Parameters: "backbone", "head". Extra: "stats" (head.batchnorm), "ema".
+    Parameters: "backbone", "head", and "aux_rgb", "aux_spectral"
+    (objective.consistency). Extra: "stats" (head.batchnorm), "ema".
     """
 
     run: methods.Run
@@ -40,53 +42,74 @@ class Classify:
     mix: sections.Mix = sections.Mix()
     objective: sections.Objective = sections.Objective()
     scoring: sections.Scoring = sections.Scoring()
+    resolution: resolutions.Resolution = resolutions.Resolution()
     couples_batch = False
+
+    @property
+    def _sides(self) -> resolutions.Sides:
+        return self.resolution.sides(self.augment.size, self.model.square, self.run)
 
     def transform(self):
         """Return the training transform."""
-        return self.augment.training(self.run.mean)
+        whole = self.augment.training(self.run.mean)
+        return resolutions.sized(whole, self._sides)
 
     def evaluation_transform(self, size: int):
         """Return the transform of evaluation images."""
         return self.augment.evaluation(size)
 
-    def phase(self, step: int) -> None:
-        """Return None: every step is alike."""
-        del step
+    def phase(self, step: int) -> int:
+        """Return the side of a step's images; each is compiled once."""
+        return self._sides(step)
 
     def init(self, rng, batch):
         """Return (params, extra) of a fresh network."""
         keys = jax.random.split(rng)
         image = jnp.zeros((1, *batch["image"].shape[1:]))
         backbone = self.model.init(keys[0], image)["params"]
-        feature = jax.eval_shape(lambda: self._pooled({"backbone": backbone}, image))
+        aux, feature = jax.eval_shape(
+            lambda: self._pooled({"backbone": backbone}, image)
+        )
         head, stats = self.head.init(keys[1], feature.shape[-1], self.run.classes)
         params = {"backbone": backbone, "head": head}
+        for i, (name, x) in enumerate(sorted(aux.items())):
+            key = jax.random.fold_in(keys[1], 1 + i)
+            x = jnp.zeros(x.shape)
+            params[f"aux_{name}"] = self._stream_head.init(key, x)["params"]
         extra = {"stats": stats} if stats else {}
         if self.objective.ema:
             extra["ema"] = tree.copy(params)
         return params, extra
 
+    @property
+    def _stream_head(self):
+        return hvit_heads.Projections((self.run.classes,))
+
     def _pooled(self, params, image, *, train=False, rng=None):
-        """Return the features [B, D] of normalised images."""
+        """Return ({stream: [B, D]}, features [B, D]) of normalised images.
+
+        Streams by themselves are looked at for objective.consistency alone.
+        """
         rngs = {}
         if train:
             rngs = dict(
                 zip(("drop_path", "dropout"), jax.random.split(rng), strict=True)
             )
-        return self.model.apply(
+        apart = self.objective.consistency > 0
+        found = self.model.apply(
             {"params": params["backbone"]},
             image,
             how=self.head.feature,
             train=train,
             rngs=rngs,
-            method="pooled",
+            method="streams" if apart else "pooled",
         )
+        return found if apart else ({}, found)
 
     def logits(self, params, extra, image):
         """Return logits [B, K] of [B, H, W, C] uint8 or normalised images."""
         x = patches.normalise(image, self.run.mean, self.run.std)
-        x = self._pooled(params, x)
+        _, x = self._pooled(params, x)
         return self.head(params["head"], extra.get("stats", {}), x)[0]
 
     def loss(self, params, extra, batch, rng, *, phase):
@@ -107,15 +130,23 @@ class Classify:
             )
         # Of a frozen backbone no layer is dropped: it is a fixed function.
         train = not _backbone_frozen(params, phase)
-        x = self._pooled(params, image, train=train, rng=keys[2])
+        streams, x = self._pooled(params, image, train=train, rng=keys[2])
         logits, stats, _ = self.head(
             params["head"], extra.get("stats", {}), x, train=True, rng=keys[3]
         )
         value, named = self._objective(logits, label, lam)
-        hit = logits.argmax(-1) == named
+        metrics = {"train_top1": (logits.argmax(-1) == named).mean()}
+        if streams:
+            each = [
+                self._stream_head.apply({"params": params[f"aux_{name}"]}, x)
+                for name, x in streams.items()
+            ]
+            apart = classification.consistency(logits, each)
+            value = value + self.objective.consistency * apart
+            metrics["consistency"] = apart
         if stats:
             extra = extra | {"stats": stats}
-        return value, (extra, {"train_top1": hit.mean()})
+        return value, (extra, metrics)
 
     def _objective(self, logits, label, lam):
         """Return (loss [], the labels [B] that the images show most of)."""
@@ -243,6 +274,12 @@ class Classify:
         if self.head.feature not in self.model.poolings:
             known = ", ".join(self.model.poolings)
             yield f"head.pool={self.head.pool}: there is no class token; use {known}"
+        if self.objective.consistency and not isinstance(self.model, hvit.HViT):
+            yield (
+                f"objective.consistency={self.objective.consistency}: compares the "
+                "streams of model.name=hvit; set 0.0"
+            )
+        yield from self.resolution.faults(self.augment.size, self.model.square)
         for fault in self.objective.faults(self.run.classes):
             yield f"objective.{fault}"
         if self.augment.severity and self.run.channels < 3:

@@ -126,6 +126,8 @@ class Objective:
         ce_weight, focal_weight: of "combined".
         ema: decay of an average of the parameters that is scored beside them; 0.0 is
             off.
+        consistency: weight of a term that makes each stream of an HViT, by a linear
+            layer on its own mean token, name what both name together; 0.0 is off.
         ema_warmup: let that decay grow from 2/11, see `schedules.averaging_counted`:
             0.9999 alone remembers the initial weights for 10,000 steps.
     """
@@ -138,6 +140,7 @@ class Objective:
     focal_alpha: tuple[float, ...] = ()
     ce_weight: float = 0.5
     focal_weight: float = 0.5
+    consistency: float = 0.0
     ema: float = 0.0
     ema_warmup: bool = False
 
@@ -182,7 +185,7 @@ class Objective:
         for key in ("smoothing", "ema"):
             if not 0 <= getattr(self, key) < 1:
                 yield f"{key}={getattr(self, key)}: in [0, 1)"
-        for key in ("focal_gamma", "ce_weight", "focal_weight"):
+        for key in ("focal_gamma", "ce_weight", "focal_weight", "consistency"):
             if getattr(self, key) < 0:
                 yield f"{key}={getattr(self, key)}: must not be negative"
         if min(self.focal_alpha, default=0.0) < 0:

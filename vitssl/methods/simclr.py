@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import methods
+from vitssl.data import resolution as resolutions
 from vitssl.data import views
 from vitssl.data.augment import simclr as augments
 from vitssl.methods import backbone_pictures
 from vitssl.methods import simclr_sections as sections
 from vitssl.models import hvit, vit
 from vitssl.models import projector as projectors
-from vitssl.ops import patches
+from vitssl.ops import colour, patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,19 +36,24 @@ class SimCLR:
     augment: augments.Views
     projector: projectors.Projector = projectors.Projector()
     objective: sections.Objective = sections.Objective()
+    resolution: resolutions.Resolution = resolutions.Resolution()
     couples_batch = True
 
-    def transform(self) -> augments.Views:
+    @property
+    def _sides(self) -> resolutions.Sides:
+        return self.resolution.sides(self.augment.size, self.model.square, self.run)
+
+    def transform(self):
         """Return the training transform."""
-        return self.augment
+        return resolutions.sized(self.augment, self._sides)
 
     def evaluation_transform(self, size: int) -> views.Warp:
         """Return the transform of evaluation images."""
         return views.Warp(size)
 
-    def phase(self, step: int) -> None:
-        """Return None: every step is alike."""
-        del step
+    def phase(self, step: int) -> int:
+        """Return the side of a step's images; each is compiled once."""
+        return self._sides(step)
 
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks."""
@@ -76,8 +82,12 @@ class SimCLR:
 
     def loss(self, params, extra, batch, rng, *, phase):
         """Return (loss [], (extra, metrics)) of the global batch."""
-        del phase
-        image = patches.normalise(batch["global"], self.run.mean, self.run.std)
+        del phase  # The side shows in the batch.
+        image = batch["global"]  # [B, 2, H, W, C]
+        if self.augment.colour == "device":
+            rng, paint = jax.random.split(rng)
+            image = self._coloured(paint, image)
+        image = patches.normalise(image, self.run.mean, self.run.std)
         image = einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
         x = self._pooled(params, image, rng)
         x = einops.rearrange(x, "(b v) d -> v b d", v=2)
@@ -91,6 +101,13 @@ class SimCLR:
             extra = extra | {"stats": stats}
         metrics = {f"contrast/{k}": v for k, v in metrics.items()}
         return value, (extra, metrics | {"feature_std": x.std((0, 1)).mean()})
+
+    def _coloured(self, key, image):
+        """Return views with the colours the host left alone; spectra keep theirs."""
+        planes = image[..., 3:]
+        recipe = self.augment.recipe(image.shape[2])
+        image = colour.augment(key, image[..., :3], **recipe)
+        return jnp.concatenate([image, planes], -1) if planes.shape[-1] else image
 
     def after(self, params, extra, step):
         """Return `extra` as it is."""
@@ -126,6 +143,7 @@ class SimCLR:
             yield f"augment.size={size}: {fault}"
         for fault in self.model.check_channels(self.run.channels):
             yield f"data.channels={fault}"
+        yield from self.resolution.faults(size, self.model.square)
         if self.objective.pool not in self.model.poolings:
             known = ", ".join(self.model.poolings)
             yield f"objective.pool={self.objective.pool}: this model has {known}"

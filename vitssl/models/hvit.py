@@ -68,6 +68,11 @@ class HViT(hvit_blocks.Pyramid):
         first = (spectral and self.spectral_width) or self.width
         return first * 2 ** (len(self.depths) - 1)
 
+    @property
+    def square(self) -> int:
+        """Side, in pixels, of the square that a token of the last stage stands for."""
+        return self.patch * 2 ** (len(self.depths) - 1)
+
     def setup(self):
         """Declare the parameters of both streams and of what joins them."""
         super().setup()
@@ -180,6 +185,15 @@ class HViT(hvit_blocks.Pyramid):
         if spectral.shape[-1] != self.fused_width:
             spectral = self.spectral_to_dfca(spectral)
         return self.dfca(rgb, spectral, train)
+
+    def streams(self, image, how="mean", train=False):
+        """Return ({stream: [B, D]}, [B, D]): each one's mean token, and `pooled`.
+
+        The streams are "rgb" and, if the images have it, "spectral".
+        """
+        out = self(image, train=train)
+        names = [n for n in ("rgb", "spectral") if n in out]
+        return {n: out[f"{n}_pooled"] for n in names}, self._pool(out, how)
 
     def pooled(self, image, how="mean", train=False):
         """Return one vector per image: [B, D].

@@ -103,15 +103,10 @@ class HViTModel(nn.Module):
             out["projection"] = project(out["pooled"])
         if self.mae:
             for prefix, name in streams.items():
-                size = self._channels(name, image) * self.square**2
+                size = self._channels(name, image) * self.backbone.square**2
                 head = Projections((self.mae, size), name=f"mae_{name}")
                 out[f"{prefix}pixels"] = head(out[name])
         return out
-
-    @property
-    def square(self) -> int:
-        """Side, in pixels, of the square that a token of the last stage stands for."""
-        return self.backbone.patch * 2 ** (len(self.backbone.depths) - 1)
 
     def _channels(self, name, image):
         """Return the channels of a stream's image."""
@@ -140,7 +135,7 @@ class HViTModel(nn.Module):
     def _spread(self, mask, image):
         """Return the mask [B, N] over patches of the first stage of [B, n]."""
         height, width = image.shape[1:3]
-        side = self.square
+        side = self.backbone.square
         if height % side or width % side:
             raise ValueError(
                 f"HViT: masks hide squares of {side} px, which do not fill an image of "

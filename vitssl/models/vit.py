@@ -289,6 +289,11 @@ class ViT(nn.Module):
         del channels
         yield from ()
 
+    @property
+    def square(self) -> int:
+        """Side, in pixels, of the square that one token stands for."""
+        return self.patch
+
     def check_image(self, size: int) -> Iterator[str]:
         """Yield why images of this side, in pixels, do not fit, if they do not."""
         if self.patch and size % self.patch:

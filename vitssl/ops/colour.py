@@ -16,7 +16,19 @@ BLUR_SIGMA = (0.1, 2.0)
 BLUR_KERNEL = 9
 
 
-def augment(key, image, *, strength, prob, grayscale_prob, blur_prob, solarize_prob):
+def augment(
+    key,
+    image,
+    *,
+    strength,
+    prob,
+    grayscale_prob,
+    blur_prob,
+    solarize_prob,
+    spread=SPREAD,
+    blur_sigma=BLUR_SIGMA,
+    blur_kernel=BLUR_KERNEL,
+):
     """Jitter, then turn grey, blur and solarise, each with its own probability.
 
     Args:
@@ -27,6 +39,9 @@ def augment(key, image, *, strength, prob, grayscale_prob, blur_prob, solarize_p
             operation that is 0 everywhere costs nothing.
         prob: probability of the jitter as a whole.
         grayscale_prob, blur_prob, solarize_prob: of the other three.
+        spread: of brightness, contrast, saturation and hue at strength 1.
+        blur_sigma: least and largest, in pixels.
+        blur_kernel: odd width in pixels.
 
     Returns:
         uint8 [..., H, W, C].
@@ -38,14 +53,14 @@ def augment(key, image, *, strength, prob, grayscale_prob, blur_prob, solarize_p
     happens = [(v < p)[..., None, None, None] for v, p in zip(u, chances, strict=True)]
     x = image.astype(jnp.float32)
     if np.any(np.multiply(strength, prob)):
-        factors, order = draw_jitter(keys[1], np.broadcast_to(strength, lead))
+        factors, order = draw_jitter(keys[1], np.broadcast_to(strength, lead), spread)
         x = jnp.where(happens[0], jitter(x, factors, order), x)
     if np.any(grayscale_prob):
         x = jnp.where(happens[1], grayscale(x), x)
     if np.any(blur_prob):
-        low, high = BLUR_SIGMA
+        low, high = blur_sigma
         sigma = jax.random.uniform(keys[2], lead, minval=low, maxval=high)
-        x = jnp.where(happens[2], blur(x, sigma), x)
+        x = jnp.where(happens[2], blur(x, sigma, blur_kernel), x)
     if np.any(solarize_prob):
         x = jnp.where(happens[3], solarize(x), x)
     return jnp.rint(x).astype(jnp.uint8)
@@ -66,12 +81,13 @@ def augment_crops(key, crops, recipes):
     return augment(key, crops, **settings)
 
 
-def draw_jitter(key, strength):
+def draw_jitter(key, strength, spread=SPREAD):
     """Draw the factors and the order of the jitter of each image.
 
     Args:
         key: random key.
         strength: [...] one number per image, see `data.colour.draw_jitter`.
+        spread: what it multiplies, per operation.
 
     Returns:
         factors: float32 [..., 4] brightness, contrast, saturation, turn of the hue.
@@ -79,7 +95,7 @@ def draw_jitter(key, strength):
             first.
     """
     first, second = jax.random.split(key)
-    shift = jnp.asarray(strength, jnp.float32)[..., None] * jnp.array(SPREAD)
+    shift = jnp.asarray(strength, jnp.float32)[..., None] * jnp.array(spread)
     centre = jnp.array([1.0, 1.0, 1.0, 0.0])
     low, high = centre - shift, centre + shift
     low = jnp.where(centre > 0, jnp.maximum(low, 0.0), low)
@@ -154,19 +170,20 @@ def grayscale(image):
     return jnp.broadcast_to(_luma(image), image.shape)
 
 
-def blur(image, sigma):
-    """Blur with a 9 x 9 Gaussian, reflecting at the border.
+def blur(image, sigma, size=BLUR_KERNEL):
+    """Blur with a Gaussian, reflecting at the border.
 
     Args:
         image: float32 [..., H, W, C].
         sigma: [...] in pixels.
+        size: odd width of the kernel, in pixels.
 
     Returns:
         float32 [..., H, W, C].
     """
-    half = BLUR_KERNEL // 2
+    half = size // 2
     offset = jnp.arange(-half, half + 1)
-    weight = jnp.exp(-0.5 * (offset / sigma[..., None]) ** 2)  # [..., 9]
+    weight = jnp.exp(-0.5 * (offset / sigma[..., None]) ** 2)  # [..., size]
     weight = weight / weight.sum(-1, keepdims=True)
     thin = min(image.shape[-3:-1]) <= half  # As on the host.
     for axis in (-3, -2):
@@ -177,7 +194,7 @@ def blur(image, sigma):
         image = sum(
             _spread(weight[..., i])
             * jax.lax.slice_in_dim(padded, i, i + n, axis=image.ndim + axis)
-            for i in range(BLUR_KERNEL)
+            for i in range(size)
         )
     return image
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Views:
         blur_kernel: odd width in pixels; 0: max(3, 2 (size // 20) + 1), about a tenth
             of the side.
         interpolation: see `data.resample.resize`.
+        colour: host: colours and blur are changed by OpenCV, here. device: views leave
+            here as they are, and the method calls `ops.colour` with `recipe`.
 
     Source: Chen et al. 2020, arXiv:2002.05709, appendix A.
     """
@@ -39,11 +42,25 @@ class Views:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     blur_kernel: int = 0
     interpolation: str = "bilinear"
+    colour: Literal["host", "device"] = "host"
 
     @property
     def kernel(self) -> int:
         """Return the width of the blur in pixels."""
         return self.blur_kernel or max(3, 2 * (self.size // 20) + 1)
+
+    def recipe(self, size: int) -> dict:
+        """Return the keywords of `ops.colour.augment` for views of a side."""
+        return dict(
+            strength=1.0,
+            prob=self.jitter_prob if any(self.jitter) else 0.0,
+            grayscale_prob=self.grayscale_prob,
+            blur_prob=self.blur_prob,
+            solarize_prob=0.0,
+            spread=self.jitter,
+            blur_sigma=self.blur_sigma,
+            blur_kernel=dataclasses.replace(self, size=size).kernel,
+        )
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
@@ -79,6 +96,8 @@ class Views:
         mirror, tint, grey, soft, where, pick, *u = rng.random(10).tolist()
         if mirror < self.flip:
             x = np.ascontiguousarray(x[:, ::-1])
+        if self.colour == "device":
+            return x
         if tint < self.jitter_prob and any(self.jitter):
             factors = []
             for i, spread in enumerate(self.jitter):
