@@ -2,7 +2,7 @@
 
     python -m vitssl.extract WEIGHTS --images=FOLDER --to=FEATURES.npz
         [--image_size=N] [--batch_size=64] [--names=pooled,tokens] [--pool=cls|mean]
-        [--part=target|encoder]
+        [--part=target|encoder] [--output_patch=N] [--upsampling=shift]
     python -m vitssl.extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
 
 WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
@@ -153,6 +153,8 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--names", default="pooled")
     flags.add_argument("--pool", default="")
     flags.add_argument("--part", default="")
+    flags.add_argument("--output_patch", type=int, default=0, help="side of a token")
+    flags.add_argument("--upsampling", default="shift")
     try:
         f = flags.parse_args(argv)
         if bool(f.program) == bool(f.images and f.to):
@@ -160,7 +162,12 @@ def main(argv: list[str]) -> int:
                 "give --images=FOLDER --to=FILE, or --program=FOLDER"
             )
         found = features.load(
-            f.weights, part=f.part, pool=f.pool, image_size=f.image_size
+            f.weights,
+            part=f.part,
+            pool=f.pool,
+            image_size=f.image_size,
+            output_patch=f.output_patch,
+            upsampling=f.upsampling,
         )
         if f.program:
             print(features.export_program(found, f.program, batch=f.batch))

@@ -15,15 +15,18 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors, init, tree
 from vitssl.convert import backbone, positions, runs, safetensors
+from vitssl.models import hybrid, hybrid_vit, vit
 from vitssl.ops import patches
 
 NAMES = ("pooled", "tokens")
+UPSAMPLINGS = ("shift", "bilinear", "nearest")  # Those that need no training.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,15 @@ def _compiled(apply):
     return jax.jit(apply)
 
 
-def load(path, *, part: str = "", pool: str = "", image_size: int = 0) -> Features:
+def load(
+    path,
+    *,
+    part: str = "",
+    pool: str = "",
+    image_size: int = 0,
+    output_patch: int = 0,
+    upsampling: str = "shift",
+) -> Features:
     """Return the features of weights on disk.
 
     Args:
@@ -90,6 +101,11 @@ def load(path, *, part: str = "", pool: str = "", image_size: int = 0) -> Featur
         pool: "cls" or "mean"; "" = what the weights' family uses. Of a run: needs
             `part`.
         image_size: of converted weights: resample the position table for it.
+        output_patch: "tokens" are those of patches of this side, a divisor of the
+            ViT's own: [B, (H / q) (W / q), D], row by row; 0 = its own. Of a run: of
+            its encoder alone.
+        upsampling: how: "shift" (no training, real features at every place, the cost
+            of (p / q)^2 forward passes), "bilinear" or "nearest".
 
     Raises:
         CheckpointError: nothing there, damaged, or of another format.
@@ -98,11 +114,30 @@ def load(path, *, part: str = "", pool: str = "", image_size: int = 0) -> Featur
     path = pathlib.Path(path)
     if backbone.is_backbone(path):
         found = backbone.read(path)
-    elif part:
+    elif part or output_patch:
         found = runs.read(path, part)
     else:
         return _of_run(path)
-    return of_backbone(found, pool=pool, image_size=image_size)
+    features = of_backbone(found, pool=pool, image_size=image_size)
+    if not output_patch:
+        return features
+    apply = _finer(features.apply, output_patch, upsampling, features.channels)
+    return dataclasses.replace(features, apply=apply)
+
+
+def _finer(encode, q, mode, channels):
+    """Return the function of a ViT with tokens of another patch size."""
+    module = encode.module
+    if not isinstance(module, vit.ViT):
+        name = type(module).__name__
+        raise errors.UsageError(f"output_patch={q}: needs a ViT, not {name}")
+    if mode not in UPSAMPLINGS:
+        known = ", ".join(UPSAMPLINGS)
+        raise errors.UsageError(f"upsampling={mode}: one of {known}")
+    if faults := list(hybrid.faults(module.patch, q)):
+        raise errors.UsageError(f"output_patch={q}: {faults[0]}")
+    net = hybrid_vit.HybridViT(module, module.patch, q, mode, channels=channels)
+    return _EncodeFiner(net, encode.mean, encode.std, encode.pool)
 
 
 def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
@@ -164,6 +199,25 @@ class _Encode:
         x = patches.normalise(image, self.mean, self.std)
         found = self.module.apply({"params": params}, x, method="features")
         return {"pooled": found[self.pool], "tokens": found["tokens"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncodeFiner:
+    """(params, image) -> features of a ViT with more tokens than it processes."""
+
+    net: hybrid_vit.HybridViT
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str
+
+    def __call__(self, params, image) -> dict:
+        """Return pooled [B, D] and tokens [B, (H / q) (W / q), D] of [B, H, W, C]."""
+        x = patches.normalise(image, self.mean, self.std)
+        dense = self.net.apply({"vit": params}, x)
+        coarse = dense.tokens_p.astype(jnp.float32).mean((1, 2))
+        pooled = dense.prefix[:, 0] if self.pool == "cls" else coarse
+        tokens = einops.rearrange(dense.features_q, "b h w d -> b (h w) d")
+        return {"pooled": pooled, "tokens": tokens.astype(jnp.float32)}
 
 
 def _of_run(path) -> Features:

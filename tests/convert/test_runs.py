@@ -60,6 +60,41 @@ def test_a_run_and_its_export_give_the_same_features(workdir, tmp_path):
         np.testing.assert_array_equal(found.leaves[name], leaf)
 
 
+def test_finer_tokens_are_those_of_the_shifted_image(workdir):
+    """With p = 4 and q = 2: every other token of the image moved by a pixel."""
+    image = _images()
+    plain = vitssl.load(workdir, part="target")
+    patch = plain.apply.module.patch
+    q, side = patch // 2, 16 // patch
+    pad, rest = (patch - q) // 2, patch - q - (patch - q) // 2
+    sides = ((0, 0), (pad, rest), (pad, rest), (0, 0))
+    moved = np.pad(image, sides, mode="reflect")
+    finer = vitssl.load(workdir, output_patch=q)(image)
+    fine = np.asarray(finer["tokens"]).reshape(3, 2 * side, 2 * side, -1)
+    for a, b in ((0, 0), (0, 1), (1, 1)):
+        window = moved[:, a * q : a * q + 16, b * q : b * q + 16]
+        want = np.asarray(plain(window)["tokens"]).reshape(3, side, side, -1)
+        np.testing.assert_allclose(fine[:, a::2, b::2], want, atol=1e-5)
+    near = vitssl.load(workdir, output_patch=q, upsampling="nearest")(image)
+    whole = plain(image)
+    np.testing.assert_allclose(near["pooled"], whole["pooled"], atol=1e-6)
+    same = np.asarray(near["tokens"]).reshape(3, side, 2, side, 2, -1)
+    want = np.asarray(whole["tokens"]).reshape(3, side, side, -1)
+    np.testing.assert_allclose(same[:, :, 1, :, 1], want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        (dict(output_patch=3), "output patch q=3: must divide"),
+        (dict(output_patch=2, upsampling="skip"), "one of shift, bilinear, nearest"),
+    ],
+)
+def test_finer_tokens_that_cannot_be_are_one_line(workdir, own, words):
+    with pytest.raises(errors.UsageError, match=words):
+        vitssl.load(workdir, **own)
+
+
 def test_a_run_becomes_a_program(workdir, tmp_path):
     made = vitssl.load(workdir)
     features.export_program(made, tmp_path, platforms=("cpu",))
