@@ -57,6 +57,16 @@ def test_time_steps_come_back_where_they_were(root):
     np.testing.assert_array_equal(found["latlon"], raw["latlon"])
 
 
+def test_the_compression_of_the_published_files_is_read(tmp_path):
+    raw = sample(3)
+    folder = olmoearth.write(tmp_path, [raw], compression="zstd")
+    with h5py.File(folder / "sample_0.h5") as file:
+        filters = file["sentinel2_l2a"].id.get_create_plist()
+        assert filters.get_filter(0)[0] == 32015  # The registered number of zstd.
+    found = sources.open("olmoearth", str(tmp_path), "train", modalities=NAMES)[0]
+    np.testing.assert_array_equal(found["sentinel2_l2a"], raw["sentinel2_l2a"])
+
+
 def test_an_absent_map_is_missing_everywhere(root):
     source = sources.open("olmoearth", str(root), "train", modalities=NAMES)
     gone = source[2]["worldcover"]

@@ -266,10 +266,23 @@ def write(root, samples, *, compression="gzip") -> pathlib.Path:
         root: an existing folder.
         samples: each a dict of "timestamps" [12, 3], "latlon" [2], arrays by modality
             that hold the steps that are there, and "masks" {modality: bool [12]}.
-        compression: of HDF5 ("gzip", "lzf") or "" for none.
+        compression: of HDF5 ("gzip", "lzf"), "zstd" as the published files have it
+            (needs the extra "olmoearth"), or "" for none.
+
+    Raises:
+        UsageError: the package for zstd is missing.
     """
     import h5py
 
+    packed = dict(compression=compression) if compression else {}
+    if compression == "zstd":
+        try:
+            import hdf5plugin
+        except ImportError as e:
+            raise errors.UsageError(
+                "compression=zstd: needs pip install 'vitssl[olmoearth]'"
+            ) from e
+        packed = dict(hdf5plugin.Zstd())
     names = sorted({n for s in samples for n in s if n in modalities.MODALITIES})
     names = [n for n in names if n != "latlon"]
     side = _side({n: s[n] for s in samples for n in names if n in s})
@@ -282,7 +295,6 @@ def write(root, samples, *, compression="gzip") -> pathlib.Path:
         with h5py.File(folder / f"sample_{i}.h5", "w") as file:
             for key in ("timestamps", "latlon", *names):
                 if key in sample:
-                    packed = dict(compression=compression) if compression else {}
                     file.create_dataset(key, data=sample[key], **packed)
             for name, mask in sample.get("masks", {}).items():
                 file[f"{MASKS}/{name}"] = np.asarray(mask, bool)
