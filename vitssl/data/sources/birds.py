@@ -1,19 +1,18 @@
 """Drawn birds as a data set: see `worlds.birds`."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
-from vitssl import errors
-from vitssl.data.sources import layout
+from vitssl.data.sources import drawn
 from vitssl.data.worlds import birds as world
 
-SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 4000, "test": 800}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Birds:
+class Birds(drawn.Drawn):
     """The first `count` birds of a world.
 
     Examples have "group", "parts", "mask", "keypoints" and "box", and in the test
@@ -21,29 +20,12 @@ class Birds:
     and of another kind.
     """
 
-    world: world.World
-    count: int
     classes: tuple[str, ...] = world.CLASSES
-    root: str = "(built in)"
-    name: str = "birds"
+    name: ClassVar[str] = "birds"
     channels: int = 3
 
-    @property
-    def split(self) -> str:
-        """Which stream of random numbers it is made of."""
-        return self.world.split
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[N] int32."""
-        return np.array([self.world.label(i) for i in range(self.count)], np.int32)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
+    def example(self, i: int) -> dict:
+        """Return example i, which exists."""
         w = self.world
         bird = w.bird(i)
         example = dict(
@@ -72,9 +54,7 @@ def open(root, split, *, count=0, size=48, seed=0, purity=0.95, noise=12):
         size, seed, noise: see `worlds.birds.World`.
         purity: of the training set.
     """
-    split = layout.split_of("birds", split, SPLITS)
-    if count < 0:
-        raise errors.UsageError(f"birds: count={count}: 0 (default size) or more")
+    split = drawn.opened("birds", split, count)
     if split == "test":
         purity = 1 / len(world.PLACES)
     made = world.World(split, size, seed, purity, noise)

@@ -1,39 +1,31 @@
 """Drawn farmland as a data set: see `worlds.fields`."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
 from vitssl import errors
-from vitssl.data.sources import layout
+from vitssl.data.sources import drawn
 from vitssl.data.worlds import fields as world
 
-SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 2000, "test": 400}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fields:
+class Fields(drawn.Drawn):
     """The first `count` scenes of a world.
 
     Examples are those of `data.olmoearth`, with "cover" uint8 [S, S]; the label is the
     landscape. They must not be changed in place: `held` of them are kept in memory.
     """
 
-    world: world.World
-    count: int
     names: tuple[str, ...]
     channels: int = 1
     classes: tuple[str, ...] = world.LANDSCAPES
-    root: str = "(built in)"
-    name: str = "fields"
+    name: ClassVar[str] = "fields"
     held: int = 0
     _kept: dict = dataclasses.field(default_factory=dict, repr=False)
-
-    @property
-    def split(self) -> str:
-        """Which stream of random numbers it is made of."""
-        return self.world.split
 
     @property
     def labels(self) -> np.ndarray:
@@ -41,12 +33,8 @@ class Fields:
         n = range(self.count)
         return np.array([self.world.landscape(i) for i in n], np.int32)
 
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
+    def example(self, i: int) -> dict:
+        """Return example i, which exists."""
         if i in self._kept:
             return dict(self._kept[i])
         sample = self.world.sample(i, self.names)
@@ -83,10 +71,8 @@ def open(
         held: scenes that stay in memory once they are drawn, 0.2 to 1.5 MB each.
         channels: not used: each modality has its own.
     """
-    split = layout.split_of("fields", split, SPLITS)
+    split = drawn.opened("fields", split, count)
     names = tuple(modalities)
-    if count < 0:
-        raise errors.UsageError(f"fields: count={count}: 0 (default size) or more")
     for name in names:
         if name not in (*world.SENSORS, *world.MAPS):
             known = ", ".join((*world.SENSORS, *world.MAPS))

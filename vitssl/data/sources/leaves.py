@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import numpy as np
 
 from vitssl import errors
-from vitssl.data.sources import layout
+from vitssl.data.sources import drawn
 from vitssl.data.worlds import leaves as world
 
-SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 2137, "test": 420}
 
 
@@ -23,36 +23,19 @@ def _drawn(world, i):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Leaves:
+class Leaves(drawn.Drawn):
     """The first `count` leaves of a world; examples have "mask" too.
 
     Attributes:
         channels: 3, or 4 with near infrared.
     """
 
-    world: world.World
-    count: int
     channels: int = 3
     classes: tuple[str, ...] = world.CLASSES
-    root: str = "(built in)"
-    name: str = "leaves"
+    name: ClassVar[str] = "leaves"
 
-    @property
-    def split(self) -> str:
-        """Which stream of random numbers it is made of."""
-        return self.world.split
-
-    @property
-    def labels(self) -> np.ndarray:
-        """[N] int32."""
-        return np.array([self.world.label(i) for i in range(self.count)], np.int32)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
+    def example(self, i: int) -> dict:
+        """Return example i, which exists."""
         leaf = _drawn(self.world, i)
         image = leaf.image
         if self.channels == 4:
@@ -70,9 +53,7 @@ def open(root, split, *, channels=3, count=0, size=48, seed=0, cast=0.25, noise=
         count: number of images; 0 = 2137 to train, 420 to test.
         size, seed, cast, noise: see `worlds.leaves.World`.
     """
-    split = layout.split_of("leaves", split, SPLITS)
-    if count < 0:
-        raise errors.UsageError(f"leaves: count={count}: 0 (default size) or more")
+    split = drawn.opened("leaves", split, count)
     if channels not in (3, 4):
         raise errors.UsageError(f"leaves: channels={channels}: 3, or 4 with infrared")
     made = world.World(split, size, seed, cast, noise)

@@ -1,48 +1,28 @@
 """Composed scenes of scanned digits as a data set: see `worlds.scenes`."""
 
 import dataclasses
+from typing import ClassVar
 
-import numpy as np
-
-from vitssl import errors
-from vitssl.data.sources import layout
+from vitssl.data.sources import drawn
 from vitssl.data.worlds import scenes as world
 
-SPLITS = {"train": "train", "test": "test", "val": "test"}
 COUNTS = {"train": 6000, "test": 1000}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scenes:
+class Scenes(drawn.Drawn):
     """The first `count` scenes of a world; the label is the one whole digit."""
 
-    world: world.World
-    count: int
     classes: tuple[str, ...] = tuple(str(d) for d in range(10))
-    root: str = "(built in)"
-    name: str = "scenes"
-
-    @property
-    def split(self) -> str:
-        """Which scanned digits it is made of."""
-        return self.world.split
+    name: ClassVar[str] = "scenes"
 
     @property
     def channels(self) -> int:
         """1 or 3."""
         return self.world.channels
 
-    @property
-    def labels(self) -> np.ndarray:
-        """[N] int32."""
-        return np.array([self.world.label(i) for i in range(self.count)], np.int32)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
+    def example(self, i: int) -> dict:
+        """Return example i, which exists."""
         scene = self.world.scene(i)
         return {"image": scene.image, "label": scene.label}
 
@@ -66,9 +46,7 @@ def open(root, split, *, count=0, size=48, channels=1, seed=0, **difficulty):
         seed: of the composition.
         difficulty: further fields of `worlds.scenes.World` (scale_min, fragments ...).
     """
-    split = layout.split_of("scenes", split, SPLITS)
-    if count < 0:
-        raise errors.UsageError(f"scenes: count={count}: 0 (default size) or more")
+    split = drawn.opened("scenes", split, count)
     made = world.World(
         split=split, size=size, channels=channels, seed=seed, **difficulty
     )
