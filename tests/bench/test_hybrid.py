@@ -84,3 +84,22 @@ def test_a_small_step_is_measured(monkeypatch, capsys):
     (row,) = found["rows"]
     assert row["ms_per_step"] > 0 and row["loss"] > 0 and row["peak_bytes"] > 0
     assert row["times_less"] == 1 and '"mode": "all_p"' in capsys.readouterr().err
+    assert "times_faster" not in row  # There is nothing to compare with.
+
+
+def test_times_faster_is_by_turns():
+    """The machine is three times slower in the second turn: of both modes."""
+
+    class Fake:
+        def __init__(self, ms):
+            self.ms, self.turns, self.peak_bytes, self.loss = ms, [], 0, 0.0
+
+        def turn(self, steps, warmup=0):
+            if steps:
+                slow = 3 if self.turns else 1
+                self.turns.append([slow * self.ms] * steps)
+
+    found = hybrid.measure({"mixed_k": Fake(4.0), "all_q": Fake(100.0)}, 5, 2)
+    assert found["mixed_k"]["turns"] == [25.0, 25.0]
+    assert found["mixed_k"]["times_faster"] == 25 and found["all_q"]["turns"] == [1, 1]
+    assert found["mixed_k"]["ms_per_step"] == 8.0  # Of 4 and 12, three each.

@@ -4,8 +4,9 @@
 
 A row is a training step of two views: tokens, FLOPs of a sample by the formula and as
 traced (matrix products), XLA's count of everything, how many times less than all_q the
-whole step and its encoder cost; then, where a step has at most --most GFLOP, the median
-time of --steps steps and the compiled peak of memory. Modes:
+whole step and its encoder cost. Steps of at most --most GFLOP are run, too, --steps of
+each in --turns turns: median time, compiled peak of memory, and, if all_q is among them,
+how many times faster it is, as a share of what its FLOPs promise ("realised"). Modes:
 
     all_p        everything at p: an ordinary step with large patches
     processing   the same step; its features are upsampled when they are used
@@ -247,25 +248,70 @@ def encoder(one: Step) -> float:
     return 2 * (2 * part.embed + 3 * part.encoder)
 
 
-def measure(one: Step, batch: int, steps: int) -> dict:
-    """Return the median time of a step and the compiled peak of memory."""
-    data, key = one.batch(batch), jax.random.key(0)
-    state = jax.jit(one.start)(data, key)
-    options = cpu.compiler_options(one.module.encoder.dtype)
-    jitted = jax.jit(one.update, donate_argnums=0, compiler_options=options)
-    compiled = jitted.lower(state, data, key).compile()
-    memory = compiled.memory_analysis()
-    times = []
-    for i in range(steps + 3):
-        begin = time.perf_counter()
-        state, loss = compiled(state, data, jax.random.fold_in(key, i))
-        jax.block_until_ready(loss)
-        times.append(time.perf_counter() - begin)
-    return {
-        "ms_per_step": 1e3 * float(np.median(times[3:])),
-        "peak_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
-        "loss": float(loss),
-    }
+class Timed:
+    """A compiled step of random data that goes on as often as it is asked to.
+
+    Args:
+        one: the step.
+        batch: samples.
+    """
+
+    def __init__(self, one: Step, batch: int):
+        self._data, self._key = one.batch(batch), jax.random.key(0)
+        self._state = jax.jit(one.start)(self._data, self._key)
+        options = cpu.compiler_options(one.module.encoder.dtype)
+        jitted = jax.jit(one.update, donate_argnums=0, compiler_options=options)
+        lowered = jitted.lower(self._state, self._data, self._key)
+        self._compiled = lowered.compile()
+        memory = self._compiled.memory_analysis()
+        self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        self.loss = float("nan")
+        self.turns = []  # Milliseconds of every step, by turn.
+        self._at = 0
+
+    def turn(self, steps: int, warmup: int = 0) -> None:
+        """Run `warmup` steps and then `steps` that count."""
+        times = []
+        for _ in range(warmup + steps):
+            begin = time.perf_counter()
+            key = jax.random.fold_in(self._key, self._at)
+            self._state, loss = self._compiled(self._state, self._data, key)
+            self.loss = float(jax.block_until_ready(loss))
+            times.append(1e3 * (time.perf_counter() - begin))
+            self._at += 1
+        if steps:
+            self.turns.append(times[warmup:])
+
+
+def measure(timed: dict, steps: int, turns: int) -> dict:
+    """Run the steps of a case in turns, since machines are noisy.
+
+    Args:
+        timed: {mode: `Timed`}.
+        steps: that count, of each.
+        turns: in how many turns they are run.
+
+    Returns:
+        {mode: {"ms_per_step": median of all, "peak_bytes", "loss"}}; where "all_q" is
+        among them also "times_faster" than it, the median over the turns, and each.
+    """
+    for one in timed.values():
+        one.turn(0, warmup=3)
+    for _ in range(turns):
+        for one in timed.values():
+            one.turn(-(-steps // turns))
+    found = {}
+    for mode, one in timed.items():
+        found[mode] = {
+            "ms_per_step": float(np.median(np.concatenate(one.turns))),
+            "peak_bytes": one.peak_bytes,
+            "loss": one.loss,
+        }
+        if "all_q" in timed:
+            pairs = zip(timed["all_q"].turns, one.turns, strict=True)
+            each = [float(np.median(a) / np.median(b)) for a, b in pairs]
+            found[mode] |= {"times_faster": float(np.median(each)), "turns": each}
+    return found
 
 
 def run(argv: list[str]) -> dict:
@@ -276,20 +322,27 @@ def run(argv: list[str]) -> dict:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--loss-tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--most", type=float, default=200.0, help="GFLOP of a step")
     o = parser.parse_args(argv)
     rows = []
     for name in o.cases.split(","):
         if name not in CASES:
             raise errors.UsageError(f"case={name!r}: one of {', '.join(CASES)}")
-        fine = step(CASES[name], "all_q")
+        fine, timed, own = step(CASES[name], "all_q"), {}, {}
         for mode in o.modes.split(","):
             one = step(CASES[name], mode, o.loss_tokens)
-            row = {"case": name, "mode": mode} | facts(one)
+            row = own[mode] = {"case": name, "mode": mode} | facts(one)
             row["times_less"] = formula(fine) / formula(one)
             row["times_less_encoder"] = encoder(fine) / encoder(one)
             if row["formula_gflop"] * o.batch <= o.most:
-                row |= measure(one, o.batch, o.steps)
+                timed[mode] = Timed(one, o.batch)
+        for mode, figures in measure(timed, o.steps, o.turns).items():
+            own[mode] |= figures
+            if "times_faster" in figures:
+                share = figures["times_faster"] / own[mode]["times_less"]
+                own[mode]["realised"] = share
+        for row in own.values():
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     return {
