@@ -5,7 +5,7 @@
 A row is a training step of two views: tokens, FLOPs of a sample by the formula and as
 traced (matrix products), XLA's count of everything, how many times less than all_q the
 whole step and its encoder cost. Steps of at most --most GFLOP are run, too, --steps of
-each in --turns turns: median time, compiled peak of memory, and, if all_q is among them,
+each in --turns turns: median time, compiled peak of memory, and, if all_q is of them,
 how many times faster it is, as a share of what its FLOPs promise ("realised"). Modes:
 
     all_p        everything at p: an ordinary step with large patches
