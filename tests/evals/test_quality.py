@@ -1,8 +1,10 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from vitssl.evals import quality
+from vitssl.evals import evaluation, quality
 
 # Compiled whole: operation by operation is ten times slower on a first run.
 COLLAPSE = jax.jit(quality.collapse_metrics, static_argnames=("centre", "rows"))
@@ -208,3 +210,12 @@ def test_collapse_metrics_are_finite_and_without_gradient(rows):
     for x in (np.zeros((rows, 4)), np.ones((rows, 4))):
         value, slope = jax.device_get(grad(x))
         assert np.isfinite(value) and not np.any(slope)
+
+
+def test_the_line_of_an_evaluation_warns_of_low_rank_and_gives_it():
+    values = {"quality/collapsed": 1.0, "quality/effective_rank": 9.34}
+    line = functools.partial(evaluation.Evaluation.line, None)
+    assert "few directions in use (9.3; collapsed: near 1)" in line(165, values)
+    # Features of an untrained network lie close together; it is no warning then.
+    assert "WARNING" not in line(0, values)
+    assert "WARNING" not in line(165, values | {"quality/collapsed": 0.0})

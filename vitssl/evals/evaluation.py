@@ -165,7 +165,11 @@ class Evaluation:
         return "  ".join(f"{k} {v:.4g}" for k, v in bare.items())
 
     def line(self, at: int, values: dict) -> str:
-        """Return the line of an online evaluation, with a warning on collapse."""
+        """Return the line of an online evaluation, with a warning on low rank.
+
+        Contrastive features that work well may use a tenth of their directions, so the
+        line gives the number and lets the reader judge.
+        """
         shown = [f"{k[5:]} {v:.4g}" for k, v in values.items() if k[:5] == "test/"][:4]
         for key, form in (
             ("knn/top1", "k-NN {:.1%}"),
@@ -178,7 +182,8 @@ class Evaluation:
         text = f"  after step {at}: " + "  ".join(shown)
         # Those of an untrained network lie close together, too.
         if at and values.get("quality/collapsed"):
-            text += "  WARNING: the features have collapsed or nearly so"
+            rank = values.get("quality/effective_rank", float("nan"))
+            text += f"  WARNING: few directions in use ({rank:.1f}; collapsed: near 1)"
         return text
 
     def final(self, state, untrained) -> tuple[dict[str, float], str]:
