@@ -106,6 +106,8 @@ def test_unknown_and_missing_keys_inside_the_file_are_found():
         ([f"--config={HJEPA}:demo2"], "no recipe 'demo2'; there is:"),
         ([f"--config={HJEPA}", "--wrkdir=x"], "did you mean --workdir?"),
         ([f"--config={HJEPA}", "extra"], "extra: not a flag"),
+        ([f"--config={HJEPA}", "--share=3/2"], "--share=3/2: want K/N"),
+        ([f"--config={HJEPA}", "--share=1/2"], "--share: of a study"),
         ([f"--config={HJEPA}", "--workdir"], "needs a value"),
     ],
 )

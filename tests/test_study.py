@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from tests import runs
-from vitssl import errors, experiment, study
+from vitssl import config, errors, experiment, study
 
 
 def _config(tmp_path, **arms):
@@ -56,11 +56,7 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     base = _config(tmp_path, plain=(), warm=("init.from=@first",))
     with pytest.raises(errors.UsageError, match="study.first: missing"):
         study.read(base)
-    alone = experiment.read(
-        base.copy_and_resolve_references().__class__(
-            {k: v for k, v in base.items() if k != "study"}
-        )
-    )
+    alone = experiment.read(config.without(base, "study"))
     monkeypatch.setattr(experiment, "load", lambda spec: alone.config)
     base.study.first = "some/config.py:pretrain"
     plan = study.read(base)
@@ -87,3 +83,41 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     ran.clear()
     study.run(plan, tmp_path, name="test")
     assert not ran
+
+
+def test_shares_make_every_run_once_and_the_last_has_the_table(tmp_path, monkeypatch):
+    base = _config(tmp_path, a=(), b=(), c=())
+    plan, ran = study.read(base), []
+
+    def fake(one, directory, **_):
+        ran.append(directory.relative_to(tmp_path).as_posix())
+        return {"final/trained/knn/top1": 0.5}
+
+    monkeypatch.setattr("vitssl.train.run", fake)
+    found = study.run(plan, tmp_path, name="test", share=(2, 2))
+    # All arms of seed 0 come before those of seed 1: this is every other of them.
+    assert ran == ["b/seed0", "a/seed1", "c/seed1"]
+    assert found["b"]["final/trained/knn/top1"] == [0.5, None]
+    found = study.run(plan, tmp_path, name="test", share=(1, 2))
+    assert sorted(ran) == [f"{arm}/seed{n}" for arm in "abc" for n in (0, 1)]
+    assert found["b"]["final/trained/knn/top1"] == [0.5, 0.5]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_other_shares_wait_for_the_first_run(tmp_path, monkeypatch):
+    base = _config(tmp_path, warm=("init.from=@first",))
+    alone = experiment.read(config.without(base, "study"))
+    monkeypatch.setattr(experiment, "load", lambda spec: alone.config)
+    base.study.first = "some/config.py:pretrain"
+    plan, told = study.read(base), []
+
+    def look(seconds):
+        told.append(seconds)
+        (tmp_path / "first").mkdir()
+        (tmp_path / "first" / "final.json").write_text("{}")
+
+    monkeypatch.setattr(study.time, "sleep", look)
+    monkeypatch.setattr("vitssl.train.run", lambda one, directory, **_: {})
+    study.run(plan, tmp_path, name="test", share=(2, 2))
+    assert told == [study.WAIT] and (tmp_path / "warm/seed1/final.json").exists()
+    assert not (tmp_path / "warm/seed0").exists()

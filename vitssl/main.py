@@ -6,11 +6,13 @@ memory, 7 stalled, 75 preempted and saved. 1 is a bug, with its traceback.
 
 import difflib
 import pathlib
+import re
 import sys
 
 USAGE = """\
 usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
                              [--config.KEY=VALUE ...] [--dry_run] [--force_unlock]
+                             [--share=K/N]
 
   --config        a recipe, such as configs/hjepa.py or configs/hjepa.py:smoke
   --workdir       directory of the run (default runs/<config>[-<argument>]);
@@ -18,19 +20,21 @@ usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
   --config.KEY    override any value: --config.optim.lr=1e-3
   --dry_run       print the config in full and the memory of a step; no training
   --force_unlock  ignore the lock of another run on this workdir
+  --share         of a study: make every N-th of its runs, from the K-th on; N such
+                  commands beside each other make all
 """
-_FLAGS = ("config", "workdir", "dry_run", "force_unlock", "help")
+_FLAGS = ("config", "workdir", "dry_run", "force_unlock", "share", "help")
 
 
 def parse(argv: list[str]) -> dict:
-    """Return {"config", "workdir", "overrides", "dry_run", "force_unlock", "help"}.
+    """Return the flags: {"config", "workdir", "overrides", "share", "dry_run", ...}.
 
     Raises:
         UsageError: everything on the command line that is not understood.
     """
     from vitssl import errors
 
-    found = {"config": "", "workdir": "", "overrides": []}
+    found = {"config": "", "workdir": "", "overrides": [], "share": (1, 1)}
     found |= {"dry_run": False, "force_unlock": False, "help": False}
     faults, rest = [], list(argv)
     while rest:
@@ -50,6 +54,11 @@ def parse(argv: list[str]) -> dict:
             value = rest.pop(0)
         if name in ("config", "workdir"):
             found[name] = value
+        elif name == "share":
+            fits = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", value)
+            found["share"] = tuple(map(int, fits.groups())) if fits else (1, 0)
+            if found["share"][0] > found["share"][1]:
+                faults.append(f"{word}: want K/N with K from 1 to N, such as 1/2")
         elif name.startswith("config."):
             found["overrides"].append(f"{name.removeprefix('config.')}={value}")
         else:
@@ -79,7 +88,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(flags) -> int:
-    from vitssl import config, experiment, log
+    from vitssl import config, errors, experiment, log
 
     c = experiment.load(flags["config"], flags["overrides"])
     name = config.name_of(flags["config"])
@@ -92,9 +101,12 @@ def _run(flags) -> int:
         if flags["dry_run"]:
             print(config.to_json(c), end="")
             return 0
-        study.run(plan, workdir, name=name, force_unlock=flags["force_unlock"])
+        unlock, share = flags["force_unlock"], flags["share"]
+        study.run(plan, workdir, name=name, force_unlock=unlock, share=share)
         return 0
     checked = experiment.read(c)
+    if flags["share"] != (1, 1):
+        raise errors.UsageError("command line:\n  --share: of a study; this is one run")
     if flags["dry_run"]:
         print(config.to_json(checked.config), end="", flush=True)
         return _dry_run(checked)

@@ -13,11 +13,13 @@ A config becomes a study by its section `study`; arms are overrides as typed:
 The optional key `first` is a config that is run once, in WORKDIR/first; arms start from
 it by the override init.from=@first. Every run is an ordinary workdir,
 WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on where it stopped.
+Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
 """
 
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import time
 
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FIRST = "@first"
 COST = "compute/tflop"  # A study with this column gets a picture against it.
+WAIT = 5.0  # Seconds between looks for the first run of another process.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,45 +94,87 @@ def started_from(one, directory):
     return dataclasses.replace(one, settings=settings, config=c)
 
 
-def run(plan: Plan, workdir, *, name: str, force_unlock: bool = False) -> dict:
-    """Run what is not finished yet, print the table, and write it.
+def run(
+    plan: Plan, workdir, *, name: str, force_unlock: bool = False, share=(1, 1)
+) -> dict:
+    """Run what is not finished yet; then print the table of all, and write it.
+
+    Args:
+        plan: of `read`.
+        workdir: directory of the study.
+        name: of the study, for people.
+        force_unlock: ignore the locks of other processes on its runs.
+        share: (k, n): make the runs k, k + n, k + 2 n, ... of them; the other shares
+            are made by processes beside this one. The first makes what the arms start
+            from, and the others wait for it.
 
     Returns:
         {arm: {column: [value of each seed]}}; also WORKDIR/study.json and study.md.
+        Of what is finished, while other shares are not.
     """
     from vitssl import devices, train
 
     devices.start()
     workdir = pathlib.Path(workdir)
-    found = {}
+    number, count = share
     before = workdir / "first"
-    if plan.first is not None and not (before / "final.json").exists():
+    if plan.first is not None and number == 1 and not _finished(before):
         values = train.run(plan.first, before, name="first", force_unlock=force_unlock)
-        (before / "final.json").write_text(json.dumps(values, indent=1))
-    for i, ((arm, seed), one) in enumerate(plan.runs.items()):
+        _finish(before, values)
+    while plan.first is not None and not _finished(before):
+        logger.info("  waiting for %s", before)
+        time.sleep(WAIT)
+    # All arms of a seed before the next seed: what is there can be compared.
+    order = sorted(plan.runs, key=lambda run: run[1])
+    for i, (arm, seed) in enumerate(order):
         directory = workdir / arm / f"seed{seed}"
-        logger.info("\nstudy %s: run %d of %d", name, i + 1, len(plan.runs))
-        start = time.perf_counter()
-        path = directory / "final.json"
-        if path.exists():
-            values = json.loads(path.read_text())
+        if i % count != number - 1:
+            continue
+        logger.info("\nstudy %s: run %d of %d", name, i + 1, len(order))
+        if _finished(directory):
             logger.info("  %s is finished", directory)
-        else:
-            values = train.run(
-                started_from(one, before.resolve()),
-                directory,
-                name=f"{arm}-{seed}",
-                force_unlock=force_unlock,
-            )
-            values = {**values, "minutes": (time.perf_counter() - start) / 60}
-            path.write_text(json.dumps(values, indent=1))
-        for column in (*plan.columns, "minutes"):
+            continue
+        start = time.perf_counter()
+        values = train.run(
+            started_from(plan.runs[arm, seed], before.resolve()),
+            directory,
+            name=f"{arm}-{seed}",
+            force_unlock=force_unlock,
+        )
+        minutes = (time.perf_counter() - start) / 60
+        _finish(directory, {**values, "minutes": minutes})
+    return _results(plan, workdir)
+
+
+def _finished(directory) -> bool:
+    return (directory / "final.json").exists()
+
+
+def _finish(directory, values) -> None:
+    """Write the values of a finished run, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / "final.json.part"
+    part.write_text(json.dumps(values, indent=1))
+    os.replace(part, directory / "final.json")
+
+
+def _results(plan, workdir) -> dict:
+    """Return the values of all finished runs; write and show their table."""
+    found, columns = {}, (*plan.columns, "minutes")
+    missing = 0
+    for arm, seed in plan.runs:
+        path = workdir / arm / f"seed{seed}" / "final.json"
+        values = json.loads(path.read_text()) if path.exists() else {}
+        missing += not path.exists()
+        for column in columns:
             found.setdefault(arm, {}).setdefault(column, []).append(values.get(column))
-    text = table(found, (*plan.columns, "minutes"))
+    text = table(found, columns)
     logger.info("\n%s", text)
+    if missing:
+        logger.info("%d of %d runs are not finished yet", missing, len(plan.runs))
     (workdir / "study.json").write_text(json.dumps(found, indent=1))
     (workdir / "study.md").write_text(text + "\n")
-    if COST in plan.columns:
+    if COST in plan.columns and not missing:
         from vitssl.evals.pictures import tradeoff
 
         score = next(c for c in plan.columns if c != COST)
