@@ -10,4 +10,4 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 . "$here/environment.sh"
 
 cd -- "$root"
-exec "$python" -m pytest -n logical --maxprocesses=8 "$@"
+exec "$python" -m pytest -n logical --maxprocesses=8 --dist worksteal "$@"
