@@ -177,10 +177,13 @@ def _infrared():
 def _evidence():
     """Return runs that differ in the labels they have and in where they start."""
     c = _demo()
-    c.epochs, c.steps, c.batch_size, c.optim.warmup_epochs = 1.0, 1200, 32, 0.0
+    c.epochs, c.steps, c.batch_size, c.optim.warmup_epochs = 1.0, 2000, 32, 0.0
+    # All labels are imbalanced, a few per class are not: the arms shall see the classes
+    # equally often.
+    c.data.sampling, c.objective.balanced = "balanced", False
     c.evals.update(every_epochs=0.0, baselines=("colours",))
     c.log.update(every_steps=200, pictures=False)
-    c.checkpoint.update(every_epochs=1200.0, keep_best=0)
+    c.checkpoint.update(every_epochs=2000.0, keep_best=0)
     arms = {}
     for count in (5, 20, 0):
         name = str(count or "all")

@@ -199,12 +199,12 @@ def _evidence():
     """Return the ways to features of 2 pixels, and what a step of each costs.
 
     From 8 to 2 pixels are 16 tokens for one; at 1 pixel, which would be 64, the arm
-    that processes them all would take days.
+    that processes them all would take days. It trains on 24 pixels a side, as do all.
     """
     c = _demo()
     c.epochs, c.optim.warmup_epochs = 15.0, 1.0
     c.hybrid.output_patch_size = 2
-    c.sampling.update(times=2, token_budget=2600)
+    c.sampling.update(times=2, token_budget=2600, min_side=3, max_side=3)
     c.readout.times = 2
     c.evals.update(every_epochs=0, final=(), batch_size=8)
     c.log.update(every_steps=100, tensorboard=False)
@@ -220,8 +220,8 @@ def _evidence():
             all_at_q=(
                 *plain,
                 "hybrid.processing_patch_size=(2,)",
-                "sampling.min_side=16",
-                "sampling.max_side=16",
+                "sampling.min_side=12",
+                "sampling.max_side=12",
             ),
         ),
         columns=(
