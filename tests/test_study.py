@@ -45,10 +45,13 @@ def test_faults_of_arms_are_found_before_the_first_run(tmp_path):
 
 
 def test_the_table_shows_mean_spread_and_every_seed():
-    text = study.table({"one": {"x": [0.5, 0.7]}, "two": {"x": [None, 0.25]}}, ("x",))
+    same = [0.4690934115624351] * 3
+    found = {"one": [0.5, 0.7], "two": [None, 0.25], "same": same}
+    text = study.table({arm: {"x": v} for arm, v in found.items()}, ("x",))
     assert text.splitlines()[2:] == [
         "| one | 0.6 ± 0.14 (0.5, 0.7) |",
         "| two | 0.25 (0.25) |",
+        "| same | 0.469 ± 0 (0.469, 0.469, 0.469) |",
     ]
 
 

@@ -197,5 +197,8 @@ def _cell(values) -> str:
     if not values:
         return "-"
     each = ", ".join(f"{v:.3g}" for v in values)
-    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3g}{spread} ({each})"
+    if len(values) < 2:
+        return f"{values[0]:.3g} ({each})"
+    # Equal values have a spread of a rounding error.
+    spread = np.std(values, ddof=1) if np.ptp(values) else 0.0
+    return f"{np.mean(values):.3g} ± {spread:.2g} ({each})"
