@@ -103,10 +103,15 @@ class HViTModel(nn.Module):
             out["projection"] = project(out["pooled"])
         if self.mae:
             for prefix, name in streams.items():
-                size = self._channels(name, image) * self.backbone.square**2
+                size = self._channels(name, image) * self.square**2
                 head = Projections((self.mae, size), name=f"mae_{name}")
                 out[f"{prefix}pixels"] = head(out[name])
         return out
+
+    @property
+    def square(self) -> int:
+        """Side, in pixels, of the square that a token of the last stage stands for."""
+        return self.backbone.square
 
     def _channels(self, name, image):
         """Return the channels of a stream's image."""
@@ -135,7 +140,7 @@ class HViTModel(nn.Module):
     def _spread(self, mask, image):
         """Return the mask [B, N] over patches of the first stage of [B, n]."""
         height, width = image.shape[1:3]
-        side = self.backbone.square
+        side = self.square
         if height % side or width % side:
             raise ValueError(
                 f"HViT: masks hide squares of {side} px, which do not fill an image of "
