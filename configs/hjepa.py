@@ -297,7 +297,8 @@ def _evidence_run():
     """Return one run of `evidence`: 2 + 6 crops."""
     c = _demo()
     c.batch_size, c.epochs = 32, 4.0
-    c.data.update(source="scenes", mean=(0.4,), std=(0.3,), options=SCENES)
+    c.data.update(source="scenes", mean=(0.4,), std=(0.3,))
+    c.data.options = SCENES
     c.multicrop.update(
         num_local_crops=6,
         local_crop_size=12,
@@ -315,7 +316,8 @@ def _birds():
     """Return the pre-training that configs/parts.py:evidence starts from."""
     c = _demo()
     c.epochs = 12.0
-    c.data.update(source="birds", options=dict(count=0, purity=0.95), **RGB)
+    c.data.update(source="birds", **RGB)
+    c.data.options = dict(count=0, purity=0.95)
     c.model.update(
         width=64,
         depth=3,

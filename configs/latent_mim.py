@@ -241,7 +241,8 @@ def _published(size="nano", *, lr=None, wd=None):
     c = _sections()
     c.precision = "bfloat16"
     c.batch_size, c.epochs, c.per_device = 512, 300.0, 32
-    c.data.update(source="olmoearth", options=dict(modalities=ALL))
+    # Not by update(), which would keep the options of the demo.
+    c.data.source, c.data.options = "olmoearth", dict(modalities=ALL)
     c.inputs.modalities = ALL
     c.network.update(
         size=size,
@@ -299,8 +300,8 @@ def _rgb():
         channels=3,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        options={},
     )
+    c.data.options = {}
     c.inputs.modalities = ("rgb",)
     c.network.base_patch = 16
     c.hybrid.update(processing_patch_size=(16,), output_patch_size=4)

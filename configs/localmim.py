@@ -251,7 +251,8 @@ def _evidence_run():
     """Return one run of `evidence`."""
     c = _demo()
     c.epochs = 10.0
-    c.data.update(source="scenes", mean=(0.4,), std=(0.3,), options=SCENES)
+    c.data.update(source="scenes", mean=(0.4,), std=(0.3,))
+    c.data.options = SCENES
     c.optim.warmup_epochs = 1.0
     c.evals.update(every_epochs=0, final=("knn", "linear"), knn_k=(20,))
     c.log.update(every_steps=200, pictures=False)

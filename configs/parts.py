@@ -275,7 +275,7 @@ def _published(source, classes_per_batch=128, image=518):
     c = _demo()
     c.precision, c.seed = "bfloat16", 42
     c.batch_size, c.epochs = classes_per_batch, 90.0
-    c.data.update(source=source, options={})
+    c.data.source, c.data.options = source, {}  # update() would merge the options.
     c.model.update(
         width=768,
         depth=12,

@@ -140,7 +140,7 @@ def _vit():
 
 def _folder():
     c = _demo()
-    c.data.update(source="folder", options={})
+    c.data.source, c.data.options = "folder", {}
     return c
 
 

@@ -16,12 +16,15 @@ import keyword
 import pathlib
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import ml_collections
 
 from vitssl import errors
+
+# The one section that may be given as a whole, as a dict: its keys are a source's.
+OPEN = "data.options"
 
 
 class Problems(list):
@@ -33,20 +36,11 @@ class Problems(list):
             raise errors.UsageError("config:\n  " + "\n  ".join(self))
 
 
-def load(
-    spec: str, overrides: Sequence[str] = (), complete: Callable = lambda c: None
-) -> ml_collections.ConfigDict:
-    """Return the config of `PATH[:ARGUMENT]` with `key.path=value` overrides applied.
-
-    Args:
-        spec: a Python file, and what to hand to its `get_config`.
-        overrides: "optim.lr=1e-3": Python literals; text needs no quotes.
-        complete: adds the keys that the file may leave out (`experiment.complete`), so
-            that they can be overridden too.
+def recipe(spec: str) -> ml_collections.ConfigDict:
+    """Return the config of `PATH[:ARGUMENT]`, as its file states it.
 
     Raises:
-        UsageError: no such file or argument; every override that names no key or has
-            another type than the value it replaces.
+        UsageError: no such file or argument.
     """
     path, _, argument = spec.partition(":")
     file = module(path)
@@ -54,12 +48,7 @@ def load(
         c = file.get_config(argument) if argument else file.get_config()
     except ValueError as e:
         raise errors.UsageError(f"--config={spec}: {e}") from e
-    c = ml_collections.ConfigDict(c)
-    complete(c)
-    problems = Problems()
-    override(c, overrides, problems)
-    problems.stop()
-    return c
+    return ml_collections.ConfigDict(c)
 
 
 def override(c, overrides: Sequence[str], problems: Problems) -> None:
@@ -133,13 +122,16 @@ def _find(c, key, problems):
         seen.append(part)
         parent, node = node, node[part]
     if isinstance(node, ml_collections.ConfigDict):
-        problems.append(f"{key}: a section; set one of its keys: {sorted(node)}")
-        return None
+        if key != OPEN:
+            problems.append(f"{key}: a section; set one of its keys: {sorted(node)}")
+            return None
     return parent, seen[-1]
 
 
 def _replace(parent, leaf, key, value, problems):
     old = parent[leaf]
+    if key == OPEN and type(value) is dict:
+        value = ml_collections.ConfigDict(value)
     if isinstance(old, float) and type(value) is int:
         value = float(value)
     if type(old) is not type(value):

@@ -5,6 +5,7 @@ the method: its fields name them and their types.
 """
 
 import dataclasses
+import logging
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -23,9 +24,14 @@ from vitssl import (
     optim,
 )
 from vitssl import init as start_from
-from vitssl.data import dataset
+from vitssl.data import dataset, sources
 from vitssl.methods import table as methods_table
 from vitssl.models import MODELS
+
+logger = logging.getLogger(__name__)
+
+# Keys whose value decides which other keys a section has.
+CHOICES = ("data.source", config.OPEN, "model.name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +151,69 @@ class Experiment:
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """Return a config file's config, complete, with overrides; see `config.load`."""
-    return config.load(spec, overrides, complete)
+    """Return a config file's config, complete, with overrides applied.
+
+    Overrides of `data.source`, `data.options` as a whole and `model.name` go first:
+    they decide which other keys there are.
+
+    Raises:
+        UsageError: no such file or argument; every override that does not fit: it
+            names no key, or has another type than the value it replaces.
+    """
+    c = config.recipe(spec)
+    apply(c, overrides)
+    return c
+
+
+def apply(c: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Complete a config and apply "key.path=value" overrides to it; see `load`."""
+    problems = config.Problems()
+    first = [o for o in overrides if o.partition("=")[0] in CHOICES]
+    for key, _, value in (o.partition("=") for o in first):
+        if key == "data.source" and "source" in c.get("data", {}):
+            _choose_source(c.data, value)
+        elif key == "model.name" and isinstance(
+            c.get("model"), ml_collections.ConfigDict
+        ):
+            _choose_model(c.model, value)
+        elif key == config.OPEN:
+            config.override(c, [f"{key}={value}"], problems)
+    problems.stop()
+    complete(c)
+    config.override(c, [o for o in overrides if o not in first], problems)
+    problems.stop()
+
+
+def _choose_source(data, name: str):
+    """Set data.source; options that the new one lacks are dropped."""
+    if name in sources.SOURCES and name != data.source:
+        _keep(data.options, sources.options_of(name), f"data.source={name}")
+    data.source = name
+
+
+def _choose_model(model, name: str):
+    """Set model.name; keys that the new one lacks are dropped."""
+    if name in MODELS and name != model.get("name", "vit"):
+        _keep(model, ("name", *config.schema(MODELS[name])), f"model.name={name}")
+    model.name = name
+
+
+def _keep(section, known, choice: str):
+    dropped = [key for key in section if key not in known]
+    if dropped:
+        logger.warning("%s has no %s: dropped", choice, ", ".join(dropped))
+    for key in dropped:
+        del section[key]
 
 
 def complete(c: ml_collections.ConfigDict) -> None:
     """Add the keys that a config file may leave out, with their defaults."""
     config.fill(c, Settings)
+    if c.data.get("source") in sources.SOURCES:
+        for key, default in sources.options_of(c.data.source).items():
+            # The number of channels is `data.channels`, once for the whole run.
+            if key != "channels" and key not in c.data.options:
+                c.data.options[key] = default
     cls = methods_table.METHODS.get(c.get("method"))
     for key, (annotation, default) in (_sections_of(cls) if cls else {}).items():
         # A section that is not there could not be overridden.

@@ -85,7 +85,9 @@ def _file(path) -> File:
     for name, text in texts.items():
         base = first.setdefault(text, name)
         if name != base:
-            changes = list(config.differences(configs[base], configs[name]))
+            found = config.differences(configs[base], configs[name])
+            # Another source has other options; nobody chose their defaults.
+            changes = [x for x in found if not x.endswith(" before")]
             text = f"{text} ({_some(changes)})"
         recipes.append(_recipe(_spec(path, name), text, configs[name]))
     recipes = tuple(recipes)

@@ -66,10 +66,8 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     for arm, overrides in study.arms.items():
         for seed in study.seeds:
             copy = config.without(base)
-            faults = config.Problems()
-            config.override(copy, (*overrides, f"seed={seed}"), faults)
             try:
-                faults.stop()
+                experiment.apply(copy, (*overrides, f"seed={seed}"))
                 runs[arm, seed] = experiment.read(copy)
             except errors.UsageError as e:
                 problems.append(f"study.arms.{arm}: {e}")

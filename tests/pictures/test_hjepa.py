@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vitssl import config, experiment
+from vitssl import experiment
 from vitssl.data import pipeline
 from vitssl.evals.pictures import attention, tokens
 from vitssl.methods import hjepa_pictures
@@ -27,7 +27,7 @@ SMALL = (
 
 def run(*overrides):
     """Return (method, its losses, fields, batch) of a small network, untrained."""
-    c = config.load(f"{RECIPE}:smoke", [*SMALL, *overrides])
+    c = experiment.load(f"{RECIPE}:smoke", [*SMALL, *overrides])
     built = experiment.read(c)
     method = built.method(built.run())
     source = built.settings.data.open("train")

@@ -57,6 +57,8 @@ class Data:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(sorted(sources.SOURCES))
             yield f"source={self.source!r}: one of {known}{hint}"
+        else:
+            yield from self._check_options()
         if self.channels < 1:
             yield f"channels={self.channels}: 1 or more"
         for key in ("mean", "std"):
@@ -69,6 +71,20 @@ class Data:
             yield f"per_class={self.per_class}: 0 (all) or more"
         if self.threads < -1 or self.workers < -1:
             yield f"threads={self.threads}, workers={self.workers}: -1 (auto) or more"
+
+    def _check_options(self) -> Iterator[str]:
+        known = sources.options_of(self.source)
+        for key, value in dict(self.options).items():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                have = ", ".join(known) or "none"
+                yield f"options.{key}: {self.source} has: {have}{hint}"
+            elif type(value) is not type(known[key]) and not (
+                type(value) is int and type(known[key]) is float
+            ):
+                kind = type(known[key]).__name__
+                yield f"options.{key}={value!r}: want {kind}, like {known[key]!r}"
 
     def open(self, split: str, seed: int = 0):
         """Return the source of one split.
