@@ -1,0 +1,81 @@
+"""SIIM-ACR pneumothorax: DICOM files, raw or with a JPEG inside."""
+
+import cv2
+import numpy as np
+
+from tests.layouts import pictures
+
+KINDS = ("raw", "jpeg")
+
+
+def _element(group, number, kind, value):
+    head = group.to_bytes(2, "little") + number.to_bytes(2, "little") + kind
+    if kind in (b"OB", b"OW"):
+        return head + b"\0\0" + len(value).to_bytes(4, "little") + value
+    return head + len(value).to_bytes(2, "little") + value
+
+
+def _item(value):
+    return b"\xfe\xff\x00\xe0" + len(value).to_bytes(4, "little") + value
+
+
+def _encapsulated(pixels):
+    """Return the element of pixels as one JPEG, after an empty offset table."""
+    options = (cv2.IMWRITE_JPEG_QUALITY, 100)
+    jpeg = cv2.imencode(".jpg", pixels, options)[1].tobytes()
+    jpeg += b"\0" * (len(jpeg) % 2)
+    end = b"\xfe\xff\xdd\xe0\0\0\0\0"
+    head = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
+    return head + _item(b"") + _item(jpeg) + end
+
+
+def dicom(pixels, kind="raw"):
+    """Return a minimal explicit little-endian DICOM file of uint8 [H, W]."""
+    raw = kind == "raw"
+    syntax = b"1.2.840.10008.1.2.1\0" if raw else b"1.2.840.10008.1.2.4.50"
+    return b"".join(
+        [
+            b"\0" * 128 + b"DICM",
+            _element(0x0002, 0x0010, b"UI", syntax),
+            _element(0x0028, 0x0004, b"CS", b"MONOCHROME2 "),
+            _element(0x0028, 0x0010, b"US", pixels.shape[0].to_bytes(2, "little")),
+            _element(0x0028, 0x0011, b"US", pixels.shape[1].to_bytes(2, "little")),
+            _element(0x0028, 0x0100, b"US", (8).to_bytes(2, "little")),
+            _element(0x7FE0, 0x0010, b"OW", pixels.tobytes())
+            if raw
+            else _encapsulated(pixels),
+        ]
+    )
+
+
+def radiograph(number):
+    """Return (pixels uint8 [H, W], mask [H, W]) of an image."""
+    picture = pictures.thing(6, number)  # White.
+    return np.ascontiguousarray(picture.image[..., 0]), picture.mask
+
+
+def siim_acr(root, kind="raw", *, train=12, test=6):
+    """Write {train_set,full_test_set,...}/{0,1}/<id>.dcm and all_masks/<id>.png.
+
+    Of the test images the first half of either class is "robust", the rest not. The
+    healthy ones have no masks.
+
+    Args:
+        kind: of the pixels in the DICOM files, "raw" or "jpeg".
+        train, test: images of each class.
+    """
+    half = test // 2
+    for label in (0, 1):
+        for i in range(train + test):
+            number = 1000 * label + i
+            pixels, mask = radiograph(number)
+            name = f"1.2.276.0.7230010.3.1.4.8323329.{number}.1517875178.953520"
+            subset = "robust_test_set" if i < train + half else "non_robust_test_set"
+            places = ["train_set"] if i < train else ["full_test_set", subset]
+            for place in places:
+                path = root / place / str(label) / f"{name}.dcm"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(dicom(pixels, kind))
+            if label:
+                pictures.save(root / "all_masks" / f"{name}.png", mask)
+    return root
