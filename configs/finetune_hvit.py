@@ -193,7 +193,7 @@ def _evidence():
         arms[f"simclr_{name}"] = (labels, "init.from=@first")
     c.study = dict(
         seeds=(0, 1, 2),
-        first="configs/simclr_hvit.py",
+        first=("configs/simclr_hvit.py",),
         arms=arms,
         columns=(
             "final/test/ema_tta_f1_macro",

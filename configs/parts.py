@@ -230,7 +230,7 @@ def _evidence():
     single += (f"init.skip={HEADS[1:]!r}",)
     c.study = dict(
         seeds=(0, 1, 2),
-        first="configs/hjepa.py:birds",
+        first=("configs/hjepa.py:birds",),
         arms=dict(hard=(), soft=("parts.masks=soft",), no_masks=single),
         columns=tuple(
             f"final/test/{name}"

@@ -60,8 +60,8 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     with pytest.raises(errors.UsageError, match="study.first: missing"):
         study.read(base)
     alone = experiment.read(config.without(base, "study"))
-    monkeypatch.setattr(experiment, "load", lambda spec: alone.config)
-    base.study.first = "some/config.py:pretrain"
+    monkeypatch.setattr(experiment, "load", lambda spec, overrides: alone.config)
+    base.study.first = ("some/config.py:pretrain",)
     plan = study.read(base)
     assert plan.first.settings == alone.settings
     ran = []
@@ -110,8 +110,8 @@ def test_shares_make_every_run_once_and_the_last_has_the_table(tmp_path, monkeyp
 def test_other_shares_wait_for_the_first_run(tmp_path, monkeypatch):
     base = _config(tmp_path, warm=("init.from=@first",))
     alone = experiment.read(config.without(base, "study"))
-    monkeypatch.setattr(experiment, "load", lambda spec: alone.config)
-    base.study.first = "some/config.py:pretrain"
+    monkeypatch.setattr(experiment, "load", lambda spec, overrides: alone.config)
+    base.study.first = ("some/config.py:pretrain",)
     plan, told = study.read(base), []
 
     def look(seconds):

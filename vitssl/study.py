@@ -8,10 +8,10 @@ A config becomes a study by its section `study`; arms are overrides as typed:
         columns=("knn/trained", "knn/untrained"),
     )
 
-    c.study.first = "configs/x.py:pretrain"
+    c.study.first = ("configs/x.py:pretrain", "epochs=5.0")
 
-The optional key `first` is a config that is run once, in WORKDIR/first; arms start from
-it by the override init.from=@first. Every run is an ordinary workdir,
+The optional key `first` is a config, and overrides of it, that is run once, in
+WORKDIR/first; arms start from it by the override init.from=@first. Every run is an ordinary workdir,
 WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
 """
@@ -73,8 +73,9 @@ def read(c: ml_collections.ConfigDict) -> Plan:
                 problems.append(f"study.arms.{arm}: {e}")
                 break
     first = None
-    if study.get("first", ""):
-        first = experiment.read(experiment.load(study.first))
+    if study.get("first", ()):
+        spec, *overrides = study.first
+        first = experiment.read(experiment.load(spec, overrides))
     elif any(run.settings.init.from_ == FIRST for run in runs.values()):
         problems.append(f"study.first: missing; arms have init.from={FIRST}")
     problems.stop()

@@ -1,0 +1,226 @@
+"""Every recipe of configs/ runs: two steps on its data's own layout, and a final table.
+
+Recipes are shrunk by overrides alone (width, depth, sizes, batch); `pytest -s` prints
+each with its seconds. Those that start from a checkpoint get the run of the recipe
+that makes it, so the road from pre-training to evaluation is walked as well.
+"""
+
+import json
+import math
+import pathlib
+import time
+
+import jax
+import pytest
+
+from tests import layouts
+from vitssl import config, main
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+RECIPES = [
+    f"{path.stem}:{name}"
+    for path in CONFIGS
+    for name in config.module(str(path)).RECIPES
+]
+
+# Where a recipe starts from what another one has made: (files, recipe of RECIPES).
+STARTS = {
+    "finetune_vit:": "localmim:",
+    "linprobe_vit:": "localmim:",
+    "knn:": "localmim:",
+    "finetune_vit:ft_vitb": "localmim:localmim_vitb_100_1gpu",
+    "linprobe_vit:lp_vitb": "localmim:localmim_vitb_100_1gpu",
+    "knn:knn_vitb": "localmim:localmim_vitb_100_1gpu",
+    "finetune_hvit:": "simclr_hvit:",
+    "parts:evidence_run": "hjepa:birds",
+}
+EVERYWHERE = {
+    "steps": 2,
+    "batch_size": 8,
+    "optim.warmup_epochs": 0.0,
+    "data.threads": 1,
+    "data.workers": 0,
+    "evals.batch_size": 8,
+    "evals.online_samples_train": 16,
+    "evals.online_samples_test": 8,
+    "evals.final_samples_train": 16,
+    "evals.final_samples_test": 8,
+    "evals.knn_k": "(3,)",
+    "evals.probe_epochs": 1,
+    "log.tensorboard": False,
+    "log.pictures": False,
+    "log.every_steps": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    """Compile without most optimizations: these steps are made once or twice."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Return source -> data.root; each tree is written once."""
+    base, made = tmp_path_factory.mktemp("data"), {}
+
+    def root(source):
+        if source not in layouts.MAKERS:
+            return ""
+        if source not in made:
+            made[source] = layouts.make(source, base / source)
+        return made[source]
+
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """Return recipe -> its workdir; each is run once, and what it starts from too."""
+    made = {}
+
+    def workdir(recipe):
+        if recipe not in made:
+            made[recipe] = tmp_path_factory.mktemp("run") / recipe.replace(":", "-")
+            start = STARTS.get(recipe, STARTS.get(recipe.split("_from")[0]))
+            start = start or STARTS.get(recipe.split("_cubic")[0])
+            begin = time.perf_counter()
+            given = {"init.from": workdir(start)} if start else {}
+            argv = command(recipe, made[recipe], data, **given)
+            assert main.main(argv) == 0, recipe
+            print(f"{recipe}: {time.perf_counter() - begin:.1f} s")
+        return made[recipe]
+
+    return workdir
+
+
+def command(recipe, workdir, data, **given):
+    """Return the arguments that run a recipe in small."""
+    file, _, name = recipe.partition(":")
+    spec = f"{ROOT}/configs/{file}.py:{name}"
+    c = config.recipe(spec)
+    changes = EVERYWHERE | shrunk(c) | given
+    changes["data.root"] = data(c.data.source)
+    if c.epochs == 0:
+        del changes["steps"]
+    if "study" in c:
+        changes["study.seeds"] = "(0,)"
+        if c.study.get("first", ()):
+            changes["study.first"] = first(c.study.first[0], data)
+    words = [f"--config.{k}={v}" for k, v in changes.items()]
+    return [f"--config={spec}", f"--workdir={workdir}", *words]
+
+
+def first(spec, data):
+    """Return `study.first` in small."""
+    file, _, name = pathlib.Path(spec).name.removesuffix(".py").partition(".py")
+    words = command(f"{file}{name or ':'}", "", data)[2:]
+    return (f"{ROOT}/{spec}", *(w.removeprefix("--config.") for w in words))
+
+
+def shrunk(c) -> dict:
+    """Return the overrides that make a recipe's network and images small."""
+    found = {}
+    if c.get("per_device", 0):
+        found["per_device"] = 1  # On four devices: two micro-batches, as published.
+    if "presence_group" in c.get("objective", {}):
+        found["objective.presence_group"] = 1 if c.batch_size == 16 else 4
+    found |= {"hjepa": _hjepa, "latent_mim": _latent_mim}.get(c.method, _image)(c)
+    if c.method == "localmim":
+        found |= {"decoder.width": 16, "decoder.heads": 2}
+    if "model" in c:
+        found |= _MODELS[c.model.name](c)
+    return found
+
+
+def _side(c) -> int:
+    """Return the side of the small images: whole patches, at every stage."""
+    if c.model.name in ("resnet", "convnext"):
+        return 64
+    patch = c.model.patch
+    if c.model.name == "hvit":
+        return patch * 2 ** len(c.model.depths) // (1 if patch < 14 else 2)
+    grid = 2 if c.method in ("localmim", "classify") and patch > 8 else 3
+    return c.model.image_size if patch < 14 else grid * patch
+
+
+def _image(c) -> dict:
+    side = _side(c)
+    return {"augment.size": side, "evals.image_size": side}
+
+
+def _hjepa(c) -> dict:
+    patch = c.model.patch
+    side = 6 * patch
+    found = {"multicrop.global_crop_size": side, "evals.image_size": side}
+    found["multicrop.local_crop_size"] = 3 * patch
+    found |= {"predictor.depth": 1, "predictor.heads": 2, "masking.num_target_masks": 2}
+    if c.predictor.width:
+        found["predictor.width"] = 16
+    return found
+
+
+def _latent_mim(c) -> dict:
+    found = {"network.size": "", "network.width": 16, "network.heads": 2}
+    found |= {"network.depth": 1, "network.decoder_depth": 1}
+    found |= {"readout.times": min(2, c.readout.times), "measures.epochs": 1}
+    if c.data.source == "fields":
+        return found | {"evals.image_size": 16, "data.options.count": 16}
+    side = 32 if c.data.source == "imagenet" else 16
+    most = max(1, side // max(c.hybrid.processing_patch_size or (8,)))
+    found |= {"sampling.tile": side, "sampling.min_side": most}
+    found |= {"sampling.max_side": most, "sampling.times": c.readout.times and 2}
+    if c.sampling.times == 1:
+        found["sampling.times"] = 1
+    return found | {"evals.image_size": side, "hybrid.loss_tokens_per_modality": 32}
+
+
+def _vit(c) -> dict:
+    depth = 2
+    if c.method == "localmim" or c.get("init", {}).get("absent"):
+        depth = 12 if len(c.get("stages", {}).get("blocks", ())) == 12 else 7
+    found = {"model.width": 16, "model.heads": 2, "model.depth": depth}
+    side = 6 * c.model.patch if c.method == "hjepa" else _side(c)
+    return found | {"model.image_size": side}
+
+
+def _hvit(c) -> dict:
+    heads = c.model.heads
+    depths = (1,) * len(c.model.depths)
+    found = {"model.width": 4 * heads[0], "model.depths": depths}
+    return found | {"model.image_size": _side(c)}
+
+
+def _resnet(c) -> dict:
+    found = {"model.depths": (1, 1, 1, 1), "model.widths": (8, 8, 16, 16)}
+    return found | {"model.stem": 8}
+
+
+_MODELS = {"vit": _vit, "hvit": _hvit, "resnet": _resnet}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs(recipe, run):
+    workdir = run(recipe)
+    if (workdir / "study.json").exists():
+        table = json.loads((workdir / "study.json").read_text())
+        for arm, columns in table.items():
+            for name, values in columns.items():
+                assert all(v is not None and math.isfinite(v) for v in values), (
+                    arm,
+                    name,
+                )
+        return
+    status = json.loads((workdir / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert status["step"] == status["total_steps"]
+    lines = [
+        json.loads(x) for x in (workdir / "metrics.jsonl").read_text().split("\n") if x
+    ]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == status["step"] and all(map(math.isfinite, losses))
+    assert any(key.startswith("final/") for line in lines for key in line), status
