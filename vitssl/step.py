@@ -157,7 +157,8 @@ def _accumulate(grad, trainable, extra, parts, rng):
             trainable, extra, part, jax.random.fold_in(rng, i)
         )
         total = jax.tree.map(
-            lambda t, x: t + x.astype(jnp.float32) / count,
+            # A metric may be a Python number.
+            lambda t, x: t + jnp.asarray(x, jnp.float32) / count,
             total,
             (value, metrics, grads),
         )
