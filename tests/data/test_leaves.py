@@ -2,10 +2,11 @@
 
 import os
 
-import cv2
 import numpy as np
 import pytest
 
+from tests import layouts
+from tests.layouts import pictures
 from vitssl import errors
 from vitssl.data import dataset, sources
 from vitssl.data.augment import leaves as augment
@@ -23,24 +24,15 @@ DATA = dict(
 )
 
 
-def _write(path, value, size=(20, 16)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(value)
-    image = rng.integers(0, 60, (*size, 3)) + value % 190
-    cv2.imwrite(str(path), image.astype(np.uint8))
+def _write(path, number):
+    pictures.save(path, pictures.thing(0, number).image)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """The layout of the archives: six photographs and two copies per class."""
     base = tmp_path_factory.mktemp("sarcld")
-    for c, name in enumerate(sarcld.CLASSES):
-        for i in range(6):
-            suffix = ".PNG" if (c, i) == (2, 0) else ".jpg"
-            _write(base / sarcld.ORIGINAL / name / f"X{c}00{i}{suffix}", 31 * c + i)
-        for i in (0, 5):
-            copy = base / sarcld.AUGMENTED / name / f"aug_X{c}00{i}_1.jpg"
-            _write(copy, 500 + 10 * c + i)
+    layouts.trees.sarcld_photographs(base, count=6, copied=(0, 5))
     (base / sarcld.ORIGINAL / sarcld.CLASSES[0] / "notes.txt").write_text("no image")
     return base
 
@@ -130,29 +122,22 @@ def test_what_cannot_be_split_or_read_is_an_error(root, tmp_path, monkeypatch):
 
 
 def test_plantvillage_has_its_own_split_folders(tmp_path):
-    for split in ("train", "valid"):
-        for c in ("Apple___scab", "Corn___healthy"):
-            _write(tmp_path / split / c / "a.JPG", 1)
+    plants = ("Apple___scab", "Corn___healthy")
+    layouts.trees.plantvillage(tmp_path, names=plants, train=1, val=1)
     train, val = (sources.open("plantvillage", str(tmp_path), s) for s in SPLITS)
     assert len(train) == len(val) == 2 and train.classes == val.classes
-    assert _paths(train)[0] == "train/Apple___scab/a.JPG"
+    assert _paths(train)[0] == "train/Apple___scab/00000000___FREC_Leaf 0.JPG"
 
 
 SPLITS = ("train", "val")
 
 
 def test_planes_are_channels(root, tmp_path):
-    for c, name in enumerate(sarcld.CLASSES):
-        for i in range(6):
-            path = tmp_path / sarcld.ORIGINAL / name / f"X{c}00{i}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            planes = np.full((2, 5, 4), i / 10, np.float32)
-            planes[1] = -1
-            np.save(path, planes)
+    layouts.trees.sarcld_planes(tmp_path, count=6)
     options = dict(planes="npy", planes_root=str(tmp_path), planes_range=(-1.0, 1.0))
     source = sources.open("sarcld", str(root), "all", channels=5, **options)
     image = source[7]["image"]  # Class 1, photograph 1.
-    assert source.channels == 5 and image.shape == (20, 16, 5)
+    assert source.channels == 5 and image.shape == (40, 56, 5)
     assert image.dtype == np.uint8 and (image[..., 4] == 0).all()
     assert (image[..., 3] == round((0.1 + 1) / 2 * 255)).all()
     assert source[7]["label"] == 1 and source.classes == sarcld.CLASSES

@@ -1,28 +1,17 @@
 """Birds, CUB, Waterbirds, SIIM-ACR, MetaShift: layouts, groups, and what is refused."""
 
-import pathlib
 import pickle
+import re
 
-import cv2
 import numpy as np
 import pytest
 
-from tests.golden.checks.ifam_data import dicom_bytes
+from tests import layouts
+from tests.layouts import pictures
 from vitssl import errors
 from vitssl.data import dicom, sources
 from vitssl.data.sources import siim_acr
 from vitssl.data.worlds import birds
-
-
-def _image(path, size=(20, 24), value=128):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full((*size, 3), value, np.uint8))
-
-
-def _text(root, name, lines):
-    path = pathlib.Path(root) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
 
 
 def test_a_bird_is_a_pure_function_of_seed_and_index():
@@ -83,52 +72,47 @@ def test_birds_that_cannot_be_drawn(fields):
         sources.open("birds", "", "train", **fields)
 
 
-def _cub(root, masks=2):
-    names = [f"00{k}.Kind/bird_{i}.jpg" for i, k in enumerate((1, 2, 2, 3))]
-    for name in names:
-        _image(root / "images" / name)
-    for name in names[:masks]:
-        _image(root / "segmentations" / name.replace(".jpg", ".png"), value=255)
-    _text(root, "images.txt", [f"{i + 1} {n}" for i, n in enumerate(names)])
-    _text(root, "image_class_labels.txt", ["1 1", "2 2", "3 2", "4 3"])
-    _text(root, "train_test_split.txt", ["1 1", "2 1", "3 0", "4 0"])
-    _text(root, "classes.txt", [f"{k} 00{k}.Kind" for k in (1, 2, 3)])
-    _text(root, "bounding_boxes.txt", [f"{i} 1 2 10 12" for i in range(1, 5)])
-    _text(root, "parts/parts.txt", ["1 beak", "2 tail"])
-    _text(root, "parts/part_locs.txt", ["1 2 5.0 6.0 1", "3 1 7.0 8.0 1"])
-    return root
+# A class that only the training set has, and one that only the test set has.
+FOUR = [(1, 0), (2, 1), (2, 8), (4, 9)]
 
 
 def test_cub_numbers_classes_over_all_images(tmp_path):
-    root = _cub(tmp_path)
+    root = layouts.birds.cub(tmp_path, FOUR)
     test = sources.open("cub", str(root), "test")
     assert test.labels.tolist() == [1, 2]  # Class 1 is in the training set alone.
-    assert test.classes == ("001.Kind", "002.Kind", "003.Kind")
+    assert test.classes == (
+        "001.Black_footed_Albatross",
+        "002.Laysan_Albatross",
+        "004.Groove_billed_Ani",
+    )
     own = sources.open("cub", str(root), "test", labels="split")
     assert own.labels.tolist() == [0, 1]
-    np.testing.assert_array_equal(test[0]["keypoints"], [[7, 8, 1], [0, 0, 0]])
+    want = np.array([[41.6, 26.7, 1], [0, 0, 0]], np.float32)
+    np.testing.assert_array_equal(test[0]["keypoints"][[0, 3]], want)
     # Read twice: nothing is scaled in place.
     np.testing.assert_array_equal(test[0]["keypoints"], test[0]["keypoints"])
-    np.testing.assert_array_equal(test[0]["box"], [1, 2, 10, 12])
+    np.testing.assert_array_equal(test[0]["box"], [40, 24, 16, 16])
     assert pickle.loads(pickle.dumps(test))[1]["label"] == 2
 
 
 def test_cub_faults_name_the_file(tmp_path):
-    root = _cub(tmp_path)
-    with pytest.raises(errors.DataError, match="1 of 2 images have no mask.*bird_3"):
-        sources.open("cub", str(_cub(tmp_path, masks=3)), "test", masks=True)
+    root = layouts.birds.cub(tmp_path / "three", FOUR, masks=3)
+    with pytest.raises(errors.DataError, match="1 of 2 images have no mask.*Ani_0010"):
+        sources.open("cub", str(root), "test", masks=True)
+    root = layouts.birds.cub(tmp_path / "two", FOUR, masks=2)
     train = sources.open("cub", str(root), "train", masks=True)
-    assert train[0]["mask"].max() == 1 and train[0]["mask"].shape == (20, 24)
+    assert train[0]["mask"].max() == 1 and train[0]["mask"].shape == (40, 56)
     (root / "classes.txt").unlink()
     with pytest.raises(errors.DataError, match="no file classes.txt"):
         sources.open("cub", str(root), "train")
-    _text(root, "image_class_labels.txt", ["1"])
+    pictures.text(root / "image_class_labels.txt", ["1"])
     with pytest.raises(errors.DataError, match="2 columns are needed"):
         sources.open("cub", str(root), "train")
 
 
 def test_waterbirds_without_its_columns_says_which(tmp_path):
-    _text(tmp_path, "metadata.csv", ["img_id,img_filename,y,split", "1,a.jpg,0,0"])
+    rows = ["img_id,img_filename,y,split", "1,a.jpg,0,0"]
+    pictures.text(tmp_path / "metadata.csv", rows)
     with pytest.raises(errors.DataError, match="no column place; there is: img_id"):
         sources.open("waterbirds", str(tmp_path), "train")
     with pytest.raises(errors.DataError, match="no metadata.csv"):
@@ -137,61 +121,44 @@ def test_waterbirds_without_its_columns_says_which(tmp_path):
 
 
 def test_waterbirds_groups(tmp_path):
-    head = "img_id,img_filename,y,split,place,place_filename"
-    rows = [
-        f"{i},k/{i}.jpg,{y},2,{p},x"
-        for i, (y, p) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)])
-    ]
-    _text(tmp_path, "metadata.csv", [head, *rows])
-    for i in range(4):
-        _image(tmp_path / "k" / f"{i}.jpg")
-    source = sources.open("waterbirds", str(tmp_path), "test")
-    assert [int(source[i]["group"]) for i in range(4)] == [0, 1, 2, 3]
-    worst = sources.open("waterbirds", str(tmp_path), "worst_case")
-    assert worst.labels.tolist() == [1, 0]
+    root = layouts.make("waterbirds", tmp_path)
+    source = sources.open("waterbirds", str(root), "test")
+    # Of three birds of a class the first is at home.
+    groups = [int(source[i]["group"]) for i in range(12)]
+    assert groups == [3, 2, 2, 3, 2, 2, 0, 1, 1, 0, 1, 1]
+    worst = sources.open("waterbirds", str(root), "worst_case")
+    assert worst.labels.tolist() == [1] * 4 + [0] * 4
 
 
 def test_metashift_contexts_are_groups(tmp_path):
-    for name in (
-        "train/cat/cat(sofa)/a",
-        "train/dog/dog(bench)/b",
-        "test/cat/cat(shelf)/c",
-        "test/dog/dog(shelf)/d",
-    ):
-        _image(tmp_path / f"{name}.jpg")
-    train, test = (
-        sources.open("metashift", str(tmp_path), s) for s in ("train", "test")
-    )
+    root = layouts.trees.metashift(tmp_path, count=1)
+    train, test = (sources.open("metashift", str(root), s) for s in ("train", "test"))
     assert train.classes == test.classes == ("cat", "dog")
-    assert train.labels.tolist() == test.labels.tolist() == [0, 1]
-    groups = [int(s[i]["group"]) for s in (train, test) for i in range(2)]
-    assert groups == [1, 2, 0, 3]  # cat(shelf), cat(sofa), dog(bench), dog(shelf).
+    assert train.labels.tolist() == [0, 0, 1, 1] and test.labels.tolist() == [0, 1]
+    groups = [[int(e["group"]) for e in s] for s in (train, test)]
+    # Of both splits: cat(bed, shelf, sofa), dog(bench, bike, shelf).
+    assert groups == [[0, 2, 3, 4], [1, 5]]
     with pytest.raises(errors.DataError, match="no folder val"):
-        sources.open("metashift", str(tmp_path), "val")
-
-
-def _siim(root):
-    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    for name in ("train_set/0/a.dcm", "train_set/1/b.dcm"):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(dicom_bytes(pixels))
-    return pixels
+        sources.open("metashift", str(root), "val")
 
 
 def test_siim_acr_masks_and_images_must_match(tmp_path):
-    pixels = _siim(tmp_path)
+    layouts.radiographs.siim_acr(tmp_path, train=1, test=0)
+    pixels, mask = layouts.radiographs.radiograph(2000)
     source = sources.open("siim_acr", str(tmp_path), "train")
     np.testing.assert_array_equal(source[1]["image"], np.stack([pixels] * 3, -1))
-    with pytest.raises(errors.DataError, match="1/b.dcm has no mask"):
+    (own,) = (tmp_path / "all_masks").iterdir()
+    own.rename(tmp_path / "kept.png")
+    name = re.escape(own.stem)
+    with pytest.raises(errors.DataError, match=f"1/{name}.dcm has no mask"):
         sources.open("siim_acr", str(tmp_path), "train", masks=True)
-    for stem in ("b", "stranger"):
-        _image(tmp_path / "all_masks" / f"{stem}.png", (8, 8), 255)
+    (tmp_path / "kept.png").rename(own)
+    pictures.save(tmp_path / "all_masks" / "stranger.png", mask)
     with pytest.raises(errors.DataError, match="without an image.*stranger.png"):
         sources.open("siim_acr", str(tmp_path), "train", masks=True)
     (tmp_path / "all_masks" / "stranger.png").unlink()
     source = sources.open("siim_acr", str(tmp_path), "train", masks=True)
-    assert source[0]["mask"].sum() == 0 and source[1]["mask"].sum() == 64
+    assert source[0]["mask"].sum() == 0 and source[1]["mask"].sum() == 256
     with pytest.raises(errors.DataError, match="no folder full_test_set/0"):
         sources.open("siim_acr", str(tmp_path), "test")
 
@@ -207,23 +174,13 @@ def test_lesions_of_one_image_are_united(tmp_path):
 
 def test_dicom_with_a_jpeg_inside_and_other_syntaxes():
     pixels = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (16, 1))
-    plain = dicom_bytes(pixels)
+    plain = layouts.radiographs.dicom(pixels)
     np.testing.assert_array_equal(dicom.decode(plain), pixels)
-    jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
-    jpeg += b"\0" * (len(jpeg) % 2)
-    item = lambda b: b"\xfe\xff\x00\xe0" + len(b).to_bytes(4, "little") + b  # noqa: E731
-    at = plain.index(b"\xe0\x7f\x10\x00")
-    inside = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff" + item(b"") + item(jpeg)
-    inside += b"\xfe\xff\xdd\xe0\0\0\0\0"
-    old, new = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.4.50"
-    head = plain[:at].replace(
-        len(old).to_bytes(2, "little") + old, len(new).to_bytes(2, "little") + new
-    )
-    got = dicom.decode(head + inside)
+    got = dicom.decode(layouts.radiographs.dicom(pixels, "jpeg"))
     assert np.abs(got.astype(int) - pixels).max() <= 2
     light = plain.replace(b"MONOCHROME2 ", b"MONOCHROME1 ")
     np.testing.assert_array_equal(dicom.decode(light), 255 - pixels)
     with pytest.raises(errors.DataError, match="x.dcm.*no DICM"):
         dicom.decode(b"\0" * 200, name="x.dcm")
     with pytest.raises(errors.DataError, match="transfer syntax .* not supported"):
-        dicom.decode(plain.replace(old, b"1.2.840.10008.1.2.9\0"))
+        dicom.decode(plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))

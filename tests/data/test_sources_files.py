@@ -1,6 +1,5 @@
 """Data sets with a layout of their own: CIFAR, STL-10, ImageNet, tfds."""
 
-import io
 import os
 import pathlib
 import pickle
@@ -9,8 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests import layouts
+from tests.layouts import binaries, pictures, trees
 from vitssl import errors
 from vitssl.data import sources
 from vitssl.data.sources import cifar, imagenet
@@ -18,73 +18,29 @@ from vitssl.data.sources import cifar, imagenet
 # --- CIFAR
 
 
-def _python2_batch(planes, labels, key):
-    """The bytes that Python 2's cPickle wrote: protocol 2, one piece of pixels."""
-
-    def text(s):
-        return b"U" + bytes([len(s)]) + s
-
-    n = len(planes)
-    shape = b"M" + n.to_bytes(2, "little") + b"M" + (3072).to_bytes(2, "little")
-    dtype = (
-        b"cnumpy\ndtype\n(" + text(b"u1") + b"K\x00K\x01tR"
-        b"(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    )
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t"
-        + text(b"b")
-        + b"tR(K\x01("
-        + shape
-        + b"t"
-        + dtype
-        + b"\x89T"
-        + planes.nbytes.to_bytes(4, "little")
-        + planes.tobytes()
-        + b"tb"
-    )
-    numbers = b"](" + b"".join(b"K" + bytes([y]) for y in labels) + b"e"
-    return b"\x80\x02}(" + text(b"data") + array + text(key) + numbers + b"u."
-
-
-def _cifar10(root, write, *, count=6):
-    """A small tree in the real layout: the stored planes [5 * count + 4, 3, 32, 32]."""
-    base = root / "cifar-10-batches-py"
-    base.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    planes, names = [], [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    for k, name in enumerate(names):
-        n = count if k < 5 else 4
-        x = rng.integers(0, 256, (n, 3, 32, 32), np.uint8)
-        (base / name).write_bytes(write(x, [(k + i) % 10 for i in range(n)], b"labels"))
-        planes.append(x)
-    meta = {b"label_names": [f"name {i}".encode() for i in range(10)]}
-    (base / "batches.meta").write_bytes(pickle.dumps(meta, 2))
-    return np.concatenate(planes)
-
-
 def _python3_batch(protocol):
-    def write(planes, labels, key):
-        data = planes.reshape(len(planes), -1)
+    def write(data, labels, key):
         return pickle.dumps({b"data": data, key: labels}, protocol)
 
     return write
 
 
-WRITERS = {"python2": _python2_batch} | {
+WRITERS = {"python2": binaries.python2} | {
     f"python3 protocol {p}": _python3_batch(p) for p in range(2, 6)
 }
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_cifar10_planes_are_red_green_blue(tmp_path, writer):
-    planes = _cifar10(tmp_path, WRITERS[writer])
+    binaries.cifar10(tmp_path, write=WRITERS[writer], test=4)
     train = sources.open("cifar10", str(tmp_path), "train")
     test = sources.open("cifar10", str(tmp_path / "cifar-10-batches-py"), "val")
     assert (len(train), len(test), train.channels) == (30, 4, 3)
-    assert train.classes[3] == "name 3"
+    assert train.classes[3] == "cat"
     got = [train[i] for i in range(30)] + [test[i] for i in range(4)]
-    for item, stored in zip(got, planes, strict=True):
-        np.testing.assert_array_equal(item["image"], np.moveaxis(stored, 0, -1))
+    for i, item in enumerate(got):
+        stored = pictures.thing((i // 6 + i % 6) % 10, i, size=(32, 32)).image
+        np.testing.assert_array_equal(item["image"], stored)
     truth = [(k + i) % 10 for k in range(5) for i in range(6)]
     assert [item["label"] for item in got[:30]] == truth
     assert train.labels.tolist() == truth
@@ -92,7 +48,7 @@ def test_cifar10_planes_are_red_green_blue(tmp_path, writer):
 
 
 def test_cifar_as_distributed_is_mapped_not_copied(tmp_path):
-    _cifar10(tmp_path, _python2_batch, count=60)
+    binaries.cifar10(tmp_path, each=60)
     source = sources.open("cifar10", str(tmp_path), "train")
     image = source[65]["image"]
     data = pickle.dumps(source)
@@ -101,15 +57,13 @@ def test_cifar_as_distributed_is_mapped_not_copied(tmp_path):
 
 
 def test_cifar100_has_fine_labels(tmp_path):
-    base = tmp_path / "cifar-100-python"
-    base.mkdir()
-    x = np.random.default_rng(0).integers(0, 256, (3, 3072), np.uint8)
-    made = {b"data": x, b"fine_labels": [99, 0, 42], b"coarse_labels": [1, 2, 3]}
-    for name in ("train", "test"):
-        (base / name).write_bytes(pickle.dumps(made, 2))
+    binaries.cifar100(tmp_path, train=(99, 0, 42), test=(1,))
     source = sources.open("cifar100", str(tmp_path), "train")
     assert [source[i]["label"] for i in range(3)] == [99, 0, 42]
-    assert len(source.classes) == 100
+    assert len(source.classes) == 100 and source.classes[42] == "fine 42"
+    (tmp_path / "cifar-100-python" / "meta").unlink()
+    bare = sources.open("cifar100", str(tmp_path), "train")
+    assert len(bare.classes) == 100 and bare.classes[42] == "42"
 
 
 class _Touch:
@@ -134,7 +88,7 @@ class _Path(_Touch):
 
 @pytest.mark.parametrize("kind", [_Touch, _Open, _Path])
 def test_a_malicious_cifar_file_runs_nothing(tmp_path, kind):
-    _cifar10(tmp_path, _python2_batch)
+    binaries.cifar10(tmp_path)
     trace = tmp_path / "trace"
     evil = {b"data": kind(str(trace)), b"labels": [0]}
     data = pickle.dumps(evil)
@@ -151,7 +105,7 @@ def test_a_malicious_cifar_file_runs_nothing(tmp_path, kind):
 
 
 def test_an_array_of_objects_is_not_pixels(tmp_path):
-    _cifar10(tmp_path, _python2_batch)
+    binaries.cifar10(tmp_path)
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
     data = np.array([[None] * 3072], object)
     path.write_bytes(pickle.dumps({b"data": data, b"labels": [0]}))
@@ -161,7 +115,7 @@ def test_an_array_of_objects_is_not_pixels(tmp_path):
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1, -2000])
 def test_a_truncated_cifar_file_is_named(tmp_path, kept):
-    _cifar10(tmp_path, _python2_batch)
+    binaries.cifar10(tmp_path)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(errors.DataError, match="data_batch_2: not a CIFAR file"):
@@ -188,20 +142,16 @@ def test_the_unpickler_knows_only_what_rebuilds_arrays():
 
 @pytest.fixture
 def stl10(tmp_path):
-    """A small tree in the real layout, and its images as [n, H, W, C] per file."""
-    base = tmp_path / "stl10_binary"
-    base.mkdir()
-    rng = np.random.default_rng(0)
-    images = {}
-    for part, n in (("train", 5), ("test", 3), ("unlabeled", 4)):
-        images[part] = rng.integers(0, 256, (n, 96, 96, 3), np.uint8)
-        # As distributed: image, channel, column, row.
-        images[part].transpose(0, 3, 2, 1).tofile(base / f"{part}_X.bin")
-    np.array([1, 10, 3, 1, 2], np.uint8).tofile(base / "train_y.bin")
-    np.array([4, 5, 6], np.uint8).tofile(base / "test_y.bin")
-    (base / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    """A small tree in the real layout, and its images [H, W, C] of each file."""
+    labels = {"train": [1, 10, 3, 1, 2], "test": [4, 5, 6]}
     folds = ["0 4", "1 2 3"] + ["0"] * 8
-    (base / "fold_indices.txt").write_text(" \n".join(folds) + "\n")
+    binaries.stl10(tmp_path, **labels, unlabelled=4, folds=folds)
+    images, number = {}, 0
+    for part, own in (*labels.items(), ("unlabeled", [1] * 4)):
+        things = [
+            pictures.thing(y - 1, number + i, size=(96, 96)) for i, y in enumerate(own)
+        ]
+        images[part], number = [t.image for t in things], number + len(own)
     return tmp_path, images
 
 
@@ -211,7 +161,7 @@ def test_stl10_planes_are_turned_and_labels_begin_at_zero(stl10):
     for i in range(5):
         np.testing.assert_array_equal(train[i]["image"], images["train"][i])
     assert [train[i]["label"] for i in range(5)] == [0, 9, 2, 0, 1]
-    assert train.classes[9] == "class9"
+    assert train.classes[9] == "truck"
     val = sources.open("stl10", str(root), "val")
     np.testing.assert_array_equal(val[2]["image"], images["test"][2])
     assert val.labels.tolist() == [3, 4, 5]
@@ -261,23 +211,16 @@ def test_stl10_of_a_wrong_size_is_refused(stl10):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Five class folders, two of them of the 100: gray levels tell the images apart."""
+    """Five class folders, two of them of the 100: colours tell their images apart."""
     wnids = ["n01440764", "n01498041", "n01443537", "n02018207", "n01537544"]
-    for split in ("train", "val"):
-        for k, wnid in enumerate(wnids):
-            below = tmp_path / split / wnid
-            below.mkdir(parents=True)
-            for i in range(2):
-                image = Image.new("RGB", (4, 4), (40 * k + 10 * i, 0, 0))
-                image.save(below / f"{wnid}_{i}.JPEG", quality=100)
-    return tmp_path
+    return trees.imagenet(tmp_path, wnids=wnids, train=2, val=2)
 
 
 def test_imagenet_labels_are_the_order_of_the_folders(tree):
     source = sources.open("imagenet", str(tree), "train")
     assert source.classes == tuple(sorted(p.name for p in (tree / "train").iterdir()))
     assert source.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert abs(int(source[4]["image"][0, 0, 0]) - 40) < 4  # n01498041.
+    assert pictures.label_of(source[4]["image"]) == 1  # Written second: n01498041.
     assert len(sources.open("imagenet", str(tree), "val")) == 10
 
 
@@ -325,36 +268,9 @@ def test_imagenet_that_is_not_there(tree, tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A data set of 12 small PNGs, written as array_record without tensorflow."""
-    tfds = pytest.importorskip("tensorflow_datasets")
     root = tmp_path_factory.mktemp("tfds")
     images = np.random.default_rng(0).integers(0, 256, (12, 8, 6, 3), np.uint8)
-
-    class TinyBlots(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # It has no package to look for checksums in.
-
-        def _info(self):
-            features = tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(names=["dull", "bright"]),
-                    "id": tfds.features.Scalar(np.int64),
-                }
-            )
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i, image in enumerate(images):
-                png = io.BytesIO()  # Arrays it would encode with tensorflow.
-                Image.fromarray(image).save(png, "PNG")
-                yield i, {"image": png.getvalue(), "label": i % 2, "id": i}
-
-    builder = TinyBlots(data_dir=root, file_format="array_record")
-    builder.download_and_prepare()
-    return root / "tiny_blots" / "1.0.0", images
+    return layouts.prepared.blots(root, {"train": images}), images
 
 
 def test_tfds_array_records_without_tensorflow(prepared):

@@ -1,5 +1,7 @@
 """CUB-200-2011, and Waterbirds made of the same birds."""
 
+import numpy as np
+
 from tests.layouts import pictures
 from vitssl.data.sources import waterbirds as source
 
@@ -31,8 +33,9 @@ def keypoints(c, i):
     x, y, w, h = pictures.thing(c, i).box
     points = []
     for k in range(len(PARTS)):
-        at = (x + (k % 5 + 0.5) * w / 5, y + (k // 5 + 0.5) * h / 3, 1)
-        points.append((0.0, 0.0, 0) if (i + k) % 4 == 3 else at)
+        at = (x + (k % 5 + 0.5) * w / 5, y + (k // 5 + 0.5) * h / 3)
+        hidden = (i + k) % 4 == 3
+        points.append((0.0, 0.0, 0) if hidden else (*np.round(at, 1).tolist(), 1))
     return points
 
 

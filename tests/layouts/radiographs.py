@@ -67,7 +67,7 @@ def siim_acr(root, kind="raw", *, train=12, test=6):
     half = test // 2
     for label in (0, 1):
         for i in range(train + test):
-            number = 1000 * label + i
+            number = 1000 * (label + 1) + i
             pixels, mask = radiograph(number)
             name = f"1.2.276.0.7230010.3.1.4.8323329.{number}.1517875178.953520"
             subset = "robust_test_set" if i < train + half else "non_robust_test_set"

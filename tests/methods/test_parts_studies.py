@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data import test_in9
+from tests import layouts
 from tests.methods import test_parts as tiny
 from vitssl import devices, evals
 from vitssl.data import dataset
+from vitssl.data.sources import in9
 from vitssl.evals import evaluation, partscores
 from vitssl.evals.pictures import parts as pictures
 from vitssl.evals.pictures import sheets
@@ -22,7 +23,7 @@ SHARES = (0.05, 0.5)
 def found(tmp_path_factory):
     """A tiny method, its weights and its final evaluation with everything on."""
     root = tmp_path_factory.mktemp("in9")
-    test_in9.write(root, size=32)
+    layouts.in9.in9(root, size=(32, 32), names=layouts.in9.CLASSES[:2])
     measures = partscores.Measures(
         thresholds=SHARES, backgrounds=str(root), challenge=2, maps=1.0
     )
@@ -86,7 +87,7 @@ def test_thresholds_change_the_maps_and_none_at_all_is_the_plain_score(found):
 def test_imagenet_9_by_hand(found):
     m, state, _, _, values, _ = found
     root = m.measures.backgrounds
-    source = test_in9.in9.challenge(root, 2)
+    source = in9.challenge(root, 2)
     images = np.stack([source[i]["image"] for i in range(len(source))])
     guess = np.asarray(jax.jit(m.predict)(*state, images).logits.argmax(-1))
     wrong = (guess != source.labels).reshape(4, 2)

@@ -6,6 +6,7 @@ import tempfile
 import cv2
 import numpy as np
 
+from tests.layouts import radiographs
 from vitssl.data import frames, planckian, recipes, sources
 from vitssl.data.sources import siim_acr
 from vitssl.evals import partmeasures
@@ -70,32 +71,6 @@ def _waterbirds(case):
             assert places.tolist() == expected["places"]
 
 
-def dicom_bytes(pixels):
-    """A minimal explicit little-endian DICOM file of uint8 [H, W]."""
-
-    def element(group, number, kind, value):
-        head = group.to_bytes(2, "little") + number.to_bytes(2, "little") + kind
-        if kind in (b"OB", b"OW"):
-            return head + b"\0\0" + len(value).to_bytes(4, "little") + value
-        return head + len(value).to_bytes(2, "little") + value
-
-    def short(value):
-        return value.to_bytes(2, "little")
-
-    syntax = b"1.2.840.10008.1.2.1\0"
-    return b"".join(
-        [
-            b"\0" * 128 + b"DICM",
-            element(0x0002, 0x0010, b"UI", syntax),
-            element(0x0028, 0x0004, b"CS", b"MONOCHROME2 "),
-            element(0x0028, 0x0010, b"US", short(pixels.shape[0])),
-            element(0x0028, 0x0011, b"US", short(pixels.shape[1])),
-            element(0x0028, 0x0100, b"US", short(8)),
-            element(0x7FE0, 0x0010, b"OW", pixels.tobytes()),
-        ]
-    )
-
-
 def _siim(case):
     expected, files = case.meta["expected"], case.config["files"]
     pixels = np.arange(expected["pixel_max"] + 1, dtype=np.uint8).reshape(8, -1)
@@ -105,7 +80,7 @@ def _siim(case):
         for name in files:
             path = base / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(dicom_bytes(pixels))
+            path.write_bytes(radiographs.dicom(pixels))
             mask = np.zeros(pixels.shape, np.uint8)
             mask.ravel()[: sums[name]] = 255
             (base / "all_masks").mkdir(exist_ok=True)
