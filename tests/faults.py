@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 def kill_after_step(n):
     """SIGKILL as soon as step n is dispatched."""
-    from vitssl import log
+    from vitssl.run import log
 
     push = log.Metrics.push
 
@@ -32,7 +32,7 @@ def kill_after_step(n):
 
 def kill_in_save(n):
     """SIGKILL while the n-th checkpoint is on disk but not sealed."""
-    from vitssl import checkpoint
+    from vitssl.run import checkpoint
 
     write, count = checkpoint._write_manifest, [0]
 
@@ -63,7 +63,7 @@ def kill_in_write(n):
 
 def term_after_step(n):
     """SIGTERM after step n, as a scheduler sends it."""
-    from vitssl import log
+    from vitssl.run import log
 
     push = log.Metrics.push
 
@@ -77,7 +77,7 @@ def term_after_step(n):
 
 def slow_steps(n):
     """Every step takes n milliseconds more."""
-    from vitssl import log
+    from vitssl.run import log
 
     push = log.Metrics.push
 
@@ -90,7 +90,7 @@ def slow_steps(n):
 
 def term_while_compiling(_):
     """SIGTERM while the first step compiles."""
-    from vitssl import step
+    from vitssl.run import step
 
     compile_ = step.Compiled.compile
 
@@ -127,7 +127,7 @@ def nan_from_step(n):
 
 
 def _nan(when):
-    from vitssl import step
+    from vitssl.run import step
 
     make = step.make
 
@@ -174,7 +174,7 @@ def slow_data(n):
 
 def out_of_memory(_):
     """The device refuses the step."""
-    from vitssl import step
+    from vitssl.run import step
 
     def refuse(self, *args):
         raise jax.errors.JaxRuntimeError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Import(NamedTuple):
-    """One name that a module imports: "jax", "vitssl.data.masks"."""
+    """One name that a module imports: "jax", "vitssl.methods.hjepa.masks"."""
 
     name: str
     line: int
@@ -48,7 +48,7 @@ class Module:
 
     @functools.cached_property
     def imports(self) -> tuple[Import, ...]:
-        """`from vitssl.data import masks` imports "vitssl.data.masks"."""
+        """`from vitssl.data import masks` imports "vitssl.methods.hjepa.masks"."""
         return tuple(_imports(self.tree, inside=False))
 
     @functools.cached_property

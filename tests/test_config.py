@@ -7,7 +7,8 @@ import sys
 import ml_collections
 import pytest
 
-from vitssl import config, errors, experiment, main, train
+from vitssl import config, errors, main
+from vitssl.run import experiment, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 HJEPA = str(ROOT / "configs" / "hjepa.py")
@@ -61,7 +62,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     mistake, capsys, tmp_path, monkeypatch
 ):
     # A mistake that is not found must fail here, not train for minutes.
-    monkeypatch.setattr(train, "run", lambda *a, **k: pytest.fail("it would train"))
+    monkeypatch.setattr(loop, "run", lambda *a, **k: pytest.fail("it would train"))
     argv = [f"--config={HJEPA}", f"--workdir={tmp_path / 'w'}", f"--config.{mistake}"]
     assert main.main(argv) == 2
     said = capsys.readouterr().err
@@ -141,7 +142,7 @@ def test_every_recipe_is_valid(path):
         # Recipes that only evaluate need a checkpoint, which nobody opens here.
         c = experiment.load(f"{path}:{name}", ["init.from=DIR"])
         if "study" in c:
-            from vitssl import study
+            from vitssl.tools import study
 
             assert study.read(c).runs
         else:

@@ -6,7 +6,9 @@ import shlex
 import pytest
 
 from tests import runs
-from vitssl import config, experiment, study
+from vitssl import config
+from vitssl.run import experiment
+from vitssl.tools import study
 
 README = (runs.ROOT / "README.md").read_text()
 TRAIN = ("launch/local.sh", "vitssl train", "python -m vitssl.main")
@@ -27,7 +29,7 @@ TESTED = {
     "python -m vitssl.bench freeze": "bench/test_freeze.py",
     "python -m vitssl.bench data": "bench/test_data.py",
     "python -m vitssl.bench knn": "bench/test_knn.py",
-    "python -m vitssl.feature_store": "methods/test_localmim_prefix.py",
+    "python -m vitssl.tools.feature_store": "methods/test_localmim_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.
 UNTESTED = ("python -m vitssl.bench step", "python -m pytest -m torch")

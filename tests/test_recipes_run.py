@@ -14,7 +14,8 @@ import jax
 import pytest
 
 from tests import layouts
-from vitssl import config, experiment, main
+from vitssl import config, main
+from vitssl.run import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

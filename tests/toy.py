@@ -8,9 +8,10 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from vitssl import methods, optim, tree
-from vitssl.models import vit
-from vitssl.ops import patches
+from vitssl import tree
+from vitssl.methods import base
+from vitssl.models import patches, vit
+from vitssl.optim import optimizer as optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Classifier(nn.Module):
 class Toy:
     """Classification with an EMA copy of the parameters."""
 
-    run: methods.Run
+    run: base.Run
     model: vit.ViT
     ema: Ema
     couples_batch = False
@@ -97,7 +98,7 @@ def make(drop_path=0.0, depth=3, width=32, **model):
         drop_path=drop_path,
         **model,
     )
-    run = methods.Run(
+    run = base.Run(
         total_steps=20,
         steps_per_epoch=5,
         batch_size=8,

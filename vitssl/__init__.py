@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def load(path, **options):
-    """Return a callable from images to features; see `vitssl.features.load`."""
-    from vitssl import features  # Not on import: the command line starts in no time.
+    """Return a callable from images to features; see `vitssl.run.opened.load`."""
+    from vitssl.run import opened  # Not on import: the command line starts in no time.
 
-    return features.load(path, **options)
+    return opened.load(path, **options)

@@ -89,7 +89,7 @@ def _recipes(argv):
     parser.add_argument("folder", nargs="?", default="configs", metavar="DIR")
     parser.add_argument("--write", action="store_true", help="write DIR/README.md")
     flags = parser.parse_args(argv)
-    from vitssl import recipes
+    from vitssl.tools import recipes
 
     found = recipes.read(flags.folder)
     if flags.write:
@@ -105,7 +105,7 @@ def _doctor(argv):
     parser = _parser("doctor", "Check what runs need; say how to get what is missing.")
     parser.add_argument("--workdir", default="runs", help="where runs would write")
     flags = parser.parse_args(argv)
-    from vitssl import doctor
+    from vitssl.tools import doctor
 
     return doctor.main(flags.workdir)
 
@@ -119,9 +119,9 @@ def _runs(argv):
         "--json", action="store_true", help="one JSON object per run, all metrics"
     )
     flags = parser.parse_args(argv)
-    from vitssl.workdirs import listing, read
+    from vitssl.tools import listing, workdir
 
-    found = read.below(flags.directory)
+    found = workdir.below(flags.directory)
     if flags.json:
         print(listing.as_json(found))
         return 0
@@ -139,9 +139,9 @@ def _compare(argv):
     flags = parser.parse_args(argv)
     if len(flags.runs) < 2:
         parser.error("give two runs or more")
-    from vitssl.workdirs import compare, read
+    from vitssl.tools import compare, workdir
 
-    found = [read.workdir(path) for path in flags.runs]
+    found = [workdir.workdir(path) for path in flags.runs]
     print(compare.text(found))
     _write(flags.out, compare.page(found))
     return 0
@@ -161,9 +161,9 @@ def _report(argv):
         help="draw the pictures from the newest checkpoint first (needs the data)",
     )
     flags = parser.parse_args(argv)
-    from vitssl.workdirs import page, read
+    from vitssl.tools import page, workdir
 
-    run = read.workdir(flags.run)
+    run = workdir.workdir(flags.run)
     if flags.draw:
         code = _pictures([flags.run])
         if code:
@@ -185,13 +185,13 @@ def _convert(argv):
 
 
 def _extract(argv):
-    from vitssl import extract
+    from vitssl.tools import extract
 
     return extract.main(argv)
 
 
 def _sweep(argv):
-    from vitssl import sweep
+    from vitssl.tools import sweep
 
     return sweep.main(argv)
 

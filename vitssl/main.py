@@ -88,14 +88,15 @@ def main(argv: list[str]) -> int:
 
 
 def _run(flags) -> int:
-    from vitssl import config, errors, experiment, log
+    from vitssl import config, errors
+    from vitssl.run import experiment, log
 
     c = experiment.load(flags["config"], flags["overrides"])
     name = config.name_of(flags["config"])
     workdir = flags["workdir"] or str(pathlib.Path("runs") / name)
     log.to_terminal()
     if "study" in c:
-        from vitssl import study
+        from vitssl.tools import study
 
         plan = study.read(c)
         if flags["dry_run"]:
@@ -111,16 +112,17 @@ def _run(flags) -> int:
         print(config.to_json(checked.config), end="", flush=True)
         return _dry_run(checked)
     # Only now anything that touches devices or data.
-    from vitssl import devices, train
+    from vitssl.run import devices, loop
 
     devices.start()
-    train.run(checked, workdir, name=name, force_unlock=flags["force_unlock"])
+    loop.run(checked, workdir, name=name, force_unlock=flags["force_unlock"])
     return 0
 
 
 def _dry_run(checked) -> int:
     """Print what a step needs; it is compiled, but nothing is computed."""
-    from vitssl import build, devices, errors, experiment, memory, report
+    from vitssl import errors
+    from vitssl.run import build, devices, experiment, memory, notes
 
     devices.start()
     try:
@@ -129,7 +131,7 @@ def _dry_run(checked) -> int:
         print(f"data: {e}\n  noise takes its place here", flush=True)
         parts = build.build(experiment.with_noise(checked))
     params = parts.compiled.abstract(parts.phase(0)).params
-    lines = report.parameter_table(params, parts.optimizer)
+    lines = notes.parameter_table(params, parts.optimizer)
     print("\n".join(lines), flush=True)
     print(memory.describe(parts))
     return 0

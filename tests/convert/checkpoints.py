@@ -7,13 +7,13 @@ import numpy as np
 from tests.convert import pth, published
 from tests.models import fields
 from vitssl import convert
-from vitssl.convert import backbone, exporter, olmoearth
-from vitssl.convert import hjepa as hjepa_names
-from vitssl.convert import hvit as hvit_names
-from vitssl.convert import parts as part_names
+from vitssl.convert import backbone, exporter, hvit_names
+from vitssl.methods.hjepa import names as hjepa_names
+from vitssl.methods.latent_mim import names
+from vitssl.methods.parts import heads, networks
+from vitssl.methods.parts import names as part_names
 from vitssl.models import hvit as hierarchical
-from vitssl.models import partheads, vit
-from vitssl.models import parts as part_models
+from vitssl.models import vit
 
 
 def noise(*shape):
@@ -127,9 +127,9 @@ def h_jepa():
 def _two_stage(hf=False):
     given = dict(width=8, depth=2, heads=2, patch=4, image_size=8, layerscale=1e-5)
     given |= {} if hf else dict(registers=4, class_position=False)
-    first = part_models.PartNet(vit.ViT(**given), partheads.PartHead(2, 3))
-    second = part_models.MaskedClassifier(vit.ViT(**given), 3)
-    return part_models.TwoStage(first, second)
+    first = networks.PartNet(vit.ViT(**given), heads.PartHead(2, 3))
+    second = networks.MaskedClassifier(vit.ViT(**given), 3)
+    return networks.TwoStage(first, second)
 
 
 def parts(hf=False):
@@ -146,9 +146,9 @@ def olmo_earth(encoder_alone=False):
     net = fields.system(fields.ALL, encoder=dict(registers=2, qk_norm=True))
     params = jax.tree.map(np.asarray, fields.params(net))
     if encoder_alone:
-        return convert.export(params["encoder"], olmoearth.encoder(fields.ALL))
+        return convert.export(params["encoder"], names.encoder(fields.ALL))
     params["target"] = jax.tree.map(lambda x: x + 1, params["encoder"]["patch_embed"])
-    state = convert.export(params, olmoearth.table(fields.ALL))
+    state = convert.export(params, names.table(fields.ALL))
     state["encoder.composite_encodings.pos_embed"] = noise(12, 4)
     return state | {"target_encoder.norm.weight": noise(16)}
 

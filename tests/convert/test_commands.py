@@ -1,4 +1,4 @@
-"""python -m vitssl.convert, vitssl.load and python -m vitssl.extract."""
+"""python -m vitssl.convert, vitssl.load and python -m vitssl.tools.extract."""
 
 import json
 import pathlib
@@ -13,11 +13,13 @@ import safetensors.numpy
 
 import vitssl
 from tests.convert import pth, published
-from vitssl import errors, extract, features, init, tree
+from vitssl import errors, tree
 from vitssl.convert import __main__ as command
 from vitssl.convert import backbone, exporter, importer, positions
 from vitssl.convert import safetensors as ours
 from vitssl.data import views
+from vitssl.run import opened, warmstart
+from vitssl.tools import extract
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def test_load_refuses_images_and_options_that_do_not_fit(weights):
             vitssl.load(folder, **options)
     headless = published.network(cls=False, pool="mean")
     with pytest.raises(errors.UsageError, match="no class token"):
-        features.of_backbone(headless, pool="cls")
+        opened.of_backbone(headless, pool="cls")
 
 
 def test_load_at_another_size_resamples_by_the_rule(weights):
@@ -256,8 +258,8 @@ def _params(seed=1, **fields):
 def test_a_run_starts_from_converted_weights(weights):
     net, folder = weights
     for path in (folder, folder / backbone.FILE):
-        spec = init.Init(from_=str(path), skip=("predictor/.*",))
-        got = tree.flat(init.load(spec, _params()))
+        spec = warmstart.Init(from_=str(path), skip=("predictor/.*",))
+        got = tree.flat(warmstart.load(spec, _params()))
         np.testing.assert_array_equal(got["predictor/kernel"], np.ones((2, 2)))
         for name in got:
             if name.startswith("encoder/"):
@@ -266,8 +268,8 @@ def test_a_run_starts_from_converted_weights(weights):
 
 def test_a_run_of_another_image_size_resamples_the_positions(weights):
     net, folder = weights
-    spec = init.Init(from_=str(folder), skip=("predictor/.*",))
-    got = tree.flat(init.load(spec, _params(image_size=48)))
+    spec = warmstart.Init(from_=str(folder), skip=("predictor/.*",))
+    got = tree.flat(warmstart.load(spec, _params(image_size=48)))
     table = net.leaves["encoder/pos_embed"]
     want = positions.resample(table, 1, 6, net.about.rule)
     np.testing.assert_array_equal(got["encoder/pos_embed"], want)
@@ -276,7 +278,7 @@ def test_a_run_of_another_image_size_resamples_the_positions(weights):
 def test_what_a_run_cannot_take_is_listed_with_both_shapes(weights):
     _, folder = weights
     with pytest.raises(errors.CheckpointError) as told:
-        init.load(init.Init(from_=str(folder)), _params(mlp_ratio=4.0))
+        warmstart.load(warmstart.Init(from_=str(folder)), _params(mlp_ratio=4.0))
     assert "predictor/kernel: not in the checkpoint" in str(told.value)
     assert "(32, 64) stored, (32, 128) here" in str(told.value)
     assert "init.skip" in str(told.value)
@@ -286,7 +288,7 @@ def test_an_encoder_fills_every_backbone_of_a_method(weights):
     net, folder = weights
     encoder = {k: x for k, x in _params().items() if k == "encoder"}["encoder"]
     params = {"stage_1": {"backbone": encoder}, "stage_2": {"backbone": encoder}}
-    got = tree.flat(init.load(init.Init(from_=str(folder)), params))
+    got = tree.flat(warmstart.load(warmstart.Init(from_=str(folder)), params))
     for stage in ("stage_1", "stage_2"):
         for name, leaf in tree.flat(encoder).items():
             want = net.leaves[f"encoder/{name}"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.convert import checkpoints, pth, published
-from vitssl import errors, init, tree
+from vitssl import errors, tree
 from vitssl.convert import __main__ as command
 from vitssl.convert import (
     backbone,
@@ -16,6 +16,7 @@ from vitssl.convert import (
     importer,
     reader,
 )
+from vitssl.run import warmstart
 
 HEADS = family.Options(heads=2)
 NETWORKS = {  # Family: (fields of a ViT, the layout that is its own).
@@ -142,7 +143,9 @@ def test_whole_methods_start_from_an_import(kind, tmp_path):
     found = importer.read(_file(kind, tmp_path))
     backbone.write(tmp_path / "w", found)
     mine = {k: np.zeros_like(x) for k, x in found.leaves.items() if "target/" not in k}
-    got = tree.flat(init.load(init.Init(str(tmp_path / "w")), tree.nest(mine)))
+    got = tree.flat(
+        warmstart.load(warmstart.Init(str(tmp_path / "w")), tree.nest(mine))
+    )
     for name in mine:
         np.testing.assert_array_equal(got[name], found.leaves[name])
     roots = {name.split("/")[0] for name in mine}

@@ -7,8 +7,9 @@ import pytest
 import vitssl
 from tests import runs as make
 from tests.convert import published
-from vitssl import errors, experiment, features, init
+from vitssl import errors
 from vitssl.convert import backbone, exporter, importer, runs
+from vitssl.run import experiment, opened, warmstart
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_finer_tokens_that_cannot_be_are_one_line(workdir, own, words):
 
 def test_a_run_becomes_a_program(workdir, tmp_path):
     made = vitssl.load(workdir)
-    features.export_program(made, tmp_path, platforms=("cpu",))
+    opened.export_program(made, tmp_path, platforms=("cpu",))
     program = jax.export.deserialize((tmp_path / "features.jax").read_bytes())
     weights = importer.reader.read(tmp_path / "weights.safetensors").tree
     got = program.call({k: np.array(v) for k, v in weights.items()}, _images())
@@ -116,7 +117,7 @@ def _stored(monkeypatch, config, params, extra=()):
     trees = {"params": dict(params), "extra": dict(extra)}
     place = make.ROOT / "run" / "checkpoints" / "7"
     monkeypatch.setattr(runs, "open_run", lambda path: (checked, place))
-    monkeypatch.setattr(init, "read_trees", lambda path, keys: trees)
+    monkeypatch.setattr(warmstart, "read_trees", lambda path, keys: trees)
     return checked.config
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import vitssl
-from vitssl import errors, features
+from vitssl import errors
 from vitssl.convert import backbone, exporter, family, importer, reader
+from vitssl.run import opened
 
 pytestmark = pytest.mark.torch
 
@@ -268,4 +269,4 @@ def test_features_of_an_export_are_those_of_the_notebook(tmp_path):
         theirs = again.forward_head(again.forward_features(x), pre_logits=True)
     _close(pooled, theirs.numpy())
     assert json.dumps(recipe)  # The recipe is data, so a card can print it.
-    assert features.NAMES == ("pooled", "tokens")
+    assert opened.NAMES == ("pooled", "tokens")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_colour import gap, picture
-from tests.data.test_masks import HJEPA
+from tests.methods.hjepa.test_masks import HJEPA
 from vitssl.data import crops, resample
 
 SMALL = crops.MultiCrop(

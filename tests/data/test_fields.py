@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from vitssl import errors
-from vitssl.data import modalities, olmoearth, sources
+from vitssl.data import modalities, sources
+from vitssl.data import samples as olmoearth
 from vitssl.data.worlds import fields
 
 

@@ -9,8 +9,8 @@ from tests import layouts
 from tests.layouts import pictures
 from vitssl import errors
 from vitssl.data import dataset, sources
-from vitssl.data.augment import leaves as augment
 from vitssl.data.sources import sarcld, spectral
+from vitssl.methods.classify import views
 
 DATA = dict(
     source="leaves",
@@ -204,11 +204,11 @@ def test_few_labels_are_a_part_of_more():
         dataset.Data(**DATA, per_class=117).open("train")
 
 
-@pytest.mark.parametrize("severity", [*augment.SEVERITIES, "minimal"])
+@pytest.mark.parametrize("severity", [*views.SEVERITIES, "minimal"])
 @pytest.mark.parametrize("channels", [3, 4])
 def test_every_severity_keeps_the_kind_of_the_image(severity, channels):
     image = np.random.default_rng(0).integers(0, 256, (40, 52, channels), np.uint8)
-    run = augment.Leaves(24, severity)
+    run = views.Leaves(24, severity)
     example = dict(image=image, label=np.int32(4), index=np.int32(9))
     rng = np.random.default_rng(1)
     got = [run(example, rng) for _ in range(12)]
@@ -228,28 +228,28 @@ def test_severities_grow_and_light_changes_no_colour():
     flat = np.full((32, 32, 3), (60, 120, 40), np.uint8)
     spread = {}
     for severity in ("light", "mild", "strong"):
-        run, rng = augment.Leaves(32, severity), np.random.default_rng(0)
+        run, rng = views.Leaves(32, severity), np.random.default_rng(0)
         out = [run(dict(image=flat), rng)["image"] for _ in range(60)]
         spread[severity] = np.std([x.mean((0, 1)) for x in out])
     base = np.std((60, 120, 40))
     assert spread["light"] == pytest.approx(base)
     assert spread["light"] < spread["mild"] < spread["strong"]
     with pytest.raises(errors.UsageError, match="'harsh': one of light, moderate"):
-        augment.Leaves(32, "harsh")
+        views.Leaves(32, "harsh")
 
 
 def test_geometry_of_rotation_distortion_and_erasing():
     image = np.zeros((21, 21, 1), np.float32)
     image[10, 18] = 1.0
-    turned = augment.rotate(image, 90.0)
+    turned = views.rotate(image, 90.0)
     assert np.argwhere(turned[..., 0])[0].tolist() == [2, 10]  # Counter-clockwise.
     even = np.linspace(0, 1, 6)
     ramp = np.tile(np.arange(30, dtype=np.float32)[:, None, None], (1, 30, 1))
-    np.testing.assert_allclose(augment.distort(ramp, (even, even)), ramp, atol=1e-4)
-    lines = augment.grid_steps(np.random.default_rng(0))
-    moved = augment.distort(ramp, (lines, even))[:, 0, 0]
+    np.testing.assert_allclose(views.distort(ramp, (even, even)), ramp, atol=1e-4)
+    lines = views.grid_steps(np.random.default_rng(0))
+    moved = views.distort(ramp, (lines, even))[:, 0, 0]
     assert (np.diff(moved[1:-1]) > 0).all() and np.abs(moved - ramp[:, 0, 0]).max() > 1
-    black = augment.erase(np.ones((40, 40, 3), np.float32), np.random.default_rng(0))
+    black = views.erase(np.ones((40, 40, 3), np.float32), np.random.default_rng(0))
     gone = (black == 0).all(-1)
     assert 0.015 < gone.mean() < 0.13
     rows, columns = gone.any(1), gone.any(0)

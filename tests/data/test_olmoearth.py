@@ -7,7 +7,9 @@ import pytest
 from tests.layouts import earth
 from tests.layouts.earth import SIDE, sample
 from vitssl import errors
-from vitssl.data import modalities, olmoearth, shapes, sources
+from vitssl.data import modalities, sources
+from vitssl.data import samples as olmoearth
+from vitssl.methods.latent_mim import shapes
 
 NAMES = ("sentinel2_l2a", "sentinel1", "worldcover", "era5_10", "latlon")
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from vitssl import methods
 from vitssl.data import resolution
-from vitssl.data.augment import leaves, simclr
+from vitssl.methods import base
+from vitssl.methods.classify import views
+from vitssl.methods.simclr import views as simclr
 
-RUN = methods.Run(
+RUN = base.Run(
     total_steps=40,
     steps_per_epoch=4,
     batch_size=2,
@@ -51,7 +52,7 @@ def test_a_fixed_side_leaves_the_transform_alone():
     assert resolution.sized(view, plain) is view
 
 
-@pytest.mark.parametrize("view", [simclr.Views(size=48), leaves.Leaves(48, "light")])
+@pytest.mark.parametrize("view", [simclr.Views(size=48), views.Leaves(48, "light")])
 def test_rows_of_a_step_share_its_side(view):
     sides = resolution.Resolution(start=16).sides(48, 16, RUN)
     transform = resolution.sized(view, sides)

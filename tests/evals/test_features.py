@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import devices, errors
+from vitssl import errors
 from vitssl.evals import features
+from vitssl.run import devices
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 3)).astype(np.uint8)
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vitssl.evals import fieldscores, segmentation
+from vitssl.evals import segmentation
+from vitssl.methods.latent_mim import scores
 
 
 def test_measures_are_those_of_loops():
@@ -66,14 +67,14 @@ def test_scores_are_of_images_the_probe_did_not_see():
     rng = np.random.default_rng(3)
     truth = rng.integers(0, 2, (40, 1, 1)).repeat(4, 1).repeat(4, 2)
     named = np.eye(40, dtype=np.float32)[:, None, None].repeat(2, 1).repeat(2, 2)
-    measures = fieldscores.Measures(classes=2, epochs=30, lr=0.05)
-    found = fieldscores.scores({"tokens": named, "truth": truth}, measures)
+    measures = scores.Measures(classes=2, epochs=30, lr=0.05)
+    found = scores.scores({"tokens": named, "truth": truth}, measures)
     assert found["accuracy"] < 0.8
     told = {"tokens": truth[:, ::2, ::2, None].astype(np.float32), "truth": truth}
     told["pixels"] = np.zeros((40, 4, 4, 2), np.float32)
-    found = fieldscores.scores(told, measures)
+    found = scores.scores(told, measures)
     assert found["miou"] == 1.0 and found["miou_pixels"] == found["miou_guess"] < 0.5
-    assert fieldscores.scores({"label": truth}, measures) == {}
+    assert scores.scores({"label": truth}, measures) == {}
 
 
 def test_int8_features_come_back_nearly():

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import config, evals
+from vitssl import config
+from vitssl.evals import suite
 
 SECTION = dict(
     image_size=8,
@@ -25,7 +26,7 @@ CLASSES = 3
 
 
 def _section(**changes):
-    return evals.Evals(**(SECTION | changes))
+    return suite.Evals(**(SECTION | changes))
 
 
 def _images(count, seed):
@@ -80,7 +81,7 @@ BAD = (np.eye(8, dtype=np.float32)[:, 4:], np.float32(0))
 def test_online_tells_a_good_network_from_a_bad_one():
     network, section = Network(), _section(online_probe_epochs=20)
     good, bad = (
-        evals.online(
+        suite.online(
             section,
             network.features,
             state,
@@ -110,7 +111,7 @@ def test_online_sees_a_collapse():
     flat = (np.ones((8, 4), np.float32), np.float32(0))
     dead = (np.zeros((8, 4), np.float32), np.arange(4, dtype=np.float32))
     found = [
-        evals.online(
+        suite.online(
             _section(),
             network.features,
             state,
@@ -130,7 +131,7 @@ def test_online_sees_a_collapse():
 def test_few_images_of_many_dimensions_are_no_collapse():
     rng = np.random.default_rng(0)
     wide = (rng.normal(size=(8, 400)).astype(np.float32), np.float32(0))
-    found = evals.online(
+    found = suite.online(
         _section(),
         Network().features,
         wide,
@@ -145,7 +146,7 @@ def test_few_images_of_many_dimensions_are_no_collapse():
 def test_without_labels_only_the_spread_is_measured():
     bank = Batches(60, 0, labelled=False)
     for classes, labelled in ((0, True), (CLASSES, False)):
-        found = evals.online(
+        found = suite.online(
             _section(),
             Network().features,
             GOOD,
@@ -155,7 +156,7 @@ def test_without_labels_only_the_spread_is_measured():
         )
         assert {k.split("/")[0] for k in found} == {"quality"}
     assert bank.passes == 0
-    rows = evals.final(
+    rows = suite.final(
         _section(),
         Network().features,
         {"trained": GOOD},
@@ -170,7 +171,7 @@ def test_without_labels_only_the_spread_is_measured():
 @pytest.fixture(scope="module")
 def rows():
     """The final evaluation of a good and a bad state."""
-    return evals.final(
+    return suite.final(
         _section(),
         Network().features,
         {"trained": GOOD, "untrained": BAD},
@@ -197,7 +198,7 @@ def test_final_compares_trained_untrained_pixels_and_guessing(rows):
 
 
 def test_the_table_shows_the_headlines(rows):
-    text = evals.format_table(rows, _section().protocol())
+    text = suite.format_table(rows, _section().protocol())
     lines = text.splitlines()
     assert len(lines) == 2 + 4 + 1
     heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
@@ -212,7 +213,7 @@ def test_the_table_shows_the_headlines(rows):
 
 
 def test_all_results_are_metrics(rows):
-    found = evals.flat(rows)
+    found = suite.flat(rows)
     assert found["final/trained/knn/top1"] == rows[0]["knn/top1"]
     assert found["final/raw_pixels/dim"] == 64
     assert all(isinstance(v, float) for v in found.values())
@@ -231,7 +232,7 @@ def test_all_results_are_metrics(rows):
 def test_every_way_to_probe_runs(changes, better):
     section = _section(**({"final": ("linear",)} | changes))
     assert not list(section.check())
-    first = evals.final(
+    first = suite.final(
         section,
         Network().features,
         {"trained": GOOD},
@@ -249,7 +250,7 @@ def test_every_way_to_probe_runs(changes, better):
 def test_the_online_evaluation_moves_nothing_implicitly():
     network, state = Network(), jax.device_put(GOOD)
     with jax.transfer_guard("disallow"):
-        evals.online(
+        suite.online(
             _section(online_probe_epochs=2),
             network.features,
             state,
@@ -261,7 +262,7 @@ def test_the_online_evaluation_moves_nothing_implicitly():
 
 def test_a_good_section_has_no_faults():
     problems = config.Problems()
-    built = config.section(evals.Evals, SECTION, "evals", problems)
+    built = config.section(suite.Evals, SECTION, "evals", problems)
     assert problems == [] and built == _section()
 
 
@@ -291,21 +292,21 @@ def test_a_good_section_has_no_faults():
 )
 def test_each_fault_is_named_with_its_key(key, value):
     problems = config.Problems()
-    config.section(evals.Evals, SECTION | {key: value}, "evals", problems)
+    config.section(suite.Evals, SECTION | {key: value}, "evals", problems)
     assert len(problems) == 1 and problems[0].startswith(f"evals.{key}=")
 
 
 def test_the_histogram_of_colours_counts_pixels_and_is_a_row():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (3, 5, 4, 3)).astype(np.uint8)
-    got = np.asarray(evals.features.Colours(4)(image)["pooled"])
+    got = np.asarray(suite.features.Colours(4)(image)["pooled"])
     want = np.zeros((3, 64))
     for b in range(3):
         for pixel in image[b].reshape(-1, 3).tolist():
             r, g, blue = (v // 64 for v in pixel)
             want[b, 16 * r + 4 * g + blue] += 1 / 20
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    rows = evals.final(
+    rows = suite.final(
         _section(final=("linear",), baselines=("colours",)),
         Network().features,
         {"trained": GOOD},

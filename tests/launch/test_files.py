@@ -59,7 +59,8 @@ def test_the_jobset_names_its_coordinator_and_its_processes_alike():
 
 def test_the_arguments_of_the_jobset_are_a_recipe_there_is():
     yaml = pytest.importorskip("yaml")
-    from vitssl import experiment, main
+    from vitssl import main
+    from vitssl.run import experiment
 
     found = yaml.safe_load((LAUNCH / "kubernetes" / "jobset.yaml").read_text())
     pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]

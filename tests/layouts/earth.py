@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from vitssl.data import modalities, olmoearth
+from vitssl.data import modalities
+from vitssl.data import samples as olmoearth
 
 SIDE = 16
 FEW = ("sentinel2_l2a", "sentinel1", "worldcover")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl.losses import combined, contrastive, regression, sigreg, vicreg
+from vitssl.losses import contrastive, regression, sigreg, vicreg
+from vitssl.methods.hjepa import combined
 
 ALONG = sigreg.directions(jax.random.key(0), 8, 6)
 VALID = np.random.default_rng(1).random((8, 4)) < 0.7

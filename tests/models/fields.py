@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl.data import modalities, tokens
-from vitssl.models import hybrid_mim, latent_mim
+from vitssl.data import modalities, states
+from vitssl.methods.latent_mim import hybrid, network
 
 OPTICAL = modalities.Modality("optical", (("a", "b"), ("c",)), time=True)
 HEIGHT = modalities.Modality("height", (("z",),))
@@ -26,10 +26,10 @@ def batch(mods=ALL, p=4, seed=0, pixels=PIXELS, missing=True):
         x = rng.normal(size=(BATCH, *m.shape(pixels, TIMES)))
         found[m.name] = jnp.asarray(x, jnp.float32)
         shape = (BATCH, *m.tokens(pixels // p, TIMES))
-        mask = rng.choice([tokens.ONLINE, tokens.DECODER], shape)
+        mask = rng.choice([states.ONLINE, states.DECODER], shape)
         flat = mask.reshape(BATCH, -1)
-        flat[:, -1] = tokens.MISSING if missing else tokens.DECODER
-        flat[:, 0] = tokens.ONLINE
+        flat[:, -1] = states.MISSING if missing else states.DECODER
+        flat[:, 0] = states.ONLINE
         found[f"{m.name}_mask"] = jnp.asarray(mask, jnp.int32)
     return found
 
@@ -38,9 +38,9 @@ def system(mods=ALL, p=4, q=2, width=16, encoder=None, **own):
     """A system of one block each."""
     given = dict(depth=1, heads=2, mlp_ratio=1.0)
     more = dict(base=4, drop_path=0.0) | (encoder or {})
-    return hybrid_mim.HybridMIM(
-        latent_mim.Encoder(mods, width, **given, **more),
-        latent_mim.Predictor(mods, width, width, **given),
+    return hybrid.HybridMIM(
+        network.Encoder(mods, width, **given, **more),
+        network.Predictor(mods, width, width, **given),
         p,
         q,
         **own,

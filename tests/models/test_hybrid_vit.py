@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl.models import dinov2, hybrid, hybrid_vit, posemb, vit
+from vitssl.models import dinov2, hybrid_vit, posemb, upsample, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -56,7 +56,9 @@ def test_prefix_tokens_are_apart_and_patches_are_upsampled():
     params, image = _params(system), _image()
     found = _run(system, params, image)
     assert found.prefix.shape == (2, 4, 8) and found.tokens_p.shape == (2, 4, 4, 8)
-    want = hybrid.upsample(found.tokens_p[:, :, :, None, None], None, 4)[:, :, :, 0, 0]
+    want = upsample.upsample(found.tokens_p[:, :, :, None, None], None, 4)[
+        :, :, :, 0, 0
+    ]
     np.testing.assert_allclose(found.features_q, want, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vitssl.data import modalities
-from vitssl.models import hybrid, tokens
+from vitssl.models import tokens, upsample
 
 KINDS = (modalities.find("sentinel2_l2a"),)
 P, Q, SIDE, TIMES, D = 4, 2, 3, 2, 4
@@ -34,7 +34,7 @@ def made(seed=0):
 @pytest.mark.parametrize("mode", ["bilinear", "nearest", "pixel_shuffle", "skip"])
 def test_asked_for_tokens_are_those_of_the_whole_grid(mode):
     fields, coarse, mask, index = made()
-    up = hybrid.Upsampler(KINDS, P, Q, mode)
+    up = upsample.Upsampler(KINDS, P, Q, mode)
     first = jax.jit(up.init)(jax.random.key(0), coarse, mask, fields)
     own = jax.eval_shape(up.init, jax.random.key(0), coarse, mask, fields, index)
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, first)
@@ -61,7 +61,7 @@ def test_no_gradient_comes_from_tokens_that_are_not_seen():
     fields, coarse, mask, index = made(1)
 
     def total(z):
-        up = hybrid.Upsampler(KINDS, P, Q)
+        up = upsample.Upsampler(KINDS, P, Q)
         found = up.apply({}, z, mask, fields, index)
         return sum(jnp.square(x).sum() for x in found.values())
 

@@ -9,8 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import tree
-from vitssl.models import layers, vit
-from vitssl.ops import patches
+from vitssl.models import layers, patches, vit
 
 SIZE = dict(width=16, depth=2, heads=2, patch=4, image_size=16)
 EVERYTHING = dict(layerscale=0.5, rope=True, registers=2, qk_norm=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vitssl.evals.pictures import attention
+from vitssl.pictures import attention
 
 
 def softmax_attention(layers, heads, tokens, seed=0):

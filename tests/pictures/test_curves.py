@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vitssl.evals.pictures import curves
+from vitssl.pictures import curves
 
 
 @pytest.fixture

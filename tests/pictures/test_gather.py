@@ -8,7 +8,7 @@ import pytest
 from tests import toy
 from vitssl.data import dataset
 from vitssl.evals.pictures import __main__ as command
-from vitssl.evals.pictures import gather
+from vitssl.pictures import gather
 
 DATA = dataset.Data(
     source="digits",

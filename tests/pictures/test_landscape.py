@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 
-from vitssl.evals.pictures import landscape
+from vitssl.pictures import landscape
 
 PARAMS = {
     "a": np.array([[0.3, -0.2], [1.0, 2.0]], np.float32),

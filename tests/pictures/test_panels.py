@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitssl.evals.pictures import panels
+from vitssl.pictures import panels
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
@@ -112,7 +112,7 @@ def test_the_style_does_not_leak_into_the_users_own_figures():
 
 def test_nothing_is_imported_that_could_want_a_display():
     code = (
-        "import sys; import vitssl.evals.pictures; "
+        "import sys; import vitssl.pictures.drawing; "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

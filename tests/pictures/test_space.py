@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vitssl.evals.pictures import panels, space
+from vitssl.pictures import panels, space
 
 
 def clusters(each=15, width=6):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitssl.evals.pictures import tradeoff
+from vitssl.pictures import tradeoff
 
 
 def test_every_arm_is_a_point_at_its_means_and_gaps_are_left_out(tmp_path):

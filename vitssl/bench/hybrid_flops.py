@@ -7,7 +7,8 @@ import dataclasses
 import math
 
 from vitssl.bench import flops
-from vitssl.models import hybrid_mim, tokens
+from vitssl.methods.latent_mim import hybrid
+from vitssl.models import tokens
 from vitssl.ops import resize
 
 
@@ -65,7 +66,7 @@ class Cost:
         )
 
 
-def of(module: hybrid_mim.HybridMIM, fields, slots: int, bounds) -> Cost:
+def of(module: hybrid.HybridMIM, fields, slots: int, bounds) -> Cost:
     """Return the cost of one view of one sample.
 
     Args:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vitssl import methods
-from vitssl.models import vit
-from vitssl.ops import patches
+from vitssl.methods import base
+from vitssl.models import patches, vit
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
@@ -30,7 +29,7 @@ class Network(nn.Module):
 class Plain:
     """Supervised training without anything else; see `methods.Method`."""
 
-    run: methods.Run
+    run: base.Run
     model: vit.ViT
     couples_batch = False
 

@@ -1,6 +1,6 @@
 """DINOv2 in Hugging Face's layout: transformers' Dinov2Model, microsoft/rad-dino.
 
-timm's layout is that of `convert.vit`. Here queries, keys and values are three layers,
+timm's layout is that of `convert.vit_names`. Here queries, keys and values are three layers,
 which ours holds as one: `fuse` joins them before the table is used, `split` parts them
 after an export.
 """
@@ -11,20 +11,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from vitssl import convert
-from vitssl.convert import CONV, Rule, Table, vit
+from vitssl.convert import CONV, Rule, Table, vit_names
 
 _QKV = ("query", "key", "value")
 _ONE = re.compile(r"(.*attention\.attention\.)(query|key|value)\.(weight|bias)")
 _ALL = re.compile(r"(.*attention\.attention\.)qkv\.(weight|bias)")
 
 _BLOCK = (
-    *vit.norm("norm1", "norm1"),
-    *vit.linear("attention.attention.qkv", "attn/qkv"),
-    *vit.linear("attention.output.dense", "attn/proj"),
+    *vit_names.norm("norm1", "norm1"),
+    *vit_names.linear("attention.attention.qkv", "attn/qkv"),
+    *vit_names.linear("attention.output.dense", "attn/proj"),
     Rule("layer_scale1.lambda1", "ls1"),
-    *vit.norm("norm2", "norm2"),
-    *vit.linear("mlp.fc1", "mlp/fc1"),
-    *vit.linear("mlp.fc2", "mlp/fc2"),
+    *vit_names.norm("norm2", "norm2"),
+    *vit_names.linear("mlp.fc1", "mlp/fc1"),
+    *vit_names.linear("mlp.fc2", "mlp/fc2"),
     Rule("layer_scale2.lambda1", "ls2"),
 )
 
@@ -33,8 +33,8 @@ _STEM = (
     Rule("embeddings.register_tokens", "registers"),
     Rule("embeddings.position_embeddings", "pos_embed"),
     Rule("embeddings.patch_embeddings.projection.weight", "patch_embed/kernel", CONV),
-    vit.bias("embeddings.patch_embeddings.projection", "patch_embed"),
-    *vit.norm("layernorm", "norm"),
+    vit_names.bias("embeddings.patch_embeddings.projection", "patch_embed"),
+    *vit_names.norm("layernorm", "norm"),
 )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vitssl import errors
-from vitssl.convert import CONV, Rule, Table, family, vit
+from vitssl.convert import CONV, Rule, Table, family, vit_names
 
 THETA = 100.0
 _QKV = "(s h t c) i -> i (s h c t)"
@@ -65,23 +65,23 @@ def table(heads: int, torch: str = "", flax: str = "") -> Table:
     two = (("h", heads), ("t", 2))
     qkv = "attn.qkv", "attn/qkv"
     block = (
-        *vit.norm("norm1", "norm1"),
+        *vit_names.norm("norm1", "norm1"),
         Rule(f"{qkv[0]}.weight", f"{qkv[1]}/kernel", _QKV, sizes),
         Rule(f"{qkv[0]}.bias", f"{qkv[1]}/bias", _QKV_BIAS, sizes),
         Rule("attn.proj.weight", "attn/proj/kernel", "o (h t c) -> (h c t) o", two),
-        vit.bias("attn.proj", "attn/proj"),
+        vit_names.bias("attn.proj", "attn/proj"),
         Rule("ls1.gamma", "ls1"),
-        *vit.norm("norm2", "norm2"),
-        *vit.linear("mlp.fc1", "mlp/fc1"),
-        *vit.linear("mlp.fc2", "mlp/fc2"),
+        *vit_names.norm("norm2", "norm2"),
+        *vit_names.linear("mlp.fc1", "mlp/fc1"),
+        *vit_names.linear("mlp.fc2", "mlp/fc2"),
         Rule("ls2.gamma", "ls2"),
     )
     stem = (
         Rule("cls_token", "cls"),
         Rule("storage_tokens", "registers"),
         Rule("patch_embed.proj.weight", "patch_embed/kernel", CONV),
-        vit.bias("patch_embed.proj", "patch_embed"),
-        *vit.norm("norm", "norm"),
+        vit_names.bias("patch_embed.proj", "patch_embed"),
+        *vit_names.norm("norm", "norm"),
     )
     aside = ("mask_token", "rope_embed.periods", "blocks.{i}.attn.qkv.bias_mask")
     blocks = Table(block).under("blocks.{i}.", "block_{i}/")

@@ -21,9 +21,9 @@ from vitssl.convert import (
     dinov2,
     dinov3,
     huggingface,
-    hvit,
+    hvit_names,
     safetensors,
-    vit,
+    vit_names,
     wholes,
 )
 from vitssl.models import posemb
@@ -118,7 +118,7 @@ def timm(source: backbone.Backbone) -> Export:
             "--layout=hf for DINOv3, or vitssl"
         )
     leaves = _folded(source, module)
-    state = convert.export(tree.nest(leaves), _with_head(vit.table(), "head"))
+    state = convert.export(tree.nest(leaves), _with_head(vit_names.table(), "head"))
     recipe = dict(
         img_size=module.image_size,
         patch_size=module.patch,
@@ -283,7 +283,9 @@ def hierarchical(source: backbone.Backbone) -> Export:
     """
     module = source.module()
     leaves = _copied(source)
-    state = convert.export(tree.nest(leaves), hvit.table(module.depths, "encoder/"))
+    state = convert.export(
+        tree.nest(leaves), hvit_names.table(module.depths, "encoder/")
+    )
     recipe = dict(
         patch_size=module.patch,
         embed_dim_rgb=module.width,
@@ -374,7 +376,7 @@ def _encoder(source) -> dict:
 
 
 def _with_head(table: Table, head: str) -> Table:
-    return Table(vit.linear(head, "head")) + table.under(flax="encoder/")
+    return Table(vit_names.linear(head, "head")) + table.under(flax="encoder/")
 
 
 def _classes(source) -> int:

@@ -12,7 +12,7 @@ from vitssl.convert import (
     dinov3,
     family,
     huggingface,
-    hvit,
+    hvit_names,
     reader,
     timm_names,
     wholes,
@@ -22,7 +22,7 @@ from vitssl.convert import (
 ORDER = (
     wholes.PARTS,
     wholes.OLMOEARTH,
-    hvit.FAMILY,
+    hvit_names.FAMILY,
     timm_names.HJEPA,
     bigvision.BIGVISION,
     dinov3.DINOV3,

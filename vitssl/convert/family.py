@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from vitssl import errors
-from vitssl.convert import Table, positions, vit
+from vitssl.convert import Table, positions, vit_names
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -98,7 +98,7 @@ def encoder_and_head(table: Table, head: str = "head") -> Table:
     """
     aside = tuple(name for name in table.ignore if name != "head.{*}")
     rules = Table(table.rules, aside).under(flax="encoder/")
-    return Table(vit.linear(head, "head")) + rules
+    return Table(vit_names.linear(head, "head")) + rules
 
 
 def stripped(state: Mapping, prefixes) -> dict:

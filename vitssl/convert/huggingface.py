@@ -8,7 +8,7 @@ and one here: `dinov2.fuse` and `dinov2.split`.
 import re
 from collections.abc import Mapping
 
-from vitssl.convert import CONV, Rule, Table, dinov2, family, vit
+from vitssl.convert import CONV, Rule, Table, dinov2, family, vit_names
 
 # transformers 5 -> transformers 4.
 _MODERN = (
@@ -24,19 +24,19 @@ _MODERN_VIT = (
 )
 
 _BLOCK = (
-    *vit.norm("layernorm_before", "norm1"),
-    *vit.linear("attention.attention.qkv", "attn/qkv"),
-    *vit.linear("attention.output.dense", "attn/proj"),
-    *vit.norm("layernorm_after", "norm2"),
-    *vit.linear("intermediate.dense", "mlp/fc1"),
-    *vit.linear("output.dense", "mlp/fc2"),
+    *vit_names.norm("layernorm_before", "norm1"),
+    *vit_names.linear("attention.attention.qkv", "attn/qkv"),
+    *vit_names.linear("attention.output.dense", "attn/proj"),
+    *vit_names.norm("layernorm_after", "norm2"),
+    *vit_names.linear("intermediate.dense", "mlp/fc1"),
+    *vit_names.linear("output.dense", "mlp/fc2"),
 )
 _STEM = (
     Rule("embeddings.cls_token", "cls"),
     Rule("embeddings.position_embeddings", "pos_embed"),
     Rule("embeddings.patch_embeddings.projection.weight", "patch_embed/kernel", CONV),
-    vit.bias("embeddings.patch_embeddings.projection", "patch_embed"),
-    *vit.norm("layernorm", "norm"),
+    vit_names.bias("embeddings.patch_embeddings.projection", "patch_embed"),
+    *vit_names.norm("layernorm", "norm"),
 )
 
 NAMES = {

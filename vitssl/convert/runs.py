@@ -6,8 +6,9 @@ import pathlib
 
 import numpy as np
 
-from vitssl import config, errors, experiment, init
+from vitssl import config, errors
 from vitssl.convert import backbone
+from vitssl.run import experiment, warmstart
 
 
 def read(path, part: str = "") -> backbone.Backbone:
@@ -27,7 +28,7 @@ def read(path, part: str = "") -> backbone.Backbone:
         UsageError: there is no such part.
     """
     checked, step_dir = open_run(path)
-    stored = init.read_trees(path, ("params", "extra"))
+    stored = warmstart.read_trees(path, ("params", "extra"))
     parts = _encoders(stored) if "model" in checked.config else {}
     if part and part not in parts:
         has = ", ".join(parts) or "none: it is exported whole"
@@ -97,7 +98,7 @@ def open_run(path) -> tuple[experiment.Experiment, pathlib.Path]:
     Raises:
         CheckpointError: no complete checkpoint, or no config beside them.
     """
-    directory, step = init.locate(path)
+    directory, step = warmstart.locate(path)
     file = directory.parent / "config.json"
     if not file.is_file():
         raise errors.CheckpointError(

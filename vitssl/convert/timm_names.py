@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vitssl import errors
-from vitssl.convert import Table, family, vit
+from vitssl.convert import Table, family, vit_names
 
 NAMES = {
     "kernel": "patch_embed.proj.weight",
@@ -28,7 +28,7 @@ def _table(*ignore):
 
     def table(fields: dict) -> Table:
         del fields
-        return family.encoder_and_head(vit.table() + Table((), ignore))
+        return family.encoder_and_head(vit_names.table() + Table((), ignore))
 
     return table
 
@@ -205,7 +205,7 @@ HJEPA = family.Family(
     about="jonwiggins/H-JEPA: the target encoder",
     fits=lambda state: _HJEPA_NAMES["kernel"] in state,
     model=lambda state, options: family.geometry(state, _HJEPA_NAMES, options),
-    table=lambda fields: vit.table(_TARGET, "encoder/") + Table((), _HJEPA_ASIDE),
+    table=lambda fields: vit_names.table(_TARGET, "encoder/") + Table((), _HJEPA_ASIDE),
     places=("model_state_dict", "model", "state_dict", ""),
     pool="mean",
 )

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from vitssl import convert, errors, tree
-from vitssl.convert import Table, dinov2, olmoearth, parts
+from vitssl.convert import Table, dinov2
 from vitssl.convert.family import Family
+from vitssl.methods.latent_mim import names
+from vitssl.methods.parts import names as parts
 
 _HF = "encoder.layer."  # Hugging Face's name of a block.
 
@@ -59,9 +61,9 @@ def _fields_prepare(state: Mapping, notes: list) -> dict:
 OLMOEARTH = Family(
     name="olmoearth",
     about="OlmoEarth: encoder, predictor and target, for the method latent_mim",
-    fits=lambda state: bool(olmoearth.sensors(state)),
-    model=lambda state, options: dict(sensors=olmoearth.sensors(state)),
-    table=lambda fields: olmoearth.table(fields["sensors"]),
+    fits=lambda state: bool(names.sensors(state)),
+    model=lambda state, options: dict(sensors=names.sensors(state)),
+    table=lambda fields: names.table(fields["sensors"]),
     prepare=_fields_prepare,
     places=("model", "model_state_dict", "state_dict", ""),
     strip=("module.", "_orig_mod.", "model."),
@@ -98,8 +100,8 @@ def to_olmoearth(leaves: Mapping) -> dict[str, np.ndarray]:
         UsageError: leaves of another method.
         CheckpointError: see `convert.export`; an upsampler has no name there.
     """
-    found = olmoearth.sensors_of(leaves)
+    found = names.sensors_of(leaves)
     if not found:
         message = "--layout=olmoearth: these are no weights of latent_mim"
         raise errors.UsageError(message)
-    return convert.export(tree.nest(dict(leaves)), olmoearth.table(found))
+    return convert.export(tree.nest(dict(leaves)), names.table(found))

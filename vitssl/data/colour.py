@@ -2,7 +2,7 @@
 
 Images are uint8 [H, W, C], channels last, red first. Brightness, contrast, blur and
 solarisation work on any number of channels; saturation, hue and grayscale need red,
-green and blue and leave other images alone. `vitssl.ops.colour` is the same on an
+green and blue and leave other images alone. `vitssl.ops.jitter` is the same on an
 accelerator, with the same distributions.
 
 The operations are those of PIL's ImageEnhance and torchvision's ColorJitter, to within

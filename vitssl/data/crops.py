@@ -13,8 +13,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from vitssl.data import colour, masks, resample
-from vitssl.data.masks import Masks
+from vitssl.data import colour, resample
+from vitssl.methods.hjepa import masks
+from vitssl.methods.hjepa.masks import Masks
 
 RATIO = (3 / 4, 4 / 3)  # Width / height of a crop box.
 ATTEMPTS = 10
@@ -36,7 +37,7 @@ class MultiCrop:
         interpolation: `bicubic`: PIL's, with antialias. `fast`: within half a grey
             level of it in the mean, four times as fast (see `resample`).
         colour: `host`: colours are changed by OpenCV, here. `device`: the crops leave
-            here unchanged, and the method calls `vitssl.ops.colour` with `recipe`.
+            here unchanged, and the method calls `vitssl.ops.jitter` with `recipe`.
         grayscale_prob: probability that a crop loses its colour.
         blur_prob: probability of Gaussian blur for (global crop 0, other global
             crops, local crops).
@@ -125,7 +126,7 @@ class MultiCrop:
     def recipe(self, kind: Literal["global", "local"], index: int) -> dict:
         """Return the colour settings of one crop: keywords of `colour.augment`.
 
-        `vitssl.ops.colour.augment` takes the same ones.
+        `vitssl.ops.jitter.augment` takes the same ones.
         """
         first, others, local = self.blur_prob
         near = kind == "global"

@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from vitssl.data import crops, resample
-from vitssl.data.augment.randaugment import RandAugment
-from vitssl.data.masks import Masks
+from vitssl.data.randaugment import RandAugment
+from vitssl.methods.hjepa.masks import Masks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ import pathlib
 import jax
 import numpy as np
 
-from vitssl import devices, evals
 from vitssl.data import dataset, pipeline, views
-from vitssl.evals import features
+from vitssl.evals import features, suite
+from vitssl.run import devices
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Evaluation:
         seed: of the run.
     """
 
-    def __init__(self, section: evals.Evals, data, method, mesh, workdir="", seed=0):
+    def __init__(self, section: suite.Evals, data, method, mesh, workdir="", seed=0):
         self._section, self._data = section, data
         self._method, self._mesh = method, mesh
         self._workdir, self._seed = pathlib.Path(workdir), seed
@@ -95,7 +95,7 @@ class Evaluation:
         values = self._scores(state, self._online_images[1])
         self._snapshots(state, self._online_images[1])
         if self._section.online:
-            values |= evals.online(
+            values |= suite.online(
                 self._section,
                 self._method.features,
                 (state.params, state.extra),
@@ -201,7 +201,7 @@ class Evaluation:
         if not section.final:
             none = "no final evaluation (evals.final is empty)"
             return scores, f"test split:{_gap(text)}{text}" if text else none
-        rows = evals.final(
+        rows = suite.final(
             section,
             self._method.features,
             {
@@ -212,9 +212,9 @@ class Evaluation:
             classes=self._classes,
             sharding=devices.batch_sharding(self._mesh),
         )
-        values = evals.flat(rows)
+        values = suite.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
-        table = evals.format_table(rows, section.protocol())
+        table = suite.format_table(rows, section.protocol())
         return values, f"{table}\ntest split:{_gap(text)}{text}" if text else table
 
 

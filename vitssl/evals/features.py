@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vitssl import devices, errors
+from vitssl import errors
+from vitssl.run import devices
 
 
 def extract(

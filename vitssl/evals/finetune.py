@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitssl import schedules
 from vitssl.evals import accuracy
+from vitssl.optim import schedules
 
 
 class Head(nn.Module):

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 import scipy.optimize
 
-from vitssl import schedules
 from vitssl.evals import accuracy
+from vitssl.optim import schedules
 
 Pooling = Literal["mean", "max", "attention", "cls"]
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitssl import schedules
+from vitssl.optim import schedules
 
 IGNORE = -1  # Label of pixels that do not count.
 FLOOR = 1e-5  # Learning rate at the end.

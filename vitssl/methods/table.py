@@ -1,9 +1,14 @@
 """The table of methods: what the key `method` of a config may be."""
 
-from vitssl.methods import classify, hjepa, latent_mim, localmim, parts, simclr
+from vitssl.methods.classify import method
+from vitssl.methods.hjepa import method as hjepa
+from vitssl.methods.latent_mim import method as latent_mim
+from vitssl.methods.localmim import method as localmim
+from vitssl.methods.parts import method as parts
+from vitssl.methods.simclr import method as simclr
 
 METHODS = {
-    "classify": classify.Classify,
+    "classify": method.Classify,
     "hjepa": hjepa.HJEPA,
     "latent_mim": latent_mim.LatentMIM,
     "localmim": localmim.LocalMIM,

@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen as nn
 
 from vitssl.data import modalities as sensors
-from vitssl.models import fieldblock, layers, tokens, vit
-from vitssl.ops import patches, resize
+from vitssl.models import fieldblock, layers, patches, tokens, vit
+from vitssl.ops import resize
 
 Resize = Literal["input", "weights"]
 

@@ -10,8 +10,9 @@ from typing import Literal
 import jax.numpy as jnp
 from absl import logging
 
-from vitssl import errors, freezeout
+from vitssl import errors
 from vitssl.models import hvit_blocks, hvit_fusion, layers
+from vitssl.optim import freezeout
 
 SIZES = {  # name: width, depths, heads, patch, image size
     "tiny": (64, (2, 2, 4, 2), (2, 4, 8, 16), 16, 256),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vitssl import tree
 from vitssl.data import modalities
-from vitssl.models import encodings, hybrid, tokens, vit
+from vitssl.models import encodings, tokens, upsample, vit
 from vitssl.ops import resize
 
 Mode = Literal["bilinear", "nearest", "pixel_shuffle", "skip", "shift"]
@@ -62,7 +62,7 @@ class HybridViT:
     @property
     def factor(self):
         """Fine tokens per coarse token and side."""
-        return hybrid.factor(self.p, self.q)
+        return upsample.factor(self.p, self.q)
 
     @property
     def network(self) -> vit.ViT:
@@ -88,7 +88,7 @@ class HybridViT:
     @property
     def _upsampler(self):
         mode = "bilinear" if self.mode == "shift" else self.mode
-        return hybrid.Upsampler((self._field,), self.p, self.q, mode, self.vit.dtype)
+        return upsample.Upsampler((self._field,), self.p, self.q, mode, self.vit.dtype)
 
     def init(self, rng, image):
         """Return fresh parameters for images like `image` [B, H, W, C]."""
@@ -175,4 +175,4 @@ class HybridViT:
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the fields."""
         yield from self.vit.check()
-        yield from hybrid.faults(self.p, self.q)
+        yield from upsample.faults(self.p, self.q)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl.data import modalities as sensors
-from vitssl.data.tokens import DECODER, MISSING, ONLINE, TARGET_ONLY
-from vitssl.ops import patches
+from vitssl.data.states import DECODER, MISSING, ONLINE, TARGET_ONLY
+from vitssl.models import patches
 
 __all__ = ["DECODER", "MISSING", "ONLINE", "TARGET_ONLY"]
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vitssl import freezeout
-from vitssl.models import layers, posemb
-from vitssl.ops import patches
+from vitssl.models import layers, patches, posemb
+from vitssl.optim import freezeout
 
 
 def uniform_fan_in(fan_in):
@@ -191,7 +190,7 @@ class ViT(nn.Module):
         Args:
             image: [B, H, W, C] float, normalised; the patch divides both sides.
             keep: [B, K] int32 raster indices of the patches that exist ("drop"
-                masking, packed by `ops.patches.pack`); None = all.
+                masking, packed by `models.patches.pack`); None = all.
             count: [B] int32, how many leading entries of keep are meant; the others
                 are padding that no token attends to. None = all.
             hide: [B, N] bool, patches whose token becomes 0 once it has its position

@@ -8,7 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from vitssl.data import colour, crops, masks, resample, views
+from vitssl.data import colour, crops, resample, views
+from vitssl.methods.hjepa import masks
 
 GREY = 1 / 255
 # A pixel whose hue lies exactly between two of PIL's 255 steps may fall on the other

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
-from vitssl.convert import vit as vit_table
-from vitssl.models import posemb, vit
-from vitssl.ops import patches
+from vitssl.convert import vit_names
+from vitssl.models import patches, posemb, vit
 
 
 def build(config):
@@ -34,7 +33,7 @@ def _load(case):
     image = jnp.zeros((1, net.image_size, net.image_size, channels))
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
     before = next(iter(case.param)).split("vit.")[0]
-    params = convert.convert(case.param, like, vit_table.table(f"{before}vit."))
+    params = convert.convert(case.param, like, vit_names.table(f"{before}vit."))
     return net, {"params": params}
 
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl.losses import combined, contrastive, regression, sigreg, vicreg
+from vitssl.losses import contrastive, regression, sigreg, vicreg
+from vitssl.methods.hjepa import combined
 
 TERMS = ("invariance", "variance", "covariance")
 

@@ -7,12 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert, methods, optim, step, tree
-from vitssl.convert import hjepa as table
+from vitssl import convert, tree
 from vitssl.data import crops
 from vitssl.losses import regression
-from vitssl.methods import hjepa, hjepa_losses, hjepa_sections
-from vitssl.models import levels, predictor, vit
+from vitssl.methods import base
+from vitssl.methods.hjepa import levels, names, predictor, sections
+from vitssl.methods.hjepa import method as hjepa
+from vitssl.methods.hjepa import objective as hjepa_losses
+from vitssl.models import vit
+from vitssl.optim import optimizer as optim
+from vitssl.run import step
 
 # I-JEPA decays no bias and no 1-D tensor; these are all of ours.
 IJEPA_WD = ((r".*/(bias|scale|ls1|ls2)", 0.0), (".*", 1.0))
@@ -37,7 +41,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
     scale = c["layerscale_init"] if c["use_layerscale"] else 0.0
     cropping = dict.fromkeys(("global_crop_scale", "local_crop_scale"), (0.1, 1.0))
     return hjepa.HJEPA(
-        run=methods.Run(
+        run=base.Run(
             **dict(total_steps=1, steps_per_epoch=1, batch_size=2) | run,
             classes=0,
             channels=3,
@@ -55,12 +59,12 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             rope=c.get("use_rope", False),
             rope_theta=c.get("rope_theta", 10000.0),
         ),
-        predictor=hjepa_sections.Predictor(
+        predictor=sections.Predictor(
             depth=c["predictor_depth"],
             heads=c["predictor_num_heads"],
             mlp_ratio=c["predictor_mlp_ratio"],
         ),
-        levels=hjepa_sections.Levels(
+        levels=sections.Levels(
             pooling=pooling,
             norm=c["projection_norm"],
             fpn=fpn,
@@ -80,7 +84,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             colour="host",
             **cropping,
         ),
-        masking=hjepa_sections.Masking(
+        masking=sections.Masking(
             **MASKS
             | dict(strategy="global_only", levels="finest", mode=mode)
             | dict(num_hierarchies=c["num_hierarchies"])
@@ -90,7 +94,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             **dict(type="mse", normalize=False, weights=(1.0,), view_weight=1.0)
             | (objective or {})
         ),
-        ema=hjepa_sections.Ema(
+        ema=sections.Ema(
             **dict(start=0.0, end=0.0, target_encoder=c["use_target_encoder"])
             | (ema or {})
         ),
@@ -101,7 +105,7 @@ def _load(method, state):
     """Put a case's parameters in, through the table users use."""
     image = {"global": jnp.zeros((1, 1, *(method.model.image_size,) * 2, 3))}
     fresh = jax.eval_shape(lambda: method.init(jax.random.key(0), image))
-    params, extra = table.load(state, *fresh)
+    params, extra = names.load(state, *fresh)
     if "momentum" in extra:
         extra["momentum"] = jnp.float32(method.ema.start)
     roles = params["predictor"].get("roles")
@@ -125,7 +129,7 @@ def _predictor(case):
     )
     row = jnp.zeros((1, 1, c["embed_dim"]))
     like = jax.eval_shape(net.init, jax.random.key(0), row, row)["params"]
-    params = convert.convert(case.param, like, table.predictor())
+    params = convert.convert(case.param, like, names.predictor())
     context = jnp.asarray(x["context_features"])
     where = x["mask_indices"].astype(int)[..., None]
     query = jnp.take_along_axis(jnp.asarray(x["pos_embed"]), where, 1)
@@ -141,7 +145,7 @@ def _batch_norm(case):
     named = {"params": "params", "batch_stats": "stats"}
     like = {ours: {"proj_0": {"norm": fresh[flax]}} for flax, ours in named.items()}
     state = {f"hierarchy_projections.0.1.{k}": v for k, v in case.param.items()}
-    found = convert.convert(state, like, table.levels("params/"))
+    found = convert.convert(state, like, names.levels("params/"))
     state = {flax: found[ours]["proj_0"]["norm"] for flax, ours in named.items()}
     y, moved = net.apply(state, x, None, True, mutable=["batch_stats"])
     case.close("y", y)
@@ -289,7 +293,7 @@ def _multicrop(case):
         return found | {"loss": loss, "grad_global_norm": norm}, grads
 
     found, grads = run(params, extra, batch)
-    named = convert.export({"params": grads}, table.table())
+    named = convert.export({"params": grads}, names.table())
     if "role_embed" in case.out and not wanted:
         named["role_embed"] = np.zeros_like(case.inputs["role_embed"])
     for name in case.out:
@@ -357,7 +361,7 @@ def _train(case):
         metrics["momentum"] = state.extra["momentum"]
         for name, values in seen.items():
             values.append(float(metrics[name]))
-    after = table.export(state.params, state.extra)
+    after = names.export(state.params, state.extra)
     for name in case.out:
         _, slash, leaf = name.partition("after/")
         case.close(name, after[leaf] if slash else seen[name])
@@ -373,7 +377,7 @@ def _groups(case):
     named = {}
     for name, leaf in leaves.items():
         one = tree.nest({f"params/{name}": np.zeros(leaf.shape)})
-        (key,) = convert.export(one, table.table())
+        (key,) = convert.export(one, names.table())
         named[key] = factor[name]
     groups = case.meta["groups"]
     assert set(named) == set(groups["original_all_decay"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitssl.evals.pictures import attention
+from vitssl.pictures import attention
 
 
 def rollout(case):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vitssl import schedules
 from vitssl.data import crops
+from vitssl.optim import schedules
 
 
 def _schedules(case):

@@ -3,9 +3,10 @@
 import numpy as np
 
 from vitssl.data import crops, resample
-from vitssl.data.augment import leaves, simclr
 from vitssl.data.sources import spectral
-from vitssl.ops import patches
+from vitssl.methods.classify import views
+from vitssl.methods.simclr import views as simclr
+from vitssl.models import patches
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -17,12 +18,12 @@ def _primitives(case):
     def close(name, got):
         case.close(name, np.moveaxis(np.asarray(got), -1, 0))
 
-    for operation in leaves.OPERATIONS:
+    for operation in views.OPERATIONS:
         name = operation.__name__
         close(name, operation(image, c[name]))
-    close("grayscale", np.repeat(leaves.gray(image), 3, -1))
-    close("blur", leaves.blur(image, (c["blur_k"],) * 2, c["sigma"]))
-    close("blur_3x9", leaves.blur(image, (3, 9), c["sigma"]))
+    close("grayscale", np.repeat(views.gray(image), 3, -1))
+    close("blur", views.blur(image, (c["blur_k"],) * 2, c["sigma"]))
+    close("blur_3x9", views.blur(image, (3, 9), c["sigma"]))
     close("hflip", image[:, ::-1])
     close("vflip", image[::-1])
     for kind in ("bilinear", "bicubic"):
@@ -32,16 +33,16 @@ def _primitives(case):
     # What the device does to whole grey levels is the same map.
     ours = patches.normalise(scale.astype(np.uint8), MEAN, STD)
     np.testing.assert_allclose(ours, (scale / 255 - MEAN) / np.array(STD), atol=1e-5)
-    close("chlorosis", leaves.chlorosis(image, *c["chlorosis"]))
-    close("necrosis", leaves.necrosis(image, *c["necrosis"]))
+    close("chlorosis", views.chlorosis(image, *c["chlorosis"]))
+    close("necrosis", views.necrosis(image, *c["necrosis"]))
     for name, kind in (
         ("overexposure", "over"),
         ("underexposure", "under"),
         ("uneven_h", "across"),
         ("uneven_v", "down"),
     ):
-        close(f"light_{name}", leaves.lighting(image, kind, c["lighting"][name]))
-    noise = leaves.NOISE * np.moveaxis(case.inputs["noise"], 0, -1)
+        close(f"light_{name}", views.lighting(image, kind, c["lighting"][name]))
+    noise = views.NOISE * np.moveaxis(case.inputs["noise"], 0, -1)
     close("noise", np.clip(image + noise, 0.0, 1.0))
     close("ndvi_proxy", spectral.ndvi(image))
     _crops(case.meta["statistics"])
@@ -53,7 +54,7 @@ def _crops(statistics):
     scales = {
         "simclr": (0.08, 1.0),
         "seed_simclr": simclr.Views(32).scale,
-        **{k: leaves.SEVERITIES[k].scale for k in ("mild", "moderate", "strong")},
+        **{k: views.SEVERITIES[k].scale for k in ("mild", "moderate", "strong")},
     }
     for name, want in statistics.items():
         scale = scales[name]

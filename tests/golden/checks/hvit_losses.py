@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import checkpoint, schedules, tree
+from vitssl import tree
 from vitssl.data import pipeline
 from vitssl.data.sources import sarcld
-from vitssl.evals import accuracy, linear, scores
-from vitssl.losses import classification, contrastive
-from vitssl.ops import mix
+from vitssl.evals import accuracy, linear, metrics
+from vitssl.losses import contrastive
+from vitssl.methods.classify import mix, objective
+from vitssl.optim import schedules
+from vitssl.run import checkpoint
 
 
 def _contrastive(case):
@@ -37,19 +39,19 @@ def _class_losses(case):
     weight, vector = i["class_weights"], i["alpha_vector"]
 
     def focal(x, y, alpha=c["focal_alpha"], reduction="mean"):
-        return classification.focal(
+        return objective.focal(
             x, y, gamma=c["focal_gamma"], alpha=alpha, reduction=reduction
         )
 
     def smooth(x, y, weight=None, smoothing=c["label_smoothing"]):
-        return classification.labelled(x, y, smoothing=smoothing, weight=weight)
+        return objective.labelled(x, y, smoothing=smoothing, weight=weight)
 
     def combined(x, y, weight=None):
         return c["ce_weight"] * smooth(x, y, weight) + c["focal_weight"] * focal(x, y)
 
     def mixed(x, y):
         one = lambda label: combined(x, label, weight)  # noqa: E731
-        return classification.mixed(one, y, other, c["lam"])
+        return objective.mixed(one, y, other, c["lam"])
 
     losses = {
         "focal_mean": focal,
@@ -77,10 +79,10 @@ def _metrics(case):
     classes = case.config["num_classes"]
     confusion = accuracy.confusion(label, logits.argmax(1), classes)
     case.close("confusion", confusion)
-    for key, value in scores.summary(confusion).items():
+    for key, value in metrics.summary(confusion).items():
         case.close(key, value)
     for name, f1 in zip(
-        case.config["class_names"], scores.per_class(confusion)["f1"], strict=True
+        case.config["class_names"], metrics.per_class(confusion)["f1"], strict=True
     ):
         case.close(f"f1_{name.replace(' ', '_')}", f1)
 
@@ -174,7 +176,7 @@ def _split(case):
     case.close("val_indices", val)
     own = label[train].astype(np.int32)
     counts = np.bincount(own, minlength=c["num_classes"])
-    case.close("class_weights", classification.class_weights(counts))
+    case.close("class_weights", objective.class_weights(counts))
     case.close("sample_weights", pipeline.class_weight(own))
 
 

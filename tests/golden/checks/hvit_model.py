@@ -5,18 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
-from vitssl.convert import family
-from vitssl.convert import hvit as table
-from vitssl.evals.pictures import attention
-from vitssl.models import (
-    hvit,
-    hvit_blocks,
-    hvit_fusion,
-    hvit_heads,
-    layers,
-    posemb,
-    projector,
-)
+from vitssl.convert import family, hvit_names
+from vitssl.methods.classify import streams
+from vitssl.methods.simclr import projector
+from vitssl.models import hvit, hvit_blocks, hvit_fusion, layers, posemb
+from vitssl.pictures import attention
 
 QUICK = {"xla_backend_optimization_level": 0}
 EPS = 1e-5
@@ -63,7 +56,7 @@ def model(config):
     c = config["hvt_params"]
     width = c.get("ssl_contrastive_projector_dim", 128)
     depth = c.get("ssl_contrastive_projector_depth", 2)
-    return hvit_heads.HViTModel(
+    return streams.HViTModel(
         backbone(config),
         config["num_classes"],
         consistency=c.get("enable_consistency_loss_heads", False),
@@ -83,7 +76,7 @@ def load(case):
     channels = net.backbone.spectral_channels
     like = {"spectral": jnp.zeros((*built.shape[:3], channels))} if channels else {}
     like = jax.eval_shape(net.init, jax.random.key(0), built, **like)["params"]
-    return net, {"params": table.load(case.param, like)}, images
+    return net, {"params": hvit_names.load(case.param, like)}, images
 
 
 def _forward(case):
@@ -130,7 +123,7 @@ def _mae(case):
     for name, prefix in (("rgb", ""), ("spectral", "spectral_")):
         if images[name] is None:
             continue
-        squares = hvit_heads.square_pixels(images[name], net.square)
+        squares = streams.square_pixels(images[name], net.square)
         case.close(f"pred_{name}", np.asarray(out[f"{prefix}pixels"])[mask])
         case.close(f"target_{name}", np.asarray(squares)[mask])
         grid = out["grids"][0]
@@ -155,19 +148,19 @@ def _blocks(case):
     shape = dict(heads=c["num_heads"], qkv_bias=c["qkv_bias"])
 
     attn = layers.Attention(**shape)
-    weights = _part(case, attn, table.ATTENTION, "attention", x)
+    weights = _part(case, attn, hvit_names.ATTENTION, "attention", x)
     y, sown = attn.apply(weights, x, mutable=["intermediates"])
     case.close("attention_probs", sown["intermediates"]["attention"][0])
     case.close("attention", attn.apply(weights, x))
 
     mlp = layers.MLP(hidden)
-    case.close("mlp", mlp.apply(_part(case, mlp, table.MLP, "mlp", x), x))
+    case.close("mlp", mlp.apply(_part(case, mlp, hvit_names.MLP, "mlp", x), x))
 
     block = layers.Block(hidden=hidden, eps=EPS, **shape)
     merge = hvit_blocks.PatchMerging(EPS)
     for name, net, rules, args in (
-        ("block", block, table.BLOCK, ()),
-        ("merging", merge, table.MERGE, (grid,)),
+        ("block", block, hvit_names.BLOCK, ()),
+        ("merging", merge, hvit_names.MERGE, (grid,)),
     ):
         weights = _part(case, net, rules, name, x, *args)
         for suffix, scale in (("", 1.0), ("_small", 0.01)):
@@ -176,14 +169,15 @@ def _blocks(case):
                 case.close(name + suffix, y[0] if args else y)
     y = x
     for i in range(family.depth(case.param, "stage.blocks.{i}.")):
-        y = block.apply(_part(case, block, table.BLOCK, f"stage.blocks.{i}", x), y)
-    weights = _part(case, merge, table.MERGE, "stage.downsample_layer", x, grid)
+        y = block.apply(_part(case, block, hvit_names.BLOCK, f"stage.blocks.{i}", x), y)
+    weights = _part(case, merge, hvit_names.MERGE, "stage.downsample_layer", x, grid)
     case.close("stage", merge.apply(weights, y, grid)[0])
 
     hidden, size = (case.param[f"mae_head.decoder_pred.{i}.bias"].size for i in (0, 2))
-    head = hvit_heads.Projections((hidden, size))
+    head = streams.Projections((hidden, size))
     case.close(
-        "mae_head", head.apply(_part(case, head, table.mae_head(), "mae_head", x), x)
+        "mae_head",
+        head.apply(_part(case, head, hvit_names.mae_head(), "mae_head", x), x),
     )
 
 
@@ -195,7 +189,7 @@ def _dfca(case):
     net = hvit_fusion.DFCA(
         heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True)
     )
-    weights = _part(case, net, table.DFCA, "", rgb, spectral)
+    weights = _part(case, net, hvit_names.DFCA, "", rgb, spectral)
     case.close("fused", net.apply(weights, rgb, spectral).swapaxes(0, 1))
     attn = hvit_fusion.CrossAttention(c["num_heads"])
     inner = {"params": weights["params"]["attn"]}
@@ -246,7 +240,7 @@ def _projectors(case):
         like = jax.eval_shape(lambda: head.init(rng, c["in_dim"]))  # noqa: B023
         like = {k: v for k, v in zip(("params", "stats"), like, strict=True) if v}
         state = {k: v for k, v in case.param.items() if k.startswith(f"{name}.")}
-        rules = table.projector(head.batchnorm).under(f"{name}.")
+        rules = hvit_names.projector(head.batchnorm).under(f"{name}.")
         found = convert.convert(state, like, rules)
         params, stats = found["params"], found.get("stats", {})
         y, _ = head(params, stats, x)

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import optim, tree
+from vitssl import tree
+from vitssl.optim import optimizer
 
 
 def _optimizer(total, per_epoch=1, **spec):
@@ -17,8 +18,8 @@ def _optimizer(total, per_epoch=1, **spec):
         clip_norm=0.0,
     )
     params = {"backbone/w": jnp.zeros(1), "head/w": jnp.zeros(1)}
-    return optim.make(
-        optim.Optim(**values | spec),
+    return optimizer.make(
+        optimizer.Optim(**values | spec),
         tree.nest(params),
         total_steps=total,
         steps_per_epoch=per_epoch,

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert, methods, optim, step, tree
-from vitssl.convert import hvit as table
-from vitssl.data.augment import simclr as views
+from vitssl import convert, tree
+from vitssl.convert import hvit_names
 from vitssl.evals import accuracy
-from vitssl.methods import classify, simclr, simclr_sections
-from vitssl.methods import classify_sections as sections
-from vitssl.models import head, hvit, projector
+from vitssl.methods import base
+from vitssl.methods.classify import method as classify
+from vitssl.methods.classify import sections
+from vitssl.methods.simclr import method as simclr
+from vitssl.methods.simclr import objective as simclr_sections
+from vitssl.methods.simclr import projector, views
+from vitssl.models import head, hvit
+from vitssl.optim import optimizer as optim
+from vitssl.run import step
 
 # The rules of configs/finetune_hvit.py and configs/simclr_hvit.py.
 HEAD = r"(head|aux_\w+)/.*"
@@ -40,7 +45,7 @@ def _model(case):
 
 
 def _run(classes=0, batch_size=1, total=1, counts=()):
-    return methods.Run(
+    return base.Run(
         total_steps=total,
         steps_per_epoch=1,
         batch_size=batch_size,
@@ -66,7 +71,7 @@ def _classifier(case, objective=None, batch_size=2, **own):
     image = jax.ShapeDtypeStruct((1, *c["img_size"], 3), jnp.float32)
     like, _ = jax.eval_shape(made.init, jax.random.key(0), {"image": image})
     depths = tuple(c["hvt_params"]["depths"])
-    params = convert.convert(case.param, like, table.table(depths))
+    params = convert.convert(case.param, like, hvit_names.table(depths))
     return made, jax.tree.map(jnp.asarray, params)
 
 
@@ -211,8 +216,8 @@ def _pretrain(case):
     batches = [{"global": jnp.stack([*map(_channels_last, p)], 1)} for p in pairs]
     like, _ = jax.eval_shape(method.init, jax.random.key(0), batches[0])
     depths = tuple(c["hvt_params"]["depths"])
-    names = table.encoder(depths).under("backbone.", "encoder/")
-    head_names = table.projector(False).under("projection_head.", "")
+    names = hvit_names.encoder(depths).under("backbone.", "encoder/")
+    head_names = hvit_names.projector(False).under("projection_head.", "")
     # The classifier is not on the path: it is no parameter of this method.
     mine = {k: v for k, v in case.param.items() if ".classifier_head" not in k}
     flat = {"encoder": like["encoder"], "params": like["projector"]}
@@ -242,11 +247,11 @@ def _pretrain(case):
 
 
 def _groups(case):
-    from vitssl.models import hvit_heads
+    from vitssl.methods.classify import streams
 
     h = case.config["hvt_params"]
     depths = tuple(h["depths"])
-    model = hvit_heads.HViTModel(
+    model = streams.HViTModel(
         _model(case),
         classes=case.config["num_classes"],
         consistency=h["enable_consistency_loss_heads"],
@@ -256,7 +261,7 @@ def _groups(case):
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     sizes = {k: v.size for k, v in tree.flat(shapes).items()}
     case.close("num_params_total", sum(sizes.values()))
-    rules = [(convert._compile(r.torch), r) for r in table.table(depths).rules]
+    rules = [(convert._compile(r.torch), r) for r in hvit_names.table(depths).rules]
     ours = {}
     for name in case.meta["all_names"]:
         rule, values = convert._first(rules, name)

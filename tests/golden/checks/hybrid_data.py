@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import modalities, olmoearth, shapes
+from vitssl.data import modalities, samples
+from vitssl.methods.latent_mim import shapes
 
 
 def _dtype(name, dtypes):
@@ -15,7 +16,7 @@ def _dtype(name, dtypes):
         return dtypes["timestamps"]
     if name == "latlon":
         return dtypes["latlon"]
-    if name.startswith(olmoearth.MASKS):
+    if name.startswith(samples.MASKS):
         return dtypes["masks"]
     if name.startswith(("sentinel2", "landsat")):
         return dtypes["s2_landsat"]
@@ -32,17 +33,17 @@ def _reader(case):
             for key, value in case.inputs.items():
                 name = key.removeprefix("h5/")
                 file[name] = value.astype(_dtype(name, c["h5_dtypes"]).split()[0])
-        sample = olmoearth.read(path, names)
+        sample = samples.read(path, names)
     for key in ("timestamps", *names):
         if f"unsubset_raw/{key}" in case.out:
             case.close(f"unsubset_raw/{key}", sample[key])
     kinds = [modalities.find(name) for name in names]
     times = shapes.max_times(kinds, c["token_budget"], c["sampled_hw_p"])
-    starts = olmoearth.valid_starts(sample["present"], times, sample["length"])
+    starts = samples.valid_starts(sample["present"], times, sample["length"])
     assert starts.tolist() == [0]
     pixels = np.arange(c["sampled_hw_p"] * c["patch_size"])
-    crop = olmoearth.subset(sample, names, 0, times, pixels, pixels)
-    crop = olmoearth.normalise(crop)
+    crop = samples.subset(sample, names, 0, times, pixels, pixels)
+    crop = samples.normalise(crop)
     for key in ("timestamps", *names):
         case.close(key, crop[key])
 
@@ -64,14 +65,12 @@ def _budget(case):
             found = None
         assert found == one["max_t"], one
     for one in c["valid_starts"]:
-        starts = olmoearth.valid_starts(
-            one["masks"], one["max_t"], one["current_length"]
-        )
+        starts = samples.valid_starts(one["masks"], one["max_t"], one["current_length"])
         assert starts.tolist() == one["valid_starts"], one
     for one in c["crop"]:
         masks = {k: np.array(v) for k, v in one["masks"].items()}
         rows = np.arange(len(next(iter(masks.values()))))
-        kept, cropped = olmoearth.crop_times(rows, masks)
+        kept, cropped = samples.crop_times(rows, masks)
         assert (kept[0], len(kept)) == (one["first_row"], one["length"])
         assert {k: v.tolist() for k, v in cropped.items()} == one["cropped"]
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import optim, schedules
-from vitssl.losses import contrastive, patch_discrimination
-from vitssl.losses.patch_discrimination import Pair
+from vitssl.losses import contrastive
+from vitssl.methods.latent_mim import discrimination as patch_discrimination
+from vitssl.methods.latent_mim.discrimination import Pair
 from vitssl.models import tokens
+from vitssl.optim import optimizer, schedules
 
 # Names of the original's registry that are not ours.
 KINDS = {
@@ -151,7 +152,7 @@ def _mae(case):
 
 def _optimizer(case):
     c = case.config
-    spec = optim.Optim(
+    spec = optimizer.Optim(
         name="adamw",
         lr=c["lr"],
         schedule="constant",
@@ -164,7 +165,7 @@ def _optimizer(case):
         eps=c["eps"],
     )
     start = {k: jnp.asarray(case.inputs[f"p0_{k}"]) for k in ("kernel", "bias")}
-    made = optim.make(
+    made = optimizer.make(
         spec, start, total_steps=c["steps"], steps_per_epoch=c["steps"], batch_size=1
     )
     state, values = made.init(start), start

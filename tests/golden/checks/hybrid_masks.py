@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from vitssl.data import bandsets, field_masks, modalities, tokens
+from vitssl.data import modalities, states
+from vitssl.methods.latent_mim import bandsets
+from vitssl.methods.latent_mim import masks as field_masks
 
 # Names of the original's options.
 NAMES = {
@@ -50,9 +52,9 @@ def _one(one):
         rng = np.random.default_rng(i)
         # A whole sample, with pixels and patches, as the reader hands it on.
         gone = {
-            k.name: tokens.per_patch(
+            k.name: states.per_patch(
                 k,
-                tokens.missing(k, np.zeros(k.shape(side * patch, one["T"]))),
+                states.missing(k, np.zeros(k.shape(side * patch, one["T"]))),
                 patch,
             )
             for k in kinds
@@ -78,14 +80,14 @@ def _one(one):
 def _rules(case):
     c = case.config
     kinds = [modalities.find(name) for name in c["modalities"]]
-    missing = {k.name: tokens.missing(k, case.inputs[k.name]) for k in kinds}
+    missing = {k.name: states.missing(k, case.inputs[k.name]) for k in kinds}
     filled = {}
     for name, gone in missing.items():
-        filled[name] = np.where(gone, tokens.MISSING, case.inputs[f"base_mask/{name}"])
+        filled[name] = np.where(gone, states.MISSING, case.inputs[f"base_mask/{name}"])
         case.close(f"missing_mask/{name}", gone)
         # The original fills a mask in which everything else is predicted.
-        case.close(f"filled/{name}", np.where(gone, tokens.MISSING, tokens.DECODER))
-    steps = tokens.present_times(kinds, missing)
+        case.close(f"filled/{name}", np.where(gone, states.MISSING, states.DECODER))
+    steps = states.present_times(kinds, missing)
     case.close("timesteps_with_at_least_one_modality", steps)
     only = tuple(c["only_decode_modalities"])
     rows = {"ruled": [], "strict": []}

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
-from vitssl.convert import olmoearth
 from vitssl.data import modalities
-from vitssl.models import encodings, fieldblock, flexi, latent_mim, tokens
+from vitssl.methods.latent_mim import names as olmoearth
+from vitssl.methods.latent_mim import network
+from vitssl.models import encodings, fieldblock, flexi, tokens
 from vitssl.ops import resize
 
 # Compiling is most of the time of these checks: quicker without optimisation.
@@ -37,7 +38,7 @@ def placeholder(mods, times=1):
 
 def encoder_of(c, mods):
     """The encoder that the configuration of a case describes."""
-    return latent_mim.Encoder(
+    return network.Encoder(
         modalities=mods,
         width=c["embedding_size"],
         depth=c.get("depth", c.get("encoder_depth")),
@@ -63,7 +64,7 @@ def encoder_like(module):
 
 def predictor_of(c, mods):
     """The predictor that the configuration of a case describes."""
-    return latent_mim.Predictor(
+    return network.Predictor(
         modalities=mods,
         width=c.get("output_embedding_size", c.get("embedding_size")),
         inner=c["decoder_embedding_size"],
@@ -380,7 +381,7 @@ def _pooling(case):
     state = tokens.flatten_mask(mask, mods)
     packed = tokens.pack(tokens.flatten(x, mods), state == tokens.ONLINE, 0)
     for name, ours in (("agg_then_proj", "agg_first"), ("proj_then_agg", "proj_first")):
-        module = latent_mim.Aggregate(c["num_layers"], ours == "agg_first")
+        module = network.Aggregate(c["num_layers"], ours == "agg_first")
         state = {
             k.removeprefix(f"{ours}."): v
             for k, v in case.param.items()
@@ -397,7 +398,7 @@ def _inventory(case):
         dims = want["dims"]
         if dims["encoder_depth"] == dims["decoder_depth"] and size != "nano":
             size += "_deep"
-        encoder, predictor = latent_mim.sized(
+        encoder, predictor = network.sized(
             size,
             mods,
             mlp_ratio=dims["mlp_ratio"],

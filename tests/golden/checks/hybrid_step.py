@@ -7,11 +7,13 @@ import numpy as np
 
 from vitssl import convert
 from vitssl.bench import flops, hybrid_flops
-from vitssl.convert import olmoearth
-from vitssl.convert import vit as names
-from vitssl.losses import contrastive, patch_discrimination
-from vitssl.losses.patch_discrimination import Pair
-from vitssl.models import flexi, hybrid, hybrid_mim, hybrid_vit, tokens, vit
+from vitssl.convert import vit_names
+from vitssl.losses import contrastive
+from vitssl.methods.latent_mim import discrimination
+from vitssl.methods.latent_mim import hybrid as hybrid_mim
+from vitssl.methods.latent_mim import names as olmoearth
+from vitssl.methods.latent_mim.discrimination import Pair
+from vitssl.models import flexi, hybrid_vit, tokens, upsample, vit
 
 from . import hybrid_model as parts
 
@@ -21,32 +23,34 @@ def _upsampler(case):
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
     p, q = c["processing_patch_size"], c["output_patch_size"]
-    fine, states = hybrid.Upsampler(mods, p, q).apply({}, x, mask, {})
+    fine, states = upsample.Upsampler(mods, p, q).apply({}, x, mask, {})
     for m in mods:
         case.close(m.name, fine[m.name])
         case.close(f"{m.name}_mask", states[m.name])
         wave = jnp.sin(jnp.arange(x[m.name].size, dtype=jnp.float32))
         wave = wave.reshape(x[m.name].shape)
-        got = hybrid.upsample(wave, None, p // q)
+        got = upsample.upsample(wave, None, p // q)
         case.close(f"unmasked/{m.name}", got)
         # What the original's tokens came to: zeros of hidden tokens are data. Ours
         # times the share of visible weight is that, where anything is visible.
         seen = (mask[m.name] == tokens.ONLINE)[..., None]
-        plain = hybrid.upsample(jnp.where(seen, x[m.name], 0), None, p // q)
+        plain = upsample.upsample(jnp.where(seen, x[m.name], 0), None, p // q)
         case.close(f"original/{m.name}", plain)
     shuffle = {"kernel": case.param["W"], "bias": case.param["b"]}
     for name in case.out:
         if name.startswith("pixel_shuffle/"):
             z = x[name.removeprefix("pixel_shuffle/")]
-            case.close(name, hybrid.PixelShuffle(p // q).apply({"params": shuffle}, z))
+            case.close(
+                name, upsample.PixelShuffle(p // q).apply({"params": shuffle}, z)
+            )
 
 
 def _skip(case):
     from vitssl.data import modalities
 
     c = case.config
-    names = tuple(f"band{i}" for i in range(c["C"]))
-    groups = tuple(tuple(names[i] for i in g) for g in c["band_groups"])
+    vit_names = tuple(f"band{i}" for i in range(c["C"]))
+    groups = tuple(tuple(vit_names[i] for i in g) for g in c["band_groups"])
     field = modalities.Modality("field", groups, time=True)
     assert field.channels == tuple(map(tuple, c["band_groups"]))
     params = {
@@ -61,7 +65,7 @@ def _skip(case):
             k: case.param[f"fine_embed.{g}.{k}"] for k in ("kernel", "bias")
         }
     p, q = c["processing_patch_size"], c["output_patch_size"]
-    module = hybrid.Upsampler((field,), p, q, "skip")
+    module = upsample.Upsampler((field,), p, q, "skip")
     x, mask, pixels = (jnp.asarray(case.inputs[k]) for k in ("tokens", "mask", "x"))
     fine, states = module.apply(
         {"params": {"skip": params}}, {"field": x}, {"field": mask}, {"field": pixels}
@@ -101,7 +105,7 @@ def total_of(module, c, target, a, b):
             frozen, target, parts.unmask(batch), seen.asked, module.target_patch
         )
         both = {k: Pair(v.prediction, goal[k], v.valid) for k, v in seen.asked.items()}
-        loss, _ = patch_discrimination.patch_discrimination(
+        loss, _ = discrimination.patch_discrimination(
             both, kind=c["loss"], tau=c["tau"]
         )
         return loss, seen, goal
@@ -154,7 +158,7 @@ def _close_tokens(case, module, mods, views, va, goal):
         r = module.p // module.target_patch if m.space else 1
         for name, batch in zip("ab", views, strict=True):
             mask = flexi.token_mask(batch, m, module.p)
-            states = hybrid.upsample_mask(mask, r)
+            states = upsample.upsample_mask(mask, r)
             case.close(f"{name}/mask/{m.name}", states)
             if name == "a":
                 asked, shape = va.asked[m.name], (*states.shape, -1)
@@ -199,8 +203,8 @@ def _vit(case):
     )
     image = jnp.moveaxis(jnp.asarray(case.inputs["x"]), 1, -1)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
-    state = names.fold_positions(case.param, net.prefix) if rows else case.param
-    params = convert.convert(state, like, names.table())
+    state = vit_names.fold_positions(case.param, net.prefix) if rows else case.param
+    params = convert.convert(state, like, vit_names.table())
 
     def run(p, q, mode="bilinear"):
         system = hybrid_vit.HybridViT(net, p, q, mode)

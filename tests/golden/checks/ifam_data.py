@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 
 from tests.layouts import radiographs
-from vitssl.data import frames, planckian, recipes, sources
+from vitssl.data import sources
 from vitssl.data.sources import siim_acr
-from vitssl.evals import partmeasures
+from vitssl.methods.parts import frames, measures, planckian, views
 
 
 def _uint8(x):
@@ -49,8 +49,8 @@ def _cub(case):
                 assert len(source.classes) == expected["num_classes"]
         reader = c["parts_reader"]
         source = sources.open("cub", root, reader["split"])
-        spec = recipes.Augment(reader["resize"])
-        view = recipes.Evaluation(spec, reader["resize"])
+        spec = views.Augment(reader["resize"])
+        view = views.Evaluation(spec, reader["resize"])
         rows = [view(source[i]) for i in range(len(source))]
     # The original puts the number of the keypoint, or of the image, in front.
     ids = np.arange(1, rows[0]["keypoints"].shape[0] + 1)
@@ -142,7 +142,7 @@ def _transform(case):
     c = case.config
     size = c["image_size"]
     grey = isinstance(c.get("mean"), float)
-    spec = recipes.Augment(
+    spec = views.Augment(
         size,
         "siim_acr" if grey else "cub_original",
         evaluation="timm" if "crop_pct" in c else "crop",
@@ -158,7 +158,7 @@ def _transform(case):
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=-1)
         example["image"] = image
-        got = recipes.Evaluation(spec, size)(example)
+        got = views.Evaluation(spec, size)(example)
         pixels = (got["image"] / 255 - mean) / std
         out = "image" if name == "image" else name.replace("image", "out")
         case.close(out, pixels.transpose(2, 0, 1))
@@ -177,7 +177,7 @@ def _data(case):
     elif "rle" in c:
         _runs(case)
     elif "size" in c:
-        mask = partmeasures.nearest(inputs["mask"][:, 0], tuple(c["size"]))
+        mask = measures.nearest(inputs["mask"][:, 0], tuple(c["size"]))
         case.close("mask", mask[:, None])
     else:
         _transform(case)

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.golden.checks.ifam_model import last
-from vitssl.evals import partmeasures, partscores
-from vitssl.evals.pictures import parts as pictures
-from vitssl.ops import partmaps
+from vitssl.methods.parts import maps as partmaps
+from vitssl.methods.parts import measures, scores
+from vitssl.pictures import overlays
 
 
 def _points(case, prefix):
@@ -19,13 +19,13 @@ def _points(case, prefix):
     }
     if f"{prefix}boxes" in case.inputs:
         batch["box"] = jnp.asarray(case.inputs[f"{prefix}boxes"])[:, 1:]
-    rows = partmeasures.of_maps(last(case.inputs[f"{prefix}maps"]), batch)
+    rows = measures.of_maps(last(case.inputs[f"{prefix}maps"]), batch)
     return {k: np.asarray(v) for k, v in rows.items()}
 
 
 def _keypoints(case):
     fit, test = _points(case, "fit_"), _points(case, "eval_")
-    case.close("error", partscores.keypoint_error(fit, test))
+    case.close("error", scores.keypoint_error(fit, test))
     centres = case.out["first_fit_centers"]
     n = len(centres)
     case.close("first_fit_centers", fit["centres"][:n].reshape(centres.shape))
@@ -36,7 +36,7 @@ def _agreement(case):
     rows = _points(case, "")
     seen = rows["keypoint_seen"]
     which = np.broadcast_to(np.arange(seen.shape[1]), seen.shape)
-    found = partscores.agreement(rows["keypoint_part"][seen], which[seen])
+    found = scores.agreement(rows["keypoint_part"][seen], which[seen])
     for name, value in found.items():
         case.close(name, 100 * value)
 
@@ -45,23 +45,23 @@ def _dense(case):
     masks = case.inputs["part_masks"]  # [B, P, H, W]
     rest = np.full_like(masks[:, :1], 0.1)
     truth = np.concatenate([masks, rest], axis=1).argmax(1)
-    table = partmeasures.contingency(last(case.inputs["maps"]), jnp.asarray(truth))
+    table = measures.contingency(last(case.inputs["maps"]), jnp.asarray(truth))
     table = np.asarray(table).sum(0)
-    case.close("nmi", 100 * partscores.mutual_information(table))
-    case.close("ari", 100 * partscores.rand_index(table))
+    case.close("nmi", 100 * scores.mutual_information(table))
+    case.close("ari", 100 * scores.rand_index(table))
 
 
 def _overlap(case):
     masks = jnp.asarray(case.inputs["masks"])
-    counts = partmeasures.overlap(last(case.inputs["maps"]), masks)
-    found = partscores.intersection_over_union(np.asarray(counts))
+    counts = measures.overlap(last(case.inputs["maps"]), masks)
+    found = scores.intersection_over_union(np.asarray(counts))
     for name in ("iou_fg", "iou_bg"):
         case.close(name, found[name])
 
 
 def _classification(case):
     logits, labels = case.inputs["logits"], case.inputs["targets"].astype(int)
-    found = partscores.classification(logits, labels)
+    found = scores.classification(logits, labels)
     for theirs, ours in (
         ("micro", "top1"),
         ("macro", "macro"),
@@ -79,26 +79,26 @@ def _classification(case):
 def _waterbirds(case):
     logits = case.inputs["logits"]
     y, place = (case.inputs[k].astype(int) for k in ("y", "place"))
-    case.close("average", partscores.classification(logits, y)["top1"])
+    case.close("average", scores.classification(logits, y)["top1"])
     for name, rows in (("worst_case", y != place), ("best_case", y == place)):
-        found = partscores.classification(logits[rows], y[rows])
+        found = scores.classification(logits[rows], y[rows])
         case.close(f"{name}_micro", found["top1"])
         case.close(f"{name}_per_class", found["per_class"])
         if name == "worst_case":
             case.close("worst_group", found["worst_class"])
-    found = partscores.groups(logits, y, 2 * y + place)
+    found = scores.groups(logits, y, 2 * y + place)
     case.close("worst_of_4_groups", found["worst_group"])
 
 
 def _in9(case):
     mapping = case.config["mapping"]
     args = case.inputs["logits"], case.inputs["targets"].astype(int), mapping
-    case.close("accuracy", partscores.coarse_accuracy(*args))
+    case.close("accuracy", scores.coarse_accuracy(*args))
 
 
 def _thresholds(case):
     maps, dot = (np.asarray(last(case.inputs[k])) for k in ("maps", "ab"))
-    found = partscores.thresholds(maps, dot, case.config["quantiles"])
+    found = scores.thresholds(maps, dot, case.config["quantiles"])
     for name, want in case.meta["expected"].items():
         got = next(v for q, v in found.items() if abs(1 - q - float(name)) < 1e-9)
         want = [want[str(k)] for k in range(len(got))]
@@ -136,10 +136,10 @@ def _metric(case):
 def _picture(case):
     if not case.out:
         for want in case.meta["expected"]:
-            columns, rows = pictures.layout(want["batch"])
+            columns, rows = overlays.layout(want["batch"])
             assert (columns, rows) == (want["ncols"], want["nrows"])
         return
-    got = pictures.labels(last(case.inputs["maps"]), case.config["save_resolution"])
+    got = overlays.labels(last(case.inputs["maps"]), case.config["save_resolution"])
     # Ties of enlarged maps are decided by the last bit: the case asks for 99 %.
     assert (got == case.out["labels"]).mean() >= 0.99
     case.close("labels", case.out["labels"])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.golden.checks.ifam_model import first, last
-from vitssl.losses import parts as losses
-from vitssl.ops import affine, partmaps
+from vitssl.methods.parts import affine, objective
+from vitssl.methods.parts import maps as partmaps
 
 
 def _on_maps(case, loss):
@@ -32,16 +32,16 @@ def _with_background(loss):
 def _classification(case):
     logits, labels = (jnp.asarray(case.inputs[k]) for k in ("logits", "targets"))
     labels, s = labels.astype(jnp.int32), case.config["smoothing"]
-    case.close("ce", losses.cross_entropy(logits, labels))
-    case.close("ls", losses.cross_entropy(logits, labels, smoothing=s))
+    case.close("ce", objective.cross_entropy(logits, labels))
+    case.close("ls", objective.cross_entropy(logits, labels, smoothing=s))
     soft = jnp.asarray(case.inputs["soft_targets"])
-    case.close("soft", losses.cross_entropy(logits, soft))
+    case.close("soft", objective.cross_entropy(logits, soft))
 
 
 def _orthogonality(case):
     x = jnp.asarray(case.inputs["features"]).transpose(0, 2, 1)  # [B, K+1, D]
     for axis, end in (("parts", ""), ("channels", "_as_shipped")):
-        value, grad = jax.value_and_grad(losses.orthogonality)(x, axis)
+        value, grad = jax.value_and_grad(objective.orthogonality)(x, axis)
         case.close(f"loss{end}", value)
         case.close(f"grad{end}", grad.transpose(0, 2, 1))
 
@@ -61,7 +61,7 @@ def _equivariance(case):
         case.close(f"backward_maps_{name}", first(affine.undo(moved, w, size)))
 
         def loss(a, b, w=w, size=size):
-            return losses.equivariance(a, affine.undo(b, w, size))
+            return objective.equivariance(a, affine.undo(b, w, size))
 
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(maps, moved)
         case.close(f"loss_{name}", value)
@@ -73,9 +73,9 @@ def _loss(case):
     c, kind = case.config, case.config.get("loss_type")
     name = case.meta["case"]
     if name.startswith("loss_enforced_presence"):
-        _on_maps(case, lambda m: losses.background_presence(m, kind))
+        _on_maps(case, lambda m: objective.background_presence(m, kind))
     elif name.startswith("loss_presence"):
-        loss = lambda m: losses.presence(m, kind, beta=c["beta"])  # noqa: E731
+        loss = lambda m: objective.presence(m, kind, beta=c["beta"])  # noqa: E731
         _on_maps(case, _with_background(loss))
     elif "logits" in case.inputs:
         _classification(case)
@@ -88,9 +88,9 @@ def _loss(case):
 
 
 _PLAIN = {
-    "loss_concentration": losses.concentration,
-    "loss_pixel_entropy": losses.pixel_entropy,
-    "loss_total_variation": losses.total_variation,
+    "loss_concentration": objective.concentration,
+    "loss_pixel_entropy": objective.pixel_entropy,
+    "loss_total_variation": objective.total_variation,
 }
 
 

@@ -5,18 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
-from vitssl.convert import parts as table
-from vitssl.models import (
-    baselines,
-    convnext,
-    layers,
-    partheads,
-    parts,
-    posemb,
-    resnet,
-    vit,
-)
-from vitssl.ops import partmaps
+from vitssl.methods.parts import baselines, heads, names, networks
+from vitssl.methods.parts import maps as partmaps
+from vitssl.models import convnext, layers, posemb, resnet, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -63,7 +54,7 @@ def apply(net, variables, *args, **kwargs):
 
 
 def head(config, modulation="layer_norm"):
-    return partheads.PartHead(
+    return heads.PartHead(
         parts=config["num_parts"],
         classes=config["num_classes"],
         temperature=config.get("softmax_temperature", config.get("temperature")),
@@ -74,9 +65,9 @@ def head(config, modulation="layer_norm"):
 
 
 def two_stage(config, **options):
-    return parts.TwoStage(
-        parts.PartNet(backbone(config), head(config)),
-        parts.MaskedClassifier(backbone(config), config["num_classes"], **options),
+    return networks.TwoStage(
+        networks.PartNet(backbone(config), head(config)),
+        networks.MaskedClassifier(backbone(config), config["num_classes"], **options),
         "soft" if config["use_soft_masks"] else "hard",
     )
 
@@ -84,7 +75,7 @@ def two_stage(config, **options):
 def load(case, net, rules, *args):
     """Variables of `net` with the case's weights, through the users' table."""
     like = jax.eval_shape(net.init, jax.random.key(0), *args)["params"]
-    return {"params": table.load(case.param, like, rules)}
+    return {"params": names.load(case.param, like, rules)}
 
 
 def draws(case, suffix=""):
@@ -127,8 +118,8 @@ def _found(case, found, mask):
 
 
 def _stage1(case):
-    net = parts.PartNet(backbone(case.config), head(case.config))
-    variables = load(case, net, table.part_net, image(case))
+    net = networks.PartNet(backbone(case.config), head(case.config))
+    variables = load(case, net, names.part_net, image(case))
     found = apply(
         net, variables, image(case), draws(case), thresholds=_thresholds(case.config)
     )
@@ -140,10 +131,12 @@ def _stage2(case):
     c = case.config
     masking = "soft" if c["use_soft_masks"] else "hard"
     ways = ["soft"] if c["use_soft_masks"] else ["hard", "straight_through"]
-    net = parts.MaskedClassifier(backbone(c), c["num_classes"], rooms=(0.25, 0.5, 1.0))
+    net = networks.MaskedClassifier(
+        backbone(c), c["num_classes"], rooms=(0.25, 0.5, 1.0)
+    )
     side = c["vit"]["img"] // c["vit"]["patch"]
     mask = jnp.asarray(case.inputs["mask"]).reshape(-1, side, side)
-    variables = load(case, net, table.masked, image(case), mask)
+    variables = load(case, net, names.masked, image(case), mask)
     for masking in ways:
         case.close("logits", apply(net, variables, image(case), mask, masking=masking))
 
@@ -151,7 +144,7 @@ def _stage2(case):
 def _two_stage(case):
     c = case.config
     net = two_stage(c, rooms=(0.5, 1.0))
-    variables = load(case, net, table.two_stage, image(case))
+    variables = load(case, net, names.two_stage, image(case))
     removed = tuple(c.get("part_ids_to_remove") or ())
     # The original does not silence removed pixels of soft masks; see `removal`.
     out = apply(
@@ -173,11 +166,11 @@ def _two_stage(case):
 def _pdiscoformer(case):
     c = case.config
     if "vit" in c:
-        net = parts.PartNet(backbone(c), head(c))
-        variables = load(case, net, table.part_net, image(case))
+        net = networks.PartNet(backbone(c), head(c))
+        variables = load(case, net, names.part_net, image(case))
     else:
         kind = "original" if "modulation" in case.param else "layer_norm"
-        net, rules = parts.PartNet(_cnn(c), head(c, kind)), _cnn_table(c)
+        net, rules = networks.PartNet(_cnn(c), head(c, kind)), _cnn_table(c)
         like = jax.eval_shape(net.init, jax.random.key(0), image(case))
         variables = convert.convert(case.param, like, rules)
     found = apply(net, variables, image(case), draws(case))
@@ -204,7 +197,7 @@ def _cnn(c):
 
 
 def _cnn_table(c):
-    return table.convnext() if "dims" in c else table.resnet()
+    return names.convnext() if "dims" in c else names.resnet()
 
 
 def _baseline(case):
@@ -216,7 +209,7 @@ def _baseline(case):
         h, w = (s // net.patch for s in image(case).shape[1:3])
         args.append(jnp.asarray(case.inputs["mask"]).reshape(-1, h, w))
     if pooling == "decoupled":
-        model = parts.MaskedClassifier(net, c["num_classes"], norm=False)
+        model = networks.MaskedClassifier(net, c["num_classes"], norm=False)
     else:
         pooling = {"late": "late_mask"}.get(pooling, pooling)
         model = baselines.Baseline(net, c["num_classes"], pooling)
@@ -224,7 +217,7 @@ def _baseline(case):
     tree = dict(like["params"])
     if "batch_stats" in like:
         tree["stats"] = like["batch_stats"]
-    tree = table.load(case.param, tree, table.masked)
+    tree = names.load(case.param, tree, names.masked)
     variables = {"batch_stats": tree.pop("stats", {}), "params": tree}
     case.close("logits", apply(model, variables, *args))
 

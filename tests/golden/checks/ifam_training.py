@@ -10,11 +10,12 @@ import optax
 
 from configs import parts as config
 from tests.golden.checks import ifam_losses, ifam_model
-from vitssl import convert, methods, optim, schedules, tree
-from vitssl.convert import parts as table
-from vitssl.data import recipes
-from vitssl.methods import parts, parts_sections
-from vitssl.models import baselines
+from vitssl import convert, tree
+from vitssl.methods import base as methods
+from vitssl.methods.parts import baselines, sections, views
+from vitssl.methods.parts import method as parts
+from vitssl.methods.parts import names as table
+from vitssl.optim import optimizer, schedules
 
 OPTIM = dict(name="adamw", schedule="cosine", warmup_epochs=0.0, min_lr=0.0)
 
@@ -24,7 +25,7 @@ def _optimizer(case):
     groups = c["groups"]
     names = {k: g for k, g in groups.items() if k != "frozen"}
     lr = min(g["lr"] for g in names.values())
-    spec = optim.Optim(
+    spec = optimizer.Optim(
         lr=lr,
         wd=1.0,
         clip_norm=c["clip"],
@@ -37,7 +38,7 @@ def _optimizer(case):
         **OPTIM | {"schedule": "constant"},
     )
     params = {k.split("/")[1]: v for k, v in case.inputs.items() if "init/" in k}
-    made = optim.make(spec, params, total_steps=9, steps_per_epoch=1, batch_size=1)
+    made = optimizer.make(spec, params, total_steps=9, steps_per_epoch=1, batch_size=1)
     trained = {k: jnp.asarray(v) for k, v in params.items() if k not in made.frozen(0)}
     state, step = made.init(trained), 0
     while f"norm{step}" in case.out:
@@ -52,7 +53,7 @@ def _optimizer(case):
 def _rates(spec, epochs, base):
     """The rate during each epoch, and after the last: three steps to an epoch."""
     settings = dict(total_steps=3 * epochs, steps_per_epoch=3, batch_size=1)
-    made = optim.make(spec, {"a": np.zeros(2)}, **settings)
+    made = optimizer.make(spec, {"a": np.zeros(2)}, **settings)
     unit = base / spec.lr
     rates = [float(made.lr(3 * e + 2, unit)) for e in range(epochs)]
     return [*rates, float(made.lr(3 * epochs, unit))]
@@ -63,7 +64,7 @@ def _lr(case):
     for name, c in case.config.items():
         kind = kinds.get(c.get("scheduler_type"), "cosine")
         base = c["base_lrs"]
-        spec = optim.Optim(
+        spec = optimizer.Optim(
             name="adamw",
             lr=base[0],
             wd=0.0,
@@ -111,8 +112,8 @@ def _sqrt(c):
 
 def _made(wd, per_epoch, epochs, batch, **fields):
     options = OPTIM | dict(lr=1.0, wd=wd, wd_normalised=True, clip_norm=0.0) | fields
-    return optim.make(
-        optim.Optim(**options),
+    return optimizer.make(
+        optimizer.Optim(**options),
         {"a": np.zeros(2)},
         total_steps=per_epoch * epochs,
         steps_per_epoch=per_epoch,
@@ -143,8 +144,8 @@ def _groups(case):
     else:
         given |= {k: v for k, v in c["factors"].items() if k != "stage_two"}
         given["second"] = c["factors"]["stage_two"]
-    made = optim.make(
-        optim.Optim(
+    made = optimizer.make(
+        optimizer.Optim(
             lr=c["lr"],
             wd=want["weight_decay"],
             clip_norm=2.0,
@@ -221,7 +222,7 @@ def method(c):
     return parts.Parts(
         run=methods.Run(10, 1, 3, c["num_classes"], 3, (0.5,) * 3, (0.5,) * 3),
         model=ifam_model.backbone(c),
-        parts=parts_sections.Parts(
+        parts=sections.Parts(
             count=c["num_parts"],
             masks="soft" if c["use_soft_masks"] else "hard",
             gumbel=c["gumbel_softmax"],
@@ -229,8 +230,8 @@ def method(c):
             dropout=c["part_dropout"],
             mask_dropout=c["part_dropout_stage_2"],
         ),
-        augment=recipes.Augment(c["vit"]["img"]),
-        objective=parts_sections.Objective(
+        augment=views.Augment(c["vit"]["img"]),
+        objective=sections.Objective(
             stage_2=w["classification_loss_stage_2"],
             stage_1=w["classification_loss"],
             total_variation=w["total_variation_loss"],
@@ -266,8 +267,8 @@ def _step(case):
     params = table.load(case.param, like)
     flags = case.config["freeze"]
     rules = config.groups(freeze_backbone=flags.get("freeze_backbone", False))
-    spec = optim.Optim(lr=1.0, wd=0.0, clip_norm=2.0, **rules, **OPTIM)
-    made = optim.make(spec, params, total_steps=9, steps_per_epoch=1, batch_size=3)
+    spec = optimizer.Optim(lr=1.0, wd=0.0, clip_norm=2.0, **rules, **OPTIM)
+    made = optimizer.make(spec, params, total_steps=9, steps_per_epoch=1, batch_size=3)
     for axis in ("parts", "channels"):
         _pass(case, of, params, made, image, labels, axis)
 

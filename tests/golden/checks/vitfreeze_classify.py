@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert, init, optim, tree
-from vitssl.convert import localmim as pretrain_table
-from vitssl.convert import positions
-from vitssl.convert import vit as vit_table
+from vitssl import convert, tree
+from vitssl.convert import positions, vit_names
 from vitssl.data import resample, views
 from vitssl.evals import accuracy, knn
-from vitssl.losses import classification
-from vitssl.models import head, vit
-from vitssl.ops import mix, patches
+from vitssl.methods.classify import mix, objective
+from vitssl.methods.localmim import names as pretrain_table
+from vitssl.models import head, patches, vit
+from vitssl.optim import optimizer as optim
+from vitssl.run import warmstart
 
 # The rules of configs/finetune_vit.py.
 DECAY = ((".*/(bias|scale|cls|pos_embed|ls1|ls2)|head/bias", 0.0), (".*", 1.0))
@@ -22,10 +22,10 @@ def _losses(case):
     c, logits = case.config, jnp.asarray(case.inputs["logits"])
     label = case.inputs["labels"]
     soft = jnp.asarray(case.inputs["soft_target"])
-    case.close("soft_target_ce", classification.cross_entropy(logits, soft))
+    case.close("soft_target_ce", objective.cross_entropy(logits, soft))
     for name, s in (("label_smoothing_ce", c["smoothing"]), ("ce", 0.0)):
-        target = classification.soft_targets(label, c["num_classes"], s)
-        case.close(name, classification.cross_entropy(logits, target))
+        target = objective.soft_targets(label, c["num_classes"], s)
+        case.close(name, objective.cross_entropy(logits, target))
     found = accuracy.measure(case.inputs["logits"], label)
     case.close("acc1", 100 * found["top1"])
     case.close("acc5", 100 * found["top5"])
@@ -218,10 +218,12 @@ def _transfer(case):
         shapes |= {f"head/{k}": None for k in ("norm/scale", "kernel", "bias")}
         rules = (("backbone/(.*)", r"encoder/\1"),)
         stored.discard("encoder/pos_embed")  # Fixed in pre-training: no parameter here.
-        found = set(init.renamed(dict.fromkeys(stored), shapes, rules)) & set(shapes)
+        found = set(warmstart.renamed(dict.fromkeys(stored), shapes, rules)) & set(
+            shapes
+        )
         # The position table is fixed there: it comes from its formula, not the file.
         carried = [k for k in meta["carried_over"] if k != "pos_embed"]
-        wanted = {f"backbone/{k}" for k in _ours(carried, vit_table.table())}
+        wanted = {f"backbone/{k}" for k in _ours(carried, vit_names.table())}
         # Beyond the original, the last stage's norm arrives (its advice).
         assert found - wanted == {"backbone/norm/scale", "backbone/norm/bias"}
         assert wanted <= found
@@ -250,7 +252,7 @@ def _finetuned(case):
     image = jnp.moveaxis(jnp.asarray(case.inputs["imgs"]), 1, -1)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
     own = {k: v for k, v in case.param.items() if not k.startswith(("fc_", "head"))}
-    params = convert.convert(own, like, vit_table.table())
+    params = convert.convert(own, like, vit_names.table())
     kernel = jnp.asarray(case.param["head.weight"]).T
     linear = {"kernel": kernel, "bias": jnp.asarray(case.param["head.bias"])}
     for pool in ("gap", "cls"):

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from vitssl import experiment
+from vitssl.run import experiment
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 FILES = {

@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert, freezeout, methods, optim, tree
-from vitssl.convert import localmim as table
-from vitssl.methods import localmim, localmim_sections
-from vitssl.methods import localmim_masks as masking
-from vitssl.models import posemb, stage_decoder, vit
-from vitssl.ops import hog
+from vitssl import convert, tree
+from vitssl.methods import base
+from vitssl.methods.localmim import decoder, hog
+from vitssl.methods.localmim import masks as masking
+from vitssl.methods.localmim import method as localmim
+from vitssl.methods.localmim import names as table
+from vitssl.methods.localmim import sections as localmim_sections
+from vitssl.models import posemb, vit
+from vitssl.optim import freezeout
+from vitssl.optim import optimizer as optim
 
 # Compiling is most of the time of these checks: quicker without optimisation.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -23,7 +27,7 @@ def build(c, **sections):
     """The method that the configuration of a case describes."""
     scales = tuple(c.get("decoder_scales", SCALES))
     return localmim.LocalMIM(
-        run=methods.Run(
+        run=base.Run(
             total_steps=1,
             steps_per_epoch=1,
             batch_size=1,
@@ -131,7 +135,7 @@ def _decoder(case):
     c = case.config
     side = int(c["num_patches"] ** 0.5)
     for scale in c["scales"]:
-        module = stage_decoder.StageDecoder(
+        module = decoder.StageDecoder(
             width=c["embed_dim"],
             depth=c["depth"],
             heads=c["num_heads"],
@@ -150,7 +154,7 @@ def _decoder(case):
         )["params"]
         params = convert.convert(state, want, table.decoder(scale))
         got = module.apply({"params": params}, x, restore, (side, side))
-        case.close(f"scale{scale}", stage_decoder.raster(got, (side, side), scale))
+        case.close(f"scale{scale}", decoder.raster(got, (side, side), scale))
         if scale >= 1:  # Predicting some patches only changes nothing.
             only = jnp.asarray([[2, 0, 5]] * len(x))
             some = module.apply({"params": params}, x, restore, (side, side), only)
@@ -196,8 +200,8 @@ def _model(case):
             own = {"params": params[f"decoder_{k}"]}
             got = module.apply(own, latent, masks.restore, method.grid)
             found[f"latent{k}"] = latent
-            found[f"pred{k}"] = stage_decoder.raster(got, method.grid, scale)
-            found[f"target{k}"] = stage_decoder.raster(goals[k], method.grid, scale)
+            found[f"pred{k}"] = decoder.raster(got, method.grid, scale)
+            found[f"target{k}"] = decoder.raster(goals[k], method.grid, scale)
         return found
 
     for name, value in jax.jit(inside, compiler_options=QUICK)(params).items():

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from vitssl import freezeout, optim
 from vitssl.bench import flops
+from vitssl.optim import freezeout
+from vitssl.optim import optimizer as optim
 
 
 def _plan(run, last, total, warmup):

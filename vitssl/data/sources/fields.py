@@ -16,7 +16,7 @@ COUNTS = {"train": 2000, "test": 400}
 class Fields(drawn.Drawn):
     """The first `count` scenes of a world.
 
-    Examples are those of `data.olmoearth`, with "cover" uint8 [S, S]; the label is the
+    Examples are those of `data.samples`, with "cover" uint8 [S, S]; the label is the
     landscape. They must not be changed in place: `held` of them are kept in memory.
     """
 

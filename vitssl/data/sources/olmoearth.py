@@ -1,11 +1,11 @@
-"""OlmoEarth's pretraining set: a folder of HDF5 samples; see `data.olmoearth`."""
+"""OlmoEarth's pretraining set: a folder of HDF5 samples; see `data.samples`."""
 
 import dataclasses
 
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import modalities, olmoearth
+from vitssl.data import modalities, samples
 from vitssl.data.sources import layout
 
 SPLITS = {"train": "train", "val": "test", "test": "test"}
@@ -43,7 +43,7 @@ class Samples:
 
     def __getitem__(self, i):
         path = f"{self.folder}/sample_{self.indices[i]}.h5"
-        return olmoearth.read(path, self.names) | {"label": -1}
+        return samples.read(path, self.names) | {"label": -1}
 
 
 def open(
@@ -84,8 +84,8 @@ def open(
             f"share={share}: above 0, at most 1"
         )
     sensors = [n for n in names if _kind(n).time and _kind(n).space]
-    folder = olmoearth.directory(layout.root_of("olmoearth", root, olmoearth.EXPECTED))
-    index, has = olmoearth.metadata(folder)
+    folder = samples.directory(layout.root_of("olmoearth", root, samples.EXPECTED))
+    index, has = samples.metadata(folder)
     keep = np.zeros(len(index), bool)
     for name in sensors:
         keep |= has.get(name, np.zeros(len(index), bool))

@@ -109,7 +109,7 @@ class World:
         return Scene(cover, kind, (height - 25 * (cover == WATER)).astype(np.float32))
 
     def sample(self, i: int, names=(*SENSORS, *MAPS)) -> dict:
-        """Return scene i as `data.olmoearth` describes it, with "cover" and "label".
+        """Return scene i as `data.samples` describes it, with "cover" and "label".
 
         Args:
             i: which.

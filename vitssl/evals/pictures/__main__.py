@@ -1,4 +1,4 @@
-"""Command line: `python -m vitssl.evals.pictures WORKDIR [--out=DIR] [--images=N]`.
+"""Command line: `python -m vitssl.pictures.drawing WORKDIR [--out=DIR] [--images=N]`.
 
 Reads WORKDIR/config.json and the newest checkpoint and writes the pictures to
 WORKDIR/pictures. A run that is still going on is not disturbed.
@@ -8,14 +8,15 @@ import argparse
 import pathlib
 import sys
 
-from vitssl import devices, errors, log, restore
-from vitssl.evals import pictures
-from vitssl.evals.pictures.gather import gather
+from vitssl import errors
+from vitssl.pictures import drawing
+from vitssl.pictures.gather import gather
+from vitssl.run import devices, log, restore
 
 
 def main(argv):
     """Write the pictures of one run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m vitssl.evals.pictures")
+    parser = argparse.ArgumentParser(prog="python -m vitssl.pictures.drawing")
     parser.add_argument("workdir", help="of a run of vitssl.main")
     parser.add_argument("--out", default="", help="folder (default WORKDIR/pictures)")
     parser.add_argument("--images", type=int, default=6, help="images drawn singly")
@@ -50,7 +51,7 @@ def main(argv):
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return e.code
     out = flags.out or pathlib.Path(flags.workdir) / "pictures"
-    for path in pictures.write_all(out, material):
+    for path in drawing.write_all(out, material):
         print(path)
     return 0
 

@@ -1,0 +1,263 @@
+"""Optimizers against optax and torch formulas, rules, schedules, freezing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests import toy
+from vitssl import errors, tree
+from vitssl.optim import optimizer as optim
+
+PARAMS = {"a/kernel": jnp.ones((4, 3)) * 0.5, "a/bias": jnp.arange(3.0)}
+GRADS = {"a/kernel": jnp.linspace(-1, 1, 12).reshape(4, 3), "a/bias": jnp.ones(3)}
+VALUES = dict(
+    name="adamw",
+    lr=0.01,
+    schedule="constant",
+    warmup_epochs=0.0,
+    min_lr=0.0,
+    wd=0.1,
+    clip_norm=0.0,
+)
+
+
+def _make(total_steps=10, steps_per_epoch=2, batch_size=64, **changes):
+    return optim.make(
+        optim.Optim(**{**VALUES, **changes}),
+        tree.nest(PARAMS),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
+    )
+
+
+def _run(optimizer, steps=3):
+    params, opt = PARAMS, optimizer.init(PARAMS)
+    for i in range(steps):
+        params, opt, _ = optimizer.update(GRADS, opt, params, i)
+    return params
+
+
+def test_adamw_is_optax_adamw():
+    reference = optax.adamw(0.01, weight_decay=0.1)
+    params, opt = PARAMS, reference.init(PARAMS)
+    for _ in range(3):
+        updates, opt = reference.update(GRADS, opt, params)
+        params = optax.apply_updates(params, updates)
+    got = _run(_make())
+    for k, want in params.items():
+        np.testing.assert_allclose(got[k], want, rtol=1e-6)
+
+
+def _torch(name, steps=3):
+    """Adam and SGD as torch writes them, in float64."""
+    out = {}
+    for k, p in PARAMS.items():
+        p, g0 = np.asarray(p, np.float64), np.asarray(GRADS[k], np.float64)
+        m, v = np.zeros_like(p), np.zeros_like(p)
+        for t in range(1, steps + 1):
+            g = g0 + 0.1 * p
+            if name == "sgd":
+                m = 0.9 * m + g
+                p = p - 0.01 * m
+            elif name == "adam":
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+                hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
+                p = p - 0.01 * hat[0] / (np.sqrt(hat[1]) + 1e-8)
+            else:
+                if p.ndim > 1:
+                    g = g * 0.001 * np.linalg.norm(p) / np.linalg.norm(g)
+                m = 0.9 * m + g
+                p = p - 0.01 * m
+        out[k] = p
+    return out
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "lars"])
+def test_coupled_optimizers_are_those_of_torch(name):
+    got = _run(_make(name=name))
+    for k, want in _torch(name).items():
+        np.testing.assert_allclose(got[k], want, rtol=2e-5)
+
+
+def test_factors_scale_rate_and_decay_of_their_leaves_alone():
+    rules = ((".*/bias", 0.5), (".*", 1.0))
+    plain, half = _run(_make(wd=0.0), 1), _run(_make(wd=0.0, lr_rules=rules), 1)
+    np.testing.assert_array_equal(plain["a/kernel"], half["a/kernel"])
+    moved = PARAMS["a/bias"] - plain["a/bias"]
+    np.testing.assert_allclose(PARAMS["a/bias"] - half["a/bias"], moved / 2, rtol=1e-4)
+    no_decay = _run(_make(wd_rules=((".*/bias", 0.0), (".*", 1.0))), 1)
+    np.testing.assert_array_equal(no_decay["a/bias"], plain["a/bias"])
+    assert (no_decay["a/kernel"] != plain["a/kernel"]).all()
+
+
+def test_clipping_limits_the_norm_and_reports_the_one_before():
+    optimizer = _make(name="sgd", momentum=0.0, wd=0.0, clip_norm=0.5, lr=1.0)
+    new, _, seen = optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS, 0)
+    norm = float(optax.tree.norm(GRADS))
+    assert float(seen["grad_norm"]) == pytest.approx(norm, rel=1e-6)
+    moved = {k: PARAMS[k] - new[k] for k in PARAMS}
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_schedule_at_named_steps():
+    optimizer = _make(
+        schedule="cosine", warmup_epochs=1.0, start_lr=0.002, min_lr=0.001
+    )
+    want = [0.002, 0.006, 0.01, 0.0055, 0.001]
+    got = [float(optimizer.lr(i)) for i in (0, 1, 2, 6, 10)]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_rate_is_scaled_by_the_global_batch():
+    assert _make(lr_batch=256, batch_size=64).peak == pytest.approx(0.0025)
+    assert _make().peak == 0.01
+
+
+def test_weight_decay_follows_its_cosine():
+    optimizer = _make(wd=0.04, wd_end=0.4, wd_schedule="cosine")
+    np.testing.assert_allclose(
+        [float(optimizer.wd(i)) for i in (0, 5, 10)], [0.04, 0.22, 0.4], rtol=1e-5
+    )
+
+
+def test_freezing_is_a_function_of_the_step():
+    optimizer = _make(freeze=((".*/bias", 0.5),))
+    assert [optimizer.frozen(i) for i in (0, 4)] == [frozenset()] * 2
+    assert [optimizer.frozen(i) for i in (5, 9)] == [frozenset({"a/bias"})] * 2
+    assert _make(lr_rules=((".*/bias", 0.0), (".*", 1.0))).frozen(0) == {"a/bias"}
+
+
+def test_drop_keeps_moments_and_counts_of_the_rest():
+    optimizer = _make()
+    opt = optimizer.init(PARAMS)
+    _, opt, _ = optimizer.update(GRADS, opt, PARAMS, 0)
+    less = optim.drop(opt, frozenset({"a/bias"}))
+    assert set(less.mu) == set(less.nu) == {"a/kernel"}
+    assert int(less.count) == 1 and (less.mu["a/kernel"] == opt.mu["a/kernel"]).all()
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(wd_rules=((".*/bias", 0.0),)), "no rule matches: a/kernel"),
+        (dict(lr_rules=((".*", 1.0), ("b/.*", 0.0))), r"never win: \['b/\.\*'\]"),
+        (dict(lr_rules=(("(", 1.0),)), "not a regular expression"),
+        (dict(lr_rules=((".*", 0.0),)), "every parameter is frozen"),
+        (dict(freeze=(("encodr/.*", 0.5),)), "rules that never win"),
+        (dict(warmup_epochs=5.0), "leaves nothing of a run of 10 steps"),
+    ],
+)
+def test_rules_that_do_not_fit_are_named(changes, says):
+    with pytest.raises(errors.UsageError, match=says):
+        _make(**changes)
+
+
+def test_layer_decay_grows_towards_the_head():
+    method = toy.make(depth=3)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), toy.batch())
+    rules = optim.layer_decay(0.5, 3, prefix="model/")
+    factor = tree.match(tree.flat(params), rules, what="optim.lr_rules")
+    assert factor["model/pos_embed"] == factor["model/patch_embed/kernel"] == 0.5**4
+    assert factor["model/block_0/norm1/scale"] == 0.5**3
+    assert factor["model/block_2/mlp/fc1/kernel"] == 0.5
+    assert factor["model/norm/bias"] == factor["head/kernel"] == 1.0
+
+
+def test_the_rate_follows_the_root_of_the_batch():
+    made = _make(lr=1e-6, lr_batch=16, lr_batch_power=0.5, batch_size=64)
+    np.testing.assert_allclose(made.peak, 2e-6)
+    # The published figure of 128 images a step.
+    made = _make(lr=1e-6, lr_batch=16, lr_batch_power=0.5, batch_size=128)
+    np.testing.assert_allclose(made.peak, 2.828427e-6, rtol=1e-6)
+
+
+def test_a_normalised_decay_shrinks_with_the_length_of_the_run():
+    # CUB: floor(5994 / 128) steps of an epoch, 90 epochs.
+    made = _make(wd=0.05, wd_normalised=True, total_steps=46 * 90)
+    np.testing.assert_allclose(made.wd(0), 7.7709e-4, rtol=1e-4)
+
+
+def test_a_rate_by_the_epoch_is_constant_inside_it():
+    made = _make(per_epoch=True, schedule="cosine", total_steps=8, steps_per_epoch=2)
+    rates = [float(made.lr(s)) for s in range(8)]
+    assert rates[0::2] == rates[1::2]
+    want = [0.01 * (1 + np.cos(np.pi * e / 4)) / 2 for e in range(4)]
+    np.testing.assert_allclose(rates[::2], want, rtol=1e-6)
+
+
+def test_stairs():
+    made = _make(schedule="stairs", stair_epochs=2.0, gamma=0.5, steps_per_epoch=3)
+    rates = [float(made.lr(s)) / 0.01 for s in (0, 5, 6, 11, 12)]
+    np.testing.assert_allclose(rates, [1, 1, 0.5, 0.5, 0.25])
+    assert any("stair_epochs" in line for line in _made_spec(schedule="stairs").check())
+
+
+def _made_spec(**changes):
+    return optim.Optim(**{**VALUES, **changes})
+
+
+def test_floors_are_scaled_or_absolute():
+    both = dict(schedule="cosine", min_lr=1e-4, start_lr=1e-5, warmup_epochs=1.0)
+    for floors, factor in (("scaled", 10.0), ("absolute", 1.0)):
+        made = _make(floors=floors, **both)
+        np.testing.assert_allclose(made.lr(10, 10.0), factor * 1e-4, rtol=1e-5)
+        np.testing.assert_allclose(made.lr(0, 10.0), factor * 1e-5, rtol=1e-5)
+    np.testing.assert_allclose(made.lr(2, 10.0), 0.1, rtol=1e-5)
+
+
+def test_a_warm_up_may_cover_the_beginning_of_the_schedule():
+    made = _make(schedule="cosine", warmup_epochs=2.0, warmup_over=True)
+    np.testing.assert_allclose(made.lr(2), 0.005, rtol=1e-6)
+    np.testing.assert_allclose(made.lr(5), 0.005, rtol=1e-5)  # Half of the cosine.
+
+
+def test_onecycle_rises_falls_and_cycles_beta1():
+    cycle = dict(schedule="onecycle", cycle_rise=0.3, cycle_div=10.0)
+    made = _make(20, cycle_final_div=100.0, cycle_b1=(0.85, 0.95), **cycle)
+    steps = np.arange(20)
+    rate, b1 = np.asarray(made.lr(steps)), np.asarray(made.b1(steps))
+    # The peak is at step 0.3 * 20 - 1, and no warm-up comes before.
+    assert int(np.argmax(rate)) == int(np.argmin(b1)) == 5
+    want = {0: 1e-3, 5: 1e-2, 19: 1e-5}
+    for at, value in want.items():
+        np.testing.assert_allclose(rate[at], value, rtol=1e-5)
+    np.testing.assert_allclose(b1[[0, 5, 19]], [0.95, 0.85, 0.95], rtol=1e-6)
+    half = 1e-5 + (1e-2 - 1e-5) * 0.5 * (1 + np.cos(np.pi * 7 / 14))
+    np.testing.assert_allclose(rate[12], half, rtol=1e-5)
+    lines = list(optim.Optim(**VALUES | cycle | dict(warmup_epochs=1.0)).check())
+    assert len(lines) == 1 and "rises by itself" in lines[0]
+    (line,) = optim.Optim(**VALUES, cycle_b1=(0.85, 0.95)).check()
+    assert "needs schedule=onecycle" in line
+
+
+def test_what_is_thawed_starts_like_a_fresh_optimizer():
+    made = _make(10, 2, thaw=(("a/kernel", 2.0),), wd=0.0)
+    assert [sorted(made.frozen(i)) for i in (0, 3, 4)] == [["a/kernel"]] * 2 + [[]]
+    params, opt = dict(PARAMS), made.init({"a/bias": PARAMS["a/bias"]})
+    for i in range(6):
+        live = {k: v for k, v in params.items() if k not in made.frozen(i)}
+        opt = made.release(opt, live)
+        grads = {k: GRADS[k] for k in live}
+        moved, opt, _ = made.update(grads, opt, live, i)
+        params |= moved
+    # A constant rate: two steps of a fresh Adam, its bias corrected from one on.
+    fresh = _make(wd=0.0)
+    want = _run(fresh, 2)
+    np.testing.assert_allclose(params["a/kernel"], want["a/kernel"], rtol=1e-6)
+    other = _run(fresh, 6)
+    np.testing.assert_allclose(params["a/bias"], other["a/bias"], rtol=1e-6)
+    # Going on from a stored state releases nothing anew.
+    again = made.release(opt, params)
+    assert again[1].mu["a/kernel"] is opt[1].mu["a/kernel"]
+
+
+def test_a_thaw_that_leaves_nothing_or_comes_too_late_is_an_error():
+    with pytest.raises(errors.UsageError, match="nothing is left to train before"):
+        _make(thaw=((".*", 1.0),))
+    with pytest.raises(errors.UsageError, match="releases leaves at step 10 of a run"):
+        _make(10, 2, thaw=(("a/bias", 5.0),))
+    (line,) = optim.Optim(**VALUES, thaw=(("x", -1.0),)).check()
+    assert "0.0 or more epochs" in line

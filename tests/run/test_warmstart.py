@@ -1,0 +1,65 @@
+"""Starting from stored parameters under other names."""
+
+import numpy as np
+import pytest
+
+from vitssl import errors
+from vitssl.run import checkpoint, warmstart
+
+
+def test_one_stored_network_fills_two():
+    stored = {"encoder/cls": np.ones(2), "encoder/norm/scale": np.zeros(2)}
+    names = ["stage_1/backbone/cls", "stage_2/backbone/cls", "stage_1/head/w"]
+    rules = ((r"stage_[12]/backbone/(.*)", r"encoder/\1"),)
+    got = warmstart.renamed(stored, names, rules)
+    assert set(got) == {*stored, "stage_1/backbone/cls", "stage_2/backbone/cls"}
+    assert got["stage_2/backbone/cls"] is stored["encoder/cls"]
+
+
+def test_the_first_rule_wins_and_what_is_not_stored_stays_unknown():
+    stored = {"a": np.ones(1), "b": np.zeros(1)}
+    got = warmstart.renamed(stored, ["x", "y"], (("x", "b"), (".*", "c"), ("x", "a")))
+    assert got["x"] is stored["b"] and "y" not in got
+
+
+def test_a_broken_pattern_is_named():
+    lines = list(warmstart.Init(rename=(("(", "a"),)).check())
+    assert lines and lines[0].startswith("rename: '('")
+
+
+def test_a_classifier_of_other_classes_is_refused_by_name():
+    warmstart.same_classes("x", ["a", "b"], ("a", "b"), "-")
+    warmstart.same_classes("x", None, ("a", "b"), "-")  # Of an older run.
+    with pytest.raises(errors.CheckpointError, match="class 1 is 'b' there and 'c' he"):
+        warmstart.same_classes("x", ["a", "b"], ("a", "c"), "-")
+    with pytest.raises(errors.CheckpointError, match=r"3 classes.*'c'.*'\(none\)'"):
+        warmstart.same_classes("x", ["a", "b", "c"], ("a", "b"), "-")
+
+
+def test_patience_wants_more_than_a_trifle_and_losses_to_fall():
+    spec = checkpoint.Checkpoint(every_epochs=1.0, best="f1", patience=2, min_delta=0.1)
+    patience, over = checkpoint.Patience(spec, {}), []
+    for value in (0.5, 0.55, 0.7, 0.75, 0.79):
+        patience.look({"f1": value})
+        over.append(patience.over)
+    assert over == [False, False, False, False, True]
+    assert patience.state()["best"] == 0.7
+    falling = checkpoint.Checkpoint(every_epochs=1.0, best="test/loss", patience=2)
+    patience = checkpoint.Patience(falling, {})
+    for value in (2.0, 1.0, 1.5):
+        patience.look({"test/loss": value})
+    assert patience.state() == {"best": 1.0, "since": 1}
+
+
+def test_a_head_is_compared_with_the_classes_of_its_checkpoint(tmp_path):
+    params = {"backbone": {"w": np.ones(2)}, "head": {"kernel": np.ones((2, 2))}}
+    spec = checkpoint.Checkpoint(every_epochs=1.0)
+    with checkpoint.Checkpoints(tmp_path, spec, 1) as saves:
+        saves.save(1, {"params": params}, {"classes": ["a", "b"]}, {})
+    start = warmstart.Init(from_=str(tmp_path))
+    warmstart.check_classes(start, ("a", "b"), params)
+    with pytest.raises(errors.CheckpointError, match="class 0 is 'a' there and 'b'"):
+        warmstart.check_classes(start, ("b", "a"), params)
+    # A head that starts anew has no classes yet.
+    fresh = warmstart.Init(from_=str(tmp_path), skip=("head/.*",))
+    warmstart.check_classes(fresh, ("b", "a"), params)

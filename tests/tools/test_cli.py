@@ -1,0 +1,127 @@
+"""The command `vitssl`: tables, pages, and one line for every mistake."""
+
+import json
+
+import pytest
+
+from tests.tools import made
+from vitssl import cli
+from vitssl.tools import doctor
+
+
+def _rows(text):
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
+
+
+def test_runs_shows_states_steps_and_last_values(tmp_path, capsys):
+    made.run(tmp_path / "a", knn=0.5)
+    made.run(tmp_path / "b", knn=0.75, state="training", eta_seconds=90.0, step=10)
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    heads, a, b = _rows(capsys.readouterr().out)
+    assert heads[:5] == ["run", "state", "step", "loss", "k-NN"]
+    assert a[1:5] == ["finished", "40/40", "0.02439", "50.0%"]
+    assert b[1:3] == ["training", "40/40"] and b[heads.index("left")] == "1m30s"
+    assert a[heads.index("left")] == "-"
+
+
+def test_runs_sorts_and_selects(tmp_path, capsys):
+    made.run(tmp_path / "a", knn=0.5)
+    made.run(tmp_path / "b", knn=0.75)
+    argv = ["runs", str(tmp_path), "--metrics=knn/top1", "--sort=knn/top1"]
+    assert cli.main(argv) == 0
+    heads, *rows = _rows(capsys.readouterr().out)
+    assert heads[3] == "knn/top1" and [r[3] for r in rows] == ["0.75", "0.5"]
+    assert cli.main(["runs", str(tmp_path), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [x["metrics"]["knn/top1"] for x in lines] == [0.5, 0.75]
+
+
+def test_compare_shows_what_differs_and_nothing_else(tmp_path, capsys):
+    made.run(tmp_path / "a")
+    made.run(tmp_path / "b", lr=0.01, knn=0.75)
+    out = tmp_path / "c" / "page.html"
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert cli.main(["compare", *runs, f"--out={out}"]) == 0
+    said = capsys.readouterr().out
+    rows = _rows(said)
+    assert rows[:2] == [["key", "a", "b"], ["optim.lr", "0.003", "0.01"]]
+    assert ["knn/top1", "0.5", "0.75"] in rows
+    assert not any(row[0] == "optim.wd" for row in rows)
+    assert "optim.lr" in out.read_text() and out.read_text().count("<path") >= 4
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["rnus"], "no such command; did you mean runs?"),
+        (["zzz"], "no such command; one of train, recipes"),
+        (["runs", "nowhere"], "nowhere: no such directory"),
+        (["runs", "--metrics"], "expected one argument (vitssl runs --help)"),
+        (["runs", "RUNS", "--metrics=knn"], "no run has the metric 'knn'; there is: "),
+        (["compare", "a"], "two runs or more"),
+        (["compare", "nowhere", "b"], "nowhere: no such directory; want the workdir"),
+        (["report"], "required: RUN"),
+        (["report", "nowhere"], "nowhere: no such directory"),
+        (["report", "RUNS/a", "--out=/proc/no/report.html"], "--out=/proc/no/report"),
+        (["doctor", "--wrkdir=x"], "unrecognized arguments: --wrkdir=x"),
+        (["train"], "--config=FILE is missing"),
+        (["--config=nowhere.py"], "nowhere.py: no such file"),
+        (["sweep", "nowhere.txt"], "nowhere.txt: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, says, tmp_path, capsys):
+    made.run(tmp_path / "a")
+    assert cli.main([word.replace("RUNS", str(tmp_path)) for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+    assert len(said.splitlines()) == (2 if says.startswith("--config") else 1), said
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    try:
+        assert cli.main([command, "--help"]) == 0
+    except SystemExit as e:  # argparse exits itself.
+        assert e.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 4
+
+
+def test_help_names_every_command(capsys):
+    assert cli.main([]) == 2 and cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {command} " in said for command in cli.COMMANDS)
+
+
+def test_doctor_is_content_here(tmp_path, capsys):
+    assert cli.main(["doctor", f"--workdir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "running should work" in said and "FAIL" not in said
+    for part in ("python", "devices", "attention", "images", "workdir"):
+        assert f"  ok  {part} " in said
+
+
+def test_doctor_names_what_is_broken_and_the_cure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "EXTRAS", (("no_such_module", "wandb", "nothing"),))
+
+    def broken():
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr(doctor, "images", broken)
+    broken.__name__ = "images"
+    (tmp_path / "file").write_text("")
+    assert cli.main(["doctor", f"--workdir={tmp_path / 'file' / 'x'}"]) == 2
+    said = capsys.readouterr().out
+    assert "FAIL  images       RuntimeError: no decoder" in said
+    assert "no_such_module" in said and "pip install -e '.[wandb]'" in said
+
+
+def test_doctor_finds_wrong_attention(monkeypatch):
+    from vitssl.models import layers
+
+    right = layers.attend
+    monkeypatch.setattr(layers, "attend", lambda *a, **k: right(*a, **k) * 1.01)
+    assert [f.level for f in doctor.attention()] == [doctor.BAD]

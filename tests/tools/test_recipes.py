@@ -1,0 +1,97 @@
+"""configs/README.md says what the configs say, and its commands are valid."""
+
+import shlex
+
+import pytest
+
+from tests import runs
+from vitssl import cli
+from vitssl.run import experiment
+from vitssl.tools import recipes
+
+CONFIGS = runs.ROOT / "configs"
+
+
+@pytest.fixture(scope="module")
+def files():
+    return recipes.read(CONFIGS)
+
+
+def test_the_readme_is_up_to_date(files):
+    text = (CONFIGS / "README.md").read_text()
+    assert text == recipes.markdown(files), "run: vitssl recipes --write"
+
+
+def test_every_config_has_a_demo_and_a_smoke_run_without_data(files):
+    for file in files:
+        found = {r.spec.partition(":")[2]: r for r in file.recipes}
+        assert {"", "smoke"} <= set(found), file.path
+        assert "data.root" not in found[""].data and "give" not in found["smoke"].data
+
+
+def test_recipes_that_need_data_or_weights_say_so(files):
+    (knn,) = [f for f in files if f.path.name == "knn.py"]
+    assert knn.recipes[0].data == "digits (give `init.from`)"
+    (hjepa,) = [f for f in files if f.path.name == "hjepa.py"]
+    data = {r.spec.partition(":")[2]: r.data for r in hjepa.recipes}
+    assert data["imagenet_vitb"] == "imagenet (give `data.root`)"
+    assert data[""] == "digits" and data["evidence_run"] == "scenes"
+
+
+def test_the_overrides_of_every_docstring_are_valid(files):
+    count = 0
+    for file in files:
+        for line in file.overrides:
+            # What follows two spaces is a remark; DIR and ... are the reader's.
+            words = shlex.split(line.partition("  ")[0])
+            given = [w.removeprefix("--config.") for w in words if w != "..."]
+            # Configs that only evaluate need a checkpoint, which is the reader's.
+            c = experiment.load(str(file.path), [*given, "init.from=DIR"])
+            if "..." not in words:
+                experiment.read(c)
+            count += len(given)
+    assert count >= 5
+
+
+def test_every_recipe_is_explained_and_every_explanation_has_its_recipe(files):
+    bare = [r.spec for file in files for r in file.recipes if not r.text]
+    assert bare == [], "say in the docstring's block Arguments what they are"
+    absent = {f.path.name: f.absent for f in files if f.absent}
+    assert absent == {}, "explained in the docstring, but not in RECIPES"
+
+
+def test_what_a_recipe_is_comes_from_the_nearest_place():
+    def made():
+        """Return the thing.
+
+        More of it.
+        """
+
+    said = {"a": "of the block", "b_*": "of a pattern", "c": "as c_2 does"}
+    assert recipes.explain("a", said, made) == "of the block"
+    assert recipes.explain("b_1", said, made) == "of a pattern"
+    assert recipes.explain("d", said, made) == "the thing"
+    assert recipes.explain("c_2", said, lambda: 0) == "as c_2 does"
+    assert recipes.explain("e", said, lambda: 0) == ""
+
+
+def test_a_folder_without_configs_is_one_line(tmp_path, capsys):
+    assert cli.main(["recipes", str(tmp_path)]) == 2
+    assert "no config (*.py) in it" in capsys.readouterr().err
+
+
+def test_arguments_are_read_from_a_docstring():
+    lines = (
+        "Title.\n\nArguments (`x`):\n    (none)     demo,\n               slow\n"
+        "    a, b\n               two of them\n"
+        "    e_{1,2}x, f_*  several\n    c          one\n\nOther:\n    d   no\n"
+    ).splitlines()
+    assert recipes.arguments(lines) == {
+        "": "demo, slow",
+        "a": "two of them",
+        "b": "two of them",
+        "e_1x": "several",
+        "e_2x": "several",
+        "f_*": "several",
+        "c": "one",
+    }

@@ -1,0 +1,128 @@
+"""Studies: arms and seeds, resumed like runs, one table."""
+
+import json
+
+import ml_collections
+import pytest
+
+from tests import runs
+from vitssl import config, errors
+from vitssl.run import experiment
+from vitssl.tools import study
+
+
+def _config(tmp_path, **arms):
+    words = runs.arguments(tmp_path, steps=2)
+    overrides = [w.removeprefix("--config.") for w in words if "--config." in w]
+    c = experiment.load(words[0].removeprefix("--config="), overrides)
+    c.evals.final = ("knn",)
+    c.study = ml_collections.ConfigDict(
+        dict(seeds=(0, 1), arms=arms, columns=("final/trained/knn/top1",))
+    )
+    return c
+
+
+def test_every_arm_and_seed_runs_once_and_the_table_has_their_values(tmp_path):
+    c = _config(tmp_path, slow=("optim.lr=1e-6",), fast=("optim.lr=1e-2",))
+    plan = study.read(c)
+    assert set(plan.runs) == {(a, s) for a in ("slow", "fast") for s in (0, 1)}
+    assert plan.runs["fast", 1].settings.optim.lr == 1e-2
+    assert plan.runs["slow", 1].settings.seed == 1
+    found = study.run(plan, tmp_path, name="test")
+    assert set(found) == {"slow", "fast"}
+    assert len(found["slow"]["final/trained/knn/top1"]) == 2
+    stored = json.loads((tmp_path / "study.json").read_text())
+    assert stored == found
+    before = (tmp_path / "fast" / "seed1" / "final.json").stat().st_mtime_ns
+    study.run(plan, tmp_path, name="test")
+    assert (tmp_path / "fast" / "seed1" / "final.json").stat().st_mtime_ns == before
+
+
+def test_faults_of_arms_are_found_before_the_first_run(tmp_path):
+    c = _config(tmp_path, a=("optim.lrr=1.0",), b=("model.heads=3",))
+    with pytest.raises(errors.UsageError) as caught:
+        study.read(c)
+    assert "study.arms.a" in str(caught.value) and "did you mean" in str(caught.value)
+    assert "study.arms.b" in str(caught.value) and "heads=3" in str(caught.value)
+
+
+def test_the_table_shows_mean_spread_and_every_seed():
+    same = [0.4690934115624351] * 3
+    found = {"one": [0.5, 0.7], "two": [None, 0.25], "same": same}
+    text = study.table({arm: {"x": v} for arm, v in found.items()}, ("x",))
+    assert text.splitlines()[2:] == [
+        "| one | 0.6 ± 0.14 (0.5, 0.7) |",
+        "| two | 0.25 (0.25) |",
+        "| same | 0.469 ± 0 (0.469, 0.469, 0.469) |",
+    ]
+
+
+def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
+    base = _config(tmp_path, plain=(), warm=("init.from=@first",))
+    with pytest.raises(errors.UsageError, match="study.first: missing"):
+        study.read(base)
+    alone = experiment.read(config.without(base, "study"))
+    monkeypatch.setattr(experiment, "load", lambda spec, overrides: alone.config)
+    base.study.first = ("some/config.py:pretrain",)
+    plan = study.read(base)
+    assert plan.first.settings == alone.settings
+    ran = []
+
+    def fake(one, directory, **_):
+        directory.mkdir(parents=True)
+        start = one.settings.init.from_
+        assert one.config.init["from"] == start
+        ran.append((directory.relative_to(tmp_path).as_posix(), start))
+        return {}
+
+    monkeypatch.setattr("vitssl.run.loop.run", fake)
+    study.run(plan, tmp_path, name="test")
+    first = str((tmp_path / "first").resolve())
+    assert ran[0] == ("first", "")
+    assert dict(ran[1:]) == {
+        "plain/seed0": "",
+        "plain/seed1": "",
+        "warm/seed0": first,
+        "warm/seed1": first,
+    }
+    ran.clear()
+    study.run(plan, tmp_path, name="test")
+    assert not ran
+
+
+def test_shares_make_every_run_once_and_the_last_has_the_table(tmp_path, monkeypatch):
+    base = _config(tmp_path, a=(), b=(), c=())
+    plan, ran = study.read(base), []
+
+    def fake(one, directory, **_):
+        ran.append(directory.relative_to(tmp_path).as_posix())
+        return {"final/trained/knn/top1": 0.5}
+
+    monkeypatch.setattr("vitssl.run.loop.run", fake)
+    found = study.run(plan, tmp_path, name="test", share=(2, 2))
+    # All arms of seed 0 come before those of seed 1: this is every other of them.
+    assert ran == ["b/seed0", "a/seed1", "c/seed1"]
+    assert found["b"]["final/trained/knn/top1"] == [0.5, None]
+    found = study.run(plan, tmp_path, name="test", share=(1, 2))
+    assert sorted(ran) == [f"{arm}/seed{n}" for arm in "abc" for n in (0, 1)]
+    assert found["b"]["final/trained/knn/top1"] == [0.5, 0.5]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_other_shares_wait_for_the_first_run(tmp_path, monkeypatch):
+    base = _config(tmp_path, warm=("init.from=@first",))
+    alone = experiment.read(config.without(base, "study"))
+    monkeypatch.setattr(experiment, "load", lambda spec, overrides: alone.config)
+    base.study.first = ("some/config.py:pretrain",)
+    plan, told = study.read(base), []
+
+    def look(seconds):
+        told.append(seconds)
+        (tmp_path / "first").mkdir()
+        (tmp_path / "first" / "final.json").write_text("{}")
+
+    monkeypatch.setattr(study.time, "sleep", look)
+    monkeypatch.setattr("vitssl.run.loop.run", lambda one, directory, **_: {})
+    study.run(plan, tmp_path, name="test", share=(2, 2))
+    assert told == [study.WAIT] and (tmp_path / "warm/seed1/final.json").exists()
+    assert not (tmp_path / "warm/seed0").exists()

@@ -1,0 +1,185 @@
+"""What freezing saves: every phase of a LocalMIM run, compiled, timed and counted.
+
+    python -m vitssl.bench freeze [--config=FILE] [--config.KEY=VALUE ...]
+
+One row per phase: the layers that are frozen; XLA's FLOPs of a step; step time against
+the unfrozen step, both measured in turns (ABAB) because machines are noisy; the ratio
+that the cost formula predicts; the share of the predicted saving that is realised; the
+peak memory of the compiled step; the bytes of optimizer state. Layers without a decoder
+of their own change the cost of a step by a few per cent, less than the noise of most
+machines, so the figure to read is `whole`: the share of the predicted saving of all
+phases, each weighted with its steps, that is realised.
+"""
+
+import argparse
+import json
+import sys
+
+import jax
+import numpy as np
+
+from vitssl import config, errors, tree
+from vitssl.bench import flops, step_time
+from vitssl.optim import freezeout
+
+
+def run(argv: list[str]) -> dict:
+    """Parse the options, measure every phase, return the figures."""
+    own, overrides = [], []
+    for word in argv:
+        if word.startswith("--config."):
+            overrides.append(word.removeprefix("--config."))
+        else:
+            own.append(word)
+    parser = argparse.ArgumentParser("vitssl.bench freeze", description=__doc__)
+    parser.add_argument("--config", default="configs/localmim.py")
+    parser.add_argument("--batch", type=int, default=0, help="0: the config's")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    o = parser.parse_args(own)
+    case = step_time._of_config(o, overrides)
+    optimizer, method = case["optimizer"], case["method"]
+    if optimizer.plan is None or not hasattr(method, "stages"):
+        raise errors.UsageError(
+            "bench freeze: wants a LocalMIM config with freeze.schedule set"
+        )
+    first, base = step_time.prepare(**case, seed=o.seed)
+    step_time._times(first, 3, 1)
+    theory = [cost(method, n) for n in range(optimizer.plan.last + 1)]
+    rows = [_row(0, base, case, 1.0, 1.0)]
+    events = sorted(set(optimizer.frozen_from.values()))
+    for at in events:
+        frozen = optimizer.frozen(at)
+        count = len({optimizer.layers[k] for k in frozen} - {freezeout.NEVER})
+        one, facts = step_time.prepare(**case, seed=o.seed, at=at)
+        step_time._times(one, 3, 1)
+        ratios = []
+        for _ in range(o.turns):
+            a = np.median(step_time._times(first, 0, o.steps))
+            b = np.median(step_time._times(one, 0, o.steps))
+            ratios.append(float(b / a))
+        predicted = theory[count] / theory[0]
+        row = _row(count, facts, case, float(np.median(ratios)), predicted, at)
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    ends = [*events, case["method"].run.total_steps]
+    for row, start, end in zip(rows, [0, *events], ends, strict=True):
+        row["steps"] = end - start
+    found = {
+        "bench": "freeze",
+        "name": config.name_of(o.config),
+        "batch": base["batch"],
+        "device": base["device"],
+        "whole": whole(rows),
+        "phases": rows,
+    }
+    print(_text(found), file=sys.stderr, flush=True)
+    return found
+
+
+def whole(rows) -> dict[str, float]:
+    """Return the figures of a run from those of its phases, weighted with their steps.
+
+    Args:
+        rows: one dict per phase with steps, time_ratio and formula_ratio.
+
+    Returns:
+        time and formula: cost of the run against the same run unfrozen; realised:
+        share of the predicted saving that the clock shows.
+    """
+    steps = sum(r["steps"] for r in rows)
+    time, formula = (
+        sum(r["steps"] * r[key] for r in rows) / steps
+        for key in ("time_ratio", "formula_ratio")
+    )
+    realised = (1 - time) / (1 - formula) if formula < 1 else float("nan")
+    return {
+        "time": round(time, 3),
+        "formula": round(formula, 3),
+        "realised": round(realised, 2),
+    }
+
+
+def _text(found) -> str:
+    """Return the phases as a Markdown table."""
+    names = {
+        "frozen_layers": "layers frozen",
+        "steps": "steps",
+        "xla_gflop_per_image": "GFLOP/image",
+        "formula_ratio": "formula",
+        "time_ratio": "time",
+        "realised": "realised",
+        "peak_bytes": "peak MB",
+        "optimizer_bytes": "optimizer MB",
+    }
+    lines = ["| " + " | ".join(names.values()) + " |", "|" + " --- |" * len(names)]
+    for row in found["phases"]:
+        cells = [
+            f"{row[k] / 1e6:.2f}" if k.endswith("bytes") else str(row[k] or "-")
+            for k in names
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    total = found["whole"]
+    return "\n".join(lines) + (
+        f"\nwhole run: {total['time']:.1%} of the unfrozen time, formula "
+        f"{total['formula']:.1%}, realised {total['realised']:.0%} of the saving"
+    )
+
+
+def _row(frozen, facts, case, ratio, predicted, at=0):
+    optimizer = case["optimizer"]
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case["batch"]
+    )
+    params, _ = jax.eval_shape(case["method"].init, jax.random.key(0), shapes)
+    live, _ = tree.split(params, optimizer.frozen(at))
+    state = jax.eval_shape(optimizer.init, live)
+    saved = 1 - predicted
+    return {
+        "frozen_layers": frozen,
+        "xla_gflop_per_image": round(facts["xla_gflop_per_image"], 4),
+        "time_ratio": round(ratio, 3),
+        "formula_ratio": round(predicted, 3),
+        # A quotient of two numbers near nothing says nothing.
+        "realised": round((1 - ratio) / saved, 2) if saved > 0.05 else None,
+        "peak_bytes": facts["compiled_peak_bytes"],
+        "optimizer_bytes": tree.count_bytes(state),
+    }
+
+
+def cost(method, frozen: int) -> float:
+    """Return the formula's FLOPs per image of a LocalMIM step with frozen layers.
+
+    Args:
+        method: `methods.localmim.method.LocalMIM`.
+        frozen: layers 0 .. frozen - 1 are frozen.
+    """
+    net, n = method.model, method.grid[0] * method.grid[1]
+    visible = method.phase(0).visible
+    tokens, channels = visible + net.prefix, method.run.channels
+    block = flops.block(tokens, net.width, net.mlp_ratio)
+    attention = 4 * tokens**2 * net.width
+    decoders = tuple(
+        flops.stage_decoder(
+            n,
+            visible,
+            inner=net.width,
+            width=method.decoder.width,
+            scale=scale,
+            out=method.decoder_module(k).out,
+        )
+        for k, scale in enumerate(method.stages.scales)
+    )
+    blocks = method.stages.blocks_at(0.0, net.depth)
+    return sum(
+        flops.localmim(
+            frozen,
+            embed=2 * visible * net.width * channels * net.patch**2,
+            linear=block - attention,
+            attention=attention,
+            decoders=decoders,
+            stage_layers=tuple(b + 1 for b in blocks),
+            depth=net.depth,
+        )
+    )

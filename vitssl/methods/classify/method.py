@@ -1,0 +1,295 @@
+"""Supervised training: fine-tuning, the linear probe, and training from scratch.
+
+Which of them it is, the config says: start from a checkpoint with `init.from`, give
+the backbone smaller rates with `optim.lr_rules`, or freeze it with `optim.freeze`. A
+frozen backbone is never differentiated.
+
+Sources: He et al. 2021, arXiv:2111.06377, appendix A (recipes); facebookresearch/mae
+main_finetune.py, main_linprobe.py; utkutpcgl/ViTFreeze@30e80f9.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import tree
+from vitssl.data import resolution as resolutions
+from vitssl.evals import accuracy
+from vitssl.evals import metrics as measures
+from vitssl.methods import backbone as backbone_pictures
+from vitssl.methods import base
+from vitssl.methods.classify import erase, mix, sections
+from vitssl.methods.classify import objective as classification
+from vitssl.methods.classify import streams as hvit_heads
+from vitssl.models import head as heads
+from vitssl.models import hvit, patches, vit
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify:
+    """The method; fields are the sections of its config.
+
+    Parameters: "backbone", "head", and "aux_rgb", "aux_spectral"
+    (objective.consistency). Extra: "stats" (head.batchnorm), "ema".
+    """
+
+    run: base.Run
+    model: vit.ViT | hvit.HViT
+    augment: sections.Augment
+    head: heads.Head = heads.Head()
+    mix: sections.Mix = sections.Mix()
+    objective: sections.Objective = sections.Objective()
+    scoring: sections.Scoring = sections.Scoring()
+    resolution: resolutions.Resolution = resolutions.Resolution()
+    couples_batch = False
+
+    @property
+    def _sides(self) -> resolutions.Sides:
+        return self.resolution.sides(self.augment.size, self.model.square, self.run)
+
+    def transform(self):
+        """Return the training transform."""
+        whole = self.augment.training(self.run.mean)
+        return resolutions.sized(whole, self._sides)
+
+    def evaluation_transform(self, size: int):
+        """Return the transform of evaluation images."""
+        return self.augment.evaluation(size)
+
+    def phase(self, step: int) -> int:
+        """Return the side of a step's images; each is compiled once."""
+        return self._sides(step)
+
+    def init(self, rng, batch):
+        """Return (params, extra) of a fresh network."""
+        keys = jax.random.split(rng)
+        image = jnp.zeros((1, *batch["image"].shape[1:]))
+        backbone = self.model.init(keys[0], image)["params"]
+        aux, feature = jax.eval_shape(
+            lambda: self._pooled({"backbone": backbone}, image)
+        )
+        head, stats = self.head.init(keys[1], feature.shape[-1], self.run.classes)
+        params = {"backbone": backbone, "head": head}
+        for i, (name, x) in enumerate(sorted(aux.items())):
+            key = jax.random.fold_in(keys[1], 1 + i)
+            x = jnp.zeros(x.shape)
+            params[f"aux_{name}"] = self._stream_head.init(key, x)["params"]
+        extra = {"stats": stats} if stats else {}
+        if self.objective.ema:
+            extra["ema"] = tree.copy(params)
+        return params, extra
+
+    @property
+    def _stream_head(self):
+        return hvit_heads.Projections((self.run.classes,))
+
+    def _pooled(self, params, image, *, train=False, rng=None):
+        """Return ({stream: [B, D]}, features [B, D]) of normalised images.
+
+        Streams by themselves are looked at for objective.consistency alone.
+        """
+        rngs = {}
+        if train:
+            rngs = dict(
+                zip(("drop_path", "dropout"), jax.random.split(rng), strict=True)
+            )
+        apart = self.objective.consistency > 0
+        found = self.model.apply(
+            {"params": params["backbone"]},
+            image,
+            how=self.head.feature,
+            train=train,
+            rngs=rngs,
+            method="streams" if apart else "pooled",
+        )
+        return found if apart else ({}, found)
+
+    def logits(self, params, extra, image):
+        """Return logits [B, K] of [B, H, W, C] uint8 or normalised images."""
+        x = patches.normalise(image, self.run.mean, self.run.std)
+        _, x = self._pooled(params, x)
+        return self.head(params["head"], extra.get("stats", {}), x)[0]
+
+    def loss(self, params, extra, batch, rng, *, phase):
+        """Return (loss [], (extra, metrics)) of one (micro-)batch."""
+        keys = jax.random.split(rng, 4)
+        image = patches.normalise(batch["image"], self.run.mean, self.run.std)
+        label, lam = batch["label"], 1.0
+        if self.augment.erase:
+            image = erase.erase(keys[0], image, prob=self.augment.erase)
+        if self.mix.on:
+            image, lam = mix.mix(
+                keys[1],
+                image,
+                mixup_alpha=self.mix.mixup,
+                cutmix_alpha=self.mix.cutmix,
+                prob=self.mix.prob,
+                switch=self.mix.switch,
+            )
+        # Of a frozen backbone no layer is dropped: it is a fixed function.
+        train = not _backbone_frozen(params, phase)
+        streams, x = self._pooled(params, image, train=train, rng=keys[2])
+        logits, stats, _ = self.head(
+            params["head"], extra.get("stats", {}), x, train=True, rng=keys[3]
+        )
+        value, named = self._objective(logits, label, lam)
+        metrics = {"train_top1": (logits.argmax(-1) == named).mean()}
+        if streams:
+            each = [
+                self._stream_head.apply({"params": params[f"aux_{name}"]}, x)
+                for name, x in streams.items()
+            ]
+            apart = classification.consistency(logits, each)
+            value = value + self.objective.consistency * apart
+            metrics["consistency"] = apart
+        if stats:
+            extra = extra | {"stats": stats}
+        return value, (extra, metrics)
+
+    def _objective(self, logits, label, lam):
+        """Return (loss [], the labels [B] that the images show most of)."""
+        weight = self.class_weights
+
+        def one(label):
+            return self.objective(logits, label, weight)
+
+        if not self.mix.on:
+            return one(label), label
+        shown = mix.targets(label, self.run.classes, lam, 0.0).argmax(-1)
+        return classification.mixed(one, label, label[::-1], lam), shown
+
+    @property
+    def class_weights(self):
+        """Return the weight of every class [K] float32, or None."""
+        if self.objective.class_weights:
+            return np.asarray(self.objective.class_weights, np.float32)
+        if not self.objective.balanced:
+            return None
+        return classification.class_weights(self.run.counts)
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: the backbone's; the head never freezes."""
+        return self.model.freeze_layers("backbone/")
+
+    def after(self, params, extra, step):
+        """Return `extra` after update `step`: the average follows the parameters."""
+        if "ema" not in extra:
+            return extra
+        decay = self.objective.decay(step)
+        return extra | {"ema": tree.ema(extra["ema"], params, decay)}
+
+    def adopt(self, params, extra):
+        """Return `extra` with an average that starts as the loaded parameters."""
+        return extra | {"ema": tree.copy(params)} if "ema" in extra else extra
+
+    def features(self, params, extra, image):
+        """Return {"pooled", "tokens", "gap", "mean", "cls"} of the backbone.
+
+        "pooled" is what the head sees, after its normalisations.
+        """
+        x = patches.normalise(image, self.run.mean, self.run.std)
+        net = {"params": params["backbone"]}
+        found = self.model.apply(net, x, method="features")
+        stats, x = extra.get("stats", {}), found[self.head.feature]
+        _, _, found["pooled"] = self.head(params["head"], stats, x)
+        return found
+
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `pictures.drawing.Material`."""
+        del extra, batch
+        own = params["backbone"]
+        return backbone_pictures.arrays(self.model, own, self.run, image)
+
+    def outputs(self, params, extra, batch) -> dict:
+        """Return "logits", "ema_logits" of the average, "tta_..." of either, [B, K]."""
+        found = {}
+        weights = {"": params} | ({"ema_": extra["ema"]} if "ema" in extra else {})
+        for prefix, own in weights.items():
+
+            def logits(image, own=own):
+                return self.logits(own, extra, image)
+
+            found[f"{prefix}logits"] = logits(batch["image"])
+            if self.scoring.tta != "none":
+                mean = self.scoring.averaged(logits, batch["image"])
+                found[f"{prefix}tta_logits"] = mean
+        return found
+
+    def scores(self, rows) -> dict:
+        """Return accuracies, cross-entropy and F1 of all that `outputs` returns.
+
+        Names begin with "", "ema_", "tta_" or "ema_tta_". Arrays, for the report:
+        "confusion" [K, K], "precision", "recall", "f1", "support" [K], and
+        "reliability" [3, bins] with scoring.calibration.
+        """
+        found = {}
+        known = rows["label"] >= 0
+        if not known.any():
+            return found
+        label = rows["label"][known]
+        for name in rows:
+            if not name.endswith("logits"):
+                continue
+            logits, prefix = rows[name][known], name.removesuffix("logits")
+            one = accuracy.measure(logits, label)
+            means = measures.summary(one["confusion"])
+            del means["accuracy"]  # Which is "top1".
+            # First what is looked at first: an online line shows the first four.
+            one = {"f1_macro": means["f1_macro"]} | one | means
+            one |= measures.per_class(one["confusion"])
+            if self.scoring.calibration:
+                one |= measures.calibration(logits, label)
+                one["reliability"] = np.stack(measures.reliability(logits, label))
+            found |= {f"{prefix}{key}": value for key, value in one.items()}
+        return found
+
+    def written(self, scores) -> str:
+        """Return scores as a table: weights and views in rows."""
+        columns = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+        columns = [c for c in columns if any(k.endswith(c) for k in scores)]
+        lines = ["| scored | " + " | ".join(columns) + " |"]
+        lines.append("|" + " --- |" * (1 + len(columns)))
+        for prefix in ("", "tta_", "ema_", "ema_tta_"):
+            if f"{prefix}top1" in scores:
+                cells = [scores.get(f"{prefix}{c}", float("nan")) for c in columns]
+                name = prefix.rstrip("_") or "parameters"
+                lines.append(f"| {name} | " + " | ".join(f"{v:.4f}" for v in cells))
+                lines[-1] += " |"
+        return "\n".join(lines) if len(lines) > 2 else ""
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
+        size = self.augment.size
+        for fault in self.model.check_image(size):
+            yield f"augment.size={size}: {fault}"
+        for fault in self.model.check_channels(self.run.channels):
+            yield f"data.channels={fault}"
+        if self.mix.on and self.run.batch_size % 2:
+            yield (
+                f"batch_size={self.run.batch_size}: mixup and cutmix pair the images "
+                "of a batch; an even number is needed (or mix.prob=0)"
+            )
+        if self.head.feature not in self.model.poolings:
+            known = ", ".join(self.model.poolings)
+            yield f"head.pool={self.head.pool}: there is no class token; use {known}"
+        if self.objective.consistency and not isinstance(self.model, hvit.HViT):
+            yield (
+                f"objective.consistency={self.objective.consistency}: compares the "
+                "streams of model.name=hvit; set 0.0"
+            )
+        yield from self.resolution.faults(self.augment.size, self.model.square)
+        for fault in self.objective.faults(self.run.classes):
+            yield f"objective.{fault}"
+        if self.augment.severity and self.run.channels < 3:
+            yield f"augment.severity: needs 3 channels, not {self.run.channels}"
+        if self.augment.randaugment and self.run.channels not in (1, 3):
+            yield f"augment.randaugment: needs 1 or 3 channels, not {self.run.channels}"
+
+
+def _backbone_frozen(params, phase) -> bool:
+    """Return whether no parameter of the backbone trains in this phase."""
+    names = (f"backbone/{name}" for name in tree.flat(params["backbone"]))
+    return phase is not None and all(name in phase.frozen for name in names)

@@ -1,0 +1,273 @@
+"""The levels of H-JEPA: features of a set of patches at several granularities.
+
+Level k describes 2^k x 2^k patches (spatial pooling) or 2^k patches in a row of the
+list of members (sequence pooling). Sets are packed: a list of members in raster order,
+then padding.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vitssl.models import layers, patches
+
+Pooling = Literal["spatial", "sequence"]
+Norm = Literal["layernorm", "batchnorm", "none"]
+
+
+class Members(flax.struct.PyTreeNode):
+    """A set of patches per row of a batch.
+
+    Attributes:
+        where: [B, M] int32 raster indices, members first, in ascending order.
+        count: [B] int32 number of members.
+        grid: (h, w) of the patches.
+    """
+
+    where: jax.Array
+    count: jax.Array
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+
+    @property
+    def valid(self):
+        """Which slots hold a member: [B, M] bool."""
+        return patches.valid(self.count, self.where.shape[1])
+
+
+def everything(batch, grid) -> Members:
+    """Return the set of all patches of a grid, for `batch` rows."""
+    n = grid[0] * grid[1]
+    where = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (batch, n))
+    return Members(where, jnp.full((batch,), n, jnp.int32), tuple(grid))
+
+
+def cells(grid, level):
+    """Return (rows, columns) of the cells of a level: 14 -> 14, 7, 4, 2."""
+    return tuple(-(-side // 2**level) for side in grid)
+
+
+def cell_of(where, grid, level):
+    """Return the raster index of the cell of each patch: int, shaped as `where`."""
+    y, x = where // grid[1], where % grid[1]
+    return (y >> level) * cells(grid, level)[1] + (x >> level)
+
+
+def pool(x, members: Members, level, pooling: Pooling):
+    """Average token rows over the groups of a level.
+
+    Args:
+        x: [B, M, D] one row per member.
+        members: which patches the rows belong to.
+        level: 0 returns the rows themselves.
+        pooling: "spatial": the members of each 2^k x 2^k cell; "sequence": every 2^k
+            consecutive members, an incomplete last group is dropped.
+
+    Returns:
+        (means [B, n, D] float32, valid [B, n] bool): cells in raster order, valid
+        with at least one member; or groups in order, valid if complete.
+    """
+    x = x.astype(jnp.float32)
+    if level == 0:
+        return x, members.valid
+    if pooling == "sequence":
+        size = 2**level
+        n = x.shape[1] // size
+        groups = x[:, : n * size].reshape(x.shape[0], n, size, x.shape[-1])
+        return groups.mean(2), patches.valid(members.count // size, n)
+    h, w = cells(members.grid, level)
+    cell = cell_of(members.where, members.grid, level)
+    own = jax.nn.one_hot(cell, h * w, axis=1) * members.valid[:, None]  # [B, n, M]
+    size = own.sum(-1, keepdims=True)
+    # A sum over at most 4^k rows: exact in float32, also where the default is less.
+    x = jnp.einsum("bnm,bmd->bnd", own / jnp.maximum(size, 1.0), x, precision="highest")
+    return x, size[..., 0] > 0
+
+
+def unpool(x, members: Members, level, pooling: Pooling):
+    """Bring the features of level `level + 1` to the groups of `level`.
+
+    Args:
+        x: [B, n', D] of level `level + 1`.
+        members: of both.
+        level: the finer level.
+        pooling: "spatial": each cell takes its parent; "sequence": linear
+            interpolation between group centres, clamped at the ends.
+
+    Returns:
+        (rows [B, n, D], [B, n] bool: False where there is no coarser group at all).
+    """
+    if pooling == "spatial":
+        if level == 0:
+            parent = cell_of(members.where, members.grid, 1)  # [B, M]
+        else:
+            h, w = cells(members.grid, level)
+            parent = cell_of(jnp.arange(h * w), (h, w), 1)[None]
+        return patches.take(x, parent), jnp.ones(parent.shape, bool)
+    n = members.where.shape[1] >> level
+    if not x.shape[1]:
+        return jnp.zeros((x.shape[0], n, x.shape[-1]), x.dtype), jnp.zeros((1, n), bool)
+    fine, coarse = members.count[:, None] >> level, members.count[:, None] >> level + 1
+    at = (jnp.arange(n) + 0.5) * coarse / jnp.maximum(fine, 1) - 0.5  # [B, n]
+    at = jnp.clip(at, 0.0, jnp.maximum(coarse - 1, 0))
+    low = jnp.floor(at).astype(jnp.int32)
+    high = jnp.minimum(low + 1, jnp.maximum(coarse - 1, 0))
+    part = (at - low)[..., None].astype(x.dtype)
+    y = patches.take(x, low) * (1 - part) + patches.take(x, high) * part
+    return y, jnp.broadcast_to(coarse > 0, (x.shape[0], n))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all valid rows, with PyTorch's conventions.
+
+    The biased variance normalises, the unbiased one enters the running average, which
+    moves by `momentum` towards the batch. The averages are in "batch_stats".
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167; BatchNorm1dForTokens of
+    jonwiggins/H-JEPA src/models/hjepa.py.
+    """
+
+    eps: float = 1e-5
+    momentum: float = 0.1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, valid=None, train=False):
+        """Normalise [..., D] rows; `valid` [...] bool marks those that count."""
+        d = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (d,))
+        bias = self.param("bias", nn.initializers.zeros, (d,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (d,))
+        var = self.variable("batch_stats", "var", jnp.ones, (d,))
+        x = x.astype(jnp.float32)
+        m, v = mean.value, var.value
+        if train:
+            weight = jnp.ones(x.shape[:-1]) if valid is None else valid
+            weight = weight[..., None].astype(jnp.float32)
+            axes = tuple(range(x.ndim - 1))
+            n = jnp.maximum(weight.sum(), 1.0)
+            m = (x * weight).sum(axes) / n
+            v = (jnp.square(x - m) * weight).sum(axes) / n
+            if not self.is_initializing():
+                some = weight.sum() > 0  # An empty set says nothing.
+                unbiased = v * n / jnp.maximum(n - 1.0, 1.0)
+                for old, new in ((mean, m), (var, unbiased)):
+                    moved = old.value + self.momentum * (new - old.value)
+                    old.value = jnp.where(some, jax.lax.stop_gradient(moved), old.value)
+        y = (x - m) * jax.lax.rsqrt(v + self.eps) * scale + bias
+        return y.astype(self.dtype)
+
+
+class Project(nn.Module):
+    """A linear layer and its normalisation."""
+
+    width: int
+    norm: Norm = "layernorm"
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, valid=None, train=False):  # [..., D'] -> [..., D]
+        x = layers.dense(self.width, self.dtype, "dense")(x)
+        if self.norm == "layernorm":
+            return layers.LayerNorm(1e-5, self.dtype, name="norm")(x)
+        if self.norm == "batchnorm":
+            return BatchNorm(dtype=self.dtype, name="norm")(x, valid, train)
+        return x
+
+
+class Levels(nn.Module):
+    """Project and pool a set of patch features to H levels.
+
+    Without a feature pyramid, level k is the mean of h_k(x) over its groups. With one,
+    the raw features are pooled first, every level gets a lateral layer, coarse levels
+    are added to (or concatenated with and fused into) finer ones from the top down,
+    and h_k comes last.
+
+    Attributes:
+        width: D of tokens and levels.
+        levels: H.
+        norm: of the projections h_k.
+        pooling: see `pool`.
+        fpn: "" for none, "add" or "concat".
+        fpn_width: of the pyramid; 0 = width.
+        dtype: of the matrix products.
+
+    Source: jonwiggins/H-JEPA src/models/hjepa.py (hierarchy projections, FPN); spatial
+    pooling is vitssl's. Lin et al. 2017, arXiv:1612.03144.
+    """
+
+    width: int
+    levels: int
+    norm: Norm = "layernorm"
+    pooling: Pooling = "spatial"
+    fpn: Literal["", "add", "concat"] = ""
+    fpn_width: int = 0
+    dtype: str = "float32"
+
+    def setup(self):
+        """Declare projections and pyramid: level k is proj_k, lateral_k and so on."""
+        h, f = range(self.levels), self.fpn_width or self.width
+
+        def part(n, norm="layernorm"):
+            return Project(n, norm, self.dtype)
+
+        self.proj = [part(self.width, self.norm) for _ in h]
+        if self.fpn:
+            self.lateral = [part(f) for _ in h]
+            self.top_down = [part(f) for _ in h[1:]]
+        if self.fpn == "concat":
+            self.fuse = [part(f) for _ in h[1:]]
+
+    def __call__(
+        self, x, members: Members, *, only: Sequence[int] | None = None, train=False
+    ):
+        """Return the features of some levels.
+
+        Args:
+            x: [B, M, D] one row per member.
+            members: which patches the rows belong to.
+            only: levels wanted; None = all.
+            train: batch statistics of the valid rows, and update the running ones
+                (make "batch_stats" mutable).
+
+        Returns:
+            {level: (features [B, n, D] float32, valid [B, n] bool)}.
+        """
+        only = range(self.levels) if only is None else only
+        if self.fpn:
+            pyramid = self._pyramid(x, members, min(only))
+        out = {}
+        for k in only:
+            if self.fpn:
+                y, valid = pyramid[k]
+                out[k] = self.proj[k](y, valid, train).astype(jnp.float32), valid
+            else:
+                y = self.proj[k](x, members.valid, train)
+                out[k] = pool(y, members, k, self.pooling)
+        return out
+
+    def coarse(self, x, train=False):
+        """Return the coarsest level of feature vectors [..., D] that stand alone."""
+        if self.fpn:
+            x = self.lateral[-1](x)
+        return self.proj[-1](x, None, train).astype(jnp.float32)
+
+    def _pyramid(self, x, members, finest):
+        """Return {level: (features [B, n, F], valid)} from the coarsest to `finest`."""
+        out = {}
+        for k in reversed(range(finest, self.levels)):
+            y, valid = pool(x, members, k, self.pooling)
+            y = self.lateral[k](y)
+            if k < self.levels - 1:
+                above, there = unpool(out[k + 1][0], members, k, self.pooling)
+                above = jnp.where(there[..., None], self.top_down[k](above), 0.0)
+                if self.fpn == "add":
+                    y = y + above
+                else:
+                    y = jnp.concatenate([y, above], axis=-1)
+                    y = nn.relu(self.fuse[k](y))
+            out[k] = y, valid
+        return out

@@ -1,0 +1,425 @@
+"""H-JEPA with multi-crop: predict the features of hidden patches, at several levels.
+
+A context encoder sees part of every crop, a predictor fills in the features of the
+hidden part as an averaged copy of the encoder produces them from the whole crop, and
+the two are compared at H granularities. Several crops of an image take part: see
+`methods.hjepa.masks.Masks.strategy` for who predicts whom.
+
+Sources: jonwiggins/H-JEPA@eb995a0 (the system); I-JEPA, Assran et al. 2023,
+arXiv:2301.08243 (the method it extends); DINOv2, arXiv:2304.07193 (crops).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from vitssl import errors, tree
+from vitssl.data import crops
+from vitssl.evals import quality
+from vitssl.methods import base
+from vitssl.methods.hjepa import combined, forward, levels, predictor, sections, slots
+from vitssl.methods.hjepa import networks as hjepa_networks
+from vitssl.methods.hjepa import objective as hjepa_losses
+from vitssl.methods.hjepa import pictures as hjepa_pictures
+from vitssl.models import patches, vit
+from vitssl.ops import jitter
+from vitssl.optim import freezeout, schedules
+
+
+@dataclasses.dataclass(frozen=True)
+class HJEPA:
+    """The method; fields are the sections of its config.
+
+    Parameters: {"encoder", "predictor", "levels"}. Extra: "target" and "momentum", the
+    EMA of the encoder and the momentum last used; "target_levels" (levels.target=ema);
+    "stats" (batch normalisation); "vicreg" (adaptive weights).
+    """
+
+    run: base.Run
+    model: vit.ViT
+    predictor: sections.Predictor
+    levels: sections.Levels
+    multicrop: crops.MultiCrop
+    masking: sections.Masking
+    objective: hjepa_losses.Objective
+    ema: sections.Ema
+
+    # Modules.
+
+    @property
+    def encoder(self) -> vit.ViT:
+        """The context encoder; the target encoder is the same module."""
+        return self.model
+
+    @property
+    def predictor_module(self) -> predictor.Predictor:
+        """The predictor, with the parameters this config uses."""
+        strategy, most = self.masking.strategy, self._most_locals
+        return predictor.Predictor(
+            **dataclasses.asdict(self.predictor),
+            roles=strategy != "global_only" and most > 0,
+            pooled=self.uses_views and most > 0,
+            dtype=self.model.dtype,
+            attention=self.model.attention,
+        )
+
+    @property
+    def levels_module(self) -> levels.Levels:
+        """The projections and the feature pyramid."""
+        return levels.Levels(
+            width=self.model.width,
+            levels=self.masking.num_hierarchies,
+            norm=self.levels.norm,
+            pooling=self.levels.pooling,
+            fpn=self.levels.fpn,
+            fpn_width=self.levels.fpn_width,
+            dtype=self.model.dtype,
+        )
+
+    def networks(self, params, extra, *, rng=None, train) -> hjepa_networks.Networks:
+        """Return the modules with these parameters put in."""
+        return hjepa_networks.Networks(
+            encoder=self.encoder,
+            predictor=self.predictor_module,
+            levels=self.levels_module,
+            params=params,
+            target=extra["target"] if self.ema.target_encoder else params["encoder"],
+            target_levels=extra.get("target_levels", params["levels"]),
+            stats=extra.get("stats", {}),
+            detach=self.ema.target_encoder,
+            train=train,
+            rng=rng,
+        )
+
+    # Crops.
+
+    @property
+    def uses_views(self) -> bool:
+        """Whether pooled targets are predicted from local crops."""
+        only = self.masking.strategy == "global_only"
+        return only and self.objective.view_weight > 0
+
+    @property
+    def uses_locals(self) -> bool:
+        """Whether local crops take part at all."""
+        return self.uses_views or self.masking.strategy != "global_only"
+
+    @property
+    def _most_locals(self) -> int:
+        return self.multicrop.locals_at(10**9)
+
+    def transform(self) -> crops.MultiCropTransform:
+        """Return the training transform; it makes no crops that are not used."""
+        made = self.multicrop
+        if not self.uses_locals:
+            made = dataclasses.replace(made, num_local_crops=0, adaptive=False)
+        return crops.MultiCropTransform(
+            made, self.masking.blocks_only, self.model.patch
+        )
+
+    def phase(self, step: int) -> int:
+        """Return the number of local crops of a step; each number is compiled once."""
+        if not self.uses_locals:
+            return 0
+        return self.multicrop.locals_at(step // max(1, self.run.steps_per_epoch))
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss mixes samples, so that a batch may not be split."""
+        return self.objective.couples_batch or self.levels.norm == "batchnorm"
+
+    # The contract.
+
+    def init(self, rng, batch):
+        """Return (params, extra) of fresh networks; the target is an exact copy."""
+        keys = jax.random.split(rng, 4)
+        image = jnp.zeros((1, *batch["global"].shape[2:]))
+        row = jnp.zeros((1, 2 ** (self.masking.num_hierarchies - 1), self.model.width))
+        members = levels.everything(1, (1, row.shape[1]))
+        guess = self.predictor_module.init(keys[1], row, row)["params"]
+        found = self.levels_module.init(keys[2], row, members)
+        params = {
+            "encoder": self.encoder.init(keys[0], image)["params"],
+            "predictor": predictor.xavier(keys[3], guess),
+            "levels": found["params"],
+        }
+        extra = {}
+        if self.ema.target_encoder:
+            extra["target"] = tree.copy(params["encoder"])
+            extra["momentum"] = jnp.float32(self.ema.start)
+        if self.levels.target == "ema":
+            extra["target_levels"] = tree.copy(params["levels"])
+        if self.levels.norm == "batchnorm":
+            extra["stats"] = found["batch_stats"]
+        if self.objective.vicreg_adaptive:
+            extra["vicreg"] = jnp.asarray(self.objective.vicreg[0], jnp.float32)
+        return params, extra
+
+    def loss(self, params, extra, batch, rng, *, phase=None):
+        """Return (loss [], (extra, metrics)); see the module and `hjepa_step`."""
+        del phase  # The number of local crops shows in the batch.
+        drop, draw, paint = jax.random.split(rng, 3)
+        if self.multicrop.colour == "device":
+            batch = self._coloured(batch, paint)
+        net = self.networks(params, extra, rng=drop, train=True)
+        terms = self.terms(net, batch)
+        o = self.objective
+        key = jax.random.key(0) if o.fixed_slices else draw
+        total = o.crop_loss(terms.near, jax.random.fold_in(key, 0))
+        parts = {}
+        if terms.far is not None:
+            local = o.crop_loss(terms.far, jax.random.fold_in(key, 1))
+            total = total + o.local_weight * local
+            parts["loss_local"] = local
+        if terms.view is not None:
+            total = total + o.view_weight * terms.view
+            parts["loss_view"] = terms.view
+        term, more, state = o.regularise(
+            terms.context, terms.near, jax.random.fold_in(key, 2), extra.get("vicreg")
+        )
+        extra = dict(extra)
+        if net.stats:
+            extra["stats"] = net.stats
+        if state is not None:
+            extra["vicreg"] = state
+        metrics = self._metrics(batch, terms, extra) | parts | more
+        return total + term, (extra, metrics)
+
+    def terms(self, net, batch) -> forward.Terms:
+        """Return what the loss of a batch is made of; see `hjepa_step.forward`."""
+        near = self._masked(batch, "global", slice(None), predictor.GLOBAL)
+        far = free = None
+        if self.uses_locals and "local" in batch:
+            count = batch["local"].shape[1]
+            crossed = self.masking.strategy == "cross_crop_prediction"
+            hidden = count // 2 if crossed else 0
+            if hidden:
+                far = self._masked(batch, "local", slice(hidden), predictor.LOCAL)
+            if hidden < count:
+                free = self._pixels(batch["local"][:, hidden:])
+        plan = forward.Plan(
+            strategy=self.masking.strategy,
+            mode=self.masking.mode,
+            patch=self.model.patch,
+            one_by_one=self.masking.accumulate_crops,
+            views=self.uses_views,
+            options=self.objective.options(),
+        )
+        return forward.forward(net, near, far, free, plan)
+
+    def _coloured(self, batch, key):
+        """Return the batch with the colour augmentation the host has left to us."""
+        batch = dict(batch)
+        for i, kind in enumerate(k for k in ("global", "local") if k in batch):
+            count = batch[kind].shape[1]
+            recipes = [self.multicrop.recipe(kind, c) for c in range(count)]
+            own = jax.random.fold_in(key, i)
+            batch[kind] = jitter.augment_crops(own, batch[kind], recipes)
+        return batch
+
+    def _pixels(self, image):
+        return patches.normalise(image, self.run.mean, self.run.std)
+
+    def _masked(self, batch, kind, which, role) -> forward.Masked:
+        """Return the crops `which` of a kind, with their masks."""
+        image = batch[kind][:, which]
+        passes = slice(self.masking.passes)
+        wanted = batch[f"{kind}_targets"][:, which, passes]
+        if self.masking.context == "complement":
+            visible = ~wanted
+        else:
+            visible = batch[f"{kind}_context"][:, which, passes] & ~wanted
+        grid = patches.grid(image, self.model.patch)
+        room = slots.slots(self.masking, grid, self.masking.passes)
+        return forward.Masked(self._pixels(image), visible, wanted, room, role)
+
+    def _metrics(self, batch, terms: forward.Terms, extra):
+        """Return scalars to watch; none of them has a gradient."""
+        near, found = terms.near, {}
+        for k in range(self.masking.num_hierarchies):
+            found[f"loss_h{k}"] = near.losses[:, k].mean()
+            found[f"cosine_h{k}"] = near.cosine[:, k].mean()
+        found["loss_unweighted"] = near.losses.mean()
+        masks = self._masked(batch, "global", slice(None), predictor.GLOBAL)
+        found["mask_ratio"] = masks.wanted.mean()
+        dropped = 1 - terms.targets.count.sum() / jnp.maximum(masks.wanted.sum(), 1)
+        found["dropped_targets"] = dropped
+        kept = terms.context.seen.sum() / jnp.maximum(masks.visible.sum(), 1)
+        found["dropped_context"] = 1 - kept * (1 - near.crowded)
+        pooled = {
+            "online": terms.context.pooled[:, 0],
+            "target": terms.targets.tokens[:, 0].astype(jnp.float32).mean(1),
+        }
+        for name, x in pooled.items():
+            signs = quality.collapse_metrics(x, rows=64)
+            found[f"{name}_std"] = signs["std"]
+            found[f"{name}_rank"] = signs["effective_rank"]
+        if "momentum" in extra:
+            found["momentum"] = extra["momentum"]
+        return jax.lax.stop_gradient(found)
+
+    def pictures(self, params, extra, batch, image):
+        """Return fields of `pictures.drawing.Material`."""
+        return hjepa_pictures.arrays(self, params, extra, batch, image)
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: the encoder's; predictor and levels never."""
+        last = ((r"encoder/norm/.*", self.model.depth),)
+        return freezeout.vit_layers(self.model.depth, "encoder/", last)
+
+    def adopt(self, params, extra):
+        """Return `extra` with targets that start as copies of loaded parameters."""
+        moved = {}
+        if self.ema.target_encoder:
+            moved["target"] = tree.copy(params["encoder"])
+        if self.levels.target == "ema":
+            moved["target_levels"] = tree.copy(params["levels"])
+        return extra | moved
+
+    def after(self, params, extra, step):
+        """Return `extra` after update `step`: the targets follow the new parameters."""
+        if not self.ema.target_encoder:
+            return extra
+        m = schedules.momentum(
+            step,
+            start=self.ema.start,
+            end=self.ema.end,
+            warmup_steps=self.ema.warmup_steps,
+            total_steps=self.run.total_steps,
+        )
+        moved = {"target": tree.ema(extra["target"], params["encoder"], m)}
+        if self.levels.target == "ema":
+            followed = extra["target_levels"], params["levels"]
+            moved["target_levels"] = tree.ema(*followed, m)
+        return extra | moved | {"momentum": jnp.float32(m)}
+
+    def features(self, params, extra, image):
+        """Return the features of whole images of any size the patch divides.
+
+        Args:
+            params, extra: of the method.
+            image: [B, H, W, C] uint8, or float and normalised.
+
+        Returns:
+            Of the target encoder (of the encoder itself in end-to-end training):
+            "tokens" [B, N, D] patch tokens, "pooled" [B, D] their mean, "cls" [B, D]
+            if there is a class token, "last4" [B, 4 D] mean patch tokens of the last
+            four blocks, and "level{k}" [B, D]: tokens projected to level k, pooled to
+            its groups, then averaged (what the original evaluates, with k = 0).
+        """
+        net = self.networks(params, extra, train=False)
+        x = self._pixels(image)
+        tokens, out = net.encoder.apply({"params": net.target}, x)
+        cls, tokens = hjepa_networks.split(net.encoder, tokens)
+        found = {"tokens": tokens, "pooled": tokens.astype(jnp.float32).mean(1)}
+        if cls is not None:
+            found["cls"] = cls
+        last = [self._normed(net, y).mean(1) for y in out["blocks"][-4:]]
+        found["last4"] = jnp.concatenate(last, axis=-1)
+        members = levels.everything(x.shape[0], out["grid"])
+        for k, (y, valid) in net.project(tokens, members, target=True).items():
+            found[f"level{k}"] = combined.pool(y, valid)
+        return found
+
+    def _normed(self, net, y):
+        """Return the patch tokens [B, N, D] of a block, through the last LayerNorm."""
+        y = net.encoder.apply({"params": net.target}, y, method=lambda m, z: m.norm(z))
+        return hjepa_networks.split(net.encoder, y)[1].astype(jnp.float32)
+
+    def extract_features(
+        self, params, extra, image, level=0, *, use_target_encoder=True
+    ):
+        """Return the features of a level: [B, n, D], one row per group of patches.
+
+        Args:
+            params, extra, image: as in `features`.
+            level: 0 (patches) to H - 1.
+            use_target_encoder: False: the context encoder, on the whole image.
+
+        Raises:
+            UsageError: there is no such level.
+        """
+        if not 0 <= level < self.masking.num_hierarchies:
+            most = self.masking.num_hierarchies - 1
+            raise errors.UsageError(f"level={level}: 0 to {most}")
+        net = self.networks(params, extra, train=False)
+        x = self._pixels(image)
+        weights = net.target if use_target_encoder else params["encoder"]
+        tokens, out = net.encoder.apply({"params": weights}, x)
+        _, tokens = hjepa_networks.split(net.encoder, tokens)
+        members = levels.everything(x.shape[0], out["grid"])
+        found = net.project(tokens, members, (level,), target=use_target_encoder)
+        return found[level][0]
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
+        yield from self._check_crops()
+        yield from self._check_objective()
+        width = self.predictor.width or self.model.width
+        if self.predictor.heads >= 1 and width % self.predictor.heads:
+            yield (
+                f"predictor.heads={self.predictor.heads}: must divide the predictor's "
+                f"width {width}"
+            )
+        if not self.ema.target_encoder:
+            if not self.objective.sees_sigreg:
+                yield (
+                    "ema.target_encoder=False: nothing keeps the features from "
+                    "collapsing; set objective.type=hjepa_sigreg"
+                )
+            if self.levels.target == "ema":
+                yield "levels.target=ema: needs ema.target_encoder=True"
+        if self.levels.norm == "batchnorm" and self.masking.accumulate_crops:
+            yield (
+                "masking.accumulate_crops=True: levels.norm=batchnorm needs all crops "
+                "at once; use layernorm"
+            )
+
+    def _check_crops(self):
+        """Yield what does not fit between crops, patches and masks."""
+        made, patch = self.multicrop, max(1, self.model.patch)
+        if made.num_global_crops < 1:
+            yield "multicrop.num_global_crops=0: at least 1 global crop has targets"
+        kinds = ["global"] + ["local"] * (self.uses_locals and self._most_locals > 0)
+        for kind in kinds:
+            size = getattr(made, f"{kind}_crop_size")
+            if size % patch:
+                below = size // patch * patch
+                yield (
+                    f"multicrop.{kind}_crop_size={size}: must be a multiple of "
+                    f"model.patch={patch}; nearest are {below} and {below + patch}"
+                )
+            elif (size // patch) ** 2 < 4:
+                yield (
+                    f"multicrop.{kind}_crop_size={size}: fewer than 2 x 2 patches of "
+                    f"{patch} pixels"
+                )
+
+    def _check_objective(self):
+        """Yield what the loss needs and does not have."""
+        o, h = self.objective, self.masking.num_hierarchies
+        for key in ("weights", "vicreg_weight", "vicreg"):
+            count = len(getattr(o, key))
+            if count not in (1, h):
+                yield (
+                    f"objective.{key} has {count} entries for masking.num_hierarchies="
+                    f"{h}; give 1 or {h}"
+                )
+        if o.type in hjepa_losses.CONTRASTIVE:
+            if self.multicrop.num_global_crops < 2:
+                yield f"objective.type={o.type}: needs multicrop.num_global_crops=2"
+            if not self.model.cls:
+                yield f"objective.type={o.type}: needs the class token, model.cls=True"
+        if o.type not in hjepa_losses.VICREG + hjepa_losses.SIGREG:
+            return
+        if o.type == "hierarchical_combined" and o.views == "crops":
+            return
+        if o.views == "batch_halves" and self.masking.mode != "zero":
+            yield (
+                "objective.views=batch_halves: pairs the tokens of two images one by "
+                "one, so all must be there; set masking.mode=zero"
+            )
+        if o.views != "crops" and self.run.batch_size < 2:
+            yield f"objective.views={o.views}: needs a batch of 2 or more"

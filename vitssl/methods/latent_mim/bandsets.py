@@ -1,0 +1,104 @@
+"""Which bandsets of a sample are read, which are predicted, and what follows.
+
+Source: allenai/olmoearth_pretrain@5411573 olmoearth_pretrain/train/masking.py
+(ModalityCrossMaskingStrategy).
+"""
+
+import typing
+
+import numpy as np
+
+from vitssl.data.states import DECODER, MISSING, ONLINE, TARGET_ONLY, Masks
+
+if typing.TYPE_CHECKING:
+    from vitssl.methods.latent_mim.masks import Strategy
+
+
+def present(masks: Masks, decode_only=()) -> list[tuple[str, int]]:
+    """Return the bandsets (modality, number) that a choice can be made among.
+
+    Those with a token that is read; of a modality that is never read, those with
+    anything.
+    """
+    found = []
+    for name, mask in masks.items():
+        for i in range(mask.shape[-1]):
+            one = mask[..., i]
+            only = name in decode_only
+            if (one != MISSING).any() if only else (one == ONLINE).any():
+                found.append((name, i))
+    return found
+
+
+def choose(strategy: "Strategy", there: list, rng) -> tuple[set, set]:
+    """Return the bandsets that are read and that are predicted.
+
+    One alone is read, none predicted; of two, one is read and the other predicted.
+
+    Args:
+        strategy: see `Strategy`.
+        there: of `present`.
+        rng: numpy Generator.
+    """
+    s = strategy
+    readable = [b for b in there if b[0] not in s.decode_only]
+    if len(there) == 1:
+        return set(there), set()
+    if len(there) == 2:
+        # The original takes the first, even one that is never to be read.
+        first = readable[0] if readable else there[0]
+        return {first}, set(there) - {first}
+    upper = len(readable) - (not s.same_bandset)
+    most = min(s.max_encoded or upper, upper)
+    least = min(s.min_encoded or len(readable), len(readable), most)
+    count = int(rng.integers(least, most + 1)) if most > 0 else 0
+    encoded = {readable[i] for i in rng.permutation(len(readable))[:count]}
+    if not s.same_bandset:
+        return encoded, set(there) - encoded
+    least = min(s.min_decoded or 1, len(there))
+    most = min(s.max_decoded or len(there), len(there))
+    count = int(rng.integers(least, max(least, most) + 1))
+    return encoded, {there[i] for i in rng.permutation(len(there))[:count]}
+
+
+def apply_rules(
+    name: str,
+    mask: np.ndarray,
+    there: list,
+    encoded: set,
+    decoded: set,
+    *,
+    strict: bool = False,
+    whole: bool = False,
+) -> np.ndarray:
+    """Return a modality's mask after the choice of bandsets.
+
+    A set that is not read has no token that is read; one that is read and not
+    predicted none that is predicted. One that is not read keeps its predicted tokens
+    whether it was chosen or not, as in the original, unless `strict`.
+
+    Args:
+        name: of the modality.
+        mask: int [..., S].
+        there: of `present`; a modality with none of them stays as it is.
+        encoded, decoded: of `choose`.
+        strict: see above.
+        whole: all of a chosen set becomes what it was chosen for, because the base
+            strategy has no structure for this modality.
+    """
+    mask = mask.copy()
+    if name not in {modality for modality, _ in there}:
+        return mask
+    for i in range(mask.shape[-1]):
+        one = mask[..., i]
+        read, predicted = (name, i) in encoded, (name, i) in decoded
+        if whole and (read or predicted):
+            one[one != MISSING] = ONLINE if read else DECODER
+            continue
+        if whole and not strict:
+            continue
+        if not read:
+            one[one == ONLINE] = TARGET_ONLY
+        if not predicted and (read or strict):
+            one[one == DECODER] = TARGET_ONLY
+    return mask

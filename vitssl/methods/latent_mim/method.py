@@ -1,0 +1,404 @@
+"""Latent masked modelling of several sensors, with hybrid patch size.
+
+An encoder reads some of the tokens of all sensors together, at patch p; a predictor
+tells what a frozen random projection makes of other tokens, at patch q that divides p.
+Two views of a sample, turned and masked each by itself, are also told apart from those
+of other samples. Attention is paid for at p, features come out at q.
+
+Sources: OlmoEarth, arXiv:2511.13655; allenai/olmoearth_pretrain@5411573 (its branch on
+hybrid patch sizes, whose step cannot run; what it meant is done here).
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Iterator
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from vitssl import tree
+from vitssl.data import modalities
+from vitssl.methods import base
+from vitssl.methods.latent_mim import discrimination, masks, readout, sections, shapes
+from vitssl.methods.latent_mim import hybrid as hybrid_mim
+from vitssl.methods.latent_mim import scores as fieldscores
+from vitssl.methods.latent_mim import views as field_views
+from vitssl.models import patches
+from vitssl.models import tokens as states
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMIM:
+    """The method; fields are the sections of its config.
+
+    Parameters: see `methods.latent_mim.hybrid.HybridMIM`. Extra: "target", the parameters of
+    the target: a patch embedding, or a whole encoder with target.depth above 0; with
+    one that moves, "step".
+    """
+
+    run: base.Run
+    inputs: sections.Inputs = sections.Inputs()
+    network: sections.Network = sections.Network()
+    hybrid: sections.Hybrid = sections.Hybrid()
+    mask: masks.Strategy = masks.Strategy()
+    sampling: shapes.Sampling = shapes.Sampling()
+    augment: field_views.Augment = field_views.Augment()
+    objective: sections.Objective = sections.Objective()
+    target: sections.Target = sections.Target()
+    readout: sections.Readout = sections.Readout()
+    measures: fieldscores.Measures = fieldscores.Measures()
+
+    # Modules and sizes.
+
+    @property
+    def kinds(self) -> tuple[modalities.Modality, ...]:
+        """Return the modalities of training."""
+        return self.inputs.kinds()
+
+    @property
+    def read(self) -> tuple[modalities.Modality, ...]:
+        """Return the modalities that evaluations read."""
+        never = self.mask.decode_only
+        names = [n for n in self.inputs.modalities if n not in never]
+        return self.inputs.kinds(self.readout.modalities or names)
+
+    def module(self, kinds, p: int, q: int) -> hybrid_mim.HybridMIM:
+        """Return the network for these modalities and patches."""
+        encoder, predictor = self.network.build(kinds, self.run.dtype)
+        h = self.hybrid
+        return hybrid_mim.HybridMIM(
+            encoder,
+            predictor,
+            p,
+            q,
+            upsampler=h.upsampler,
+            decoder=h.decoder,
+            loss_tokens=h.loss_tokens_per_modality,
+            sampled_keys=h.sampled_keys,
+            visible_loss=h.visible_loss_weight > 0,
+            pool_at=h.pool_at,
+            max_output_tokens=h.max_output_tokens,
+        )
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss mixes samples, so that a batch may not be split."""
+        return self.objective.couples_batch
+
+    # The contract.
+
+    def transform(self) -> field_views.Training:
+        """Return the training transform."""
+        _announce(self._summary())
+        return field_views.Training(
+            self.kinds,
+            self.sampling,
+            self.mask,
+            self.augment,
+            self.hybrid.processing_patch_size,
+            self.hybrid.output_patch_size,
+            self.run.mean,
+            self.run.std,
+        )
+
+    def evaluation_transform(self, size: int) -> field_views.Evaluation:
+        """Return the transform of evaluation samples, `size` pixels a side."""
+        return field_views.Evaluation(
+            self.read, size, self.readout.times, self.run.mean, self.run.std
+        )
+
+    def phase(self, step: int) -> shapes.Shape:
+        """Return the patches and the size of a step's crops: one compilation each."""
+        h = self.hybrid
+        return shapes.draw(
+            self.sampling,
+            self.kinds,
+            step,
+            h.processing_patch_size,
+            h.output_patch_size,
+        )
+
+    def init(self, rng, batch):
+        """Return (params, extra) of fresh networks."""
+        shape = self.phase(0)
+        module = self.module(self.kinds, shape.p, shape.q)
+        fields = self.views(jax.tree.map(lambda x: x[:1], _zeros(batch)))
+        keys = jax.random.split(rng, 2)
+        params = module.init({"params": keys[0], "tokens": keys[1]}, fields)["params"]
+        extra = {"target": tree.copy(self._followed(params))}
+        return params, extra | ({"step": jnp.int32(0)} if self.target.moves else {})
+
+    def _followed(self, params):
+        """Return the parameters that the target starts as."""
+        encoder = params["encoder"]
+        return encoder if self.target.depth else encoder["patch_embed"]
+
+    def views(self, batch) -> dict:
+        """Return all views of a batch as one, [B V, ...], those of a sample together.
+
+        It is what `methods.latent_mim.network` takes; rows stay on their device.
+        """
+        cut, stamps = len("view/"), batch["timestamps"]
+        fields = {
+            k[cut:]: einops.rearrange(x, "b v ... -> (b v) ...")
+            for k, x in batch.items()
+            if k.startswith("view/")
+        }
+        every = einops.repeat(stamps, "b t c -> (b v) t c", v=self.augment.views)
+        return fields | {"timestamps": every}
+
+    def loss(self, params, extra, batch, rng, *, phase):
+        """Return (loss [], (extra, metrics)); see the module."""
+        shape = phase.method
+        parts, pooled, metrics = self.terms(
+            params, extra, self.views(batch), shape, rng
+        )
+        parts |= self.objective.of_views(self._apart(pooled))
+        metrics |= {f"loss_{k}": v for k, v in parts.items()}
+        metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
+        if self.target.moves:
+            step = extra["step"]
+            metrics["ema"] = self.target.momentum(step, self.run.total_steps)
+        return sum(parts.values()), (extra, metrics)
+
+    def terms(self, params, extra, fields, shape, rng, train=True):
+        """Return ({name: weighted loss []}, pooled vectors [B V, D], metrics).
+
+        Args:
+            params, extra: of the method.
+            fields: of `views`.
+            shape: `shapes.Shape` of the batch.
+            rng: of dropped paths and of the tokens in the loss.
+            train: drop paths.
+        """
+        module = self.module(self.kinds, shape.p, shape.q)
+        drop, draw = jax.random.split(rng)
+        slots, bounds = masks.bounds(self.mask, self.kinds, shape)
+        view = module.apply(
+            {"params": params},
+            fields,
+            slots=slots,
+            bounds=bounds,
+            train=train,
+            rngs={"drop_path": drop, "tokens": draw},
+        )
+        total, each = self._compare(module, extra, fields, view.asked)
+        metrics = {f"tokens/{k}": v for k, v in view.counts.items()}
+        metrics |= {f"loss_of/{k}": v for k, v in each.items()}
+        parts = {"tokens": total}
+        if view.visible:
+            seen, _ = self._compare(module, extra, fields, view.visible)
+            parts["visible"] = self.hybrid.visible_loss_weight * seen
+        return parts, view.pooled, metrics
+
+    def _compare(self, module, extra, fields, asked):
+        """Return (loss [], {modality: []}): the mean over the views."""
+        goals = self._goals(module, extra, fields, asked)
+        if self.target.centre:
+            goals = {k: readout.centred(v, asked[k].valid) for k, v in goals.items()}
+        split = {
+            name: [self._apart(x) for x in (a.prediction, goals[name], a.valid)]
+            for name, a in asked.items()
+        }
+        each = []
+        for v in range(self.augment.views):
+            pairs = {
+                name: discrimination.Pair(*(x[v] for x in parts))
+                for name, parts in split.items()
+            }
+            each.append(self.objective.of_tokens(pairs))
+        return jax.tree.map(lambda *x: sum(x) / len(x), *each)
+
+    def _apart(self, x):
+        """Return each view's rows of [B V, ...]."""
+        return list(einops.rearrange(x, "(b v) ... -> v b ...", v=self.augment.views))
+
+    def _goals(self, module, extra, fields, asked):
+        """Return {modality: targets [B, Q, D]}, without gradient."""
+        patch, target = module.target_patch, jax.lax.stop_gradient(extra["target"])
+        if not self.target.depth:
+            projection = hybrid_mim.targets_of(module.encoder)
+            return hybrid_mim.targets(projection, target, fields, asked, patch)
+        return readout.encoded(
+            module.encoder, target, fields, asked, patch, self.target.depth
+        )
+
+    def after(self, params, extra, step):
+        """Return `extra` after update `step`: a moving target follows."""
+        if not self.target.moves:
+            return extra
+        momentum = self.target.momentum(step + 1, self.run.total_steps)
+        followed = self._followed(params)
+        return {
+            "target": tree.ema(extra["target"], followed, momentum),
+            "step": step + 1,
+        }
+
+    def adopt(self, params, extra):
+        """Return `extra` for loaded parameters: the target is of them."""
+        return extra | {"target": tree.copy(self._followed(params))}
+
+    # Features.
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Return the patches (p, q) of evaluations."""
+        sizes = self.hybrid.processing_patch_size or (self.sampling.max_patch,)
+        p = self.readout.p or sizes[0]
+        return p, self.readout.q or self.hybrid.output_patch_size or p
+
+    def features(self, params, extra, image):
+        """Return the features of whole samples.
+
+        Args:
+            params, extra: of the method.
+            image: {modality: [B, H, W, T, C], "timestamps": [B, T, 3]}, normalised,
+                `modalities.MISSING` where there is nothing; or pictures [B, H, W, 3].
+
+        Returns:
+            "pooled" [B, D], the mean of all tokens at p; "tokens" [B, H/q W/q, D] at q
+            and "tokens_p" at p, rows first: means over times and bandsets of each
+            modality, then over the modalities; [.., T D] with readout.pool="times".
+        """
+        del extra
+        fields, (p, q) = self._fields(image), self.patches
+        module = self.module(self.read, p, q)
+        for kind in self.read:
+            fields[states.mask_key(kind)] = readout.online(kind, fields[kind.name], p)
+        found = module.apply(
+            {"params": params}, fields, self.readout.mode, method="features"
+        )
+        pool = self.readout.pool
+        coarse = readout.in_place(found["tokens_p"], found["mask_p"], pool)
+        fine = readout.in_place(found["features_q"], found["mask_q"], pool)
+        return {
+            "pooled": states.pool(found["tokens_p"], found["mask_p"]),
+            "tokens": einops.rearrange(fine, "b h w d -> b (h w) d"),
+            "tokens_p": einops.rearrange(coarse, "b h w d -> b (h w) d"),
+        }
+
+    def _fields(self, image) -> dict:
+        """Return evaluation inputs as a dict."""
+        if isinstance(image, dict):
+            return dict(image)
+        x = patches.normalise(image, self.run.mean, self.run.std)
+        stamps = jnp.zeros((len(x), 1, 3), jnp.int32)
+        return {"rgb": x[:, :, :, None], "timestamps": stamps}
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: the encoder's blocks; the rest never freezes.
+
+        Encodings and registers act through block 0 alone, and go with it.
+        """
+        n = self.network
+        own = [("encoder/patch_embed/.*", 0)]
+        own += [("encoder/encodings/.*", 1)] * (n.channels != "zero")
+        own += [("encoder/registers", 1)] * bool(n.registers)
+        blocks = [(f"encoder/block_{i}/.*", i + 1) for i in range(n.numbers[2])]
+        return (*own, *blocks)
+
+    # Evaluation.
+
+    def outputs(self, params, extra, batch) -> dict:
+        """Return what the scores of a test batch need; nothing without a truth."""
+        if not self.measures.classes or "truth" not in batch:
+            return {}
+        cut = len("image/")
+        image = {k[cut:]: v for k, v in batch.items() if k.startswith("image/")}
+        found = self.features(params, extra, image)
+        side = batch["truth"].shape[1] // self.patches[1]
+        rows = {"truth": batch["truth"].astype(jnp.int16)}
+        fine = einops.rearrange(found["tokens"], "b (h w) d -> b h w d", h=side)
+        rows["tokens"] = fine.astype(jnp.float16)
+        if self.measures.pixels:
+            rows["pixels"] = readout.pixels(self.read, image).astype(jnp.float16)
+        return rows
+
+    def scores(self, rows) -> dict:
+        """Return the measures of a land cover probe, see `methods.latent_mim.scores`."""
+        return fieldscores.scores(rows, self.measures)
+
+    # Checks.
+
+    def _summary(self) -> str:
+        """Return two lines: the patches, and the tokens of the first step."""
+        h, s, shape = self.hybrid, self.sampling, self.phase(0)
+        drawn = f"{s.min_patch} to {s.max_patch}"
+        sizes = ", ".join(map(str, h.processing_patch_size)) or drawn
+        counts = [
+            sum(
+                math.prod(k.tokens(shape.side * r if k.space else 1, shape.times))
+                for k in self.kinds
+            )
+            for r in (1, shape.p // shape.q)
+        ]
+        return (
+            f"  hybrid    processing patch {sizes} px, output patch "
+            f"{h.output_patch_size or 'the same'} px; upsampler {h.upsampler}, "
+            f"decoder {h.decoder}\n"
+            f"  tokens    {shape.side} x {shape.side} patches, {shape.times} time "
+            f"step(s) at step 0: {counts[0]:,} a sample at {shape.p} px, "
+            f"{counts[1]:,} at {shape.q} px"
+        )
+
+    def check_size(self, size: int) -> Iterator[str]:
+        """Yield what is wrong with evaluation samples of `size` pixels a side."""
+        p, _ = self.patches
+        if size % p:
+            below = size // p * p
+            yield (
+                f"evals.image_size={size}: must be a multiple of the patch that is "
+                f"processed, {p}; nearest are {below} and {below + p}"
+            )
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
+        faults = []
+        for field in dataclasses.fields(self)[1:]:
+            for line in getattr(self, field.name).check():
+                faults.append(f"{field.name}.{line}")
+        yield from faults
+        if not faults:
+            yield from self._check_together()
+
+    def _check_together(self) -> Iterator[str]:
+        names = self.inputs.modalities
+        if all(n in self.mask.decode_only for n in names):
+            yield f"mask.decode_only: leaves none of {names} to read"
+        for name in self.readout.modalities:
+            if name not in names:
+                yield f"readout.modalities: {name!r} is not among {names}"
+        p, q = self.patches
+        if p % q:
+            yield f"readout.q={q} does not divide readout.p={p}"
+        if self.target.depth > self.network.numbers[2]:
+            yield (
+                f"target.depth={self.target.depth}: the encoder has "
+                f"{self.network.numbers[2]} blocks"
+            )
+        if self.objective.contrast_weight and self.augment.views != 2:
+            yield "augment.views=1: objective.contrast_weight compares two views"
+        if "rgb" in names and self.run.channels != 3:
+            yield f"data.channels={self.run.channels}: 'rgb' has 3"
+        try:
+            for side in (self.sampling.min_side, self.sampling.max_side):
+                shapes.max_times(self.kinds, self.sampling.token_budget, side)
+            for p in self.hybrid.processing_patch_size:
+                shapes.draw(self.sampling, self.kinds, 0, (p,))
+        except ValueError as e:
+            yield str(e)
+
+
+@functools.cache
+def _announce(text: str) -> None:
+    """Log a line once."""
+    logger.info("%s", text)
+
+
+def _zeros(batch):
+    return {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}

@@ -1,0 +1,359 @@
+"""Encoder and predictor of latent masked modelling of fields (OlmoEarth).
+
+A batch is a flat dict, one entry per modality and one per mask:
+
+    name            [B, H, W, T, C] (T = 1 without time), [B, T, C] or [B, C]
+    name_mask       [B, H, W, T, S] int per pixel, or per token [B, h, w, T, S]
+    timestamps      [B, T, 3] int: day 1-31, month 0-11, year
+
+The encoder sees ONLINE tokens, packed into a static number of slots. The predictor
+asks the packed result about any other tokens; what it answers about one does not
+depend on which others it is asked about.
+
+Source: allenai/olmoearth_pretrain nn/flexi_vit.py, arXiv:2511.13655.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vitssl import errors
+from vitssl.models import encodings, fieldblock, flexi, layers, patches, tokens
+
+SIZES = {  # name: width, heads, blocks of the encoder, blocks of the predictor
+    "nano": (128, 8, 4, 4),
+    "tiny": (192, 3, 12, 4),
+    "base": (768, 12, 12, 4),
+    "large": (1024, 16, 24, 4),
+    "tiny_deep": (192, 3, 12, 12),
+    "base_deep": (768, 12, 12, 12),
+    "large_deep": (1024, 16, 24, 24),
+}
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of a batch.
+
+    Attributes:
+        packed: `tokens.Packed`, the tokens it saw, after the last norm.
+        tokens: {name: [B, h, w, T, S, D]} the same in place, zero where not ONLINE.
+        mask: {name: [B, h, w, T, S]} int32 states of the tokens.
+        pooled: [B, D] float32, the projected mean of what it saw.
+    """
+
+    packed: tokens.Packed
+    tokens: dict
+    mask: dict
+    pooled: jax.Array
+
+
+class Aggregate(nn.Module):
+    """One vector per sequence: the mean of its tokens and linear layers.
+
+    Attributes:
+        layers: linear layers, ReLU between them.
+        first: the mean is taken before them; otherwise after.
+        dtype: of the layers.
+    """
+
+    layers: int = 1
+    first: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, packed):  # Packed [B, K, D] -> [B, D] float32
+        x = tokens.mean(packed) if self.first else packed.tokens
+        for i in range(self.layers):
+            x = nn.relu(x) if i else x
+            x = fieldblock.Linear(x.shape[-1], self.dtype, name=f"linear_{i}")(x)
+        x = x if self.first else tokens.mean(packed._replace(tokens=x))
+        return x.astype(jnp.float32)
+
+
+class Encoder(nn.Module):
+    """A transformer over the visible tokens of all modalities together.
+
+    Attributes:
+        modalities: what a field consists of; also the order of the sequence.
+        width, depth, heads, mlp_ratio: of the blocks.
+        base: patch side the kernels are for, in pixels of the field.
+        drop_path: of every block.
+        registers: extra tokens at the front, dropped at the end.
+        qk_norm: LayerNorm of queries and keys, per head.
+        projections, aggregate_first: see `Aggregate`.
+        patch_resize: see `flexi.FlexiPatchEmbed`.
+        frequencies, anchor, channels, most_times: see `encodings.CompositeEncodings`.
+        remat: recompute every block in the backward pass instead of storing it.
+        dtype, attention: as in `models.vit.ViT`.
+    """
+
+    modalities: tuple[tokens.Modality, ...]
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    base: int = 8
+    drop_path: float = 0.1
+    registers: int = 0
+    qk_norm: bool = False
+    projections: int = 1
+    aggregate_first: bool = True
+    patch_resize: flexi.Resize = "input"
+    frequencies: encodings.Frequencies = "legacy"
+    anchor: encodings.Anchor = "corner"
+    channels: encodings.Channels = "learnable"
+    most_times: int = 12
+    remat: bool = False
+    dtype: str = "float32"
+    attention: layers.Implementation = "auto"
+
+    def setup(self):
+        """Declare the parts; names do not depend on `remat`."""
+        self.patch_embed = flexi.PatchEmbeddings(
+            self.modalities, self.width, self.base, self.patch_resize, self.dtype
+        )
+        self.encodings = encodings.CompositeEncodings(
+            self.modalities,
+            self.width,
+            self.frequencies,
+            self.anchor,
+            self.channels,
+            self.most_times,
+        )
+        if self.registers:
+            init = nn.initializers.xavier_uniform()
+            self.register = self.param("registers", init, (self.registers, self.width))
+        self.block = fieldblock.stack(
+            self.depth,
+            self.remat,
+            heads=self.heads,
+            hidden=int(self.width * self.mlp_ratio),
+            drop_path=self.drop_path,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+        self.norm = layers.LayerNorm(fieldblock.EPS, self.dtype)
+        self.aggregate = Aggregate(self.projections, self.aggregate_first, self.dtype)
+
+    def __call__(
+        self,
+        fields,
+        patch,
+        *,
+        slots=0,
+        exits=None,
+        resolution=encodings.GRID,
+        train=False,
+    ):
+        """Encode a batch.
+
+        Args:
+            fields: the batch, see the module. Without any mask all tokens are seen.
+            patch: side in pixels, static.
+            slots: bound on the ONLINE tokens of a field, static; 0 = all tokens.
+            exits: {name: depth}: tokens of that modality leave with what enters block
+                `depth` (0: without encodings either) and the last norm; all at 0:
+                without the norm too, see `project`. None: all leave at the end.
+            resolution: metres per pixel.
+            train: drop paths, from the stream "drop_path".
+
+        Returns:
+            `Encoded`.
+
+        Raises:
+            ValueError: a mask or a patch that does not fit the arrays.
+        """
+        mask = {m.name: flexi.token_mask(fields, m, patch) for m in self.modalities}
+        plain = self.patch_embed(fields, patch)
+        shapes = tokens.shapes_of(plain)
+        codes = self.encodings(shapes, fields["timestamps"], patch, resolution)
+        raw = tokens.flatten(plain, self.modalities)
+        x = raw + tokens.flatten(codes, self.modalities).astype(self.dtype)
+        leave = None if exits is None else _sequence(exits, shapes, self.modalities)
+        packed = tokens.Packed(x)
+        if any(tokens.mask_key(m) in fields for m in self.modalities):
+            seen = tokens.flatten_mask(mask, self.modalities) == tokens.ONLINE
+            packed = tokens.pack(x, seen, slots)
+            if leave is not None:
+                raw, leave = patches.take(raw, packed.keep), leave[packed.keep]
+        if exits is None or any(exits.values()):
+            packed = packed._replace(tokens=self._blocks(packed, raw, leave, train))
+        else:
+            packed = packed._replace(tokens=raw)
+        whole = tokens.unpack(packed, x.shape[1])
+        placed = tokens.split(whole, shapes, self.modalities)
+        return Encoded(packed, placed, mask, self.aggregate(packed))
+
+    def _blocks(self, packed, raw, leave, train):
+        """Return the tokens [B, K, D] after the blocks and the norm."""
+        x, count, r = packed.tokens, packed.count, self.registers
+        left = raw
+        if r:
+            first = jnp.broadcast_to(self.register, (len(x), r, self.width))
+            x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
+            count = None if count is None else count + r
+        for i, block in enumerate(self.block):
+            if leave is not None and i:
+                left = jnp.where((leave == i)[..., None], x[:, r:], left)
+            x = block(x, None, count, train)
+        x = x[:, r:]
+        if leave is not None:
+            x = jnp.where((leave == self.depth)[..., None], x, left)
+        return self.norm(x)
+
+    def project(self, fields, patch):
+        """Return the patch embeddings alone: {name: [B, h, w, T, S, D]}.
+
+        What all exits at 0 come to: no encodings, no blocks, no norm.
+        """
+        return self.patch_embed(fields, patch)
+
+
+def _sequence(depths, shapes, modalities):
+    """Return {name: depth} as one number per token of the sequence [N]."""
+    parts = [jnp.full(shapes[m.name], depths[m.name]).ravel() for m in modalities]
+    return jnp.concatenate(parts)
+
+
+class Predictor(nn.Module):
+    """Answers queries about tokens from the tokens an encoder saw.
+
+    A query is one learned vector plus the encodings of a token. Its blocks attend to
+    the context alone, never to other queries.
+
+    Attributes:
+        modalities: of queries and context.
+        width: D of the encoder's tokens and of the answers.
+        inner: of the blocks.
+        depth, heads, mlp_ratio: of the blocks.
+        qk_norm, frequencies, anchor, channels, most_times, remat, dtype, attention: as
+            in `Encoder`.
+    """
+
+    modalities: tuple[tokens.Modality, ...]
+    width: int
+    inner: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    frequencies: encodings.Frequencies = "legacy"
+    anchor: encodings.Anchor = "corner"
+    channels: encodings.Channels = "learnable"
+    most_times: int = 12
+    remat: bool = False
+    dtype: str = "float32"
+    attention: layers.Implementation = "auto"
+
+    def setup(self):
+        """Declare the parts; names do not depend on `remat`."""
+        zeros = nn.initializers.zeros
+        self.mask_token = self.param("mask_token", zeros, (self.inner,))
+        self.encodings = encodings.CompositeEncodings(
+            self.modalities,
+            self.inner,
+            self.frequencies,
+            self.anchor,
+            self.channels,
+            self.most_times,
+        )
+        self.norm_in = layers.LayerNorm(fieldblock.EPS, self.dtype)
+        self.embed = fieldblock.Linear(self.inner, self.dtype)
+        self.block = fieldblock.stack(
+            self.depth,
+            self.remat,
+            heads=self.heads,
+            hidden=int(self.inner * self.mlp_ratio),
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+        self.norm = layers.LayerNorm(fieldblock.EPS, self.dtype)
+        self.head = fieldblock.Linear(self.width, self.dtype)
+
+    def __call__(
+        self, context, queries, timestamps, *, train=False, resolution=encodings.GRID
+    ):
+        """Predict tokens.
+
+        Args:
+            context: what `context` returns.
+            queries: {name: (index [B, Q] int32 or None, shape, patch)}: which tokens,
+                flattened in the order of `shape` = (h, w, T, S), of which grid; None =
+                all of them.
+            timestamps: [B, T, 3].
+            train: not used; the blocks have no drop path.
+            resolution: metres per pixel.
+
+        Returns:
+            {name: [B, Q, D]}.
+        """
+        asked = {}
+        for name, (index, shape, patch) in queries.items():
+            place = (shape, timestamps, patch, resolution)
+            if index is None:
+                code = self.encodings({name: shape}, *place[1:])[name]
+                code = code.reshape(len(code), -1, self.inner)
+                code = jnp.broadcast_to(code, (len(timestamps), *code.shape[1:]))
+            else:
+                code = self.encodings.at(name, index, *place)
+            asked[name] = code + self.mask_token  # [B, Q, inner]
+        x = jnp.concatenate(list(asked.values()), axis=1).astype(self.dtype)
+        for block in self.block:
+            x = block(x, context.tokens, context.count, train)
+        x, found, at = self.output(x), {}, 0
+        for name, code in asked.items():
+            found[name] = x[:, at : at + code.shape[1]]
+            at += code.shape[1]
+        return found
+
+    def codes(self, shapes, timestamps, patch, resolution=encodings.GRID):
+        """Return the encodings of a whole grid as a sequence: [B or 1, N, inner]."""
+        found = self.encodings(shapes, timestamps, patch, resolution)
+        return tokens.flatten(found, self.modalities)
+
+    def codes_at(self, *place):
+        """Return the encodings of some tokens, see `CompositeEncodings.at`."""
+        return self.encodings.at(*place)
+
+    def context(self, packed, codes):
+        """Return what queries attend to: `Packed` [B, K, inner].
+
+        Args:
+            packed: tokens an encoder saw.
+            codes: [B or 1, N, inner] encodings of the sequence they are packed from.
+        """
+        if packed.keep is not None:
+            codes = patches.take(codes, packed.keep)
+        x = self.embed(self.norm_in(packed.tokens)) + codes.astype(self.dtype)
+        return packed._replace(tokens=x)
+
+    def output(self, x):
+        """Return the last norm and layer of [..., inner]: [..., D]."""
+        return self.head(self.norm(x))
+
+
+def sized(
+    size: str, modalities, *, encoder=None, **options
+) -> tuple[Encoder, Predictor]:
+    """Return the encoder and the predictor of a published size.
+
+    Args:
+        size: a key of `SIZES`.
+        modalities: tuple of `tokens.Modality`.
+        encoder: {field: value} of the encoder alone, such as base and drop_path.
+        **options: fields that both have.
+
+    Raises:
+        UsageError: unknown size.
+    """
+    if size not in SIZES:
+        raise errors.UsageError(f"size={size!r}: one of {', '.join(SIZES)}")
+    width, heads, depth, short = SIZES[size]
+    return (
+        Encoder(modalities, width, depth, heads, **options, **(encoder or {})),
+        Predictor(modalities, width, width, short, heads, **options),
+    )

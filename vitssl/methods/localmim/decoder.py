@@ -1,0 +1,166 @@
+"""The small decoder that LocalMIM attaches to an encoder block.
+
+Everything after the transformer block acts on single patches (transposed convolutions
+of kernel = stride do not overlap), so the head works on lists of tokens and may leave
+out the visible ones, whose prediction no loss looks at.
+"""
+
+import einops
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vitssl.models import layers, patches, posemb
+
+
+def _uniform(fan):
+    """PyTorch's default of a convolution: uniform in +-1 / sqrt(fan)."""
+
+    def init(key, shape, dtype=jnp.float32):
+        bound = fan**-0.5
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
+
+
+class Upsample(nn.Module):
+    """Every token becomes 2 x 2 tokens: a transposed convolution, kernel = stride = 2.
+
+    Kernel [in, 2, 2, out], with PyTorch's initial values (whose fan is 4 out).
+    """
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):  # [B, M, s, s, c] -> [B, M, 2 s, 2 s, features]
+        init = _uniform(4 * self.features)
+        kernel = self.param("kernel", init, (x.shape[-1], 2, 2, self.features))
+        bias = self.param("bias", init, (self.features,))
+        flat = einops.rearrange(kernel, "i p q o -> i (p q o)")
+        y = layers.linear(x, flat, jnp.tile(bias, 4), self.dtype)
+        return einops.rearrange(
+            y, "b m h w (p q o) -> b m (h p) (w q) o", p=2, q=2
+        )  # [B, M, 2 s, 2 s, o]
+
+
+class Predict(nn.Module):
+    """The last layer: a 1 x 1 convolution, with PyTorch's initial values."""
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):  # [..., c] -> [..., features]
+        init = _uniform(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        return layers.linear(x, kernel, bias, self.dtype)
+
+
+class StageDecoder(nn.Module):
+    """Predict targets on a grid of `scale` times the patch grid, from visible tokens.
+
+    Attributes:
+        width, depth, heads, mlp_ratio: of its transformer.
+        scale: cells per patch side: 1, 2, 4, 8 (the tokens are split up by transposed
+            convolutions) or 0.5, 0.25 (averaged).
+        out: channels of a target cell.
+        norm_eps: of every LayerNorm.
+        dtype: of the computation.
+
+    Source: Wang et al. 2023, arXiv:2303.05251, section 3.2; Haoqing-Wang/LocalMIM
+    ViT/models_mim.py:MAE_Decoder.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    scale: float
+    out: int
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    attention: layers.Implementation = "auto"
+
+    @nn.compact
+    def __call__(self, x, restore, grid, only=None):
+        """Fill in the hidden tokens and predict.
+
+        Args:
+            x: [B, 1 + K, C] class token and visible patches, in shuffled order.
+            restore: [B, N] place of every patch in the list (visible, then hidden).
+            grid: (h, w), N = h w.
+            only: [B, M] patches to predict; None = all. Not with a scale below 1.
+
+        Returns:
+            [B, M or N, s, s, out] for scale s >= 1, the cells of every patch;
+            [B, (h s) (w s), 1, 1, out] below.
+        """
+        token = self.param("mask_token", layers.normal, (1, 1, self.width))
+        x = layers.dense(self.width, self.dtype, "embed")(x)
+        cls, seen = x[:, :1], x[:, 1:]
+        hidden = restore.shape[1] - seen.shape[1]
+        shape = (len(x), hidden, self.width)
+        filler = jnp.broadcast_to(token.astype(x.dtype), shape)
+        y = patches.take(jnp.concatenate([seen, filler], axis=1), restore)
+        y = y + posemb.sincos(grid, self.width).astype(x.dtype)
+        y = jnp.concatenate([cls, y], axis=1)  # [B, 1 + N, d]
+        for i in range(self.depth):
+            y = layers.block(
+                False,
+                heads=self.heads,
+                hidden=int(self.width * self.mlp_ratio),
+                eps=self.norm_eps,
+                dtype=self.dtype,
+                attention=self.attention,
+                name=f"block_{i}",
+            )(y, None, None, False)
+        y = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(y)[:, 1:]
+        return self._head(y, grid, only)
+
+    def _head(self, y, grid, only):
+        """Return the predictions of tokens [B, N, d]."""
+        if self.scale < 1:
+            k = round(1 / self.scale)
+            y = einops.reduce(
+                y, "b (h p w q) d -> b (h w) d", "mean", h=grid[0] // k, p=k, q=k
+            )
+        elif only is not None:
+            y = patches.take(y, only)
+        y = y[:, :, None, None]  # [B, M, 1, 1, d]
+        count = max(0, round(np.log2(self.scale)))
+        for i in range(count):
+            if i:
+                name = f"up_norm_{i - 1}"
+                y = layers.LayerNorm(self.norm_eps, self.dtype, name=name)(y)
+                y = nn.gelu(y, approximate=False)
+            features = self.width // 2 ** (i + 1)
+            y = Upsample(features, self.dtype, name=f"up_{i}")(y)
+        return Predict(self.out, self.dtype, name="pred")(y)
+
+
+def raster(cells, grid, scale):
+    """Return predictions per patch as one grid, row by row.
+
+    Args:
+        cells: [B, N, s, s, C] of all patches (or [B, n, 1, 1, C] below scale 1).
+        grid: (h, w).
+        scale: of the decoder.
+
+    Returns:
+        [B, (h s) (w s), C].
+    """
+    if scale < 1:
+        return cells[:, :, 0, 0]
+    h, w = grid
+    return einops.rearrange(cells, "b (h w) p q c -> b (h p w q) c", h=h, w=w)
+
+
+def per_patch(target, scale):
+    """Return targets on a grid [B, h s, w s, C] per patch: [B, h w, s, s, C].
+
+    Below scale 1 every cell stands alone: [B, (h s) (w s), 1, 1, C].
+    """
+    s = max(1, round(scale))
+    return einops.rearrange(target, "b (h p) (w q) c -> b (h w) p q c", p=s, q=s)

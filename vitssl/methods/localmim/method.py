@@ -1,0 +1,429 @@
+"""LocalMIM: masked image modelling with a target of its own scale at several blocks.
+
+A ViT encodes the visible patches; small decoders read several of its blocks, early
+ones reconstruct fine HOG targets of the hidden patches and late ones coarse. A stage
+whose decoder is frozen (section `freeze`) has no decoder, target or loss any more.
+
+Sources: Wang et al. 2023, arXiv:2303.05251 (LocalMIM); Topcuoglu & Akagündüz 2023,
+arXiv:2312.02194 (with FreezeOut); utkutpcgl/ViTFreeze@30e80f9.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from vitssl import errors, tree
+from vitssl.data import views
+from vitssl.methods import base
+from vitssl.methods.localmim import decoder as stage_decoder
+from vitssl.methods.localmim import hog, initial, sections, store
+from vitssl.methods.localmim import masks as localmim_masks
+from vitssl.models import layers, patches, vit
+from vitssl.optim import freezeout
+
+
+class Phase(NamedTuple):
+    """The static part of a step: visible patches, and the block of every stage."""
+
+    visible: int
+    blocks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalMIM:
+    """The method; fields are the sections of its config.
+
+    Parameters: "encoder" (its `norm` is that of the last stage), "norm_<k>" of the
+    stages before, "decoder_<k>". Extra: "step" (with a curriculum), "hog_bias".
+    """
+
+    run: base.Run
+    model: vit.ViT
+    augment: sections.Augment
+    decoder: sections.Decoder = sections.Decoder()
+    stages: sections.Stages = sections.Stages()
+    masking: sections.Masking = sections.Masking()
+    target: sections.Targets = sections.Targets()
+    prefix: sections.Prefix = sections.Prefix()
+    couples_batch = False
+
+    # Modules.
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch grid of the training crops."""
+        side = self.augment.size // self.model.patch
+        return side, side
+
+    def decoder_module(self, k: int) -> stage_decoder.StageDecoder:
+        """Return the decoder of stage k."""
+        cell = self.model.patch / self.stages.scales[k]
+        channels = {
+            "hog": self.run.channels * self.target.nbins,
+            "pixel": self.run.channels * round(cell) ** 2,
+            "feature": self.model.width,
+            "prefix": self.model.width,
+        }[self.stages.target(k)]
+        return stage_decoder.StageDecoder(
+            **dataclasses.asdict(self.decoder),
+            scale=self.stages.scales[k],
+            out=channels,
+            norm_eps=self.model.norm_eps,
+            dtype=self.model.dtype,
+            attention=self.model.attention,
+        )
+
+    @property
+    def _norm(self):
+        return layers.LayerNorm(self.model.norm_eps, self.model.dtype)
+
+    def _stage_norm(self, params, k, x):
+        """Return the LayerNorm of stage k of tokens [B, T, D]."""
+        last = k == self.stages.count - 1
+        own = params["encoder"]["norm"] if last else params[f"norm_{k}"]
+        return self._norm.apply({"params": own}, x)
+
+    # The contract.
+
+    def transform(self):
+        """Return the training transform."""
+        a = self.augment
+        view = views.SingleCrop(a.size, a.scale, a.flip, interpolation=a.interpolation)
+        if self.prefix.store:
+            return store.open(self.prefix.store).views(view, self.view_key)
+        return view
+
+    @property
+    def view_key(self) -> str:
+        """Return what the pixels of a stored view depend on, beside its numbers."""
+        return repr((self.augment, tuple(self.run.mean), tuple(self.run.std)))
+
+    def phase(self, step: int) -> Phase:
+        """Return what is static at a step; it changes at the epochs of schedules."""
+        epoch = step / max(1, self.run.steps_per_epoch)
+        return Phase(
+            self.masking.visible(self.grid[0] * self.grid[1], epoch),
+            self.stages.blocks_at(epoch, self.model.depth),
+        )
+
+    def init(self, rng, batch):
+        """Return (params, extra) of a fresh network."""
+        keys = jax.random.split(rng, 3 + self.stages.count)
+        image = jnp.zeros((1, *batch["global"].shape[2:]))
+        encoder = self.model.init(keys[0], image)["params"]
+        params = {"encoder": initial.xavier(keys[1], encoder)}
+        row = jnp.zeros((1, 2, self.model.width))
+        restore = jnp.arange(self.grid[0] * self.grid[1])[None]
+        for k in range(self.stages.count):
+            if k < self.stages.count - 1:
+                params[f"norm_{k}"] = self._norm.init(keys[2], row)["params"]
+            module, key = self.decoder_module(k), keys[3 + k]
+            found = module.init(key, row, restore, self.grid)["params"]
+            params[f"decoder_{k}"] = initial.xavier(jax.random.fold_in(key, 1), found)
+        extra = {}
+        if self.stages.curriculum:
+            extra["step"] = jnp.int32(0)
+        if self.target.hog_bias:
+            shape = (self.stages.count, 2)
+            third = 1 / 3  # PyTorch's bound for a 3 x 3 convolution of one channel.
+            extra["hog_bias"] = jax.random.uniform(
+                keys[2], shape, minval=-third, maxval=third
+            )
+        return params, extra
+
+    def loss(self, params, extra, batch, rng, *, phase):
+        """Return (loss [], (extra, metrics)); `phase.frozen` ends stages."""
+        draw, drop = jax.random.split(rng)
+        image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
+        masks = self.draw_masks(draw, len(image), phase.method.visible)
+        active = self.active(phase.frozen)
+        tokens = self._prefix(params, image, batch, phase.frozen)
+        inside = [k for k in active if phase.method.blocks[k] < self.prefix.boundary]
+        if tokens is not None and inside:
+            raise errors.UsageError(
+                f"prefix.boundary={self.prefix.boundary}: stage {inside[0]} reads "
+                f"block {phase.method.blocks[inside[0]]}, before the mask; freeze it "
+                rf"too (optim.freeze: '(norm|decoder)_{inside[0]}/.*')"
+            )
+        each = self.stage_losses(
+            params, extra, image, masks, active, phase.method.blocks, drop, tokens
+        )
+        epoch = None
+        if "step" in extra:
+            epoch = extra["step"] / max(1, self.run.steps_per_epoch)
+        weights = self.stages.loss_weights(active, epoch)
+        total = sum(w * each[k] for w, k in zip(weights, active, strict=True))
+        metrics = {f"loss_stage{k}": each[k] for k in active}
+        metrics["mask_ratio"] = 1 - masks.visible / masks.order.shape[1]
+        metrics["stages"] = float(len(active))
+        return total, (extra, metrics)
+
+    def _prefix(self, params, image, batch, frozen):
+        """Return the whole images' tokens at the boundary, or None to mask patches."""
+        boundary, pattern = self.prefix.boundary, re.compile(self.prefix_pattern)
+        if not boundary:
+            return None
+        names = (name for name in tree.flat(params) if pattern.fullmatch(name))
+        live = [name for name in names if name not in frozen]
+        if live and not self.prefix.store:
+            return None
+        if live:
+            raise errors.UsageError(
+                f"prefix.store: holds the output of {boundary} frozen blocks, but "
+                f"{live[0]} trains; freeze it from the start "
+                f"(optim.freeze=(('{self.prefix_pattern}', 0.0),))"
+            )
+        if self.prefix.store:
+            return batch["tokens"].astype(jnp.float32)
+        return self.run_prefix(params, image)
+
+    @property
+    def prefix_pattern(self) -> str:
+        """Return the pattern of the parameters up to the boundary."""
+        blocks = "|".join(str(i) for i in range(self.prefix.boundary))
+        return rf"encoder/(cls|patch_embed/.*|block_({blocks})/.*)"
+
+    def run_prefix(self, params, image):
+        """Return the tokens [B, 1 + N, D] of whole images at the boundary."""
+        net = {"params": jax.lax.stop_gradient(params["encoder"])}
+        x = self.model.apply(net, image, method="start")
+        if self.prefix.boundary:
+            run = (0, self.prefix.boundary)
+            x = self.model.apply(net, x, *run, method="through")[-1]
+        return jax.lax.stop_gradient(x)
+
+    def active(self, frozen: frozenset[str]) -> tuple[int, ...]:
+        """Return the stages whose decoder still trains."""
+        live = []
+        for k in range(self.stages.count):
+            prefix = f"decoder_{k}/"
+            if not any(name.startswith(prefix) for name in frozen):
+                live.append(k)
+        return tuple(live)
+
+    def draw_masks(self, rng, count: int, visible: int) -> localmim_masks.Masks:
+        """Return masks for `count` images."""
+        return localmim_masks.draw(
+            rng, count, self.grid, visible, self.masking.distance
+        )
+
+    def stage_losses(
+        self, params, extra, image, masks, active, blocks, drop=None, tokens=None
+    ):
+        """Return {stage: loss []} of the active stages, without their weights.
+
+        Args:
+            params, extra: of the method.
+            image: [B, H, W, C] normalised.
+            masks: of this batch.
+            active: stages to compute.
+            blocks: block of every stage.
+            drop: key of stochastic depth, or None.
+            tokens: of the whole images at `prefix.boundary`, which are then masked;
+                None masks the patches.
+        """
+        outputs = self._encode(params, image, masks, drop, tokens)
+        goals = self.goals(params, extra, image, active, tokens)
+        losses = {}
+        for k in active:
+            scale = self.stages.scales[k]
+            latent = self._stage_norm(params, k, outputs[blocks[k]])
+            only = masks.hidden if scale >= 1 else None
+            predicted = self.decoder_module(k).apply(
+                {"params": params[f"decoder_{k}"]},
+                latent,
+                masks.restore,
+                self.grid,
+                only,
+            )
+            goal = goals[k]  # [B, N, s, s, C]
+            if only is not None:
+                goal = jnp.take_along_axis(goal, only[:, :, None, None, None], axis=1)
+            error = jnp.square(predicted.astype(jnp.float32) - goal).mean(-1)
+            if only is not None:
+                losses[k] = error.mean()  # Every cell of a hidden patch counts 1.
+                continue
+            weight = localmim_masks.cell_weights(masks.mask, self.grid, scale)
+            losses[k] = (error[:, :, 0, 0] * weight).sum() / weight.sum()
+        return losses
+
+    def _encode(self, params, image, masks, drop, tokens) -> dict:
+        """Return {block: its output [B, 1 + K, D]} for the visible tokens."""
+        net = {"params": params["encoder"]}
+        options = {"train": drop is not None and self.model.drop_path > 0}
+        if options["train"]:
+            options["rngs"] = {"drop_path": drop}
+        if tokens is None:
+            _, out = self.model.apply(net, image, keep=masks.keep, **options)
+            return dict(enumerate(out["blocks"]))
+        # Positions are in the tokens already: they are gathered, none is added.
+        seen = patches.take(tokens[:, 1:], masks.keep)
+        x = jnp.concatenate([tokens[:, :1], seen], axis=1)  # [B, 1 + K, D]
+        first, depth = self.prefix.boundary, self.model.depth
+        found = self.model.apply(net, x, first, depth, method="through", **options)
+        return dict(enumerate(found, first))
+
+    def goals(self, params, extra, image, active, tokens=None) -> dict:
+        """Return {stage: target [B, N, s, s, C]}, without gradient."""
+        kinds = {k: self.stages.target(k) for k in active}
+        cells = {k: round(self.model.patch / self.stages.scales[k]) for k in active}
+        found = {}
+        of_hog = [k for k in active if kinds[k] == "hog"]
+        if of_hog:
+            biases = extra.get("hog_bias")
+            made = hog.targets(
+                image,
+                [cells[k] for k in of_hog],
+                self.target.nbins,
+                None if biases is None else [biases[k] for k in of_hog],
+            )
+            found |= dict(zip(of_hog, made, strict=True))
+        for k in active:
+            if kinds[k] == "pixel":
+                found[k] = self._pixel_goal(image, cells[k])
+            elif kinds[k] == "feature":
+                found[k] = self._feature_goal(params, image)
+            elif kinds[k] == "prefix":
+                whole = self.run_prefix(params, image) if tokens is None else tokens
+                found[k] = self._standard(whole[:, 1:])
+        return {
+            k: jax.lax.stop_gradient(stage_decoder.per_patch(v, self.stages.scales[k]))
+            for k, v in found.items()
+        }
+
+    def _pixel_goal(self, image, cell):
+        """Return the pixels of every cell: [B, h, w, cell cell C]."""
+        x = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=cell, q=cell)
+        if not self.target.normalise_pixels:
+            return x
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, ddof=1, keepdims=True)
+        return (x - mean) / jnp.sqrt(var + 1e-6)
+
+    def _feature_goal(self, params, image):
+        """Return the last block's tokens of the whole image, standardised per token."""
+        params = jax.lax.stop_gradient(params["encoder"])
+        _, out = self.model.apply({"params": params}, image)
+        return self._standard(out["blocks"][-1][:, self.model.prefix :])
+
+    def _standard(self, x):
+        """Return tokens [B, N, D] with mean 0 and variance 1, as a grid."""
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        return einops.rearrange(x, "b (h w) d -> b h w d", h=self.grid[0])
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers` of this model: a stage goes with its block."""
+        blocks = self.stages.blocks_at(0.0, self.model.depth)
+        return freezeout.vit_layers(self.model.depth, "encoder/", stage_layers(blocks))
+
+    def after(self, params, extra, step):
+        """Return `extra` after update `step`."""
+        del params
+        return extra | {"step": step + 1} if "step" in extra else extra
+
+    def adopt(self, params, extra):
+        """Return `extra` for loaded parameters; a store of features must be of them.
+
+        Raises:
+            CheckpointError: it holds the output of other weights.
+        """
+        if self.prefix.store:
+            own = store.digest(params, self.prefix_pattern)
+            store.open(self.prefix.store).check(own, self.prefix.boundary)
+        return extra
+
+    def features(self, params, extra, image):
+        """Return the features of whole images.
+
+        Args:
+            params, extra: of the method.
+            image: [B, H, W, C] uint8, or float and normalised; the patch divides it.
+
+        Returns:
+            "tokens" [B, N, D] and "cls" [B, D] through the last stage's norm, "pooled"
+            [B, D] the mean of the tokens, and "gap" [B, D]: the plain LayerNorm of the
+            mean of the last block's patch tokens, what a fresh classifier head sees.
+        """
+        del extra
+        x = patches.normalise(image, self.run.mean, self.run.std)
+        tokens, out = self.model.apply({"params": params["encoder"]}, x)
+        tokens = tokens.astype(jnp.float32)
+        found = {"tokens": tokens[:, self.model.prefix :]}
+        found["pooled"] = found["tokens"].mean(1)
+        if self.model.cls:
+            found["cls"] = tokens[:, 0]
+        mean = out["blocks"][-1][:, self.model.prefix :].astype(jnp.float32).mean(1)
+        mean = mean - mean.mean(-1, keepdims=True)
+        spread = jnp.square(mean).mean(-1, keepdims=True)
+        found["gap"] = mean * jax.lax.rsqrt(spread + self.model.norm_eps)
+        return found
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
+        depth, patch, size = self.model.depth, self.model.patch, self.augment.size
+        if size % patch:
+            below = size // patch * patch
+            yield (
+                f"augment.size={size}: must be a multiple of model.patch={patch}; "
+                f"nearest are {below} and {below + patch}"
+            )
+            return
+        if not self.model.cls:
+            yield "model.cls=False: the decoders attend to the class token"
+        if self.prefix.boundary >= depth:
+            yield (
+                f"prefix.boundary={self.prefix.boundary}: below model.depth={depth}, "
+                "or nothing is left to train"
+            )
+        if self.prefix.boundary and self.model.rope:
+            yield "prefix.boundary: works without model.rope"
+        starts = [0.0, *(row[0] for row in self.stages.moves)]
+        for blocks in {self.stages.blocks_at(e, depth) for e in starts}:
+            yield from self._check_blocks(blocks)
+        for s in self.stages.scales:
+            cell = patch / s
+            if cell != int(cell) or cell < 1:
+                yield (
+                    f"stages.scales: {s} makes cells of {cell:g} pixels at model.patch="
+                    f"{patch}; a whole number is needed"
+                )
+            if s < 1 and self.grid[0] % round(1 / s):
+                yield (
+                    f"stages.scales: {s} does not divide the grid of {self.grid[0]} "
+                    "patches"
+                )
+            if self.decoder.width % max(1, round(s)):
+                yield f"decoder.width={self.decoder.width}: must be a multiple of {s:g}"
+        epochs = (0.0, *(start for start, _ in self.masking.schedule))
+        n = self.grid[0] * self.grid[1]
+        if any(not 0 < self.masking.visible(n, e) < n for e in epochs):
+            yield f"masking.ratio: leaves none or all of the {n} patches visible"
+
+    def _check_blocks(self, blocks):
+        depth = self.model.depth
+        rising = all(a < b for a, b in zip(blocks, blocks[1:], strict=False))
+        if not rising or min(blocks) < 0 or max(blocks) >= depth:
+            given = "stages.blocks" if self.stages.blocks else "the default stages"
+            yield (
+                f"model.depth={depth}: {given} {blocks} must be rising numbers below "
+                "it; give stages.blocks (the default needs depth 7 or more)"
+            )
+        elif blocks[-1] != depth - 1:
+            yield (
+                f"stages.blocks={blocks}: the last must be {depth - 1}, or the blocks "
+                "after it would not train"
+            )
+
+
+def stage_layers(blocks: tuple[int, ...]) -> tuple:
+    """Return the rules ((pattern, layer), ...) of stage norms and decoders."""
+    *early, last = blocks
+    own = [(rf"(norm|decoder)_{k}/.*", b + 1) for k, b in enumerate(early)]
+    own.append((rf"(encoder/norm|decoder_{len(early)})/.*", last + 1))
+    return tuple(own)

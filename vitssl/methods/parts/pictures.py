@@ -1,0 +1,58 @@
+"""What part discovery has to show: its maps over test images."""
+
+import functools
+
+import jax
+import numpy as np
+
+from vitssl.models import patches
+from vitssl.pictures import sheets
+
+
+def arrays(method, params, extra, batch, image) -> dict:
+    """Return fields of `pictures.drawing.Material`.
+
+    Args:
+        method: Parts.
+        params, extra: of the method.
+        batch: not used.
+        image: uint8 [B, H, W, C] whole images.
+    """
+    del batch
+    if not method.parts.finds_parts:
+        return {"grid": patches.grid(image, method.model.patch)}
+    maps = _maps(params, extra, image, method=method)
+    return {"grid": method.grid(image), "parts": np.asarray(maps)}
+
+
+def probability(measures, run, step) -> float:
+    """Return how likely a test batch is drawn at an evaluation; see `Measures`.
+
+    Args:
+        measures: the section.
+        run: `methods.Run`.
+        step: updates that were made.
+    """
+    epoch = step / run.steps_per_epoch
+    due = 0 < epoch <= 1 or step >= run.total_steps
+    due |= epoch > 0 and epoch % measures.maps_every_epochs == 0
+    return measures.maps if due else 0.0
+
+
+def snapshot(method, params, extra, batch, path):
+    """Draw the images of a test batch with the parts found in them.
+
+    Args:
+        method: Parts.
+        params, extra: of the method.
+        batch: of the test split, on the host; rows that are not valid are left out.
+        path: of the file, PNG or JPEG.
+    """
+    maps = np.asarray(_maps(params, extra, batch["image"], method=method))
+    valid = batch["valid"]
+    sheets.write(path, batch["image"][valid], maps[valid])
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _maps(params, extra, image, *, method):
+    return method.predict(params, extra, image).found.maps

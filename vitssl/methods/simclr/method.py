@@ -1,0 +1,150 @@
+"""SimCLR: two views of an image shall be alike, and unlike all other images.
+
+Negatives are those of the global batch, however many devices share it.
+
+Sources: Chen et al. 2020, arXiv:2002.05709; w2sg-arnav/HierarchialViT
+hvit/training/pretrainer.py (HViT as the backbone).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from vitssl.data import resolution as resolutions
+from vitssl.data import views
+from vitssl.methods import backbone, base
+from vitssl.methods.simclr import objective as sections
+from vitssl.methods.simclr import projector as projectors
+from vitssl.methods.simclr import views as augments
+from vitssl.models import hvit, patches, vit
+from vitssl.ops import jitter
+
+
+@dataclasses.dataclass(frozen=True)
+class SimCLR:
+    """The method; fields are the sections of its config.
+
+    Parameters: "encoder", "projector". Extra: "stats" (projector.batchnorm).
+    """
+
+    run: base.Run
+    model: vit.ViT | hvit.HViT
+    augment: augments.Views
+    projector: projectors.Projector = projectors.Projector()
+    objective: sections.Objective = sections.Objective()
+    resolution: resolutions.Resolution = resolutions.Resolution()
+    couples_batch = True
+
+    @property
+    def _sides(self) -> resolutions.Sides:
+        return self.resolution.sides(self.augment.size, self.model.square, self.run)
+
+    def transform(self):
+        """Return the training transform."""
+        return resolutions.sized(self.augment, self._sides)
+
+    def evaluation_transform(self, size: int) -> views.Warp:
+        """Return the transform of evaluation images."""
+        return views.Warp(size)
+
+    def phase(self, step: int) -> int:
+        """Return the side of a step's images; each is compiled once."""
+        return self._sides(step)
+
+    def init(self, rng, batch):
+        """Return (params, extra) of fresh networks."""
+        keys = jax.random.split(rng)
+        image = jnp.zeros((1, *batch["global"].shape[2:]))
+        encoder = self.model.init(keys[0], image)["params"]
+        feature = jax.eval_shape(lambda: self._pooled({"encoder": encoder}, image))
+        head, stats = self.projector.init(keys[1], feature.shape[-1])
+        extra = {"stats": stats} if stats else {}
+        return {"encoder": encoder, "projector": head}, extra
+
+    def _pooled(self, params, image, rng=None):
+        """Return the features [B, D] of normalised images; in training with a key."""
+        rngs = {}
+        if rng is not None:
+            keys = jax.random.split(rng)
+            rngs = dict(zip(("drop_path", "dropout"), keys, strict=True))
+        return self.model.apply(
+            {"params": params["encoder"]},
+            image,
+            how=self.objective.pool,
+            train=rng is not None,
+            rngs=rngs,
+            method="pooled",
+        )
+
+    def loss(self, params, extra, batch, rng, *, phase):
+        """Return (loss [], (extra, metrics)) of the global batch."""
+        del phase  # The side shows in the batch.
+        image = batch["global"]  # [B, 2, H, W, C]
+        if self.augment.colour == "device":
+            rng, paint = jax.random.split(rng)
+            image = self._coloured(paint, image)
+        image = patches.normalise(image, self.run.mean, self.run.std)
+        image = einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
+        x = self._pooled(params, image, rng)
+        x = einops.rearrange(x, "(b v) d -> v b d", v=2)
+        # Each view is a batch of its own to the normalisation, one after the other.
+        stats, z = extra.get("stats", {}), []
+        for view in x:
+            one, stats = self.projector(params["projector"], stats, view, train=True)
+            z.append(one)
+        value, metrics = self.objective(*z)
+        if stats:
+            extra = extra | {"stats": stats}
+        metrics = {f"contrast/{k}": v for k, v in metrics.items()}
+        return value, (extra, metrics | {"feature_std": x.std((0, 1)).mean()})
+
+    def _coloured(self, key, image):
+        """Return views with the colours the host left alone; spectra keep theirs."""
+        planes = image[..., 3:]
+        recipe = self.augment.recipe(image.shape[2])
+        image = jitter.augment(key, image[..., :3], **recipe)
+        return jnp.concatenate([image, planes], -1) if planes.shape[-1] else image
+
+    def after(self, params, extra, step):
+        """Return `extra` as it is."""
+        del params, step
+        return extra
+
+    def adopt(self, params, extra):
+        """Return `extra` as it is: it follows no parameters."""
+        del params
+        return extra
+
+    def features(self, params, extra, image):
+        """Return {"pooled", "tokens", "mean", ...} of the encoder, not projected."""
+        del extra
+        x = patches.normalise(image, self.run.mean, self.run.std)
+        found = self.model.apply({"params": params["encoder"]}, x, method="features")
+        return found | {"pooled": found[self.objective.pool]}
+
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `pictures.drawing.Material`."""
+        del extra, batch
+        own = params["encoder"]
+        return backbone.arrays(self.model, own, self.run, image)
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: the encoder's; the projector never freezes."""
+        return self.model.freeze_layers("encoder/")
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
+        size = self.augment.size
+        for fault in self.model.check_image(size):
+            yield f"augment.size={size}: {fault}"
+        for fault in self.model.check_channels(self.run.channels):
+            yield f"data.channels={fault}"
+        yield from self.resolution.faults(size, self.model.square)
+        if self.objective.pool not in self.model.poolings:
+            known = ", ".join(self.model.poolings)
+            yield f"objective.pool={self.objective.pool}: this model has {known}"
+        if self.run.batch_size < 2:
+            yield f"batch_size={self.run.batch_size}: 2 or more, for negatives"

@@ -1,0 +1,123 @@
+"""The two views of SimCLR: crop, mirror, jitter, grey, blur, each drawn on its own."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from vitssl.data import colour, crops, resample
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Config section `augment`: two random views of every image.
+
+    Attributes:
+        size: side of a view, in pixels.
+        scale: least and largest share of the area.
+        ratio: least and largest width / height.
+        flip: probability that a view is mirrored.
+        jitter: brightness, contrast, saturation (factors in 1 +- x, not below 0) and
+            hue (turn in +- x); the four in random order.
+        jitter_prob, grayscale_prob, blur_prob: probabilities.
+        blur_sigma: least and largest, in pixels.
+        blur_kernel: odd width in pixels; 0: max(3, 2 (size // 20) + 1), about a tenth
+            of the side.
+        interpolation: see `data.resample.resize`.
+        colour: host: colours and blur are changed by OpenCV, here. device: views leave
+            here as they are, and the method calls `ops.jitter` with `recipe`.
+
+    Source: Chen et al. 2020, arXiv:2002.05709, appendix A.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
+    jitter_prob: float = 0.8
+    grayscale_prob: float = 0.2
+    blur_prob: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kernel: int = 0
+    interpolation: str = "bilinear"
+    colour: Literal["host", "device"] = "host"
+
+    @property
+    def kernel(self) -> int:
+        """Return the width of the blur in pixels."""
+        return self.blur_kernel or max(3, 2 * (self.size // 20) + 1)
+
+    def recipe(self, size: int) -> dict:
+        """Return the keywords of `ops.jitter.augment` for views of a side."""
+        return dict(
+            strength=1.0,
+            prob=self.jitter_prob if any(self.jitter) else 0.0,
+            grayscale_prob=self.grayscale_prob,
+            blur_prob=self.blur_prob,
+            solarize_prob=0.0,
+            spread=self.jitter,
+            blur_sigma=self.blur_sigma,
+            blur_kernel=dataclasses.replace(self, size=size).kernel,
+        )
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.size < 1:
+            yield f"size={self.size}: 1 or more pixels"
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            yield f"scale={self.scale}: 0 < smallest <= largest <= 1"
+        for key in ("ratio", "blur_sigma"):
+            low, high = getattr(self, key)
+            if not 0 < low <= high:
+                yield f"{key}={getattr(self, key)}: 0 < smallest <= largest"
+        for key in ("flip", "jitter_prob", "grayscale_prob", "blur_prob"):
+            if not 0 <= getattr(self, key) <= 1:
+                yield f"{key}={getattr(self, key)}: a probability"
+        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            yield f"jitter={self.jitter}: four numbers from 0.0, the last at most 0.5"
+        if self.blur_kernel and self.blur_kernel % 2 == 0:
+            yield f"blur_kernel={self.blur_kernel}: odd, or 0 (by the size)"
+        if self.interpolation not in ("bilinear", "bicubic", "fast"):
+            yield f"interpolation={self.interpolation!r}: bilinear, bicubic or fast"
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+        """Return {global uint8 [2, s, s, C], label, index int32 []}."""
+        views = np.stack([self.view(example["image"], rng) for _ in range(2)])
+        numbers = {k: np.int32(example.get(k, -1)) for k in ("label", "index")}
+        return numbers | {"global": views}
+
+    def view(self, image, rng):
+        """Return one view [s, s, C] of an image uint8 [H, W, C]."""
+        box = crops.draw_box(rng, image.shape[:2], self.scale, self.ratio)
+        x = resample.resize(image, (self.size,) * 2, box, self.interpolation)
+        mirror, tint, grey, soft, where, pick, *u = rng.random(10).tolist()
+        if mirror < self.flip:
+            x = np.ascontiguousarray(x[:, ::-1])
+        if self.colour == "device":
+            return x
+        if tint < self.jitter_prob and any(self.jitter):
+            factors = []
+            for i, spread in enumerate(self.jitter):
+                low = max(0.0, 1.0 - spread) if i < 3 else -spread
+                high = 1.0 + spread if i < 3 else spread
+                factors.append(low + u[i] * (high - low))
+            order = colour.ORDERS[int(pick * len(colour.ORDERS))]
+            x = _coloured(x, lambda c: colour.jitter(c, factors, order))
+        if grey < self.grayscale_prob:
+            x = _coloured(x, colour.grayscale)
+        if soft < self.blur_prob:
+            low, high = self.blur_sigma
+            sigma = low + where * (high - low)
+            x = _coloured(x, lambda c: colour.blur(c, sigma, self.kernel))
+        return x
+
+
+def _coloured(image, change):
+    """Return the image with its colours changed; spectral planes keep their values."""
+    if image.shape[-1] <= 3:
+        return change(image)
+    colours = change(np.ascontiguousarray(image[..., :3]))
+    return np.concatenate([colours, image[..., 3:]], -1)

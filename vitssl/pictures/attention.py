@@ -1,0 +1,184 @@
+"""Pictures of attention: by layer and head, rolled out, and of one patch.
+
+Attention is float [layers, heads, T, T], rows (queries) summing to 1, as the encoder
+sows it. The T tokens are the prefix (the class token first, then registers) and the
+h * w patches of the grid in raster order.
+"""
+
+import numpy as np
+from matplotlib.patches import Rectangle
+
+from vitssl.pictures import panels
+
+HEAT = "magma"
+
+
+def rollout(attention):
+    """Return [T, T]: how much of each input token reaches each output token.
+
+    The product of the layers, last to first, of the head-averaged attention mixed half
+    and half with the identity (the residual branch), rows normalised to 1.
+
+    Args:
+        attention: [layers, heads, T, T].
+
+    Source: Abnar and Zuidema 2020, arXiv:2005.00928; H-JEPA (jonwiggins/H-JEPA
+    src/visualization/attention_viz.py).
+    """
+    attention = np.asarray(attention)
+    residual = np.eye(attention.shape[-1])
+    rolled = residual
+    for layer in attention.astype(np.float64).mean(1):  # [T, T]
+        mixed = 0.5 * layer + 0.5 * residual
+        rolled = mixed / mixed.sum(-1, keepdims=True) @ rolled
+    return rolled
+
+
+def on_patches(matrix, count):
+    """Return [..., N]: how the image as a whole looks at its N = `count` patches.
+
+    That is the row of the class token, or, if there is no prefix, the mean over all
+    rows.
+
+    Args:
+        matrix: [..., T, T], attention or its rollout.
+        count: number of patches N; the other T - N tokens are the prefix.
+    """
+    prefix = matrix.shape[-1] - count
+    row = matrix[..., 0, :] if prefix else matrix.mean(-2)
+    return row[..., prefix:]
+
+
+def depths(layers):
+    """Return {name: index} of an early, a middle and the last layer, none twice."""
+    found = {}
+    for name, i in (("early", layers // 4), ("middle", layers // 2)):
+        if i < layers - 1 and i not in found.values():
+            found[name] = i
+    return found | {"last": layers - 1}
+
+
+def _heat(axis, values, grid, title="", low=0.0):
+    """Draw a map of a value per patch, each map on its own scale from `low` up."""
+    top = max(float(values.max()), low + 1e-12)
+    panels.show(axis, values.reshape(grid), title, cmap=HEAT, vmin=low, vmax=top)
+
+
+def overlay(image, values, grid, low=0.0):
+    """Return [H, W, 3]: an image [H, W, 3], darkened where `values` [N] are low.
+
+    Values of `low` are darkest, the largest is as bright as the image.
+    """
+    light = (values.reshape(grid) - low) / max(float(values.max()) - low, 1e-12)
+    return image * (0.12 + 0.88 * panels.enlarge(light, image.shape)[..., None])
+
+
+@panels.picture
+def heads(image, attention, grid=None, *, layers=6, most=16):
+    """Draw one map per layer (rows) and head (columns) of an image.
+
+    Args:
+        image: [H, W, C].
+        attention: [layers, heads, T, T].
+        grid: (h, w) of the patches; None: the largest square that T - 1 can be.
+        layers, most: draw at most so many layers and heads, evenly spread from the
+            first to the last.
+    """
+    grid = grid or infer_grid(attention.shape[-1])
+    chosen, shown = (
+        np.unique(np.linspace(0, n - 1, min(limit, n)).round().astype(int))
+        for n, limit in zip(attention.shape, (layers, most), strict=False)
+    )
+    figure, axes = panels.tiles(
+        len(chosen),
+        1 + len(shown),
+        "Attention of the whole image by layer and head, each from 0 to its maximum",
+        size=1.0,
+        headings="first",
+    )
+    for r, layer in enumerate(chosen):
+        mean = on_patches(attention[layer].mean(0), grid[0] * grid[1])
+        view = overlay(panels.rgb(image), mean, grid)
+        panels.show(axes[r, 0], view, "mean of heads" if r == 0 else "")
+        axes[r, 0].set_ylabel(f"layer {layer}", size=7.5)
+        for axis, h in zip(axes[r, 1:], shown, strict=True):
+            values = on_patches(attention[layer, h], grid[0] * grid[1])
+            _heat(axis, values, grid, f"head {h}" if r == 0 else "")
+    return figure
+
+
+def infer_grid(tokens):
+    """Return (h, w) of the largest square grid that leaves a prefix of `tokens`.
+
+    Without a class token T is a square itself; with one, T - 1 is, and so on.
+    """
+    side = int(tokens**0.5)
+    return side, side
+
+
+@panels.picture
+def layers(images, attention, grid=None):
+    """Draw a row per image: early, middle and last layer, and the rollout.
+
+    Without a class token every patch looks at itself in half of the rollout: that is
+    as much for all, so the rollout is then drawn from its minimum up.
+
+    Args:
+        images: [B, H, W, C].
+        attention: [B, layers, heads, T, T].
+        grid: (h, w) of the patches; None: the largest square that fits.
+    """
+    grid = grid or infer_grid(attention.shape[-1])
+    count, where = grid[0] * grid[1], depths(attention.shape[1])
+    title = "Attention of the whole image: mean of heads, and rollout"
+    figure, axes = panels.tiles(len(images), 3 + len(where), title, label=False)
+    for image, each, row in zip(panels.rgb(images), attention, axes, strict=True):
+        panels.show(row[0], image, "image")
+        for axis, (name, i) in zip(row[1:], where.items(), strict=False):
+            values = on_patches(each[i].mean(0), count)
+            _heat(axis, values, grid, f"{name} (layer {i})")
+        rolled = on_patches(rollout(each), count)
+        low = 0.0 if each.shape[-1] > count else float(rolled.min())
+        _heat(
+            row[-2], rolled, grid, "rollout from its minimum" if low else "rollout", low
+        )
+        panels.show(row[-1], overlay(image, rolled, grid, low), "rollout on image")
+    return figure
+
+
+@panels.picture
+def patch(image, attention, position, grid=None):
+    """Draw what one patch attends to, at three depths and rolled out.
+
+    Args:
+        image: [H, W, C].
+        attention: [layers, heads, T, T].
+        position: (y, x) of the patch on the grid.
+        grid: (h, w) of the patches; None: the largest square that fits.
+    """
+    grid = grid or infer_grid(attention.shape[-1])
+    prefix = attention.shape[-1] - grid[0] * grid[1]
+    query = prefix + position[0] * grid[1] + position[1]
+    maps = {
+        f"{name} (layer {i})": attention[i].mean(0)[query, prefix:]
+        for name, i in depths(len(attention)).items()
+    }
+    maps["rollout"] = rollout(attention)[query, prefix:]
+    title = f"Attention of patch {tuple(position)}"
+    figure, axes = panels.tiles(1, 1 + len(maps), title, size=1.5, label=False)
+    image = panels.rgb(image)
+    panels.show(axes[0, 0], image, "image")
+    cell = image.shape[0] / grid[0], image.shape[1] / grid[1]
+    _mark(axes[0, 0], position, cell)
+    for axis, (name, values) in zip(axes[0, 1:], maps.items(), strict=True):
+        _heat(axis, values, grid, name)
+        _mark(axis, position, (1, 1))
+    return figure
+
+
+def _mark(axis, position, cell):
+    """Frame the patch at `position` on tiles of `cell` = (height, width) units."""
+    y, x = position[0] * cell[0] - 0.5, position[1] * cell[1] - 0.5
+    axis.add_patch(
+        Rectangle((x, y), cell[1], cell[0], fill=False, color="#56B4E9", linewidth=1.6)
+    )

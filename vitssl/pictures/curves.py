@@ -1,0 +1,192 @@
+"""Pictures of a run over time, drawn from its metrics.jsonl."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from vitssl.pictures import panels
+
+# Thresholds under or over which a representation counts as collapsed.
+LOW_DEVIATION, LOW_RANK, HIGH_SIMILARITY = 0.01, 0.1, 0.9
+LEVELS, MOMENTUM, GRADIENTS = r"loss_h\d+$", r"(^|[/_])(momentum|ema)$", r"grad"
+_PLUMBING = re.compile(r"^(time|compile|memory|freeze)/|^nonfinite")
+
+
+def read(path):
+    """Return {metric: (steps [n], values [n])} of a metrics.jsonl.
+
+    A line that is torn (the run was killed in the middle of it) and anything that is
+    no number is left out. A step that was logged twice counts with its last value.
+    """
+    found = {}
+    for line in pathlib.Path(path).read_text().splitlines():
+        try:
+            values = json.loads(line)
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+        for key, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(key, {})[step] = float(value)
+    curves = {}
+    for key, points in found.items():
+        steps = sorted(points)
+        curves[key] = np.array(steps), np.array([points[s] for s in steps])
+    return curves
+
+
+def smooth(values, width):
+    """Return the mean [n] of the values [n] around each, weighted by a Gaussian.
+
+    It does not lag behind, as a moving average over the past would. Non-finite values
+    are passed over.
+
+    Args:
+        values: [n].
+        width: standard deviation of the Gaussian, in entries; 0 returns the values.
+    """
+    values = np.asarray(values, np.float64)
+    if width <= 0 or not len(values):
+        return values
+    reach = int(np.ceil(4 * width))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    finite = np.isfinite(values)
+    window = slice(reach, reach + len(values))
+    total = np.convolve(np.where(finite, values, 0.0), kernel)[window]
+    mass = np.convolve(finite, kernel)[window]
+    return np.where(mass > 1e-9, total / np.maximum(mass, 1e-9), np.nan)
+
+
+def _draw(axis, curve, label="", *, colour=None):
+    """Draw the raw values pale and, of a long curve, the smoothed ones over them."""
+    steps, values = curve
+    if len(values) < 30:
+        axis.plot(steps, values, "o-", markersize=2.5, label=label, color=colour)
+        return
+    smoothed = smooth(values, len(values) / 60)
+    (line,) = axis.plot(steps, smoothed, label=label, color=colour)
+    axis.plot(steps, values, alpha=0.3, linewidth=0.8, color=line.get_color())
+
+
+@panels.picture
+def training(metrics, *, keys=()):
+    """Draw a chart for each metric: raw values pale, smoothed ones strong.
+
+    Args:
+        metrics: from `read`.
+        keys: which; () is all of the run, without times, memory and other plumbing.
+    """
+    chosen = keys or [k for k in sorted(metrics) if not _PLUMBING.search(k)]
+    # What everybody looks at first comes first.
+    chosen = sorted(chosen, key=lambda k: (k != "loss", "loss" not in k))
+    figure, axes = panels.charts(len(chosen), "Training", columns=4, size=(2.6, 1.8))
+    for axis, key in zip(axes, chosen, strict=True):
+        _draw(axis, metrics[key], colour=panels.COLOURS[5])
+        axis.set_title(key)
+        axis.set_xlabel("step", size=7)
+    return figure
+
+
+@panels.picture
+def levels(metrics):
+    """Draw the losses of all levels, `loss_h<k>`, on one logarithmic scale.
+
+    Raises:
+        ValueError: no such metric was logged.
+    """
+    keys = matching(metrics, LEVELS)
+    if not keys:
+        raise ValueError(f"no metric loss_h<k>; there is {sorted(metrics)}")
+    figure, axes = panels.charts(1, "Loss by level", size=(5.0, 3.0))
+    for key in keys:
+        _draw(axes[0], metrics[key], key)
+    axes[0].set(yscale="log", xlabel="step", ylabel="loss")
+    axes[0].legend()
+    return figure
+
+
+def matching(metrics, pattern):
+    """Return the sorted keys of `metrics` in which the regex is found."""
+    return sorted(k for k in metrics if re.search(pattern, k))
+
+
+@panels.picture
+def momentum(metrics):
+    """Draw the momentum of the EMA target and, below it, how far it is from 1.
+
+    Raises:
+        ValueError: no metric is named momentum or ema.
+    """
+    keys = matching(metrics, MOMENTUM)
+    if not keys:
+        raise ValueError(f"no metric momentum; there is {sorted(metrics)}")
+    figure, axes = panels.charts(2, "EMA target", columns=2)
+    steps, values = metrics[keys[0]]
+    axes[0].plot(steps, values, color=panels.COLOURS[5])
+    axes[0].set(title="momentum m", xlabel="step")
+    axes[0].ticklabel_format(axis="y", useOffset=False)
+    # At the end m may be 1 exactly, which has no place on a logarithmic scale.
+    left = np.where(values < 1, 1 - values, np.nan)
+    axes[1].plot(steps, left, color=panels.COLOURS[4])
+    axes[1].set(title="1 - m", xlabel="step", yscale="log")
+    return figure
+
+
+@panels.picture
+def gradients(metrics):
+    """Draw all gradient norms, of the whole and of parts, on a logarithmic scale.
+
+    Raises:
+        ValueError: no metric has "grad" in its name.
+    """
+    keys = matching(metrics, GRADIENTS)
+    if not keys:
+        raise ValueError(f"no metric of gradients; there is {sorted(metrics)}")
+    figure, axes = panels.charts(1, "Gradient norms", size=(5.0, 3.0))
+    for key in keys:
+        _draw(axes[0], metrics[key], key)
+    axes[0].set(yscale="log", xlabel="step")
+    axes[0].legend()
+    return figure
+
+
+# Not every cosine is a bad sign: that of predictions and their targets is a good one.
+COLLAPSE = {
+    "deviation": r"(^|[/_])std$",
+    "rank": r"(^|[/_])(rank|rankme|effective_rank)$",
+    "similarity": r"(^|[/_])mean_similarity$",
+}
+
+
+@panels.picture
+def collapse(metrics, width):
+    """Draw the signs of a collapse, with the zone that means one shaded.
+
+    Args:
+        metrics: from `read`; standard deviations, ranks and similarities of features
+            are found by their names.
+        width: number of features D: a rank below D / 10 counts as collapsed.
+    """
+    zones = {
+        "deviation": (0.0, LOW_DEVIATION, "standard deviation of features"),
+        "rank": (0.0, LOW_RANK * width, f"rank of features (of {width})"),
+        "similarity": (HIGH_SIMILARITY, 1.0, "similarity of features"),
+    }
+    figure, axes = panels.charts(3, "Signs of collapse (the shaded zone is one)")
+    for axis, (kind, (low, high, title)) in zip(axes, zones.items(), strict=True):
+        keys = matching(metrics, COLLAPSE[kind])
+        for key in keys:
+            _draw(axis, metrics[key], key)
+        axis.axhspan(low, high, color=panels.COLOURS[4], alpha=0.18, lw=0)
+        axis.set(title=title, xlabel="step")
+        if kind == "similarity":
+            axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.0)
+        else:
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1.2 * high))
+        if keys:
+            axis.legend(fontsize=6.5)
+        else:
+            axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+    return figure

@@ -1,0 +1,199 @@
+"""Pictures of what a run does and has learned, from plain arrays (matplotlib).
+
+    python -m vitssl.pictures.drawing WORKDIR [--out=DIR] [--images=N]
+
+Every function returns a figure and takes `path=` to write it. `write_all` writes all
+those for which there is material.
+"""
+
+import dataclasses
+import pathlib
+from functools import partial
+
+from vitssl.pictures import (
+    attention,
+    confusion,
+    curves,
+    landscape,
+    masking,
+    multicrop,
+    overlays,
+    space,
+)
+from vitssl.pictures import features as tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """The arrays to draw, all on the host; what is None or empty is not drawn.
+
+    Attributes:
+        images: uint8 [B, H, W, C], of the evaluation.
+        grid: (h, w) of their patches; None for a square.
+        attention: [B, layers, heads, T, T] of these images.
+        tokens: [B, N, D] of these images, patches only.
+        batch: training batch of B images: "global", "local", the masks and boxes.
+        originals: the B images [H, W, C] that the batch was cropped from.
+        crop_masks: (context [H, N], targets [H, T, N]) to draw on the first crop,
+            block by block; None takes the batch's own, in which blocks are united.
+        draws: (context, targets) bool [S, H, N]: many masks of one generator.
+        samplers: {name: (context [N], targets [T, N])} to compare.
+        parts: [B, h, w, K+1] of these images: soft maps of parts, background last.
+        prediction: (images [B, H, W, C], predicted, target, valid), see
+            `tokens.prediction`.
+        features: {name: [M, D]}; the first is the one to look at.
+        bank: uint8 [M, H, W, C], the images of `features`.
+        labels: int [M], -1 unknown; None if there are none.
+        classes: names of the labels.
+        queries: so many of `bank` are shown with their neighbours among the others.
+        metrics_path: a metrics.jsonl.
+        plane: (offsets, losses), see `landscape.plane`.
+        scores: arrays of the method's own scores of the test split, see `report`.
+    """
+
+    images: object = None
+    grid: tuple[int, int] | None = None
+    attention: object = None
+    tokens: object = None
+    overlays: object = None
+    batch: dict = dataclasses.field(default_factory=dict)
+    originals: list | None = None
+    crop_masks: tuple | None = None
+    draws: tuple | None = None
+    samplers: dict = dataclasses.field(default_factory=dict)
+    prediction: tuple | None = None
+    features: dict = dataclasses.field(default_factory=dict)
+    bank: object = None
+    labels: object = None
+    classes: tuple[str, ...] = ()
+    queries: int = 6
+    metrics_path: str | pathlib.Path = ""
+    plane: tuple | None = None
+    scores: dict = dataclasses.field(default_factory=dict)
+
+
+def write_all(directory, material: Material) -> list[pathlib.Path]:
+    """Write every picture there is material for; return the files, in order.
+
+    Args:
+        directory: made if it is missing; files of the same names are replaced.
+        material: the arrays.
+    """
+    written = []
+    for group in (_of_batch, _of_masks, _of_images, _of_features, _of_run):
+        for name, draw in group(material):
+            path = pathlib.Path(directory) / name
+            draw(path=path)
+            written.append(path)
+    return written
+
+
+def _of_batch(m: Material):
+    """Yield (file name, picture) of a training batch: crops and their masks."""
+    if not m.batch:
+        return
+    local = m.batch.get("local")
+    boxes = None
+    if m.originals is not None and "global_box" in m.batch:
+        boxes = m.batch["global_box"], m.batch.get("local_box")
+    yield (
+        "crops.png",
+        partial(
+            multicrop.crops,
+            m.batch["global"],
+            local,
+            original=m.originals,
+            boxes=boxes,
+        ),
+    )
+    if "global_context" not in m.batch:
+        return
+    first = {k: v[0] for k, v in m.batch.items() if "context" in k or "targets" in k}
+    own = first["global_context"][0], first["global_targets"][0]
+    image, (context, targets) = m.batch["global"][0, 0], m.crop_masks or own
+    levels = image, context, targets
+    finest = image, context[0], targets[0]
+    yield "masks.png", partial(masking.hierarchical, *levels)
+    yield "masks_combined.png", partial(masking.combined, *levels)
+    yield "masks_single.png", partial(masking.single, *finest)
+    yield "masks_animation.gif", partial(masking.animation, *levels)
+    pair = m.batch["global"][0], None if local is None else local[0]
+    yield "masks_multicrop.png", partial(masking.multicrop, *pair, first)
+
+
+def _of_masks(m: Material):
+    """Yield (file name, picture) of mask generators."""
+    if m.draws is not None:
+        yield "masks_statistics.png", partial(masking.statistics, *m.draws)
+    if m.samplers and m.batch:
+        image = m.batch["global"][0, 0]
+        yield "masks_samplers.png", partial(masking.strategies, image, m.samplers)
+
+
+def _of_images(m: Material):
+    """Yield (file name, picture) of what the network does with single images."""
+    if m.attention is not None:
+        first = m.images[0], m.attention[0]
+        h, w = m.grid or attention.infer_grid(m.attention.shape[-1])
+        middle = partial(attention.patch, *first, (h // 2, w // 2), m.grid)
+        yield "attention_heads.png", partial(attention.heads, *first, m.grid)
+        yield (
+            "attention_layers.png",
+            partial(attention.layers, m.images, m.attention, m.grid),
+        )
+        yield "attention_patch.png", middle
+    if m.tokens is not None and m.tokens.shape[-1] >= 3:
+        yield "tokens_pca.png", partial(tokens.principal, m.images, m.tokens, m.grid)
+    if m.parts is not None:
+        yield "parts.png", partial(overlays.overlay, m.images, m.parts)
+    if m.prediction is not None:
+        yield "prediction.png", partial(tokens.prediction, *m.prediction)
+        yield (
+            "prediction_levels.png",
+            partial(tokens.level_statistics, *m.prediction[1:]),
+        )
+
+
+def _of_features(m: Material):
+    """Yield (file name, picture) of images as points."""
+    if not m.features:
+        return
+    yield "features.png", partial(space.distributions, m.features)
+    chosen = next(iter(m.features.values()))
+    if len(chosen) < 8:
+        return
+    names = {"classes": m.classes}
+    yield "feature_space.png", partial(space.feature_space, chosen, m.labels, **names)
+    known = len(m.classes) if m.labels is not None else 0
+    if 1 < known <= 200:
+        matrix = space.confusions(chosen, m.labels, known)
+        yield "confusion.png", partial(space.confusion, matrix, m.classes)
+    if m.bank is not None:
+        cut = min(m.queries, len(chosen) // 2)
+        if m.labels is not None:
+            names["labels"] = m.labels[:cut], m.labels[cut:]
+        images, pair = (m.bank[:cut], m.bank[cut:]), (chosen[:cut], chosen[cut:])
+        yield "neighbours.png", partial(space.neighbours, *images, pair, **names)
+
+
+def _of_run(m: Material):
+    """Yield (file name, picture) of the run as a whole."""
+    if confusion.chosen(m.scores)[1]:
+        yield "report.png", partial(confusion.page, m.scores, m.classes)
+        yield "report.json", partial(confusion.write, m.scores, m.classes)
+    if m.metrics_path and pathlib.Path(m.metrics_path).exists():
+        metrics = curves.read(m.metrics_path)
+        if metrics:
+            yield "training.png", partial(curves.training, metrics)
+        for name, draw, pattern in (
+            ("training_levels.png", curves.levels, curves.LEVELS),
+            ("training_momentum.png", curves.momentum, curves.MOMENTUM),
+            ("training_gradients.png", curves.gradients, curves.GRADIENTS),
+        ):
+            if curves.matching(metrics, pattern):
+                yield name, partial(draw, metrics)
+        if m.features and metrics:
+            width = next(iter(m.features.values())).shape[1]
+            yield "collapse.png", partial(curves.collapse, metrics, width)
+    if m.plane is not None:
+        yield "landscape.png", partial(landscape.landscape, *m.plane)

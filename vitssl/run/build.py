@@ -1,0 +1,149 @@
+"""From a checked config to the objects of a run; nothing is computed here yet."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl.data import pipeline
+from vitssl.optim import optimizer as optim
+from vitssl.run import devices, step
+
+
+@dataclasses.dataclass
+class Parts:
+    """The objects of a run, built once, before the first step.
+
+    Attributes:
+        experiment: the checked config.
+        source: training images.
+        method, optimizer: see their modules.
+        run: length and sizes.
+        mesh: devices.
+        compiled: the step, one executable per phase.
+        abstract: shapes of the state at a step.
+    """
+
+    experiment: object
+    source: object
+    method: object
+    optimizer: optim.Optimizer
+    run: object
+    mesh: jax.sharding.Mesh
+    compiled: step.Compiled
+
+    def phase(self, at: int) -> step.Phase:
+        """Return the phase of step `at`."""
+        return step.phase_at(self.method, self.optimizer, at)
+
+    def stream(self, start: int):
+        """Return the batches of this process from step `start` on."""
+        settings = self.experiment.settings
+        return _stream(self.source, self.method, settings, start)
+
+    def shapes(self, at: int):
+        """Return the shapes of the global batch of step `at`, reading one image."""
+        return _shapes(self.stream(at), at)
+
+    def rng(self):
+        """Return the key of the whole run."""
+        return jax.random.key(self.experiment.settings.seed)
+
+    def fresh(self):
+        """Return a new state, made on the devices by one compiled function."""
+        first = self.phase(0)
+        shapes = self.shapes(0)
+
+        def make(rng):
+            # Only the shapes of a batch matter; XLA drops the zeros.
+            batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return step.init(self.method, self.optimizer, rng, batch, first)
+
+        sharding = self.compiled.state_sharding(first)
+        return jax.jit(make, out_shardings=sharding)(self.rng())
+
+
+def _stream(source, method, settings, start: int):
+    """Return this process's batches from step `start` on."""
+    return pipeline.train(
+        source,
+        method.transform(),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        start_step=start,
+        threads=settings.data.threads,
+        workers=settings.data.workers,
+        process=(jax.process_index(), jax.process_count()),
+        on_bad_image=settings.data.on_bad_image,
+        sampling=settings.data.sampling,
+    )
+
+
+def _shapes(stream, at: int):
+    """Return the shapes of the global batch of step `at`, reading one image."""
+    spec = stream.spec(at)
+    return {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in spec.items()}
+
+
+def build(experiment) -> Parts:
+    """Open the data and build everything a run needs; nothing is computed yet.
+
+    Raises:
+        UsageError, DataError: what cannot work, before any time is spent.
+    """
+    experiment = experiment.on(jax.device_count())
+    s = experiment.settings
+    mesh = devices.mesh(s.mesh, s.batch_size, s.accumulate)
+    source = s.data.open(s.data.split, s.seed)
+    per_epoch = pipeline.steps_per_epoch(source, s.batch_size)
+    total = s.steps or round(s.epochs * per_epoch)
+    if s.epochs or s.steps:
+        total = max(1, total)
+    labels = getattr(source, "labels", None)
+    classes, counts = len(source.classes), ()
+    if labels is not None and classes:
+        known = np.asarray(labels)[np.asarray(labels) >= 0]
+        counts = tuple(np.bincount(known, minlength=classes).tolist())
+    run = experiment.run(
+        total_steps=total, steps_per_epoch=per_epoch, classes=classes, counts=counts
+    )
+    method = experiment.method(run)
+    shapes = _shapes(_stream(source, method, s, 0), 0)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
+    freeze = s.freeze
+    if not freeze.layers and hasattr(method, "freeze_layers"):
+        freeze = dataclasses.replace(freeze, layers=method.freeze_layers())
+    optimizer = optim.make(
+        s.optim,
+        params,
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        batch_size=s.batch_size,
+        freeze=freeze,
+    )
+
+    def abstract(phase):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return step.abstract(method, optimizer, key, shapes, phase)
+
+    function = step.make(method, optimizer, s.accumulate, mesh)
+    compiled = step.Compiled(function, abstract, mesh, s.mesh)
+    return Parts(experiment, source, method, optimizer, run, mesh, compiled)
+
+
+def restore_target(parts: Parts):
+    """Return step -> abstract state with shardings, in the phase of that step."""
+
+    def target(at):
+        # The state after `at` updates is that of the phase of the last one made.
+        phase = parts.phase(max(0, at - 1))
+        abstract = parts.compiled.abstract(phase)
+        sharding = parts.compiled.state_sharding(phase)
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            abstract,
+            sharding,
+        )
+
+    return target

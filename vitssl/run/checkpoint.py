@@ -1,0 +1,379 @@
+"""Checkpoints: orbax underneath, closed, verified, never half loaded.
+
+WORKDIR/checkpoints/<step>/ holds the state; `vitssl.sha256.json`, written last, holds
+a digest of every file. A step without it (the process died) or with a file that does
+not match it (the disk lied) is never loaded: the newest good one is.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Iterator
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vitssl import errors
+from vitssl.run import devices
+
+logger = logging.getLogger(__name__)
+MANIFEST = "vitssl.sha256.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Config section `checkpoint`.
+
+    Attributes:
+        every_epochs: a checkpoint each so many epochs (fractions allowed), and at the
+            end.
+        keep_last: how many of the newest to keep (at least 2, so that a damaged
+            newest one has a predecessor).
+        keep_every_epochs: keep one each so many epochs for ever; 0.0 is off.
+        keep_best: how many of the best by `best` to keep; 0 is off.
+        best: metric of the online evaluation; higher is better, unless its name has
+            "loss" in it.
+        patience: the run ends after so many online evaluations in a row without a
+            better `best`; 0 is off.
+        min_delta: better is by more than this (for `patience`).
+        failures: after so many failed saves in a row the run ends with exit code 4.
+    """
+
+    every_epochs: float
+    keep_last: int = 2
+    keep_every_epochs: float = 0.0
+    keep_best: int = 0
+    best: str = "knn/top1"
+    patience: int = 0
+    min_delta: float = 0.0
+    failures: int = 3
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.every_epochs <= 0:
+            yield f"every_epochs={self.every_epochs}: must be above 0"
+        if self.keep_last < 2:
+            yield f"keep_last={self.keep_last}: 2 or more"
+        if self.patience < 0:
+            yield f"patience={self.patience}: 0 (off) or more evaluations"
+        if self.min_delta < 0:
+            yield f"min_delta={self.min_delta}: must not be negative"
+        if self.keep_best < 0:
+            yield f"keep_best={self.keep_best}: 0 (off) or more"
+        if self.keep_every_epochs < 0:
+            yield f"keep_every_epochs={self.keep_every_epochs}: 0.0 (off) or more"
+
+    @property
+    def sign(self) -> float:
+        """Return -1 where `best` is a loss, else 1."""
+        return -1.0 if "loss" in self.best else 1.0
+
+
+class Patience:
+    """Counts evaluations since the best one (early stopping).
+
+    Args:
+        spec: the config section.
+        state: from `state` of an earlier part of the run.
+    """
+
+    def __init__(self, spec: Checkpoint, state: dict):
+        self._spec = spec
+        self._best, self._since = state.get("best"), state.get("since", 0)
+
+    def look(self, scores: dict) -> None:
+        """Take note of one online evaluation."""
+        value = scores.get(self._spec.best)
+        if value is None:
+            return
+        sign = self._spec.sign
+        gain = None if self._best is None else sign * (value - self._best)
+        better = gain is None or gain > self._spec.min_delta
+        self._best = value if better else self._best
+        self._since = 0 if better else self._since + 1
+
+    @property
+    def over(self) -> bool:
+        """Return whether the run should end."""
+        return 0 < self._spec.patience <= self._since
+
+    def state(self) -> dict:
+        """Return what a resumed run needs."""
+        return {"best": self._best, "since": self._since}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; use as a context manager.
+
+    Args:
+        workdir: directory of the run.
+        spec: the config section.
+        steps_per_epoch: to turn epochs into steps.
+    """
+
+    def __init__(self, workdir, spec: Checkpoint, steps_per_epoch: int):
+        # Orbax fails late, in a thread, on a relative path.
+        self.directory = pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
+        self.spec = spec
+        self.every = max(1, round(spec.every_epochs * steps_per_epoch))
+        keep = [policies.LatestN(spec.keep_last)]
+        if spec.keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=lambda m: m["best"], reverse=False, n=spec.keep_best
+                )
+            )
+        if spec.keep_every_epochs:
+            every = max(1, round(spec.keep_every_epochs * steps_per_epoch))
+            keep.append(policies.EveryNSteps(every))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_debris()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+            ),
+        )
+        self._finishing, self._failed, self._in_a_row = None, None, 0
+
+    def __enter__(self):
+        """Return self."""
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        """Finish a save under way, then close; errors of both are raised."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint is due after `step` updates."""
+        return step % self.every == 0
+
+    def save(self, step: int, state, meta: dict, metrics: dict) -> None:
+        """Start saving `state` after `step` updates; returns before it is on disk.
+
+        A failed save (a full disk, say) is reported, and retried at the next one.
+
+        Raises:
+            CheckpointError: `spec.failures` saves in a row failed.
+        """
+        self.wait()
+        found = metrics.get(self.spec.best)
+        best = float("-inf") if found is None else self.spec.sign * float(found)
+        meta = {"format": FORMAT, "step": step, "metrics": dict(metrics), **meta}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics={"best": best},
+                force=True,
+            )
+        except Exception as e:  # noqa: BLE001 - whatever the file system raises.
+            self._failed = e
+            self._judge(step)
+            return
+        self._finishing = threading.Thread(
+            target=self._finish, args=(step,), name="checkpoint", daemon=True
+        )
+        self._finishing.start()
+
+    def wait(self) -> None:
+        """Block until the save under way is on disk and verified."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+            self._judge(self._manager.latest_step())
+
+    def _judge(self, step):
+        """Count failures in a row; the run goes on until there are too many."""
+        if self._failed is None:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        logger.warning("checkpoint near step %s failed: %s", step, self._failed)
+        if self._in_a_row >= self.spec.failures:
+            raise errors.CheckpointError(
+                f"{self.directory}: {self._in_a_row} saves in a row failed, the last "
+                f"with: {self._failed}; free space or set another --workdir"
+            ) from self._failed
+        self._failed = None
+
+    def _finish(self, step):
+        try:
+            self._manager.wait_until_finished()
+            if devices.is_main():
+                _write_manifest(self.directory / str(step))
+        except Exception as e:  # noqa: BLE001 - judged by the loop's thread.
+            self._failed = e
+
+    def _remove_debris(self):
+        """Remove what a killed save left: temporary and unsealed directories."""
+        if not devices.is_main():
+            return
+        for path in self.directory.iterdir():
+            unsealed = path.name.isdigit() and not (path / MANIFEST).exists()
+            if ".orbax-checkpoint-tmp" in path.name or unsealed:
+                logger.warning("removing the unfinished checkpoint %s", path)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps that are complete on disk, oldest first."""
+        return sealed_steps(self.directory)
+
+    def restore(self, target_of):
+        """Return (state, meta) of the newest checkpoint that is undamaged, or None.
+
+        Args:
+            target_of: step -> State of jax.ShapeDtypeStruct with shardings.
+
+        Raises:
+            CheckpointError: no checkpoint is good, or its leaves are not the model's.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            fault = _damage(self.directory / str(step))
+            if fault:
+                logger.warning(
+                    "checkpoint %d is damaged (%s); trying older", step, fault
+                )
+                damaged.append(f"{step}: {fault}")
+                continue
+            state, meta = read(self.directory, step, target_of(step))
+            for bad in self.steps():
+                if bad > step:  # Its number must be free for the run to save again.
+                    shutil.rmtree(self.directory / str(bad), ignore_errors=True)
+            self._manager.reload()
+            return state, meta
+        if damaged:
+            raise errors.CheckpointError(
+                f"{self.directory}: no checkpoint is intact: {'; '.join(damaged)}"
+            )
+        return None
+
+
+def sealed_steps(directory) -> list[int]:
+    """Return the complete steps under `directory` (a workdir's checkpoints)."""
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(p.name)
+        for p in directory.iterdir()
+        if p.name.isdigit() and (p / MANIFEST).exists()
+    )
+
+
+def read(directory, step: int, target):
+    """Return (state, meta) of one checkpoint.
+
+    Args:
+        directory: the `checkpoints` folder.
+        step: which.
+        target: tree of jax.ShapeDtypeStruct, with shardings for jax arrays.
+
+    Raises:
+        CheckpointError: names the leaves that differ, with both shapes.
+    """
+    path = pathlib.Path(os.path.abspath(directory)) / str(step)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        stored = reader.metadata(path / "state").item_metadata.tree
+        _compare(path, stored, target)
+        state = reader.restore(path / "state", args=ocp.args.StandardRestore(target))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        meta = reader.restore(path / "meta")
+    return state, meta
+
+
+def read_meta(directory, step: int) -> dict:
+    """Return the json beside the state of one checkpoint."""
+    path = pathlib.Path(os.path.abspath(directory)) / str(step) / "meta"
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path)
+
+
+def _compare(path, stored, target, most=8):
+    """Raise CheckpointError if stored leaves are not the target's, naming them."""
+    have, want = _shapes(stored), _shapes(target)
+    lines = []
+    # Parameters first: moments and averages of them differ in the same way.
+    order = sorted(set(have) | set(want), key=lambda n: (n[:7] != "params/", n))
+    for name in order:
+        if name not in have:
+            lines.append(f"{name}: not in the checkpoint, model has {want[name]}")
+        elif name not in want:
+            lines.append(f"{name}: {have[name]} in the checkpoint, not in the model")
+        elif have[name] != want[name]:
+            lines.append(f"{name}: {have[name]} in the checkpoint, model {want[name]}")
+    if lines:
+        more = f"\n  and {len(lines) - most} more" if len(lines) > most else ""
+        raise errors.CheckpointError(
+            f"{path} is of another model or optimizer:\n  "
+            + "\n  ".join(lines[:most])
+            + more
+            + "\n  give another --workdir, or the config it was made with"
+        )
+
+
+def _shapes(tree) -> dict:
+    """Return {path: shape}; paths are the same for objects and for stored dicts."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = []
+        for p in path:
+            part = getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))
+            parts.append(str(part))
+        shape = tuple(getattr(leaf, "shape", ()))
+        if _is_key(leaf):  # Stored as the two integers of its data.
+            shape = (*shape, 2)
+        found["/".join(parts)] = shape
+    return found
+
+
+def _is_key(leaf) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _files(step_dir: pathlib.Path):
+    return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _write_manifest(step_dir: pathlib.Path) -> None:
+    table = {str(p.relative_to(step_dir)): _digest(p) for p in _files(step_dir)}
+    temporary = step_dir / (MANIFEST + ".tmp")
+    temporary.write_text(json.dumps({"format": FORMAT, "files": table}, indent=1))
+    os.replace(temporary, step_dir / MANIFEST)
+
+
+def _damage(step_dir: pathlib.Path) -> str:
+    """Return what is wrong with a checkpoint's files, or ""."""
+    try:
+        manifest = json.loads((step_dir / MANIFEST).read_text())
+    except (OSError, ValueError) as e:
+        return f"{MANIFEST}: {e}"
+    if manifest.get("format") != FORMAT:
+        return f"format {manifest.get('format')}, this version reads {FORMAT}"
+    for name, digest in manifest["files"].items():
+        path = step_dir / name
+        if not path.exists():
+            return f"{name} is missing"
+        if _digest(path) != digest:
+            return f"{name} does not match its sha256"
+    return ""

@@ -1,0 +1,160 @@
+"""What protects a run: the workdir's lock, signals, the watchdog for stalled steps."""
+
+import contextlib
+import faulthandler
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+import time
+
+import jax
+from jax.experimental import multihost_utils
+
+from vitssl import errors
+from vitssl.run import log
+
+LOCK = "lock.json"
+
+
+@contextlib.contextmanager
+def lock(workdir, force: bool = False):
+    """Hold WORKDIR/lock.json, an OS lock that dies with its process.
+
+    Raises:
+        UsageError: the directory cannot be written, or another live run holds it.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = (workdir / LOCK).open("a+")
+    except OSError as e:
+        raise errors.UsageError(
+            f"--workdir={workdir}: cannot be written ({e.strerror}); give another"
+        ) from e
+    with handle:
+        if not _take(handle) and not force:
+            handle.seek(0)
+            raise errors.UsageError(
+                f"--workdir={workdir}: in use by a live run ({handle.read().strip()}); "
+                "give another, or end that run (--force_unlock ignores this)"
+            )
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        yield
+
+
+def _take(handle) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # Some network file systems have no locks; go on without.
+        return True
+    return True
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into "save and stop"; a second one stops at once.
+
+    In a job of several processes JAX's runtime handles SIGTERM: it tells all of them,
+    and they agree on a step. A handler of ours would replace its own, and nobody would
+    hear of the signal.
+    """
+
+    def __init__(self):
+        self.received = ""
+        self._old = {}
+
+    def __enter__(self):
+        """Install the handlers (only the main thread may)."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
+        if jax.process_count() > 1:
+            handlers = {signal.SIGINT: self._pass_on}
+        for number, handler in handlers.items():
+            self._old[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *unused):
+        """Put the old handlers back."""
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _handle(self, number, frame):
+        del frame
+        if self.received:
+            os._exit(errors.Preempted.code)
+        self.received = signal.Signals(number).name
+        _say(f"{self.received}: saving after this step, then exit 75")
+
+    def _pass_on(self, number, frame):
+        del number, frame
+        if self.received:
+            os._exit(errors.Preempted.code)
+        self.received = "SIGINT"
+        _say("SIGINT: saving soon on every process, then exit 75")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(self, step: int) -> str:
+        """Return the signal's name if all processes shall stop after `step`, or ""."""
+        if jax.process_count() > 1:
+            # Every process must stop after the same step; JAX agrees on one.
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return (self.received or "SIGTERM") if reached else ""
+        return self.received
+
+
+def _say(text):
+    # What sent the signal may have closed the terminal, too.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(f"\n{text}\n")
+
+
+class Watchdog:
+    """Ends the process with exit code 7 if nothing beats for too long.
+
+    Args:
+        workdir: where status.json is written.
+        seconds: longest time between two beats; 0.0 is off.
+    """
+
+    def __init__(self, workdir, seconds: float):
+        self._workdir, self._seconds = workdir, seconds
+        self._last, self._what = time.monotonic(), "start"
+        self._stop = threading.Event()
+
+    def beat(self, what: str) -> None:
+        """Report progress; `what` names what begins now."""
+        self._last, self._what = time.monotonic(), what
+
+    def __enter__(self):
+        """Start watching."""
+        if self._seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *unused):
+        """Stop watching."""
+        self._stop.set()
+
+    def _watch(self):
+        while not self._stop.wait(min(1.0, self._seconds / 4)):
+            silent = time.monotonic() - self._last
+            if silent > self._seconds:
+                message = (
+                    f"stalled: {self._what} has taken {silent:.0f} s "
+                    f"(log.stall_seconds={self._seconds}); stacks of all threads follow"
+                )
+                sys.stderr.write(message + "\n")
+                faulthandler.dump_traceback(all_threads=True)
+                log.write_status(self._workdir, state="stalled", error=message)
+                sys.stderr.flush()
+                os._exit(errors.StalledError.code)

@@ -1,0 +1,372 @@
+"""Logs of a run: metrics.jsonl, TensorBoard, W&B, status.json, the progress line.
+
+Metrics of step k are read after step k + 1 is dispatched, so the device never waits
+for the log. Lines hold means since the last line; the running sums are part of a
+checkpoint, so a resumed run writes the same lines.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import numpy as np
+
+from vitssl import errors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Config section `log`.
+
+    Attributes:
+        every_steps: a line of metrics each so many steps.
+        tensorboard: write event files (read them with the tensorboard package).
+        wandb: Weights & Biases project; "" is off. Needs the extra `[wandb]`; a run
+            without it, or without a network, goes on unchanged.
+        nonfinite_limit: so many non-finite steps in a row end the run (exit code 5).
+        stall_seconds: a step that takes longer ends the run (exit code 7); 0 is off.
+        pictures: write WORKDIR/pictures/*.png at the end (crops, masks, attention,
+            tokens, curves ...), as `python -m vitssl.pictures.drawing WORKDIR` does.
+        profile_steps: first and last step of a profiler trace; (0, 0) is off.
+    """
+
+    every_steps: int
+    tensorboard: bool = True
+    wandb: str = ""
+    wandb_mode: Literal["online", "offline"] = "offline"
+    nonfinite_limit: int = 3
+    stall_seconds: float = 1800.0
+    pictures: bool = False
+    profile_steps: tuple[int, int] = (0, 0)
+
+    def check(self) -> Iterator[str]:
+        """Yield what is out of range."""
+        if self.every_steps < 1:
+            yield f"every_steps={self.every_steps}: 1 or more"
+        if self.nonfinite_limit < 1:
+            yield f"nonfinite_limit={self.nonfinite_limit}: 1 or more"
+        if self.stall_seconds < 0:
+            yield f"stall_seconds={self.stall_seconds}: 0.0 (off) or more"
+
+
+class Writers:
+    """Where scalars go. A writer that fails is dropped with one warning.
+
+    Args:
+        workdir: directory of the run.
+        spec: the config section.
+        step: lines of later steps are removed (they belong to work that was lost).
+        config: resolved config, for W&B.
+        name: name of the run, for W&B.
+    """
+
+    def __init__(self, workdir, spec: Log, step: int, config: dict, name: str):
+        workdir = pathlib.Path(workdir)
+        self._path = workdir / "metrics.jsonl"
+        self._fresh = _truncate(self._path, step)
+        self._others = {}
+        if spec.tensorboard:
+            self._try("tensorboard", lambda: _tensorboard(workdir, step))
+        if spec.wandb:
+            self._try("wandb", lambda: _wandb(workdir, spec, config, name))
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Write one line of metrics.jsonl and the same to the other writers."""
+        line = json.dumps({"step": step, **values}) + "\n"
+        try:
+            with self._path.open("a") as f:
+                f.write(line)
+        except OSError as e:  # A full disk must not end the run.
+            logger.warning("%s: %s; this line is lost: %s", self._path, e, line[:200])
+        for name in list(self._others):
+            write, _ = self._others[name]
+            self._guard(name, lambda write=write: write(step, values))
+
+    def close(self) -> None:
+        """Flush and close every writer."""
+        for name in list(self._others):
+            self._guard(name, self._others[name][1])
+
+    def _try(self, name, open_):
+        try:
+            self._others[name] = open_()
+        except Exception as e:  # noqa: BLE001 - a logger must not break a run.
+            logger.warning("%s is off: %s", name, e)
+
+    def _guard(self, name, call):
+        try:
+            call()
+        except Exception as e:  # noqa: BLE001
+            logger.warning("%s failed and is off from now on: %s", name, e)
+            self._others.pop(name, None)
+
+
+def _truncate(path: pathlib.Path, step: int) -> bool:
+    """Drop lines after `step` and a torn last line; return whether none were left."""
+    if not path.exists():
+        return True
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+    return not kept
+
+
+def _tensorboard(workdir, step):
+    import tensorboardX
+
+    writer = tensorboardX.SummaryWriter(str(workdir), purge_step=step or None)
+
+    def write(step, values):
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return write, writer.close
+
+
+def _wandb(workdir, spec, config, name):
+    import wandb
+
+    run = wandb.init(
+        project=spec.wandb,
+        name=name,
+        id=name.replace("/", "-"),
+        dir=str(workdir),
+        config=config,
+        mode=spec.wandb_mode,
+        resume="allow",
+    )
+    return (lambda step, values: run.log(values, step=step)), run.finish
+
+
+class Metrics:
+    """Collects step metrics one step late, averages them, watches for non-finite ones.
+
+    Args:
+        spec: the config section.
+        state: what `state` returned before the checkpoint; {} for a fresh run.
+    """
+
+    def __init__(self, spec: Log, state: dict):
+        self._spec = spec
+        self._pending = None
+        self.sums = dict(state.get("sums", {}))
+        self.count = int(state.get("count", 0))
+        self.nonfinite = int(state.get("nonfinite", 0))
+        self.in_a_row = int(state.get("in_a_row", 0))
+        self.last = {}
+
+    def push(self, step: int, metrics, ids=None) -> None:
+        """Hand over the device metrics of `step`, and read those of the step before.
+
+        Args:
+            step: 0-based.
+            metrics: scalars on the device.
+            ids: sample ids of the batch [b], for the report of a non-finite step.
+
+        Raises:
+            NonFiniteError: too many non-finite steps in a row.
+        """
+        previous, self._pending = self._pending, (step, metrics, ids)
+        if previous is not None:
+            self._read(*previous)
+
+    def drain(self) -> None:
+        """Read what is pending (before a checkpoint, a log line, or the end)."""
+        previous, self._pending = self._pending, None
+        if previous is not None:
+            self._read(*previous)
+
+    def _read(self, step, metrics, ids):
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.last = values
+        if values["nonfinite"]:
+            self.nonfinite += 1
+            self.in_a_row += 1
+            logger.warning(
+                "step %d: non-finite loss or gradient (loss %s, gradient norm %s); the "
+                "update was skipped (%d so far); samples %s",
+                step,
+                values["loss"],
+                values["grad_norm"],
+                self.nonfinite,
+                None if ids is None else np.asarray(ids).tolist(),
+            )
+            if self.in_a_row >= self._spec.nonfinite_limit:
+                raise errors.NonFiniteError(
+                    f"step {step}: {self.in_a_row} non-finite steps in a row; the last "
+                    "finite state is saved. Try a lower optim.lr, optim.clip_norm=1.0, "
+                    "or precision=float32"
+                )
+            return
+        self.in_a_row = 0
+        self.count += 1
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def means(self) -> dict:
+        """Return the means since the last call and start anew."""
+        means = {k: v / self.count for k, v in self.sums.items()} if self.count else {}
+        means.pop("nonfinite", None)
+        means["nonfinite_steps"] = self.nonfinite
+        self.sums, self.count = {}, 0
+        return means
+
+    def state(self) -> dict:
+        """Return what a checkpoint must hold for the next line to be the same."""
+        return {
+            # A copy: it is written in the background while the next steps add to it.
+            "sums": dict(self.sums),
+            "count": self.count,
+            "nonfinite": self.nonfinite,
+            "in_a_row": self.in_a_row,
+        }
+
+
+@dataclasses.dataclass
+class Clock:
+    """Times of a run: pace, waiting for data, pauses for evaluation and saving.
+
+    Attributes:
+        total_steps: steps of the whole run.
+        images_per_step: global batch size.
+        flops_per_step: of all devices together; 0.0 if unknown.
+        peak: FLOP/s of all devices together; 0.0 if unknown.
+        device_count: number of devices.
+    """
+
+    total_steps: int
+    images_per_step: int
+    device_count: int
+    flops_per_step: float = 0.0
+    peak: float = 0.0
+    _start: float = dataclasses.field(default_factory=time.perf_counter)
+    _steps: int = 0
+    _waited: float = 0.0
+    _paused: float = 0.0
+    _pace: float = 0.0
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self._start = time.perf_counter()
+        self._steps, self._waited, self._paused = 0, 0.0, 0.0
+
+    def step(self, waited: float) -> None:
+        """Count one step that waited so many seconds for its batch."""
+        self._steps += 1
+        self._waited += waited
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time spent beside training (evaluation, saving, compiling)."""
+        self._paused += seconds
+
+    def read(self, step: int) -> dict:
+        """Return the figures of the interval, and start the next."""
+        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        each = seconds / max(1, self._steps)
+        rate = self.images_per_step / each
+        self._pace = each
+        figures = {
+            "time/step_seconds": each,
+            "time/images_per_second": rate,
+            "time/images_per_second_per_device": rate / self.device_count,
+            "time/data_wait_percent": 100 * self._waited / seconds,
+            "time/eta_seconds": (self.total_steps - step) * each,
+        }
+        if self.flops_per_step and self.peak:
+            figures["time/mfu_percent"] = 100 * self.flops_per_step / each / self.peak
+        self.restart()
+        return figures
+
+
+def progress(step: int, total: int, values: dict) -> str:
+    """Return the progress line of one interval."""
+    parts = [f"{step:>{len(str(total))}}/{total}"]
+    if "loss" in values:
+        parts.append(f"loss {values['loss']:.4f}")
+    if "lr" in values:
+        parts.append(f"lr {values['lr']:.2e}")
+    parts.append(f"{values['time/images_per_second_per_device']:.0f} img/s/device")
+    if "time/step_seconds" in values:
+        parts.append(f"{1e3 * values['time/step_seconds']:.0f} ms/step")
+    cut = len("tokens/")
+    counts = [f"{k[cut:]} {v:.0f}" for k, v in values.items() if k[:cut] == "tokens/"]
+    if counts:
+        parts.append(f"tokens: {', '.join(counts)}")
+    parts.append(f"data wait {values['time/data_wait_percent']:.0f} %")
+    if "time/mfu_percent" in values:
+        parts.append(f"MFU {values['time/mfu_percent']:.1f} %")
+    if values.get("nonfinite_steps"):
+        parts.append(f"skipped {values['nonfinite_steps']}")
+    parts.append(f"ETA {duration(values['time/eta_seconds'])}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return 5400.0 as "1h30m", 90.0 as "1m30s", 9.0 as "9s"."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(int(round(seconds)), 60)
+    h, m = divmod(minutes, 60)
+    if h:
+        return f"{h}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def write_status(workdir, **values) -> None:
+    """Write status.json: what the run is doing, for people and schedulers.
+
+    A failure to write is not the run's.
+    """
+    path = pathlib.Path(workdir) / "status.json"
+    now = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    values = {**now, **values}
+    try:
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(values, indent=1, default=_plain) + "\n")
+        os.replace(temporary, path)
+    except OSError as e:
+        logger.warning("%s: %s", path, e)
+
+
+def _plain(value):
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value)
+
+
+class _Terminal(logging.Handler):
+    """Writes to whatever standard output is now (notebooks and tests replace it)."""
+
+    def emit(self, record):
+        # A terminal that hung up, or a pipe whose reader ended, is no reason to stop.
+        with contextlib.suppress(OSError, ValueError):
+            print(self.format(record), file=sys.stdout, flush=True)
+
+
+def to_terminal(verbose: bool = True) -> None:
+    """Send the package's log records to standard output, without decoration."""
+    handler = _Terminal()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("vitssl")
+    package.handlers[:] = [handler]
+    package.setLevel(logging.INFO if verbose else logging.WARNING)
+    package.propagate = False

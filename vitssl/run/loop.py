@@ -1,0 +1,414 @@
+"""The one loop of every method.
+
+Order of one round, which makes a resumed run the same run: step, read the metrics of
+the step before, evaluate the new state, save it. The data of step i depend on the
+seed and i alone, and so do its random numbers; nothing else has to be restored.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from vitssl import config, errors
+from vitssl.evals import evaluation
+from vitssl.run import (
+    build,
+    checkpoint,
+    devices,
+    guard,
+    log,
+    memory,
+    notes,
+    phases,
+    step,
+    warmstart,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
+    """Train until the end, or go on where a killed run of this workdir stopped.
+
+    Args:
+        experiment: from `experiment.read`.
+        workdir: directory of the run.
+        name: of the run, for people.
+        force_unlock: ignore the lock of another run.
+
+    Returns:
+        Metrics of the final evaluation.
+
+    Raises:
+        VitsslError: see `errors`; each has its exit code.
+    """
+    workdir = pathlib.Path(os.path.abspath(workdir))
+    with contextlib.ExitStack() as stack:
+        if devices.is_main():
+            stack.enter_context(guard.lock(workdir, force_unlock))
+        signals = stack.enter_context(guard.Signals())
+        parts = build.build(experiment)
+        s = experiment.settings
+        saves = stack.enter_context(
+            checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
+        )
+        with _last_words(workdir), memory.refusals(parts):
+            return _run(parts, workdir, name, saves, signals, stack)
+
+
+@contextlib.contextmanager
+def _last_words(workdir):
+    """Say in status.json why a run ended that did not finish."""
+    try:
+        yield
+    except errors.Preempted:
+        raise  # Said already, with the step.
+    except Exception as e:
+        if devices.is_main():
+            error = f"{type(e).__name__}: {e}"
+            log.write_status(workdir, state="failed", error=error)
+        raise
+
+
+def _run(parts, workdir, name, saves, signals, stack) -> dict:
+    s, run_ = parts.experiment.settings, parts.run
+    found = saves.restore(build.restore_target(parts))
+    state, meta = found or (parts.fresh(), {})
+    at = int(state.step)
+    if devices.is_main():
+        log.write_status(
+            workdir, state="starting", step=at, total_steps=run_.total_steps, name=name
+        )
+    _record_config(workdir, parts.experiment.config, resumed=bool(found))
+    if found:
+        warmstart.same_classes(
+            workdir,
+            meta.get("classes"),
+            parts.source.classes,
+            "give another --workdir, or the data it was trained on",
+        )
+        logger.info("resuming after step %d of %d", at, run_.total_steps)
+    elif s.init.from_:
+        warmstart.check_classes(s.init, parts.source.classes, state.params)
+        params = warmstart.load(s.init, state.params)
+        extra = parts.method.adopt(params, state.extra)
+        state = state.replace(params=params, extra=extra)
+    watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
+    writers = None
+    if devices.is_main():
+        plain = json.loads(config.to_json(parts.experiment.config))
+        writers = log.Writers(workdir, s.log, at, plain, name)
+        stack.callback(writers.close)
+    evaluate = evaluation.Evaluation(
+        s.evals, s.data, parts.method, parts.mesh, workdir=workdir, seed=s.seed
+    )
+    logger.info(
+        "%s",
+        notes.start(
+            name=name,
+            workdir=workdir,
+            experiment=parts.experiment,
+            mesh=parts.mesh,
+            source=parts.source,
+            run=run_,
+            optimizer=parts.optimizer,
+            params=state.params,
+        ),
+    )
+    loop = _Loop(parts, workdir, saves, signals, watchdog, writers, evaluate, meta)
+    stack.callback(parts.compiled.close)
+    if at >= run_.total_steps:
+        done = f"already complete ({at} steps)" if found else "epochs=0"
+        logger.info("%s; final evaluation only", done)
+    else:
+        state = loop.go(state)
+    watchdog.beat("final evaluation")
+    untrained = parts.fresh()
+    values, text = evaluate.final(state, untrained)
+    logger.info("%s", text)
+    if evaluate.arrays and devices.is_main():
+        np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
+    if table := loop.phases.table():
+        logger.info("%s", table)
+    loop.write(int(state.step), values)
+    if loop.phases.rows:
+        values = values | loop.phases.totals()
+    if s.log.pictures and devices.is_main():
+        _pictures(parts, workdir, state, untrained)
+    log.write_status(
+        workdir,
+        state="finished",
+        step=int(state.step),
+        total_steps=run_.total_steps,
+        metrics=values,
+        name=name,
+    )
+    return values
+
+
+def _pictures(parts, workdir, state, untrained):
+    """Write the pictures of a finished run; a failure is reported, no more."""
+    from vitssl.pictures import drawing
+    from vitssl.pictures.gather import gather
+
+    s = parts.experiment.settings
+    try:
+        material = gather(
+            parts.method,
+            (state.params, state.extra),
+            s.data,
+            s.evals,
+            seed=s.seed,
+            untrained=(untrained.params, untrained.extra),
+            metrics_path=workdir / "metrics.jsonl",
+        )
+        paths = drawing.write_all(workdir / "pictures", material)
+    except Exception:
+        logger.exception("the pictures could not be drawn")
+        return
+    logger.info("%d pictures in %s", len(list(paths)), workdir / "pictures")
+
+
+class _Loop:
+    """The state of the loop that is not the state of the model."""
+
+    def __init__(
+        self, parts, workdir, saves, signals, watchdog, writers, evaluate, meta
+    ):
+        self.parts, self.workdir, self.saves = parts, workdir, saves
+        self.signals, self.watchdog = signals, watchdog
+        self.writers, self.evaluate = writers, evaluate
+        self.metrics = log.Metrics(parts.experiment.settings.log, meta.get("log", {}))
+        self.scores = dict(meta.get("metrics", {}))
+        spec = parts.experiment.settings.checkpoint
+        self.patience = checkpoint.Patience(spec, meta.get("patience", {}))
+        self.phases = phases.Phases(meta.get("phases", ()))
+        self.clock = None
+
+    def go(self, state):
+        """Run the steps that are left; return the last state."""
+        parts, total = self.parts, self.parts.run.total_steps
+        s = parts.experiment.settings
+        sharding = devices.batch_sharding(parts.mesh)
+        at = first = int(state.step)
+        phase = parts.phase(at)
+        state = self._entered(state, phase)
+        self._first_compile(phase, at)
+        self._enter(phase, at)
+        if at == 0:
+            # Fail now, not at the end of the first epoch.
+            self._evaluate(state, 0)
+            self._save(state, 0)
+        self.clock.restart()
+        with contextlib.closing(parts.stream(at)) as stream:
+            batch, ids, waited = _next(stream, sharding)
+            while at < total and not self.patience.over:
+                if parts.phase(at) != phase:
+                    before, phase = phase, parts.phase(at)
+                    # Another shape of batch alone leaves the state as it is.
+                    if phase.frozen != before.frozen:
+                        state = self._entered(state, phase)
+                    waiting = time.perf_counter()
+                    parts.compiled.get(phase, batch)
+                    self._pause(waiting)
+                    self._enter(phase, at)
+                executable = parts.compiled.get(phase, batch)
+                # A silent copy between host and device here would stall every step.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = executable(state, batch)
+                self.clock.step(waited)
+                self.phases.step()
+                self.watchdog.beat(f"step {at + 1}")
+                self._push(state, at, metrics, ids)
+                at += 1
+                if at < total:
+                    batch, ids, waited = _next(stream, sharding)
+                    self._look_ahead(at)
+                self._profile(at - first)
+                self._after(state, at, s)
+        self.phases.leave()
+        return state
+
+    def _entered(self, state, phase):
+        """Return the state for a phase, every leaf where its step expects it."""
+        state = step.enter(state, phase, self.parts.optimizer)
+        return jax.device_put(state, self.parts.compiled.state_sharding(phase))
+
+    def _first_compile(self, phase, at):
+        parts, s = self.parts, self.parts.experiment.settings
+        self.watchdog.beat("compiling the first step")
+        start = time.perf_counter()
+        executable = parts.compiled.get(phase, parts.shapes(at))
+        count = jax.device_count()
+        flops = self._flops(executable)
+        self.clock = log.Clock(
+            parts.run.total_steps,
+            s.batch_size,
+            count,
+            flops,
+            devices.peak_flops(s.precision) * count,
+        )
+        logger.info(
+            "  compiled  in %.1f s; %.3g GFLOP per image (XLA's count)",
+            time.perf_counter() - start,
+            flops / s.batch_size / 1e9,
+        )
+
+    def _enter(self, phase, at):
+        """Begin the row of a phase; its step is compiled."""
+        executable = self.parts.compiled.get(phase, self.parts.shapes(at))
+        self.phases.enter(at, len(phase.frozen), self._flops(executable))
+
+    def _flops(self, executable) -> float:
+        """Return XLA's count of a step, over all devices."""
+        count = jax.device_count()
+        flops = (executable.cost_analysis() or {}).get("flops", 0.0) * count
+        # XLA counts the body of a loop once.
+        return flops * self.parts.experiment.settings.accumulate
+
+    def _push(self, state, at, metrics, ids):
+        try:
+            self.metrics.push(at, metrics, ids)
+        except errors.NonFiniteError:
+            self.metrics.in_a_row = 0
+            self._save(state, at + 1)
+            raise
+
+    def _look_ahead(self, at):
+        """Start compiling a phase that will be needed soon."""
+        parts = self.parts
+        soon = at + max(20, min(parts.run.steps_per_epoch, 500))
+        if soon >= parts.run.total_steps:
+            soon = parts.run.total_steps - 1
+        phase = parts.phase(soon)
+        if phase not in parts.compiled:
+            parts.compiled.prepare(phase, parts.shapes(soon))
+
+    def _after(self, state, at, s):
+        """Log, evaluate, save, stop: whatever is due after `at` updates."""
+        total = self.parts.run.total_steps
+        last = at == total
+        if at % s.log.every_steps == 0 or last:
+            self.metrics.drain()
+            self._log(at)
+        if self.evaluate.due(at, self.parts.run) and not last:
+            self._evaluate(state, at)
+            if self.patience.over:
+                logger.info(
+                    "  no better %s for %d evaluations: the run ends after step %d",
+                    s.checkpoint.best,
+                    s.checkpoint.patience,
+                    at,
+                )
+                last = True
+        stop = self.signals.stop(at)
+        if self.saves.due(at) or last or stop:
+            self._save(state, at)
+        if stop and not last:
+            self.saves.wait()
+            if devices.is_main():
+                log.write_status(
+                    self.workdir,
+                    state="preempted",
+                    step=at,
+                    total_steps=self.parts.run.total_steps,
+                )
+            raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
+
+    def _log(self, at):
+        times = self.clock.read(at)
+        values = {**self.metrics.means(), **times}
+        values["freeze/leaves"] = len(self.parts.phase(at - 1).frozen)
+        values["compile/seconds"] = self.parts.compiled.seconds
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in stats:
+            values["memory/peak_bytes"] = stats["peak_bytes_in_use"]
+        self.write(at, values)
+        if devices.is_main():
+            total = self.parts.run.total_steps
+            logger.info("%s", log.progress(at, total, values))
+            log.write_status(
+                self.workdir,
+                state="training",
+                step=at,
+                total_steps=total,
+                eta_seconds=times["time/eta_seconds"],
+                metrics=values,
+            )
+
+    def _evaluate(self, state, at):
+        self.watchdog.beat(f"evaluation after step {at}")
+        self.metrics.drain()
+        start = time.perf_counter()
+        try:
+            values = self.evaluate.online(state)
+        except errors.VitsslError:
+            raise
+        except Exception:  # A bug in an evaluator must not cost the training.
+            logger.exception("the evaluation after step %d failed", at)
+            values = {}
+        if values:
+            self.scores = {k: v for k, v in values.items() if isinstance(v, float)}
+            if at:
+                self.patience.look(self.scores)
+            self.write(at, values)
+            logger.info("%s", self.evaluate.line(at, values))
+        self._pause(start)
+
+    def _save(self, state, at):
+        self.watchdog.beat(f"checkpoint after step {at}")
+        self.metrics.drain()
+        start = time.perf_counter()
+        meta = {
+            "log": self.metrics.state(),
+            "patience": self.patience.state(),
+            "phases": self.phases.state(),
+            "classes": list(self.parts.source.classes),
+            "versions": notes.versions(),
+        }
+        self.saves.save(at, state, meta, self.scores)
+        self._pause(start)
+
+    def _pause(self, start):
+        if self.clock is not None:
+            self.clock.pause(time.perf_counter() - start)
+            self.phases.pause(time.perf_counter() - start)
+
+    def _profile(self, done):
+        first, last = self.parts.experiment.settings.log.profile_steps
+        if last and done == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif last and done == last:
+            jax.profiler.stop_trace()
+
+    def write(self, at, values):
+        """Write one line of metrics, on the process that logs."""
+        if self.writers is not None and values:
+            self.writers.scalars(at, values)
+
+
+def _next(stream, sharding):
+    """Return (batch on the devices, sample ids, seconds waited for the data)."""
+    start = time.perf_counter()
+    batch = next(stream)
+    waited = time.perf_counter() - start
+    return devices.put(batch, sharding), batch.get("index"), waited
+
+
+def _record_config(workdir, c, *, resumed: bool):
+    """Write config.json; say what changed since the run was started."""
+    if not devices.is_main():
+        return
+    path = workdir / "config.json"
+    if resumed and path.exists():
+        old = config.from_json(path.read_text())
+        for line in config.differences(old, c):
+            logger.warning("config changed since this run began: %s", line)
+    path.write_text(config.to_json(c))
+    (workdir / "versions.json").write_text(json.dumps(notes.versions(), indent=1))

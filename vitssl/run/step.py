@@ -1,0 +1,264 @@
+"""The one training step of every method, and its compiled variants (phases).
+
+The gradient is taken with respect to the trainable leaves alone; frozen leaves enter
+the loss as constants, so JAX never traces a backward pass through a frozen prefix.
+Which leaves are frozen is static: each distinct set is a phase, and each phase one
+compiled step, built in the background before it is needed.
+"""
+
+import threading
+import time
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vitssl import errors, tree
+from vitssl.optim import optimizer as optim
+from vitssl.run import devices
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a run needs to go on.
+
+    Attributes:
+        step: int32 [], updates done so far.
+        params: nested parameters, trained and frozen.
+        extra: what a method keeps beside them (EMA target, batch statistics).
+        opt: optimizer state of the trainable leaves.
+        rng: the run's key; step i uses fold_in(rng, i).
+    """
+
+    step: jax.Array
+    params: Any
+    extra: Any
+    opt: Any
+    rng: jax.Array
+
+
+class Phase(NamedTuple):
+    """The static part of a step: hashable, one compilation each."""
+
+    frozen: frozenset[str]
+    method: Hashable
+
+
+def phase_at(method, optimizer: optim.Optimizer, step: int) -> Phase:
+    """Return the phase of step `step`."""
+    return Phase(optimizer.frozen(step), method.phase(step))
+
+
+def init(method, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:
+    """Return a fresh state; call it inside one jit (an EMA target must not alias)."""
+    run, weights = jax.random.split(rng)
+    params, extra = method.init(weights, batch)
+    return _state(0, params, extra, optimizer, run, phase)
+
+
+def abstract(method, optimizer, rng, batch, phase: Phase) -> State:
+    """Return the shapes of a state in `phase`, computing nothing."""
+    return jax.eval_shape(lambda r, b: init(method, optimizer, r, b, phase), rng, batch)
+
+
+def _state(step, params, extra, optimizer, rng, phase):
+    trainable, _ = tree.split(params, phase.frozen)
+    opt = optimizer.init(trainable)
+    return State(jnp.int32(step), params, extra, opt, rng)
+
+
+def enter(state: State, phase: Phase, optimizer: optim.Optimizer) -> State:
+    """Return the state for `phase`.
+
+    Moments of leaves that froze are dropped, leaves that are released get fresh ones.
+    """
+    trainable, _ = tree.split(state.params, phase.frozen)
+    opt = optim.drop(state.opt, phase.frozen)
+    return state.replace(opt=optimizer.release(opt, trainable))
+
+
+def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
+    """Return step(state, batch, phase) -> (state, metrics), pure, not jitted.
+
+    A step whose loss or gradient is not finite changes nothing but the step count and
+    reports metrics["nonfinite"] = 1.
+
+    Args:
+        method: see `methods.Method`.
+        optimizer: see `optim.Optimizer`.
+        accumulate: the batch is split into this many micro-batches whose gradients
+            are averaged; refused for a loss that mixes the samples of a batch.
+        mesh: devices of the run; None for one device.
+
+    Raises:
+        UsageError: accumulation with a batch-coupled loss.
+    """
+    if accumulate > 1 and method.couples_batch:
+        raise errors.UsageError(
+            f"accumulate={accumulate}: this loss compares the samples of a batch, so "
+            "averaging over parts of it would be another loss; set accumulate=1"
+        )
+
+    def step(state: State, batch, phase: Phase):
+        rng = jax.random.fold_in(state.rng, state.step)
+        trainable, frozen = tree.split(state.params, phase.frozen)
+
+        def loss(trainable, extra, batch, rng):
+            params = tree.merge(trainable, frozen)
+            return method.loss(params, extra, batch, rng, phase=phase)
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        if accumulate == 1:
+            (value, (extra, metrics)), grads = grad(trainable, state.extra, batch, rng)
+        else:
+            parts = _microbatches(batch, accumulate, mesh)
+            value, extra, metrics, grads = _accumulate(
+                grad, trainable, state.extra, parts, rng
+            )
+        new, opt, of_update = optimizer.update(grads, state.opt, trainable, state.step)
+        finite = jnp.isfinite(value) & jnp.isfinite(of_update["grad_norm"])
+        new, opt, extra = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b),
+            (new, opt, extra),
+            (trainable, state.opt, state.extra),
+        )
+        params = tree.merge(new, frozen)
+        after = method.after(params, extra, state.step)
+        extra = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, extra)
+        metrics = {"loss": value, **metrics, **of_update}
+        metrics["nonfinite"] = 1.0 - finite
+        metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
+        return State(state.step + 1, params, extra, opt, state.rng), metrics
+
+    return step
+
+
+def _microbatches(batch, k, mesh):
+    """[B, ...] -> [k, B/k, ...]; row r goes to part r % k, so it keeps its device."""
+
+    def one(x):
+        x = x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1)
+        if mesh is None:
+            return x
+        spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"))
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.tree.map(one, batch)
+
+
+def _accumulate(grad, trainable, extra, parts, rng):
+    """Average loss, metrics and gradients over the leading axis of `parts`."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+
+    def body(carry, xs):
+        extra, total = carry
+        i, part = xs
+        (value, (extra, metrics)), grads = grad(
+            trainable, extra, part, jax.random.fold_in(rng, i)
+        )
+        total = jax.tree.map(
+            # A metric may be a Python number.
+            lambda t, x: t + jnp.asarray(x, jnp.float32) / count,
+            total,
+            (value, metrics, grads),
+        )
+        return (extra, total), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    (value, (_, metrics)), grads = jax.eval_shape(grad, trainable, extra, first, rng)
+    zero = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, jnp.float32), (value, metrics, grads)
+    )
+    (extra, (value, metrics, grads)), _ = jax.lax.scan(
+        body, (extra, zero), (jnp.arange(count), parts)
+    )
+    return value, extra, metrics, grads
+
+
+class Compiled:
+    """The compiled steps of a run, one per phase; the next one is built ahead.
+
+    Args:
+        step: from `make`.
+        abstract_state: Phase -> shapes of the state in that phase.
+        mesh: devices of the run.
+        fsdp: the `mesh` section.
+    """
+
+    def __init__(self, step, abstract_state, mesh, fsdp: devices.Mesh):
+        self._step, self.abstract = step, abstract_state
+        self._mesh, self._fsdp = mesh, fsdp
+        self._done, self._pending = {}, {}
+        self.seconds = 0.0  # Spent waiting for a compilation.
+
+    def state_sharding(self, phase: Phase):
+        """Return the sharding of the state in `phase`."""
+        shapes = self.abstract(phase)
+        return devices.state_sharding(self._mesh, self._fsdp, shapes)
+
+    def get(self, phase: Phase, batch):
+        """Return the executable of `phase`, compiling it now if it is not there.
+
+        Args:
+            phase: static part of the step.
+            batch: the arrays, or the shapes, of a global batch of that phase.
+        """
+        start = time.perf_counter()
+        if phase in self._pending:
+            thread, failure = self._pending.pop(phase)
+            thread.join()
+            if failure:
+                raise failure[0]
+        if phase not in self._done:
+            self._done[phase] = self.compile(phase, batch)
+            self.seconds += time.perf_counter() - start
+        elif time.perf_counter() - start > 0.01:
+            self.seconds += time.perf_counter() - start
+        return self._done[phase]
+
+    def finished(self, phase: Phase):
+        """Return the executable of `phase` if it is compiled, or None."""
+        return self._done.get(phase)
+
+    def prepare(self, phase: Phase, batch) -> None:
+        """Compile `phase` in a background thread, unless that is done or under way."""
+        if phase in self._done or phase in self._pending:
+            return
+        failure = []
+
+        def work():
+            try:
+                self._done[phase] = self.compile(phase, batch)
+            except Exception as e:  # noqa: BLE001 - raised by `get` in the loop.
+                failure.append(e)
+
+        thread = threading.Thread(target=work, name="compile-ahead", daemon=True)
+        self._pending[phase] = (thread, failure)
+        thread.start()
+
+    def __contains__(self, phase: Phase) -> bool:
+        """Return whether `phase` is compiled or being compiled."""
+        return phase in self._done or phase in self._pending
+
+    def close(self) -> None:
+        """Wait for compilations under way (a daemon thread would die in XLA)."""
+        for thread, _ in self._pending.values():
+            thread.join()
+
+    def compile(self, phase: Phase, batch):
+        """Return the executable of `phase` for batches of these shapes."""
+        sharding = self.state_sharding(phase)
+        rows = devices.batch_sharding(self._mesh)
+        fn = jax.jit(
+            lambda state, batch: self._step(state, batch, phase),
+            in_shardings=(sharding, rows),
+            out_shardings=(sharding, devices.replicated(self._mesh)),
+            donate_argnums=0,
+        )
+        return fn.lower(self.abstract(phase), _shapes(batch)).compile()
+
+
+def _shapes(batch):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)

@@ -1,0 +1,243 @@
+"""Start from parameters that exist: `init.from` of any config."""
+
+import dataclasses
+import itertools
+import logging
+import pathlib
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vitssl import errors, tree
+from vitssl.convert import backbone, positions
+from vitssl.run import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Config section `init`.
+
+    Attributes:
+        from_: key `from`: "" (random weights), a workdir, WORKDIR/checkpoints/STEP, or
+            weights that `python -m vitssl.convert import` wrote (folder or file).
+        skip: patterns of parameter names that keep their random value.
+        rename: ((pattern of our name, stored name), ...), the first that fits wins;
+            "\\1" stands for the first group. Several of ours may take one stored leaf:
+            (("stage_[12]/backbone/(.*)", r"encoder/\\1"),) fills two networks.
+        absent: patterns of names that keep their initial value if they are not stored.
+    """
+
+    from_: str = ""
+    skip: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        """Yield what is wrong with the patterns."""
+        for key, patterns in (
+            ("skip", self.skip),
+            ("absent", self.absent),
+            ("rename", [pattern for pattern, _ in self.rename]),
+        ):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    yield f"{key}: {pattern!r} is not a regular expression: {e}"
+
+
+def load(spec: Init, params):
+    """Return `params` with the leaves that `spec.from_` stores under the same names.
+
+    Weights of an encoder fill "encoder/" and every "backbone/" of a method that names
+    its networks so. Position tables are resampled where the model is for images of
+    another size: of converted weights by their family's rule, of a run by PyTorch's
+    bicubic.
+
+    Raises:
+        CheckpointError: no checkpoint there; no name in common; leaves of another
+            shape or absent that `spec.skip` does not name (all of them listed).
+    """
+    stored = renamed(read_params(spec.from_), tree.flat(params), spec.rename)
+    leaves, taken, faults = tree.flat(params), {}, []
+    for name, leaf in leaves.items():
+        if any(re.fullmatch(p, name) for p in spec.skip):
+            continue
+        if name not in stored and (alias := _alias(name)) in stored:
+            stored[name] = stored[alias]
+        if name in stored and name.endswith("pos_embed"):
+            stored[name] = _resampled(spec.from_, name, stored[name], leaf.shape)
+        if name not in stored and any(re.fullmatch(p, name) for p in spec.absent):
+            continue
+        if name not in stored:
+            faults.append(f"{name}: not in the checkpoint")
+        elif stored[name].shape != leaf.shape:
+            faults.append(f"{name}: {stored[name].shape} stored, {leaf.shape} here")
+        else:
+            taken[name] = stored[name]
+    if faults or not taken:
+        lines = "\n  ".join(faults[:12]) or "no parameter is left to load"
+        raise errors.CheckpointError(
+            f"init.from={spec.from_}: does not fit this model\n  {lines}\n"
+            "  name what shall stay random in init.skip"
+        )
+    logger.info(
+        "init.from=%s: %d of %d parameters loaded, %d skipped, %d stored ones unused",
+        spec.from_,
+        len(taken),
+        len(leaves),
+        len(leaves) - len(taken),
+        len(set(stored) - set(taken)),
+    )
+
+    def place(name, leaf):
+        if name not in taken:
+            return leaf
+        value = np.asarray(taken[name], leaf.dtype)
+        return jax.device_put(value, getattr(leaf, "sharding", None))
+
+    return tree.nest({k: place(k, v) for k, v in leaves.items()})
+
+
+def check_classes(spec: Init, classes, params) -> None:
+    """Refuse a trained classifier of other classes than those of the data.
+
+    A head of the same size would load, and name everything wrongly.
+
+    Args:
+        spec: the section.
+        classes: names of the data's classes, in order.
+        params: of the method.
+
+    Raises:
+        CheckpointError: the first classes that differ.
+    """
+    heads = (n for n in tree.flat(params) if n.startswith("head/"))
+    loaded = [n for n in heads if not any(re.fullmatch(p, n) for p in spec.skip)]
+    if not loaded or backbone.is_backbone(spec.from_):
+        return
+    stored = checkpoint.read_meta(*locate(spec.from_)).get("classes")
+    same_classes(spec.from_, stored, classes, "name the head in init.skip")
+
+
+def same_classes(path, stored, classes, way_out: str) -> None:
+    """Raise CheckpointError where stored class names are not the data's.
+
+    Args:
+        path: of the checkpoint, for the message.
+        stored: names, or None where it does not tell.
+        classes: names of the data.
+        way_out: what to do.
+    """
+    if not stored or list(stored) == list(classes):
+        return
+    pairs = itertools.zip_longest(stored, classes, fillvalue="(none)")
+    i, (old, new) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    raise errors.CheckpointError(
+        f"{path}: was trained on {len(stored)} classes, the data have {len(classes)}; "
+        f"class {i} is {old!r} there and {new!r} here; {way_out}"
+    )
+
+
+def renamed(stored, names, rules) -> dict:
+    """Return the stored leaves, each once more under every name a rule gives it.
+
+    Args:
+        stored: {name: array}.
+        names: of the leaves that are to be filled.
+        rules: see `Init.rename`.
+    """
+    more = {}
+    for name in names:
+        for pattern, there in rules:
+            if match := re.fullmatch(pattern, name):
+                if (key := match.expand(there)) in stored:
+                    more[name] = stored[key]
+                break
+    return {**stored, **more}
+
+
+def locate(path) -> tuple[pathlib.Path, int]:
+    """Return (checkpoints directory, step) of a workdir or of one checkpoint in it.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    path = pathlib.Path(path)
+    if path.name.isdigit() and (path / checkpoint.MANIFEST).exists():
+        return path.parent, int(path.name)
+    directory = path / "checkpoints"
+    steps = checkpoint.sealed_steps(directory)
+    if not steps:
+        raise errors.CheckpointError(
+            f"{path}: no complete checkpoint; want a workdir (with checkpoints/STEP) "
+            "or one WORKDIR/checkpoints/STEP"
+        )
+    return directory, steps[-1]
+
+
+def read_params(path) -> dict:
+    """Return {name: numpy array} of a workdir's newest checkpoint or of an import."""
+    if backbone.is_backbone(path):
+        return dict(backbone.read(path).leaves)
+    return read_trees(path, ("params",))["params"]
+
+
+def read_trees(path, keys) -> dict:
+    """Return {key: {name: numpy array}} of some parts of a run's state.
+
+    Args:
+        path: a workdir, or one checkpoint of it.
+        keys: fields of `step.State` that are trees, "params" and "extra".
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    directory, step = locate(path)
+    state = directory.resolve() / str(step) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        everything = reader.metadata(state).item_metadata.tree
+        stored = {key: everything[key] for key in keys if everything.get(key)}
+        want = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        restored = reader.restore(
+            state,
+            args=ocp.args.PyTreeRestore(
+                item=stored, restore_args=want, partial_restore=True
+            ),
+        )
+    return {key: tree.flat(restored[key]) if key in stored else {} for key in keys}
+
+
+def _alias(name) -> str:
+    """Return the name that a leaf below "backbone/" has in converted weights."""
+    _, found, rest = f"/{name}".partition("/backbone/")
+    return f"encoder/{rest}" if found else name
+
+
+def _resampled(path, name, table, shape):
+    """Return a position table for the grid of the model, if that is all it lacks."""
+    if table.shape == tuple(shape):
+        return table
+    rows, wanted = table.shape[1], shape[1]
+    for first in (1, 0):
+        sides = [round(max(0, n - first) ** 0.5) for n in (rows, wanted)]
+        squares = [side * side + first for side in sides]
+        if squares == [rows, wanted]:
+            # Of our own runs as torch resizes, which is what fine-tuning is used to.
+            imported = backbone.is_backbone(path)
+            rule = backbone.read(path).about.rule if imported else "plain"
+            logger.info(
+                "init.from=%s: %s resampled from %s to %s (%s)",
+                path,
+                name,
+                table.shape,
+                tuple(shape),
+                rule,
+            )
+            return positions.resample(table, first, sides[1], rule)
+    return table

@@ -1,0 +1,185 @@
+"""Features of a folder of images, or a feature program, on the command line.
+
+    python -m vitssl.tools.extract WEIGHTS --images=FOLDER --to=FEATURES.npz
+        [--image_size=N] [--batch_size=64] [--names=pooled,tokens] [--pool=cls|mean]
+        [--part=target|encoder] [--output_patch=N] [--upsampling=shift]
+    python -m vitssl.tools.extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
+
+WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
+FEATURES.npz holds "pooled" [M, D], "label" [M], "classes" and "path" [M].
+FEATURES.parquet (extra [parquet]) has one row an image: "class", "label", "path" and
+each feature as a list, whose shape the schema's metadata tells under "shapes".
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+
+import numpy as np
+
+from vitssl import errors
+from vitssl.data import pipeline, views
+from vitssl.data.sources import folder
+from vitssl.evals import features as extraction
+from vitssl.run import opened
+
+KINDS = (".npz", ".parquet")
+
+
+def run(
+    weights: opened.Features,
+    images,
+    to,
+    *,
+    batch_size: int = 64,
+    names: tuple[str, ...] = ("pooled",),
+    show=print,
+) -> dict[str, np.ndarray]:
+    """Extract the features of a folder and write them; return them too.
+
+    Images are resized on their short side and cut to a central square.
+
+    Args:
+        weights: of `features.load`.
+        images: folder, with one sub-folder per class or flat.
+        to: `.npz` or `.parquet` file.
+        batch_size: images at once.
+        names: of "pooled" and "tokens".
+        show: receives lines of progress.
+
+    Returns:
+        {name: float32 [M, ...], "label": int32 [M], "path": text [M], "classes"}.
+
+    Raises:
+        DataError: no images.
+        UsageError: another ending, unknown names, or pyarrow is missing.
+    """
+    to = pathlib.Path(to)
+    if to.suffix not in KINDS:
+        raise errors.UsageError(f"--to={to}: must end in {' or '.join(KINDS)}")
+    if wrong := [name for name in names if name not in opened.NAMES]:
+        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(opened.NAMES)}")
+    if to.suffix == ".parquet":
+        _arrow()
+    if not weights.image_size:
+        raise errors.UsageError("--image_size=N is missing; these weights have none")
+    source = folder.open(str(images), "all", channels=weights.channels)
+    transform = views.Evaluate(weights.image_size, 1.0)
+    with pipeline.evaluate(source, transform, batch_size=batch_size) as batches:
+        found = extraction.extract(
+            weights.apply,
+            (weights.state,),
+            _watched(batches, len(source), batch_size, show),
+            names=names,
+        )
+    index = found.pop("index")
+    found["path"] = np.array([source.path(i) for i in index])
+    found["classes"] = np.array(source.classes)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    _write(to, found)
+    show(
+        f"{to}: {len(index)} images, "
+        + ", ".join(f"{n} {found[n].shape}" for n in names)
+    )
+    return found
+
+
+def _watched(batches, total, batch_size, show, every=5.0):
+    """Yield the batches of one pass, and show how far it is every few seconds."""
+    start = last = time.perf_counter()
+    for i in range(-(-total // batch_size)):
+        yield next(batches)
+        now = time.perf_counter()
+        if now - last > every:
+            done = min(total, (i + 1) * batch_size)
+            rate = done / (now - start)
+            left = (total - done) / rate
+            show(f"{done}/{total} images, {rate:.0f}/s, {left:.0f} s left")
+            last = now
+
+
+def _write(to, found):
+    if to.suffix == ".npz":
+        np.savez(to, **found)
+        return
+    pyarrow, parquet = _arrow()
+    classes = np.array([*found["classes"], ""])
+    columns, shapes = {"class": classes[found["label"]]}, {}
+    for name, x in found.items():
+        if name == "classes":
+            continue
+        columns[name] = pyarrow.array(x.ravel())
+        if x.ndim > 1:  # One list of fixed length in each row; its shape stands apart.
+            size = int(np.prod(x.shape[1:]))
+            made = pyarrow.FixedSizeListArray.from_arrays
+            columns[name], shapes[name] = made(columns[name], size), x.shape[1:]
+    table = pyarrow.table(columns)
+    table = table.replace_schema_metadata({"shapes": json.dumps(shapes)})
+    parquet.write_table(table, to)
+
+
+def _arrow():
+    """Return (pyarrow, pyarrow.parquet), which are no dependencies of ours."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as e:
+        raise errors.UsageError(
+            "--to=*.parquet needs pyarrow: pip install 'vitssl[parquet]'; or write .npz"
+        ) from e
+    return pyarrow, parquet
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise errors.UsageError(f"{self.prog}: {message}; see --help")
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; return the exit code."""
+    flags = _Parser(
+        prog="python -m vitssl.tools.extract",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flags.add_argument("weights")
+    flags.add_argument("--images", default="")
+    flags.add_argument("--to", default="")
+    flags.add_argument("--program", default="")
+    flags.add_argument("--image_size", type=int, default=0)
+    flags.add_argument("--batch_size", type=int, default=64)
+    flags.add_argument("--batch", default="b", help="fixed size of a program's batch")
+    flags.add_argument("--names", default="pooled")
+    flags.add_argument("--pool", default="")
+    flags.add_argument("--part", default="")
+    flags.add_argument("--output_patch", type=int, default=0, help="side of a token")
+    flags.add_argument("--upsampling", default="shift")
+    try:
+        f = flags.parse_args(argv)
+        if bool(f.program) == bool(f.images and f.to):
+            raise errors.UsageError(
+                "give --images=FOLDER --to=FILE, or --program=FOLDER"
+            )
+        found = opened.load(
+            f.weights,
+            part=f.part,
+            pool=f.pool,
+            image_size=f.image_size,
+            output_patch=f.output_patch,
+            upsampling=f.upsampling,
+        )
+        if f.program:
+            print(opened.export_program(found, f.program, batch=f.batch))
+            return 0
+        names = tuple(f.names.split(","))
+        run(found, f.images, f.to, batch_size=f.batch_size, names=names)
+        return 0
+    except errors.VitsslError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,91 @@
+"""`vitssl runs DIR`: one line per run."""
+
+import json
+import math
+import time
+
+from vitssl import errors
+from vitssl.run import log
+
+# Metrics shown if runs have them: key, heading, how to write a value.
+COLUMNS = (
+    ("loss", "loss", "{:.4g}"),
+    ("knn/top1", "k-NN", "{:.1%}"),
+    ("probe/top1", "probe", "{:.1%}"),
+    ("test/top1", "test", "{:.1%}"),
+    ("final/trained/knn/top1", "final k-NN", "{:.1%}"),
+    ("final/trained/linear/top1", "final linear", "{:.1%}"),
+    ("final/untrained/knn/top1", "untrained", "{:.1%}"),
+    ("time/images_per_second", "img/s", "{:.0f}"),
+)
+
+
+def rows(runs, metrics=(), sort="") -> tuple[list[str], list[list[str]]]:
+    """Return (headings, rows of text) of a table of runs.
+
+    Args:
+        runs: workdirs, see `read.below`.
+        metrics: which metrics to show; () is those of `COLUMNS` that any run has.
+        sort: metric by which to sort, the highest first; "" keeps the order.
+
+    Raises:
+        UsageError: a metric that no run has.
+    """
+    known = sorted({key for run in runs for key in run.metrics})
+    for key in (*metrics, *((sort,) if sort else ())):
+        if key not in known:
+            raise errors.UsageError(
+                f"no run has the metric {key!r}; there is: {', '.join(known) or 'none'}"
+            )
+    shown = [(key, key, "{:.4g}") for key in metrics]
+    shown = shown or [column for column in COLUMNS if column[0] in known]
+    if sort:
+        runs = sorted(runs, key=lambda run: _rank(run.last(sort)))
+    headings = ["run", "state", "step", *(h for _, h, _ in shown), "left", "age"]
+    return headings, [_row(run, shown) for run in runs]
+
+
+def _rank(value):
+    return math.inf if value is None or math.isnan(value) else -value
+
+
+def _row(run, shown):
+    total, eta = run.status.get("total_steps"), run.status.get("eta_seconds")
+    cells = [
+        str(run.path),
+        run.state,
+        f"{run.step}/{total}" if total else f"{run.step}",
+    ]
+    for key, _, form in shown:
+        value = run.last(key)
+        cells.append("-" if value is None else form.format(value))
+    going = run.state == "training" and eta is not None
+    cells.append(log.duration(eta) if going else "-")
+    since = run.status.get("time")
+    cells.append(log.duration(time.time() - since) if since else "-")
+    return cells
+
+
+def text(headings, body) -> str:
+    """Return a table for the terminal that is Markdown as well."""
+    width = [max(map(len, column)) for column in zip(headings, *body, strict=True)]
+    lines = [headings, ["-" * n for n in width], *body]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(n) if i < 2 else cell.rjust(n)
+            for i, (cell, n) in enumerate(zip(line, width, strict=True))
+        )
+        + " |"
+        for line in lines
+    )
+
+
+def as_json(runs) -> str:
+    """Return one JSON object per line: path, state, step and last metrics of a run."""
+    lines = []
+    for run in runs:
+        values = {key: run.last(key) for key in sorted(run.metrics)}
+        one = {"run": str(run.path), "state": run.state, "step": run.step}
+        lines.append(json.dumps({**one, "metrics": values}))
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""For notebooks: train with a progress bar, and show the pictures of a run.
+
+Nothing here needs IPython: a bar is text that is written over, and a picture is a
+PIL image, which every notebook shows when a cell ends with it.
+"""
+
+import contextlib
+import io
+import logging
+import pathlib
+import re
+import sys
+
+from PIL import Image
+
+from vitssl import config, errors
+from vitssl.run import experiment, loop
+
+_STEP = re.compile(r"\s*(\d+)/(\d+)\s+(.*)")
+_WIDTH = 24
+
+
+def run(spec: str, *overrides: str, workdir, verbose: bool = False) -> dict:
+    """Train a config, or go on with it, under a progress bar.
+
+    Args:
+        spec: "configs/hjepa.py" or "configs/hjepa.py:NAME".
+        overrides: "key.path=value" texts.
+        workdir: directory of the run; the same one again resumes.
+        verbose: show every line that the command line shows, and no bar.
+
+    Returns:
+        the metrics of the final evaluation, {"final/trained/knn/top1": ...}.
+
+    Raises:
+        VitsslError: whatever ends a run; the message says what to do.
+    """
+    checked = experiment.read(experiment.load(spec, overrides))
+    with bar(verbose):
+        return loop.run(checked, workdir, name=config.name_of(spec))
+
+
+@contextlib.contextmanager
+def bar(verbose: bool = False):
+    """Show the log of the package as a bar: steps, evaluations and warnings."""
+    package = logging.getLogger("vitssl")
+    before = package.handlers[:], package.level, package.propagate
+    handler = logging.StreamHandler(sys.stdout) if verbose else _Bar()
+    package.handlers[:] = [handler]
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    try:
+        yield
+    finally:
+        handler.close()
+        package.handlers[:], package.level, package.propagate = before
+
+
+class _Bar(logging.Handler):
+    """Writes progress over itself, and everything worth keeping below it."""
+
+    def __init__(self):
+        super().__init__()
+        self._open = False
+
+    def emit(self, record):
+        text = record.getMessage()
+        found = _STEP.match(text)
+        if found:
+            step, total = int(found[1]), int(found[2])
+            full = _WIDTH * step // max(1, total)
+            drawn = "█" * full + "░" * (_WIDTH - full)
+            sys.stdout.write(f"\r{drawn} {step}/{total}  {found[3]:<70}")
+            self._open = True
+        elif record.levelno >= logging.WARNING or "after step" in text or "|" in text:
+            self.close()
+            print(text)
+        sys.stdout.flush()
+
+    def close(self):
+        if self._open:
+            sys.stdout.write("\n")
+            self._open = False
+        super().close()
+
+
+def picture(figure) -> Image.Image:
+    """Return a matplotlib figure as an image, which a cell can end with."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110, format="png")
+    return Image.open(file)
+
+
+def pictures(workdir, *names: str, width: int = 900) -> Image.Image:
+    """Return pictures of a finished run, one below the other.
+
+    Args:
+        workdir: of the run.
+        names: files of WORKDIR/pictures, without ".png".
+        width: of the result, in pixels; wider pictures are scaled down.
+
+    Raises:
+        UsageError: one of them is not there; the message lists those that are.
+    """
+    folder = pathlib.Path(workdir) / "pictures"
+    there = sorted(p.stem for p in folder.glob("*.png"))
+    missing = [name for name in names if name not in there]
+    if missing or not names:
+        what = f"no picture {missing[0]!r}" if missing else "name a picture"
+        raise errors.UsageError(f"{folder}: {what}; there is: {', '.join(there)}")
+    images = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
+    images = [
+        i.resize((width, round(i.height * width / i.width))) if i.width > width else i
+        for i in images
+    ]
+    page = Image.new("RGB", (width, sum(i.height for i in images)), "white")
+    top = 0
+    for image in images:
+        page.paste(image, (0, top))
+        top += image.height
+    return page

@@ -1,0 +1,204 @@
+"""A study: several arms of one config, several seeds each, one table.
+
+A config becomes a study by its section `study`; arms are overrides as typed:
+
+    c.study = dict(
+        seeds=(0, 1, 2),
+        arms=dict(multi=(), single=("multicrop.num_local_crops=0",)),
+        columns=("knn/trained", "knn/untrained"),
+    )
+
+    c.study.first = ("configs/x.py:pretrain", "epochs=5.0")
+
+The optional key `first` is a config, and overrides of it, that is run once, in
+WORKDIR/first; arms start from it by the override init.from=@first. Every run is an ordinary workdir,
+WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on where it stopped.
+Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import time
+
+import ml_collections
+import numpy as np
+
+from vitssl import config, errors
+from vitssl.run import experiment
+
+logger = logging.getLogger(__name__)
+
+FIRST = "@first"
+COST = "compute/tflop"  # A study with this column gets a picture against it.
+WAIT = 5.0  # Seconds between looks for the first run of another process.
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The runs of a study.
+
+    Attributes:
+        runs: {(arm, seed): checked experiment}.
+        columns: metrics of the final evaluation that the table shows.
+        first: what is run before all others, or None.
+    """
+
+    runs: dict
+    columns: tuple[str, ...]
+    first: experiment.Experiment | None = None
+
+
+def read(c: ml_collections.ConfigDict) -> Plan:
+    """Check every run of a study before the first one starts.
+
+    Raises:
+        UsageError: every fault of every arm, each with the arm's name.
+    """
+    study, base = c.study, config.without(c, "study")
+    problems = config.Problems()
+    for key in ("seeds", "arms", "columns"):
+        if key not in study:
+            problems.append(f"study.{key}: missing")
+    problems.stop()
+    runs = {}
+    for arm, overrides in study.arms.items():
+        for seed in study.seeds:
+            copy = config.without(base)
+            try:
+                experiment.apply(copy, (*overrides, f"seed={seed}"))
+                runs[arm, seed] = experiment.read(copy)
+            except errors.UsageError as e:
+                problems.append(f"study.arms.{arm}: {e}")
+                break
+    first = None
+    if study.get("first", ()):
+        spec, *overrides = study.first
+        first = experiment.read(experiment.load(spec, overrides))
+    elif any(run.settings.init.from_ == FIRST for run in runs.values()):
+        problems.append(f"study.first: missing; arms have init.from={FIRST}")
+    problems.stop()
+    return Plan(runs, tuple(study.columns), first)
+
+
+def started_from(one, directory):
+    """Return an experiment whose init.from=@first names the directory of that run."""
+    if one.settings.init.from_ != FIRST:
+        return one
+    init = dataclasses.replace(one.settings.init, from_=str(directory))
+    c = config.without(one.config)
+    c.init["from"] = str(directory)
+    settings = dataclasses.replace(one.settings, init=init)
+    return dataclasses.replace(one, settings=settings, config=c)
+
+
+def run(
+    plan: Plan, workdir, *, name: str, force_unlock: bool = False, share=(1, 1)
+) -> dict:
+    """Run what is not finished yet; then print the table of all, and write it.
+
+    Args:
+        plan: of `read`.
+        workdir: directory of the study.
+        name: of the study, for people.
+        force_unlock: ignore the locks of other processes on its runs.
+        share: (k, n): make the runs k, k + n, k + 2 n, ... of them; the other shares
+            are made by processes beside this one. The first makes what the arms start
+            from, and the others wait for it.
+
+    Returns:
+        {arm: {column: [value of each seed]}}; also WORKDIR/study.json and study.md.
+        Of what is finished, while other shares are not.
+    """
+    from vitssl.run import devices, loop
+
+    devices.start()
+    workdir = pathlib.Path(workdir)
+    number, count = share
+    before = workdir / "first"
+    if plan.first is not None and number == 1 and not _finished(before):
+        values = loop.run(plan.first, before, name="first", force_unlock=force_unlock)
+        _finish(before, values)
+    while plan.first is not None and not _finished(before):
+        logger.info("  waiting for %s", before)
+        time.sleep(WAIT)
+    # All arms of a seed before the next seed: what is there can be compared.
+    order = sorted(plan.runs, key=lambda run: run[1])
+    for i, (arm, seed) in enumerate(order):
+        directory = workdir / arm / f"seed{seed}"
+        if i % count != number - 1:
+            continue
+        logger.info("\nstudy %s: run %d of %d", name, i + 1, len(order))
+        if _finished(directory):
+            logger.info("  %s is finished", directory)
+            continue
+        start = time.perf_counter()
+        values = loop.run(
+            started_from(plan.runs[arm, seed], before.resolve()),
+            directory,
+            name=f"{arm}-{seed}",
+            force_unlock=force_unlock,
+        )
+        minutes = (time.perf_counter() - start) / 60
+        _finish(directory, {**values, "minutes": minutes})
+    return _results(plan, workdir)
+
+
+def _finished(directory) -> bool:
+    return (directory / "final.json").exists()
+
+
+def _finish(directory, values) -> None:
+    """Write the values of a finished run, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / "final.json.part"
+    part.write_text(json.dumps(values, indent=1))
+    os.replace(part, directory / "final.json")
+
+
+def _results(plan, workdir) -> dict:
+    """Return the values of all finished runs; write and show their table."""
+    found, columns = {}, (*plan.columns, "minutes")
+    missing = 0
+    for arm, seed in plan.runs:
+        path = workdir / arm / f"seed{seed}" / "final.json"
+        values = json.loads(path.read_text()) if path.exists() else {}
+        missing += not path.exists()
+        for column in columns:
+            found.setdefault(arm, {}).setdefault(column, []).append(values.get(column))
+    text = table(found, columns)
+    logger.info("\n%s", text)
+    if missing:
+        logger.info("%d of %d runs are not finished yet", missing, len(plan.runs))
+    (workdir / "study.json").write_text(json.dumps(found, indent=1))
+    (workdir / "study.md").write_text(text + "\n")
+    if COST in plan.columns and not missing:
+        from vitssl.pictures import tradeoff
+
+        score = next(c for c in plan.columns if c != COST)
+        tradeoff.arms(found, COST, score, path=workdir / "study.png")
+    return found
+
+
+def table(found: dict, columns) -> str:
+    """Return a Markdown table: mean, spread over seeds, and every seed's value."""
+    lines = ["| arm | " + " | ".join(columns) + " |"]
+    lines.append("|" + " --- |" * (1 + len(columns)))
+    for arm, values in found.items():
+        cells = [_cell(values.get(c, [])) for c in columns]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values) -> str:
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    each = ", ".join(f"{v:.3g}" for v in values)
+    if len(values) < 2:
+        return f"{values[0]:.3g} ({each})"
+    # Equal values have a spread of a rounding error.
+    spread = np.std(values, ddof=1) if np.ptp(values) else 0.0
+    return f"{np.mean(values):.3g} ± {spread:.2g} ({each})"
