@@ -49,21 +49,21 @@ LEVEL |= {name: LEVEL[room] for room, names in UNMOVED.items() for name in names
 TO_LOSS = (
     "main:main",
     "main:_run",
-    "train:run",
-    "train:_run",
-    "train:_Loop.go",
-    "step:Compiled.get",
-    "step:Compiled.compile",
-    "step:make.step",
-    "step:make.step.loss",
-    "methods.hjepa:HJEPA.loss",
+    "run.loop:run",
+    "run.loop:_run",
+    "run.loop:_Loop.go",
+    "run.step:Compiled.get",
+    "run.step:Compiled.compile",
+    "run.step:make.step",
+    "run.step:make.step.loss",
+    "methods.hjepa.method:HJEPA.loss",
 )
 TO_SCALAR = (
     *TO_LOSS,
-    "methods.hjepa:HJEPA.terms",
-    "methods.hjepa_step:forward",
-    "methods.hjepa_step:predict_and_compare",
-    "methods.hjepa_step:compare",
+    "methods.hjepa.method:HJEPA.terms",
+    "methods.hjepa.forward:forward",
+    "methods.hjepa.forward:predict_and_compare",
+    "methods.hjepa.forward:compare",
     "losses.regression:level_loss",
 )
 

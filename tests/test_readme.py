@@ -29,7 +29,7 @@ TESTED = {
     "python -m vitssl.bench freeze": "bench/test_freeze.py",
     "python -m vitssl.bench data": "bench/test_data.py",
     "python -m vitssl.bench knn": "bench/test_knn.py",
-    "python -m vitssl.tools.feature_store": "methods/test_localmim_prefix.py",
+    "vitssl store": "methods/test_localmim_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.
 UNTESTED = ("python -m vitssl.bench step", "python -m pytest -m torch")

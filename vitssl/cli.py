@@ -24,6 +24,7 @@ usage: vitssl COMMAND ...
   convert export RUN --to=FILE         ours to timm, transformers, big_vision
   extract RUN --images=DIR --to=FILE   features of a folder of images
   sweep FILE                           many runs from a file of overrides
+  store RUN --to=DIR --boundary=N      tokens of a frozen prefix of LocalMIM
 
 `vitssl COMMAND --help` says more. A RUN is a workdir, such as runs/hjepa.
 """
@@ -173,9 +174,9 @@ def _report(argv):
 
 
 def _pictures(argv):
-    from vitssl.evals.pictures import __main__ as pictures
+    from vitssl.tools import draw
 
-    return pictures.main(argv)
+    return draw.main(argv)
 
 
 def _convert(argv):
@@ -194,6 +195,12 @@ def _sweep(argv):
     from vitssl.tools import sweep
 
     return sweep.main(argv)
+
+
+def _store(argv):
+    from vitssl.tools import feature_store
+
+    return feature_store.main(argv)
 
 
 def _write(path, text):
@@ -217,6 +224,7 @@ COMMANDS = {
     "convert": _convert,
     "extract": _extract,
     "sweep": _sweep,
+    "store": _store,
 }
 
 

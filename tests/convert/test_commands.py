@@ -1,4 +1,4 @@
-"""python -m vitssl.convert, vitssl.load and python -m vitssl.tools.extract."""
+"""python -m vitssl.convert, vitssl.load and vitssl extract."""
 
 import json
 import pathlib

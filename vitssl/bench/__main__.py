@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        found = importlib.import_module(f"vitssl.bench.{argv[0]}").run(argv[1:])
+        found = importlib.import_module(f"vitssl.bench.{argv[0]}_time").run(argv[1:])
         print(json.dumps(found), flush=True)
     except errors.VitsslError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)

@@ -27,7 +27,7 @@ class Network(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Supervised training without anything else; see `methods.Method`."""
+    """Supervised training without anything else; see `base.Method`."""
 
     run: base.Run
     model: vit.ViT

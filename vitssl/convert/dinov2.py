@@ -1,8 +1,8 @@
 """DINOv2 in Hugging Face's layout: transformers' Dinov2Model, microsoft/rad-dino.
 
-timm's layout is that of `convert.vit_names`. Here queries, keys and values are three layers,
-which ours holds as one: `fuse` joins them before the table is used, `split` parts them
-after an export.
+timm's layout is that of `convert.vit_names`. Here queries, keys and values are three
+layers, which ours holds as one: `fuse` joins them before the table is used, `split`
+parts them after an export.
 """
 
 import re

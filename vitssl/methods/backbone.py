@@ -11,7 +11,7 @@ def arrays(model, params, run, image) -> dict:
     Args:
         model: a backbone with `attention_maps`.
         params: of the backbone.
-        run: see `methods.Run`.
+        run: see `base.Run`.
         image: uint8 [B, H, W, C] whole images.
     """
 

@@ -1,6 +1,6 @@
 """Pictures of what a run does and has learned, from plain arrays (matplotlib).
 
-    python -m vitssl.pictures.drawing WORKDIR [--out=DIR] [--images=N]
+    vitssl pictures WORKDIR [--out=DIR] [--images=N]
 
 Every function returns a figure and takes `path=` to write it. `write_all` writes all
 those for which there is material.

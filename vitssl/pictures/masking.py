@@ -1,6 +1,6 @@
 """Pictures of masks: what the encoder sees, what is to be predicted, at every level.
 
-Masks are bool, patches in raster order, as in `vitssl.methods.hjepa.masks`: `context` True =
+Masks are bool, patches in raster order, as in `hjepa.masks`: `context` True =
 visible, `targets` True = to predict. Targets are either blocks [..., T, N], each drawn
 in a colour of its own, or their union [..., N].
 """

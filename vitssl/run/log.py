@@ -38,7 +38,7 @@ class Log:
         nonfinite_limit: so many non-finite steps in a row end the run (exit code 5).
         stall_seconds: a step that takes longer ends the run (exit code 7); 0 is off.
         pictures: write WORKDIR/pictures/*.png at the end (crops, masks, attention,
-            tokens, curves ...), as `python -m vitssl.pictures.drawing WORKDIR` does.
+            tokens, curves ...), as `vitssl pictures WORKDIR` does.
         profile_steps: first and last step of a profiler trace; (0, 0) is off.
     """
 

@@ -4,8 +4,8 @@ import vitssl
 features = vitssl.load("runs/hjepa-demo")      # or weights of vitssl.convert
 features(images)["pooled"]                      # images: uint8 [B, H, W, C]
 
-python -m vitssl.run.opened WEIGHTS --images=FOLDER --to=FEATURES.npz
-python -m vitssl.run.opened WEIGHTS --program=FOLDER
+vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
+vitssl extract WEIGHTS --program=FOLDER
 """
 
 import dataclasses

@@ -85,7 +85,7 @@ def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
     reports metrics["nonfinite"] = 1.
 
     Args:
-        method: see `methods.Method`.
+        method: see `base.Method`.
         optimizer: see `optim.Optimizer`.
         accumulate: the batch is split into this many micro-batches whose gradients
             are averaged; refused for a loss that mixes the samples of a batch.

@@ -1,9 +1,9 @@
 """Features of a folder of images, or a feature program, on the command line.
 
-    python -m vitssl.tools.extract WEIGHTS --images=FOLDER --to=FEATURES.npz
+    vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
         [--image_size=N] [--batch_size=64] [--names=pooled,tokens] [--pool=cls|mean]
         [--part=target|encoder] [--output_patch=N] [--upsampling=shift]
-    python -m vitssl.tools.extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
+    vitssl extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
 
 WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
 FEATURES.npz holds "pooled" [M, D], "label" [M], "classes" and "path" [M].
@@ -42,7 +42,7 @@ def run(
     Images are resized on their short side and cut to a central square.
 
     Args:
-        weights: of `features.load`.
+        weights: of `opened.load`.
         images: folder, with one sub-folder per class or flat.
         to: `.npz` or `.parquet` file.
         batch_size: images at once.
@@ -140,7 +140,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """Run one command; return the exit code."""
     flags = _Parser(
-        prog="python -m vitssl.tools.extract",
+        prog="vitssl extract",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Write the tokens of a frozen prefix, so that training need not run it again.
 
-    python -m vitssl.tools.feature_store WORKDIR --to=DIR --boundary=N [--views=1] [--seed=0]
+    vitssl store WORKDIR --to=DIR --boundary=N [--views=1] [--seed=0]
 
 WORKDIR is a LocalMIM run. A run that starts from it reads the store:
 

@@ -11,8 +11,9 @@ A config becomes a study by its section `study`; arms are overrides as typed:
     c.study.first = ("configs/x.py:pretrain", "epochs=5.0")
 
 The optional key `first` is a config, and overrides of it, that is run once, in
-WORKDIR/first; arms start from it by the override init.from=@first. Every run is an ordinary workdir,
-WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on where it stopped.
+WORKDIR/first; arms start from it by the override init.from=@first. Every run is an
+ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on
+where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
 """
 

@@ -1,4 +1,4 @@
-"""The config sections of `methods.classify.method`: augment, mix, objective, scoring."""
+"""The config sections of `methods.classify`: augment, mix, objective, scoring."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -35,7 +35,7 @@ _LISTS = {
 
 
 def predictor(torch: str = "", flax: str = "") -> Table:
-    """Return the table of `methods.hjepa.method.predictor.Predictor` under two prefixes."""
+    """Return the table of `methods.hjepa.predictor.Predictor` under two prefixes."""
     own = (
         Rule("mask_token", "mask_token"),
         Rule("pos_embed_predictor", "pooled_query"),

@@ -57,7 +57,7 @@ class Masking(masks.Masks):
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Config section `predictor`; see `methods.hjepa.method.predictor.Predictor`.
+    """Config section `predictor`; see `methods.hjepa.predictor.Predictor`.
 
     Attributes:
         depth, heads: of its blocks.

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 class LatentMIM:
     """The method; fields are the sections of its config.
 
-    Parameters: see `methods.latent_mim.hybrid.HybridMIM`. Extra: "target", the parameters of
+    Parameters: see `hybrid.HybridMIM`. Extra: "target", the parameters of
     the target: a patch embedding, or a whole encoder with target.depth above 0; with
     one that moves, "step".
     """
@@ -320,7 +320,7 @@ class LatentMIM:
         return rows
 
     def scores(self, rows) -> dict:
-        """Return the measures of a land cover probe, see `methods.latent_mim.scores`."""
+        """Return the measures of a land cover probe, see `scores.scores`."""
         return fieldscores.scores(rows, self.measures)
 
     # Checks.

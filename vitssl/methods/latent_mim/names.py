@@ -102,7 +102,7 @@ def encodings(modalities, torch: str = "", flax: str = "") -> Table:
 
 
 def aggregate(torch: str = "", flax: str = "", most: int = 8) -> Table:
-    """Return the table of `methods.latent_mim.network.Aggregate` of up to `most` layers."""
+    """Return the table of `network.Aggregate` of up to `most` layers."""
     rules = [
         rule
         for i in range(most)  # A ReLU stands between two layers.

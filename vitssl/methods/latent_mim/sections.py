@@ -228,7 +228,7 @@ class Objective:
     """Config section `objective`.
 
     Attributes:
-        type: a key of `methods.latent_mim.method.discrimination.KINDS`.
+        type: a key of `methods.latent_mim.discrimination.KINDS`.
         tau, weight: its temperature and factor.
         modality_weights: ((modality, factor), ...); 1 where not named.
         pred2unit: standardise predictions over the batch first.

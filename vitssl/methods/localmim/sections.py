@@ -13,7 +13,7 @@ Target = Literal["hog", "pixel", "feature", "prefix"]
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Config section `decoder`; see `methods.localmim.method.decoder.StageDecoder`.
+    """Config section `decoder`; see `methods.localmim.decoder.StageDecoder`.
 
     Attributes:
         width, depth, heads, mlp_ratio: of every stage's decoder.
@@ -204,7 +204,7 @@ class Prefix:
 
     The first blocks, once frozen, see the whole image, without gradient, and what they
     give is masked. That costs more than the masked prefix, unless it is read from a
-    store (`python -m vitssl.tools.feature_store`). Visible tokens have then seen the hidden
+    store (`vitssl store`). Visible tokens have then seen the hidden
     ones: another task, not the same one made cheaper.
 
     Attributes:

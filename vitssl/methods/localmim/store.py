@@ -129,7 +129,7 @@ def open(root) -> Store:
     except (OSError, ValueError) as e:
         raise errors.DataError(
             f"prefix.store={root}: no {MANIFEST} there; write it with "
-            "python -m vitssl.tools.feature_store WORKDIR --to=DIR --boundary=N"
+            "vitssl store WORKDIR --to=DIR --boundary=N"
         ) from e
 
 

@@ -326,7 +326,7 @@ class Parts:
         return rows | partmeasures.passed(batch)
 
     def scores(self, rows) -> dict:
-        """Return the numbers of a test split, see `methods.parts.method.scores.scores`."""
+        """Return the numbers of a test split, see `methods.parts.scores.scores`."""
         return partscores.scores(rows, self.parts.removed)
 
     def final_scores(self, rows) -> dict:

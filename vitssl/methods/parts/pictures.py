@@ -30,7 +30,7 @@ def probability(measures, run, step) -> float:
 
     Args:
         measures: the section.
-        run: `methods.Run`.
+        run: `base.Run`.
         step: updates that were made.
     """
     epoch = step / run.steps_per_epoch

@@ -1,6 +1,6 @@
 """Numbers of part discovery and of classification under changing backgrounds.
 
-On the host, from the rows that `methods.parts.method.measures` leaves. Accuracies are fractions.
+On the host, from the rows that `parts.measures` leaves. Accuracies are fractions.
 """
 
 import dataclasses
@@ -283,7 +283,7 @@ def scores(rows: dict, removed=()) -> dict:
     """Return every number that the rows of a test split allow.
 
     Args:
-        rows: of `methods.parts.method.Parts.outputs`, with "label", in order of "index".
+        rows: of `Parts.outputs`, with "label", in order of "index".
         removed: parts that were away all along.
 
     Returns:

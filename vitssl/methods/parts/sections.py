@@ -1,4 +1,4 @@
-"""The config sections of `methods.parts.method`: parts, objective, baseline."""
+"""The config sections of `methods.parts`: parts, objective, baseline."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Parts:
             (the same ViT with all patches, see `pooling`), "given_mask" (a ViT that
             sees the patches of the data set's own masks).
         count: K, number of parts; the background comes on top.
-        masks: what the second stage may see, see `methods.parts.networks.MaskedClassifier`.
+        masks: what the second stage may see, see `networks.MaskedClassifier`.
             "hard" is the published model: its loss trains nothing in the first stage.
         gumbel: noise in the soft maps; the masks have it in training always.
         temperature: of the softmax over parts.
@@ -37,7 +37,7 @@ class Parts:
         removed: ids of parts to take away in evaluation.
         removal: of soft masks then, see `partmaps.without_parts`.
         thresholds: K numbers, the confidence below which a part may not claim a patch
-            in evaluation (`methods.parts.method.scores.thresholds`); () = none.
+            in evaluation (`methods.parts.scores.thresholds`); () = none.
         threshold_on_distance: see `partmaps.threshold`.
         pooling: of kind "baseline", see `baselines.Baseline`.
     """
@@ -104,7 +104,7 @@ class Objective:
         stage_2, stage_1: classification by either stage.
         total_variation, concentration, presence, background, entropy, orthogonality,
             equivariance: on maps and part features.
-        presence_type, presence_beta, presence_group: see `methods.parts.objective.presence`. A
+        presence_type, presence_beta, presence_group: see `objective.presence`. A
             group of 16 is what one device held in the published runs; 0 is the batch.
         background_type: see `methods.parts.objective.background_presence`.
         orthogonality_axis: "channels" reproduces the released trainer.

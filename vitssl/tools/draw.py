@@ -1,4 +1,4 @@
-"""Command line: `python -m vitssl.pictures.drawing WORKDIR [--out=DIR] [--images=N]`.
+"""Command line: `vitssl pictures WORKDIR [--out=DIR] [--images=N]`.
 
 Reads WORKDIR/config.json and the newest checkpoint and writes the pictures to
 WORKDIR/pictures. A run that is still going on is not disturbed.
@@ -16,7 +16,7 @@ from vitssl.run import devices, log, restore
 
 def main(argv):
     """Write the pictures of one run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m vitssl.pictures.drawing")
+    parser = argparse.ArgumentParser(prog="vitssl pictures")
     parser.add_argument("workdir", help="of a run of vitssl.main")
     parser.add_argument("--out", default="", help="folder (default WORKDIR/pictures)")
     parser.add_argument("--images", type=int, default=6, help="images drawn singly")

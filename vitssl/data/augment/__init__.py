@@ -1,1 +1,0 @@
-"""Augmentations of supervised training, on the host."""

@@ -1,1 +1,0 @@
-"""Reading what runs leave behind: tables, comparisons and the page of a run."""
