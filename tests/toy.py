@@ -34,13 +34,12 @@ class Classifier(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
+class Toy(base.Method):
     """Classification with an EMA copy of the parameters."""
 
     run: base.Run
     model: vit.ViT
     ema: Ema
-    couples_batch = False
 
     @property
     def net(self):
@@ -54,7 +53,7 @@ class Toy:
         params = self.net.init(rng, image)["params"]
         return params, {"ema": tree.copy(params)}
 
-    def loss(self, params, extra, batch, rng, *, phase):
+    def loss(self, params, extra, batch, rng, *, step=0, phase):
         image = patches.normalise(batch["image"], self.run.mean, self.run.std)
         logits = self.net.apply(
             {"params": params}, image, train=True, rngs={"drop_path": rng}

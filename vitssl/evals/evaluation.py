@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from vitssl.data import dataset, pipeline, views
+from vitssl.data import dataset, pipeline
 from vitssl.evals import features, suite
 from vitssl.run import devices
 
@@ -69,10 +69,9 @@ class Evaluation:
     def _batches(self, source):
         """Return the evaluation batches of a source, read anew."""
         s, data = self._section, self._data
-        transform = getattr(self._method, "evaluation_transform", views.Evaluate)
         return pipeline.evaluate(
             source,
-            transform(s.image_size),
+            self._method.evaluation_transform(s.image_size),
             batch_size=self._rows(),
             threads=data.threads,
             process=(jax.process_index(), jax.process_count()),
@@ -107,7 +106,7 @@ class Evaluation:
 
     def _scores(self, state, images) -> dict[str, float]:
         """Return the method's own scores on the test split, "test/<name>"."""
-        if not hasattr(self._method, "outputs"):
+        if not self._method.scored:
             return {}
         rows = self._outputs(state, images, self._method.outputs)
         found = self._method.scores(rows)
@@ -124,8 +123,6 @@ class Evaluation:
 
     def _final_scores(self, state) -> dict[str, float]:
         """Return what the method measures once, at the end."""
-        if not hasattr(self._method, "final_scores"):
-            return {}
 
         def rows(function, *arguments, split="test", source=None):
             images = self._final_images[int(split == "test")]
@@ -139,7 +136,7 @@ class Evaluation:
 
     def _snapshots(self, state, images):
         """Draw some batches of the test split, if the method does that now."""
-        if not hasattr(self._method, "drawn") or not devices.is_main():
+        if not devices.is_main():
             return
         at = int(state.step)
         share = self._method.drawn(at)
@@ -160,9 +157,7 @@ class Evaluation:
     def _written(self, scores) -> str:
         """Return the scores of the test split as text."""
         bare = {k[5:]: v for k, v in scores.items()}
-        if hasattr(self._method, "written"):
-            return self._method.written(bare)
-        return "  ".join(f"{k} {v:.4g}" for k, v in bare.items())
+        return self._method.written(bare)
 
     def line(self, at: int, values: dict) -> str:
         """Return the line of an online evaluation, with a warning on low rank.

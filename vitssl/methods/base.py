@@ -1,12 +1,15 @@
-"""The contract every method fulfils, and the table of methods.
+"""What a method is to the trainer: five functions, and defaults for all the rest.
 
-To add a method: write `methods/x.py` with a frozen dataclass like the ones here,
-add its line to `METHODS`, write `configs/x.py`. Nothing else changes.
+To add a method: a room `methods/x/` whose `method.py` has a frozen dataclass like
+`Method`, its line in `methods.table.METHODS`, and `configs/x.py`. Nothing else changes.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol
+from typing import Any
+
+from vitssl.data import views
 
 Tree = Any  # Nested dicts of arrays.
 
@@ -37,7 +40,7 @@ class Run:
     counts: tuple[int, ...] = ()
 
 
-class Method(Protocol):
+class Method(abc.ABC):
     """A frozen dataclass of `run` and one typed field per section of its config.
 
     It holds numbers and linen modules, no state. The trainer alone jits, counts
@@ -45,97 +48,118 @@ class Method(Protocol):
     """
 
     run: Run
-    couples_batch: bool  # The loss mixes samples, so a batch may not be split.
+    couples_batch = False  # Whether the loss mixes samples: no batch may be split.
 
+    # What every method states.
+
+    @abc.abstractmethod
     def transform(self) -> Callable:
         """Return the training transform: (example, numpy Generator) -> example."""
 
+    @abc.abstractmethod
     def init(self, rng, batch) -> tuple[Tree, Tree]:
         """Return (params, extra): what is trained, and what is not."""
 
-    def loss(self, params, extra, batch, rng, *, phase):
-        """Return (loss [], (extra, metrics)) of the global batch."""
+    @abc.abstractmethod
+    def loss(self, params, extra, batch, rng, *, step=0, phase):
+        """Return (loss [], (extra, metrics)) of the global batch.
 
-    def after(self, params, extra, step) -> Tree:
-        """Return `extra` after update number `step` (0-based): EMA and the like."""
+        Args:
+            step: int32 [], optimizer steps done before this one.
+            phase: static `step.Phase`: what is frozen, and `phase(step)` below.
+        """
 
-    def adopt(self, params, extra) -> Tree:
-        """Return `extra` for parameters loaded from elsewhere: targets follow them."""
-
-    def phase(self, step: int) -> Hashable:
-        """Return the static part of step `step`: each distinct value is compiled."""
-
+    @abc.abstractmethod
     def features(self, params, extra, image) -> dict:
         """Return {"pooled": [B, D], "tokens": [B, N, D], ...} of [B, H, W, C].
 
         Where batches hold "image/<part>" instead of "image": of {part: array}.
         """
 
+    # What a method may add to training.
+
+    def after(self, params, extra, step) -> Tree:
+        """Return `extra` after update number `step` (0-based): EMA and the like."""
+        del params, step
+        return extra
+
+    def adopt(self, params, extra) -> Tree:
+        """Return `extra` for parameters loaded from elsewhere: targets follow them."""
+        del params
+        return extra
+
+    def phase(self, step: int) -> Hashable:
+        """Return the static part of step `step`: each distinct value is compiled."""
+        del step
+        return ()
+
+    def freeze_layers(self) -> tuple:
+        """Return what `freeze.schedule` freezes; see `freezeout.FreezeOut.layers`."""
+        return ()
+
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
-
-
-class Sized(Protocol):
-    """What a method adds whose evaluations need images of certain sizes."""
+        return iter(())
 
     def check_size(self, size: int) -> Iterator[str]:
         """Yield one line per reason why `evals.image_size` cannot be `size`."""
+        del size
+        return iter(())
 
+    # What a method may add to evaluation.
 
-class Layered(Protocol):
-    """What a method adds so that `freeze.schedule` alone switches FreezeOut on."""
+    def evaluation_transform(self, size: int) -> Callable:
+        """Return the transform of evaluation images.
 
-    def freeze_layers(self) -> tuple:
-        """Return the default of `freeze.layers`; see `freezeout.FreezeOut`."""
+        It may hand on further columns of the source's examples.
+        """
+        return views.Evaluate(size)
 
-
-class Scored(Protocol):
-    """What a method adds that is scored on the test split by its own measure.
-
-    A classifier, a part discoverer: `outputs` runs on the devices for every batch of
-    the test split, `scores` once on the host over all rows. The results are metrics
-    "test/<name>", online and at the end, and may choose the best checkpoint.
-    """
+    scored = False  # Whether it has test scores of its own, by the next two.
 
     def outputs(self, params, extra, batch) -> dict:
-        """Return {name: [B, ...]} of one evaluation batch; pure, jitted once.
+        """Return {name: [B, ...]} of one batch of the test split; pure, jitted once.
 
         "label" and "index" are added, rows of padding are taken away.
         """
+        del params, extra, batch
+        return {}
 
     def scores(self, rows: dict) -> dict:
         """Return {name: float} of all rows {name: numpy [M, ...]}, by rising index.
 
-        Arrays are allowed too (a confusion matrix); they go to WORKDIR/scores.npz.
+        They are metrics "test/<name>", online and at the end, and may choose the best
+        checkpoint. Arrays (a confusion matrix) go to WORKDIR/scores.npz.
         """
-
-    def written(self, scores: dict) -> str:
-        """Return scores {name: float} as text; if absent, all in one line."""
-
-    def evaluation_transform(self, size: int) -> Callable:
-        """Return the transform of evaluation images, `views.Evaluate(size)` if absent.
-
-        It may hand on further columns of the source's examples.
-        """
-
-
-class Examined(Protocol):
-    """What a scored method adds that is measured once, at the end."""
+        del rows
+        return {}
 
     def final_scores(self, rows: Callable) -> dict:
-        """Return {name: float or array}, on the host; metrics "test/<name>".
+        """Return {name: float or array} of what is measured once, at the end.
 
         `rows(function, *arguments, split="test", source=None)` returns {name: [M, ...]}
         of function(params, extra, *arguments, batch), jitted once, over the final
         images of the "test" or "bank" split, or all of another source.
         """
+        del rows
+        return {}
 
+    def written(self, scores: dict) -> str:
+        """Return the scores {name: float} of the test split as text."""
+        return "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
 
-class Drawn(Protocol):
-    """What a method adds to draw batches of the test split as training goes on."""
+    # What a method may add to the pictures.
+
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `pictures.drawing.Material`."""
+        del params, extra, batch, image
+        return {}
 
     def drawn(self, step: int) -> float:
-        """Return the probability that a batch is drawn after `step` updates."""
+        """Return the probability that a test batch is drawn after `step` updates."""
+        del step
+        return 0.0
 
     def snapshot(self, params, extra, batch, path) -> None:
         """Write a picture of one evaluation batch (numpy) into a file."""
+        del params, extra, batch, path

@@ -55,7 +55,7 @@ class Material:
     grid: tuple[int, int] | None = None
     attention: object = None
     tokens: object = None
-    overlays: object = None
+    parts: object = None
     batch: dict = dataclasses.field(default_factory=dict)
     originals: list | None = None
     crop_masks: tuple | None = None

@@ -51,9 +51,7 @@ def gather(
         for name, each in called.items()
     }
     tokens = jax.jit(method.features)(*state, shown)["tokens"]
-    fields = {}
-    if hasattr(method, "pictures"):
-        fields = method.pictures(*state, batch, shown)
+    fields = method.pictures(*state, batch, shown)
     if landscape_batches:
         few = min(10, landscape_batches)
         stream = _batches(method, source, min(32, len(source)), seed)

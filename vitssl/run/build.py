@@ -112,7 +112,7 @@ def build(experiment) -> Parts:
     shapes = _shapes(_stream(source, method, s, 0), 0)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
     freeze = s.freeze
-    if not freeze.layers and hasattr(method, "freeze_layers"):
+    if not freeze.layers:
         freeze = dataclasses.replace(freeze, layers=method.freeze_layers())
     optimizer = optim.make(
         s.optim,

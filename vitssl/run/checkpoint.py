@@ -25,6 +25,8 @@ from vitssl.run import devices
 logger = logging.getLogger(__name__)
 MANIFEST = "vitssl.sha256.json"
 FORMAT = 1
+# Entries of `extra` that methods kept before the trainer told them the step.
+RETIRED = ("step",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,8 +291,11 @@ def read(directory, step: int, target):
     path = pathlib.Path(os.path.abspath(directory)) / str(step)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         stored = reader.metadata(path / "state").item_metadata.tree
-        _compare(path, stored, target)
-        state = reader.restore(path / "state", args=ocp.args.StandardRestore(target))
+        retired = {k: target.step for k in RETIRED if k in (stored.get("extra") or {})}
+        whole = target.replace(extra=target.extra | retired)
+        _compare(path, stored, whole)
+        state = reader.restore(path / "state", args=ocp.args.StandardRestore(whole))
+        state = state.replace(extra={k: state.extra[k] for k in target.extra})
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         meta = reader.restore(path / "meta")
     return state, meta

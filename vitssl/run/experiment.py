@@ -49,8 +49,8 @@ class Settings:
     batch_size: int
     epochs: float
     data: dataset.Data
-    optimizer: optimizer.Optim
-    suite: suite.Evals
+    optim: optimizer.Optim
+    evals: suite.Evals
     log: log.Log
     checkpoint: checkpoint.Checkpoint
     steps: int = 0
@@ -254,8 +254,7 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     experiment = Experiment(settings, sections, c)
     method = experiment.method(experiment.run())
     problems.extend(method.check())
-    if hasattr(method, "check_size"):
-        problems.extend(method.check_size(settings.evals.image_size))
+    problems.extend(method.check_size(settings.evals.image_size))
     if settings.accumulate > 1 and method.couples_batch:
         problems.append(
             f"accumulate={settings.accumulate}: this loss compares the samples of a "

@@ -106,7 +106,7 @@ def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
 
         def loss(trainable, extra, batch, rng):
             params = tree.merge(trainable, frozen)
-            return method.loss(params, extra, batch, rng, phase=phase)
+            return method.loss(params, extra, batch, rng, step=state.step, phase=phase)
 
         grad = jax.value_and_grad(loss, has_aux=True)
         if accumulate == 1:

@@ -49,8 +49,8 @@ def _skip(case):
     from vitssl.data import modalities
 
     c = case.config
-    vit_names = tuple(f"band{i}" for i in range(c["C"]))
-    groups = tuple(tuple(vit_names[i] for i in g) for g in c["band_groups"])
+    names = tuple(f"band{i}" for i in range(c["C"]))
+    groups = tuple(tuple(names[i] for i in g) for g in c["band_groups"])
     field = modalities.Modality("field", groups, time=True)
     assert field.channels == tuple(map(tuple, c["band_groups"]))
     params = {

@@ -29,7 +29,7 @@ from vitssl.models import hvit, patches, vit
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify:
+class Classify(base.Method):
     """The method; fields are the sections of its config.
 
     Parameters: "backbone", "head", and "aux_rgb", "aux_spectral"
@@ -44,7 +44,7 @@ class Classify:
     objective: sections.Objective = sections.Objective()
     scoring: sections.Scoring = sections.Scoring()
     resolution: resolutions.Resolution = resolutions.Resolution()
-    couples_batch = False
+    scored = True
 
     @property
     def _sides(self) -> resolutions.Sides:
@@ -113,8 +113,9 @@ class Classify:
         _, x = self._pooled(params, x)
         return self.head(params["head"], extra.get("stats", {}), x)[0]
 
-    def loss(self, params, extra, batch, rng, *, phase):
+    def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)) of one (micro-)batch."""
+        del step
         keys = jax.random.split(rng, 4)
         image = patches.normalise(batch["image"], self.run.mean, self.run.std)
         label, lam = batch["label"], 1.0

@@ -29,7 +29,7 @@ from vitssl.optim import freezeout, schedules
 
 
 @dataclasses.dataclass(frozen=True)
-class HJEPA:
+class HJEPA(base.Method):
     """The method; fields are the sections of its config.
 
     Parameters: {"encoder", "predictor", "levels"}. Extra: "target" and "momentum", the
@@ -157,9 +157,9 @@ class HJEPA:
             extra["vicreg"] = jnp.asarray(self.objective.vicreg[0], jnp.float32)
         return params, extra
 
-    def loss(self, params, extra, batch, rng, *, phase=None):
+    def loss(self, params, extra, batch, rng, *, step=0, phase=None):
         """Return (loss [], (extra, metrics)); see the module and `hjepa_step`."""
-        del phase  # The number of local crops shows in the batch.
+        del step, phase  # The number of local crops shows in the batch.
         drop, draw, paint = jax.random.split(rng, 3)
         if self.multicrop.colour == "device":
             batch = self._coloured(batch, paint)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentMIM:
+class LatentMIM(base.Method):
     """The method; fields are the sections of its config.
 
     Parameters: see `hybrid.HybridMIM`. Extra: "target", the parameters of
@@ -131,7 +131,7 @@ class LatentMIM:
         keys = jax.random.split(rng, 2)
         params = module.init({"params": keys[0], "tokens": keys[1]}, fields)["params"]
         extra = {"target": tree.copy(self._followed(params))}
-        return params, extra | ({"step": jnp.int32(0)} if self.target.moves else {})
+        return params, extra
 
     def _followed(self, params):
         """Return the parameters that the target starts as."""
@@ -152,7 +152,7 @@ class LatentMIM:
         every = einops.repeat(stamps, "b t c -> (b v) t c", v=self.augment.views)
         return fields | {"timestamps": every}
 
-    def loss(self, params, extra, batch, rng, *, phase):
+    def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)); see the module."""
         shape = phase.method
         parts, pooled, metrics = self.terms(
@@ -162,7 +162,6 @@ class LatentMIM:
         metrics |= {f"loss_{k}": v for k, v in parts.items()}
         metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
         if self.target.moves:
-            step = extra["step"]
             metrics["ema"] = self.target.momentum(step, self.run.total_steps)
         return sum(parts.values()), (extra, metrics)
 
@@ -234,10 +233,7 @@ class LatentMIM:
             return extra
         momentum = self.target.momentum(step + 1, self.run.total_steps)
         followed = self._followed(params)
-        return {
-            "target": tree.ema(extra["target"], followed, momentum),
-            "step": step + 1,
-        }
+        return {"target": tree.ema(extra["target"], followed, momentum)}
 
     def adopt(self, params, extra):
         """Return `extra` for loaded parameters: the target is of them."""
@@ -303,6 +299,8 @@ class LatentMIM:
         return (*own, *blocks)
 
     # Evaluation.
+
+    scored = True
 
     def outputs(self, params, extra, batch) -> dict:
         """Return what the scores of a test batch need; nothing without a truth."""

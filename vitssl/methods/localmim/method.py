@@ -35,11 +35,11 @@ class Phase(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalMIM:
+class LocalMIM(base.Method):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder" (its `norm` is that of the last stage), "norm_<k>" of the
-    stages before, "decoder_<k>". Extra: "step" (with a curriculum), "hog_bias".
+    stages before, "decoder_<k>". Extra: "hog_bias".
     """
 
     run: base.Run
@@ -126,8 +126,6 @@ class LocalMIM:
             found = module.init(key, row, restore, self.grid)["params"]
             params[f"decoder_{k}"] = initial.xavier(jax.random.fold_in(key, 1), found)
         extra = {}
-        if self.stages.curriculum:
-            extra["step"] = jnp.int32(0)
         if self.target.hog_bias:
             shape = (self.stages.count, 2)
             third = 1 / 3  # PyTorch's bound for a 3 x 3 convolution of one channel.
@@ -136,7 +134,7 @@ class LocalMIM:
             )
         return params, extra
 
-    def loss(self, params, extra, batch, rng, *, phase):
+    def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)); `phase.frozen` ends stages."""
         draw, drop = jax.random.split(rng)
         image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
@@ -153,9 +151,7 @@ class LocalMIM:
         each = self.stage_losses(
             params, extra, image, masks, active, phase.method.blocks, drop, tokens
         )
-        epoch = None
-        if "step" in extra:
-            epoch = extra["step"] / max(1, self.run.steps_per_epoch)
+        epoch = step / max(1, self.run.steps_per_epoch)
         weights = self.stages.loss_weights(active, epoch)
         total = sum(w * each[k] for w, k in zip(weights, active, strict=True))
         metrics = {f"loss_stage{k}": each[k] for k in active}
@@ -321,11 +317,6 @@ class LocalMIM:
         """Return `FreezeOut.layers` of this model: a stage goes with its block."""
         blocks = self.stages.blocks_at(0.0, self.model.depth)
         return freezeout.vit_layers(self.model.depth, "encoder/", stage_layers(blocks))
-
-    def after(self, params, extra, step):
-        """Return `extra` after update `step`."""
-        del params
-        return extra | {"step": step + 1} if "step" in extra else extra
 
     def adopt(self, params, extra):
         """Return `extra` for loaded parameters; a store of features must be of them.

@@ -28,7 +28,7 @@ from vitssl.optim import schedules
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Parts(base.Method):
     """The method; fields are the sections of its config.
 
     Parameters: "stage_1" and "stage_2", see `parts_networks`. Extra: "stats" (batch
@@ -112,11 +112,6 @@ class Parts:
         """Return the transform of test images, with what the scores need."""
         return views.Evaluation(self.augment, size)
 
-    def phase(self, step: int) -> tuple:
-        """Return (): one program for the whole run."""
-        del step
-        return ()
-
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks."""
         image = jnp.zeros((1, *batch["image"].shape[1:]))
@@ -136,9 +131,9 @@ class Parts:
         late = p.kind == "baseline" and p.pooling == "late_mask"
         return p.kind == "given_mask" or late
 
-    def loss(self, params, extra, batch, rng, *, phase=()):
+    def loss(self, params, extra, batch, rng, *, step=0, phase=()):
         """Return (loss [], (extra, metrics)); see the module."""
-        del phase
+        del step, phase
         image = self._pixels(batch["image"])
         labels = batch["label"]
         keys = jax.random.split(rng, 5)
@@ -267,6 +262,8 @@ class Parts:
         return {"tokens": tokens, "pooled": pooled}
 
     # Evaluation.
+
+    scored = True
 
     def predict(self, params, extra, image, *, rng=None, **options):
         """Return `methods.parts.networks.Outputs` of images in evaluation mode.

@@ -24,7 +24,7 @@ from vitssl.ops import jitter
 
 
 @dataclasses.dataclass(frozen=True)
-class SimCLR:
+class SimCLR(base.Method):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder", "projector". Extra: "stats" (projector.batchnorm).
@@ -79,9 +79,9 @@ class SimCLR:
             method="pooled",
         )
 
-    def loss(self, params, extra, batch, rng, *, phase):
+    def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)) of the global batch."""
-        del phase  # The side shows in the batch.
+        del step, phase  # The side shows in the batch.
         image = batch["global"]  # [B, 2, H, W, C]
         if self.augment.colour == "device":
             rng, paint = jax.random.split(rng)
@@ -107,16 +107,6 @@ class SimCLR:
         recipe = self.augment.recipe(image.shape[2])
         image = jitter.augment(key, image[..., :3], **recipe)
         return jnp.concatenate([image, planes], -1) if planes.shape[-1] else image
-
-    def after(self, params, extra, step):
-        """Return `extra` as it is."""
-        del params, step
-        return extra
-
-    def adopt(self, params, extra):
-        """Return `extra` as it is: it follows no parameters."""
-        del params
-        return extra
 
     def features(self, params, extra, image):
         """Return {"pooled", "tokens", "mean", ...} of the encoder, not projected."""
