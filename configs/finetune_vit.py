@@ -70,7 +70,7 @@ def _demo():
         depth=7,
         heads=4,
         patch=4,
-        image_size=24,
+        image_size=0,  # That of training.
         mlp_ratio=4.0,
         drop_path=0.05,
         positions="learned_sincos",
@@ -105,7 +105,7 @@ def _demo():
         wd_rules=DECAY,
     )
     c.evals = dict(
-        image_size=24,
+        image_size=0,  # That of training.
         batch_size=256,
         every_epochs=5.0,
         online=False,
@@ -153,7 +153,7 @@ def _imagenet(lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=2
     c.precision = "bfloat16"
     c.batch_size, c.per_device, c.epochs = 1024, 128, epochs
     c.data.update(source="imagenet", test_split="val", **RGB)
-    c.model.update(width=width, depth=depth, heads=heads, patch=16, image_size=224)
+    c.model.update(width=width, depth=depth, heads=heads, patch=16)
     c.model.drop_path = 0.1
     c.augment.update(
         size=224,
@@ -166,7 +166,7 @@ def _imagenet(lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=2
     c.mix.update(mixup=0.8, cutmix=1.0)
     c.optim.update(lr=lr, min_lr=min_lr, warmup_epochs=warmup)
     c.optim.lr_rules = optimizer.layer_decay(decay, depth, "backbone/")
-    c.evals.update(image_size=224, every_epochs=1.0)
+    c.evals.every_epochs = 1.0
     c.checkpoint.update(every_epochs=5.0, keep_every_epochs=20.0)
     return c
 

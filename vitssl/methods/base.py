@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
+from vitssl import sizes
+
 Tree = Any  # Nested dicts of arrays.
 
 
@@ -46,6 +48,13 @@ class Method(Protocol):
 
     run: Run
     couples_batch: bool  # The loss mixes samples, so a batch may not be split.
+    # Also, False where absent: images need not be square, and training needs labels.
+    rectangles: bool
+    labelled: bool
+
+    @staticmethod
+    def training_size(c) -> sizes.Size:
+        """Return the size of training images of a config: what sizes of 0 follow."""
 
     def transform(self) -> Callable:
         """Return the training transform: (example, numpy Generator) -> example."""
@@ -76,9 +85,9 @@ class Method(Protocol):
 
 
 class Sized(Protocol):
-    """What a method adds whose evaluations need images of certain sizes."""
+    """What a method adds that asks more of sizes than its model's `check_image`."""
 
-    def check_size(self, size: int) -> Iterator[str]:
+    def check_size(self, size: sizes.Size) -> Iterator[str]:
         """Yield one line per reason why `evals.image_size` cannot be `size`."""
 
 

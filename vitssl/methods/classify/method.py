@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import tree
+from vitssl import sizes, tree
 from vitssl.data import resolution as resolutions
 from vitssl.evals import accuracy
 from vitssl.evals import metrics as measures
@@ -45,6 +45,12 @@ class Classify:
     scoring: sections.Scoring = sections.Scoring()
     resolution: resolutions.Resolution = resolutions.Resolution()
     couples_batch = False
+    rectangles, labelled = True, True
+
+    @staticmethod
+    def training_size(c) -> sizes.Size:
+        """Return the size of training images of a config."""
+        return c.augment.size
 
     @property
     def _sides(self) -> resolutions.Sides:
@@ -55,12 +61,12 @@ class Classify:
         whole = self.augment.training(self.run.mean)
         return resolutions.sized(whole, self._sides)
 
-    def evaluation_transform(self, size: int):
+    def evaluation_transform(self, size: sizes.Size):
         """Return the transform of evaluation images."""
         return self.augment.evaluation(size)
 
-    def phase(self, step: int) -> int:
-        """Return the side of a step's images; each is compiled once."""
+    def phase(self, step: int) -> sizes.Size:
+        """Return the size of a step's images; each is compiled once."""
         return self._sides(step)
 
     def init(self, rng, batch):
@@ -259,6 +265,13 @@ class Classify:
                 lines.append(f"| {name} | " + " | ".join(f"{v:.4f}" for v in cells))
                 lines[-1] += " |"
         return "\n".join(lines) if len(lines) > 2 else ""
+
+    def check_size(self, size: sizes.Size) -> Iterator[str]:
+        """Yield why evaluation images cannot have this size."""
+        for fault in self.model.check_image(size):
+            yield f"evals.image_size={size}: {fault}"
+        if self.scoring.tta == "six" and len(set(sizes.pair(size))) > 1:
+            yield f"evals.image_size={size}: scoring.tta=six turns squares; use flip"
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
