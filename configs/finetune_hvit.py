@@ -33,6 +33,8 @@ One override away:
     --config.optim.thaw='(("backbone/.*", 10.0),)'      (train the head alone at first)
     --config.data.sampling=balanced         (every class equally often)
     --config.scoring.tta=six
+    --config.optim.layer_decay=0.65
+    --config.augment.size='(48, 96)'        (rectangles; all sizes follow it)
     --config.resolution.start=24            (grows to augment.size; also .sizes, .prob)
     --config.objective.consistency=0.1      (with a spectral stream)
 
