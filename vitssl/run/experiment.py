@@ -101,10 +101,14 @@ class Experiment:
     config: ml_collections.ConfigDict
 
     @property
+    def kind(self) -> type:
+        """Class of the method."""
+        return methods_table.METHODS[self.settings.method]
+
+    @property
     def training_size(self) -> sizes.Size:
         """Size of the training images."""
-        method = methods_table.METHODS[self.settings.method]
-        return method.training_size(self.config)
+        return self.kind.training_size(self.config)
 
     def on(self, devices: int) -> "Experiment":
         """Return the experiment with `accumulate` for so many devices.
@@ -128,8 +132,7 @@ class Experiment:
 
     def method(self, run: base.Run) -> base.Method:
         """Return the method for a run whose length and data are known."""
-        cls = methods_table.METHODS[self.settings.method]
-        return cls(run=run, **self.sections)
+        return self.kind(run=run, **self.sections)
 
     def run(
         self, *, total_steps=1, steps_per_epoch=1, classes=0, counts=()
