@@ -49,8 +49,8 @@ class Settings:
     batch_size: int
     epochs: float
     data: dataset.Data
-    optimizer: optimizer.Optim
-    suite: suite.Evals
+    optim: optimizer.Optim
+    evals: suite.Evals
     log: log.Log
     checkpoint: checkpoint.Checkpoint
     steps: int = 0
