@@ -33,6 +33,8 @@ One override away:
     --config.optim.thaw='(("backbone/.*", 10.0),)'      (train the head alone at first)
     --config.data.sampling=balanced         (every class equally often)
     --config.scoring.tta=six
+    --config.optim.layer_decay=0.65
+    --config.augment.size='(48, 96)'        (rectangles; all sizes follow it)
     --config.resolution.start=24            (grows to augment.size; also .sizes, .prob)
     --config.objective.consistency=0.1      (with a spectral stream)
 
@@ -90,7 +92,7 @@ def _demo():
         depths=(1, 2, 1),
         heads=(1, 2, 4),
         patch=6,
-        image_size=48,
+        image_size=0,  # That of training.
         mlp_ratio=4.0,
         drop_path=0.1,
         remat=False,
@@ -120,7 +122,7 @@ def _demo():
         thaw=(),
     )
     c.evals = dict(
-        image_size=48,
+        image_size=0,  # That of training.
         batch_size=210,
         every_epochs=50.0,
         online=False,
@@ -213,12 +215,12 @@ def _published(size, **optim):
     c.batch_size, c.steps, c.epochs = 32, 0, 100.0
     c.data.update(source="sarcld", test_split="val", per_class=0, **RGB)
     c.model.update(width=width, depths=depths, heads=heads, patch=patch)
-    c.model.update(image_size=side, dropout=0.1, drop_path=0.2)
+    c.model.update(dropout=0.1, drop_path=0.2)
     c.augment.update(size=side, severity="moderate")
     c.mix.update(**MIXED)
     c.objective.update(ema=0.9999, balanced=False)
     c.optim.update(lr=1e-4, wd=0.01, warmup_epochs=5.0, **optim)
-    c.evals.update(image_size=side, batch_size=32, every_epochs=1.0, final=())
+    c.evals.update(batch_size=32, every_epochs=1.0, final=())
     c.log.every_steps = 10
     c.checkpoint.update(every_epochs=5.0, patience=15)
     return c
@@ -251,7 +253,8 @@ def _plantvillage():
     c = _published("small")
     c.batch_size, c.epochs = 256, 20.0
     c.data.source = "plantvillage"
-    c.augment.size = c.evals.image_size = 224  # Odd grids are padded.
+    c.augment.size = 224  # Odd grids are padded.
+    c.model.image_size = SIZES["small"][-1]  # The table stays that of pre-training.
     c.objective.update(loss="cross_entropy", smoothing=0.0)
     c.mix.prob = 0.0
     c.optim.update(lr=5e-4, wd=1e-3, warmup_epochs=0.0, schedule="onecycle")

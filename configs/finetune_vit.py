@@ -19,6 +19,7 @@ Arguments (`--config=configs/finetune_vit.py:NAME`):
 
 One override away:
     --config.head.pool=cls
+    --config.optim.layer_decay=0.65
     --config.freeze.schedule=cubic --config.freeze.t_0=0.8    (FreezeOut)
     --config.optim.freeze='((("backbone/.*", 0.0),))'         (head only)
 
@@ -27,8 +28,6 @@ with cubic 0.8, 82.85 % unscaled.
 """
 
 import ml_collections
-
-from vitssl.optim import optimizer
 
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SIZES = {"b": (768, 12, 12), "l": (1024, 24, 16)}
@@ -70,7 +69,7 @@ def _demo():
         depth=7,
         heads=4,
         patch=4,
-        image_size=24,
+        image_size=0,  # That of training.
         mlp_ratio=4.0,
         drop_path=0.05,
         positions="learned_sincos",
@@ -101,11 +100,11 @@ def _demo():
         clip_norm=0.0,
         b1=0.9,
         b2=0.999,
-        lr_rules=optimizer.layer_decay(0.75, 7, "backbone/"),
+        layer_decay=0.75,
         wd_rules=DECAY,
     )
     c.evals = dict(
-        image_size=24,
+        image_size=0,  # That of training.
         batch_size=256,
         every_epochs=5.0,
         online=False,
@@ -131,7 +130,7 @@ def _demo():
 
 def _scratch():
     c = _demo()
-    c.optim.lr_rules = ((".*", 1.0),)
+    c.optim.layer_decay = 0.0
     return c
 
 
@@ -153,7 +152,7 @@ def _imagenet(lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=2
     c.precision = "bfloat16"
     c.batch_size, c.per_device, c.epochs = 1024, 128, epochs
     c.data.update(source="imagenet", test_split="val", **RGB)
-    c.model.update(width=width, depth=depth, heads=heads, patch=16, image_size=224)
+    c.model.update(width=width, depth=depth, heads=heads, patch=16)
     c.model.drop_path = 0.1
     c.augment.update(
         size=224,
@@ -165,8 +164,8 @@ def _imagenet(lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=2
     )
     c.mix.update(mixup=0.8, cutmix=1.0)
     c.optim.update(lr=lr, min_lr=min_lr, warmup_epochs=warmup)
-    c.optim.lr_rules = optimizer.layer_decay(decay, depth, "backbone/")
-    c.evals.update(image_size=224, every_epochs=1.0)
+    c.optim.layer_decay = decay
+    c.evals.every_epochs = 1.0
     c.checkpoint.update(every_epochs=5.0, keep_every_epochs=20.0)
     return c
 

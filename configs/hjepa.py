@@ -74,7 +74,7 @@ def _demo():
         depth=4,
         heads=4,
         patch=4,
-        image_size=24,
+        image_size=0,  # That of training.
         mlp_ratio=4.0,
         drop_path=0.0,
         layerscale=0.0,
@@ -149,7 +149,7 @@ def _demo():
         wd_rules=((".*/(bias|scale|ls1|ls2)", 0.0), (".*", 1.0)),
     )
     c.evals = dict(
-        image_size=24,
+        image_size=0,  # That of training.
         batch_size=256,
         every_epochs=9,
         online_samples_train=1000,
@@ -179,7 +179,7 @@ def _published(size, data, image=224, patch=16):
     c.precision = "bfloat16"
     c.data.update(source=data, on_bad_image="skip", **RGB)
     c.data.update(split="train", bank_split="train", test_split="val")
-    c.model.update(width=width, depth=depth, heads=heads, patch=patch, image_size=image)
+    c.model.update(width=width, depth=depth, heads=heads, patch=patch)
     c.predictor.update(depth=predictor_depth, heads=heads)
     c.masking.update(levels="per_level")
     c.levels.target = "shared"
@@ -195,7 +195,7 @@ def _published(size, data, image=224, patch=16):
         interpolation="bicubic",
     )
     c.ema.update(start=0.996, end=1.0, warmup_steps=1000)
-    c.evals.update(image_size=image, every_epochs=10)
+    c.evals.every_epochs = 10
     c.checkpoint.update(every_epochs=10.0, keep_best=3)
     return c
 
@@ -323,7 +323,6 @@ def _birds():
         depth=3,
         heads=4,
         patch=4,
-        image_size=48,
         mlp_ratio=2.0,
         registers=1,
         class_position=False,
@@ -335,7 +334,7 @@ def _birds():
         horizontal_flip_prob=0.5,
     )
     c.objective.view_weight = 0.0
-    c.evals.update(image_size=48, every_epochs=0, final=("knn", "linear"))
+    c.evals.update(every_epochs=0, final=("knn", "linear"))
     c.log.update(pictures=False)
     c.checkpoint.update(every_epochs=2.0, keep_best=0)
     return c

@@ -150,7 +150,7 @@ def _sections():
         wd_rules=((".*", 1.0),),
     )
     c.evals = dict(
-        image_size=32,
+        image_size=0,  # That of training: sampling.max_side patches.
         batch_size=16,
         every_epochs=0,
         online_samples_train=128,
@@ -190,7 +190,7 @@ def _smoke():
     c.sampling.update(min_side=2, max_side=2, tile=16, times=2)
     c.hybrid.loss_tokens_per_modality = 16
     c.readout.times, c.measures.epochs = 2, 2
-    c.evals.update(image_size=16, batch_size=4, final=("knn",), knn_k=(3,))
+    c.evals.update(batch_size=4, final=("knn",), knn_k=(3,))
     c.log.every_steps = 1
     return c
 
@@ -206,7 +206,7 @@ def _evidence():
     c.hybrid.output_patch_size = 2
     c.sampling.update(times=2, token_budget=2600, min_side=3, max_side=3)
     c.readout.times = 2
-    c.evals.update(every_epochs=0, final=(), batch_size=8)
+    c.evals.update(image_size=32, every_epochs=0, final=(), batch_size=8)
     c.log.update(every_steps=100, tensorboard=False)
     c.checkpoint.every_epochs = 5.0
     plain = ("hybrid.upsampler=bilinear", "hybrid.visible_loss_weight=0.0")
@@ -310,7 +310,7 @@ def _rgb():
     c.augment.turns = "flip"
     c.objective.same_target_modalities = ()
     c.optim.update(warmup_epochs=10.0)
-    c.evals.update(image_size=224, final=("knn", "linear", "quality"))
+    c.evals.update(image_size=0, final=("knn", "linear", "quality"))
     c.readout.update(p=16, q=4, times=1)
     c.checkpoint.update(every_epochs=1.0, keep_every_epochs=50.0)
     return c

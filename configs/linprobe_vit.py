@@ -36,7 +36,7 @@ def _probe(c):
         lr_batch=256,
         min_lr=0.0,
         wd=0.0,
-        lr_rules=((".*", 1.0),),
+        layer_decay=0.0,
         wd_rules=((".*", 0.0),),
     )
     # The LayerNorm before the probe stays what it is: plain.

@@ -84,7 +84,7 @@ def _demo():
         depth=7,
         heads=4,
         patch=4,
-        image_size=24,
+        image_size=0,  # That of training.
         mlp_ratio=4.0,
         drop_path=0.0,
         positions="sincos",
@@ -133,7 +133,7 @@ def _demo():
         wd_rules=((".*/(bias|scale)", 0.0), (".*", 1.0)),
     )
     c.evals = dict(
-        image_size=24,
+        image_size=0,  # That of training.
         batch_size=256,
         every_epochs=20,
         online_samples_train=1000,
@@ -165,13 +165,13 @@ def _pretrain(size="b", epochs=100.0, micro=256, batch=2048, blr=2e-4):
     c.per_device = micro
     c.data.update(source="imagenet", split="train", bank_split="train", **RGB)
     c.data.test_split = "val"
-    c.model.update(width=width, depth=depth, heads=heads, patch=patch, image_size=224)
+    c.model.update(width=width, depth=depth, heads=heads, patch=patch)
     c.decoder.update(width=256, depth=1, heads=8)
     c.stages.scales = (4.0, 2.0, 1.0, 0.5)
     c.augment.update(size=224, scale=(0.2, 1.0), flip=0.5, interpolation="bicubic")
     c.optim.update(lr=blr, lr_batch=256, warmup_epochs=40.0 if epochs > 100 else 10.0)
     c.freeze.schedule = "none"
-    c.evals.update(image_size=224, every_epochs=10, features="cls")
+    c.evals.update(every_epochs=10, features="cls")
     c.checkpoint.update(every_epochs=5.0, keep_every_epochs=10.0)
     return c
 

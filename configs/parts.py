@@ -128,7 +128,7 @@ def _demo():
         depth=3,
         heads=4,
         patch=4,
-        image_size=48,
+        image_size=0,  # That of training.
         mlp_ratio=2.0,
         registers=1,
         class_position=False,
@@ -180,7 +180,7 @@ def _demo():
         **groups(scratch=20.0, modulation=20.0, finer=3.0, freeze_backbone=False),
     )
     c.evals = dict(
-        image_size=48,
+        image_size=0,  # That of training.
         batch_size=100,
         every_epochs=1,
         online_samples_train=400,
@@ -281,7 +281,6 @@ def _published(source, classes_per_batch=128, image=518):
         depth=12,
         heads=12,
         patch=14,
-        image_size=image,
         mlp_ratio=4.0,
         registers=4,
         layerscale=1e-5,
@@ -307,7 +306,7 @@ def _published(source, classes_per_batch=128, image=518):
         wd_normalised=True,
         **groups(),
     )
-    c.evals.update(image_size=image, batch_size=32, every_epochs=1)
+    c.evals.update(batch_size=32, every_epochs=1)
     c.evals.update(online_samples_train=0, online_samples_test=0)
     c.measures.update(leave_one_out=False, maps=0.05, maps_every_epochs=16)
     c.init = {"from": "", "rename": BOTH, "skip": HEADS}
@@ -376,7 +375,7 @@ def _pdisconet_cub():
         output_stride=32,
     )
     c.precision = "float32"
-    c.augment.size = c.evals.image_size = 448
+    c.augment.size = 448
     c.optim.update(
         lr=1e-4,
         **groups(

@@ -67,7 +67,7 @@ def _demo():
         depths=(1, 2, 1),
         heads=(1, 2, 4),
         patch=6,
-        image_size=48,
+        image_size=0,  # That of training.
         mlp_ratio=4.0,
         drop_path=0.0,
         remat=False,
@@ -95,7 +95,7 @@ def _demo():
         wd_rules=DECAY,
     )
     c.evals = dict(
-        image_size=48,
+        image_size=0,  # That of training.
         batch_size=210,
         every_epochs=5.0,
         online_samples_train=1000,
@@ -134,7 +134,7 @@ def _smoke():
 
 def _vit():
     c = _demo()
-    c.model = dict(name="vit", width=64, depth=4, heads=2, patch=6, image_size=48)
+    c.model = dict(name="vit", width=64, depth=4, heads=2, patch=6, image_size=0)
     return c
 
 
@@ -151,7 +151,7 @@ def _published(size):
     c.seed, c.precision, c.batch_size, c.epochs = 42, "bfloat16", 64, 100.0
     c.data.update(source="sarcld", test_split="val", **RGB)
     c.model.update(width=width, depths=depths, heads=heads, patch=patch)
-    c.model.update(image_size=side, drop_path=0.1)
+    c.model.update(drop_path=0.1)
     c.projector.update(width=128, hidden=0, batchnorm=False)
     c.objective.temperature = 0.07
     c.augment.update(
@@ -163,7 +163,7 @@ def _published(size):
         interpolation="bilinear",
     )
     c.optim.update(lr=3e-4, warmup_epochs=10.0, wd=1e-4, clip_norm=0.0)
-    c.evals.update(image_size=side, batch_size=64, probe="sgd")
+    c.evals.update(batch_size=64, probe="sgd")
     c.evals.update(online_samples_train=0, final=("knn", "linear"))
     c.log.every_steps = 10
     c.checkpoint.every_epochs = 25.0

@@ -29,7 +29,12 @@ MISTAKES = {
     "optim=3": ["optim", "section", "lr"],
     "epochs=0.0": ["epochs=0", "needs init.from", "steps"],
     "steps=-1": ["steps=-1"],
-    "seed=-1": ["seed=-1"],
+    "seed=-1": ["seed=-1: 0 or more, below 2^63"],
+    f"seed={2**63}": [f"seed={2**63}: 0 or more, below 2^63"],
+    "multicrop.global_crop_scale=0.5": [
+        "multicrop.global_crop_scale=0.5: want a tuple (float, float)"
+    ],
+    "evals.knn_k=x": ["evals.knn_k='x': want a tuple of int"],
     "batch_size=0": ["batch_size=0", "1 or more"],
     "batch_size=64.5": ["batch_size=64.5", "int"],
     "accumulate=7": ["accumulate=7", "does not divide", "32"],
@@ -133,6 +138,29 @@ def test_overrides_keep_types_and_accept_both_forms(capsys):
     assert c.data.root == "a b/ü" and c.data.mean == (0.1,)
     flags = main.parse(["--config", HJEPA, "--config.seed", "3", "--dry_run"])
     assert flags["overrides"] == ["seed=3"] and flags["dry_run"]
+
+
+def test_one_value_stands_for_a_tuple_of_any_length():
+    latent = str(ROOT / "configs" / "latent_mim.py")
+    key = "hybrid.processing_patch_size"
+    for value, want in (("4", (4,)), ("(4,8)", (4, 8))):
+        checked = experiment.read(experiment.load(latent, [f"{key}={value}"]))
+        assert checked.sections["hybrid"].processing_patch_size == want
+        assert checked.config.hybrid.processing_patch_size == want
+    # A tuple again, over a value of a file that is none.
+    c = experiment.load(HJEPA)
+    with c.ignore_type():
+        c.evals.knn_k, c.evals.final = 5, "knn"
+    assert experiment.read(c).settings.evals.knn_k == (5,)
+    problems = config.Problems()
+    config.override(c, ["evals.knn_k=(5,6)", "evals.final=linear"], problems)
+    found = experiment.read(c).settings.evals
+    assert found.knn_k == (5, 6) and found.final == ("linear",) and not problems
+    with c.ignore_type():
+        c.multicrop.global_crop_scale = 0.5
+    want = r"global_crop_scale=0.5: want a tuple \(float, float\)$"
+    with pytest.raises(errors.UsageError, match=want):
+        experiment.read(c)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)

@@ -25,6 +25,7 @@ from vitssl import errors
 
 # The one section that may be given as a whole, as a dict: its keys are a source's.
 OPEN = "data.options"
+_UNIONS = (types.UnionType, typing.Union)
 
 
 class Problems(list):
@@ -104,8 +105,10 @@ def _override(c, key: str, text: str, problems: Problems):
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            problems.append(f"{key}={text}: want {_like(old)}")
-            return
+            # A bare word may be the one entry of a tuple: evals.final=knn.
+            if not (isinstance(old, tuple) and text.isidentifier()):
+                problems.append(f"{key}={text}: want {_like(old)}")
+                return
     _replace(parent, leaf, key, value, problems)
 
 
@@ -134,10 +137,11 @@ def _replace(parent, leaf, key, value, problems):
         value = ml_collections.ConfigDict(value)
     if isinstance(old, float) and type(value) is int:
         value = float(value)
-    if type(old) is not type(value):
+    # One value and several stand for each other where the annotation says so.
+    if type(old) is not type(value) and tuple not in (type(old), type(value)):
         problems.append(f"{key}={value}: want {_like(old)}")
         return
-    with parent.unlocked():
+    with parent.unlocked(), parent.ignore_type():
         parent[leaf] = value
 
 
@@ -227,7 +231,10 @@ def schema(cls) -> dict:
 
 
 def fill(c: ml_collections.ConfigDict, cls) -> None:
-    """Add to a section the keys of `cls` that have a default and are not there."""
+    """Add to a section the keys of `cls` that have a default and are not there.
+
+    One value where a tuple of any length is wanted becomes a tuple.
+    """
     for key, (annotation, default) in schema(cls).items():
         if dataclasses.is_dataclass(annotation):
             if key not in c and default is not dataclasses.MISSING:
@@ -236,28 +243,34 @@ def fill(c: ml_collections.ConfigDict, cls) -> None:
                 fill(c[key], annotation)
         elif key not in c and default is not dataclasses.MISSING:
             c[key] = default
+        elif key in c and _alone(annotation, c[key]):
+            with c.ignore_type():
+                c[key] = (c[key],)
 
 
 def typed(annotation, value, path, problems):
     """Return `value` as `annotation` wants it, or report it at `path`."""
     if dataclasses.is_dataclass(annotation):
         return section(annotation, value, path, problems)
-    if not _fits(annotation, value):
+    if not fits(annotation, value):
         problems.append(f"{path}={value!r}: want {describe(annotation)}")
         return value
     return _convert(annotation, value)
 
 
-def _fits(annotation, value) -> bool:
+def fits(annotation, value) -> bool:
+    """Return whether a value is what an annotation wants, or becomes it."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return value in args and not isinstance(value, bool)
+    if origin in _UNIONS:
+        return any(fits(arg, value) for arg in args)
     if origin is tuple:
         if not isinstance(value, tuple | list):
-            return False
+            return _alone(annotation, value)
         if len(args) == 2 and args[1] is Ellipsis:
-            return all(_fits(args[0], v) for v in value)
-        return len(args) == len(value) and all(map(_fits, args, value))
+            return all(fits(args[0], v) for v in value)
+        return len(args) == len(value) and all(map(fits, args, value))
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:
@@ -267,8 +280,20 @@ def _fits(annotation, value) -> bool:
     return isinstance(annotation, type) and isinstance(value, annotation)
 
 
+def _alone(annotation, value) -> bool:
+    """Return whether a value is no tuple, but could be all of the one wanted."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is not tuple or args[1:] != (Ellipsis,):
+        return False
+    return not isinstance(value, tuple | list) and fits(args[0], value)
+
+
 def _convert(annotation, value):
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in _UNIONS:
+        return _convert(next(arg for arg in args if fits(arg, value)), value)
+    if _alone(annotation, value):
+        value = (value,)
     if origin is tuple:
         each = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
         return tuple(map(_convert, each, value))
@@ -280,6 +305,8 @@ def describe(annotation) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, args))
+    if origin in _UNIONS:
+        return " or ".join(map(describe, args))
     if origin is tuple:
         if args[1:] == (Ellipsis,):
             return f"a tuple of {describe(args[0])}"

@@ -40,7 +40,7 @@ def _random(like):
 @functools.cache
 def _variables(net, channels=3, **options):
     backbone = getattr(net, "backbone", net)
-    size = backbone.image_size, backbone.image_width or backbone.image_size
+    size = backbone.table_size
     image = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
     return _random(jax.eval_shape(net.init, jax.random.key(0), image)["params"])
 

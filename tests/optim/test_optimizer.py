@@ -8,7 +8,9 @@ import pytest
 
 from tests import toy
 from vitssl import errors, tree
+from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
+from vitssl.run import experiment
 
 PARAMS = {"a/kernel": jnp.ones((4, 3)) * 0.5, "a/bias": jnp.arange(3.0)}
 GRADS = {"a/kernel": jnp.linspace(-1, 1, 12).reshape(4, 3), "a/bias": jnp.ones(3)}
@@ -73,6 +75,39 @@ def _torch(name, steps=3):
                 p = p - 0.01 * m
         out[k] = p
     return out
+
+
+def _timm(name, steps=3):
+    """NAdam of torch (timm's nadam) and timm's Lamb without clipping, in float64."""
+    out = {}
+    for k, p in PARAMS.items():
+        p, g0 = np.asarray(p, np.float64), np.asarray(GRADS[k], np.float64)
+        m, v, product = np.zeros_like(p), np.zeros_like(p), 1.0
+        decay = 0.0 if k.endswith("bias") else 0.1
+        for t in range(1, steps + 1):
+            g = g0 + decay * p if name == "nadam" else g0
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            root = np.sqrt(v / (1 - 0.999**t)) + 1e-8
+            if name == "nadam":
+                now, after = (0.9 * (1 - 0.5 * 0.96 ** (0.004 * s)) for s in (t, t + 1))
+                product *= now
+                p = p - 0.01 * (1 - now) / (1 - product) * g / root
+                p = p - 0.01 * after / (1 - product * after) * m / root
+            else:
+                u = m / (1 - 0.9**t) / root + decay * p
+                if decay:
+                    u = u * np.linalg.norm(p) / np.linalg.norm(u)
+                p = p - 0.01 * u
+        out[k] = p
+    return out
+
+
+@pytest.mark.parametrize("name", ["nadam", "lamb"])
+def test_nadam_and_lamb_are_those_of_timm(name):
+    optimizer = _make(name=name, wd_rules=((".*/bias", 0.0), (".*", 1.0)))
+    for steps in (1, 3):
+        for k, want in _timm(name, steps).items():
+            np.testing.assert_allclose(_run(optimizer, steps)[k], want, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "lars"])
@@ -158,12 +193,71 @@ def test_rules_that_do_not_fit_are_named(changes, says):
 def test_layer_decay_grows_towards_the_head():
     method = toy.make(depth=3)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), toy.batch())
-    rules = optim.layer_decay(0.5, 3, prefix="model/")
-    factor = tree.match(tree.flat(params), rules, what="optim.lr_rules")
+    freeze = freezeout.FreezeOut(layers=method.model.freeze_layers("model/"))
+    spec = _made_spec(layer_decay=0.5)
+    length = dict(total_steps=10, steps_per_epoch=2, batch_size=64)
+    factor = optim.make(spec, params, **length, freeze=freeze).lr_factor
     assert factor["model/pos_embed"] == factor["model/patch_embed/kernel"] == 0.5**4
     assert factor["model/block_0/norm1/scale"] == 0.5**3
     assert factor["model/block_2/mlp/fc1/kernel"] == 0.5
     assert factor["model/norm/bias"] == factor["head/kernel"] == 1.0
+
+
+def _factors(config, *overrides):
+    """Return {name: factor of the rate} of a config's method."""
+    checked = experiment.read(experiment.load(config, overrides))
+    method = checked.method(checked.run(classes=7))
+    side = checked.training_size
+    batch = {
+        key: jax.ShapeDtypeStruct((2, *views, side, side, checked.run().channels), "u1")
+        for key, views in (("image", ()), ("global", (2,)))
+    }
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), batch)
+    freeze = freezeout.FreezeOut(layers=method.freeze_layers())
+    length = dict(total_steps=1000, steps_per_epoch=10, batch_size=64)
+    spec = checked.settings.optim
+    return optim.make(spec, params, **length, freeze=freeze).lr_factor
+
+
+def test_layer_decay_of_a_vit_b_is_the_published_one():
+    config = "configs/finetune_vit.py:ft_vitb_from1600"
+    got = _factors(config, "optim.warmup_epochs=0.0")
+    for name, factor in got.items():
+        # As MAE's util/lr_decay.py numbers the layers of timm's ViT.
+        layer = 13
+        if "block_" in name:
+            layer = int(name.split("block_")[1].split("/")[0]) + 1
+        elif name.split("/")[1] in ("cls", "pos_embed", "patch_embed"):
+            layer = 0
+        assert factor == 0.65 ** (13 - layer), name
+    assert got["backbone/pos_embed"] == pytest.approx(0.0037, rel=0.01)
+    assert got["backbone/norm/scale"] == got["head/kernel"] == 1.0
+
+
+def test_layer_decay_of_an_hvit_counts_blocks_through_the_stages():
+    rules = "(('head/.*', 2.0), ('.*', 1.0))"
+    got = _factors(
+        "configs/finetune_hvit.py",
+        "optim.warmup_epochs=0.0",
+        "optim.layer_decay=0.5",
+        f"optim.lr_rules={rules}",
+    )
+    # Stages of 1, 2 and 1 blocks: merge_0 follows block 0, merge_1 block 2.
+    layers = {"patch_embed": 0, "patch_norm": 0, "pos_embed": 0, "norm": 5}
+    layers |= {f"block_{i}": i + 1 for i in range(4)} | {"merge_0": 1, "merge_1": 3}
+    for name, factor in got.items():
+        net, module = name.split("/")[:2]
+        want = 0.5 ** (5 - layers[module]) if net == "backbone" else 2.0
+        assert factor == want, name
+
+
+def test_layer_decay_without_a_table_says_what_to_give():
+    with pytest.raises(errors.UsageError, match="optim.layer_decay=0.5: this method"):
+        _make(layer_decay=0.5)
+    assert _make(layer_decay=1.0).lr_factor == _make().lr_factor
+    assert list(_made_spec(layer_decay=1.5).check()) == [
+        "layer_decay=1.5: in (0, 1], or 0.0 (off)"
+    ]
 
 
 def test_the_rate_follows_the_root_of_the_batch():

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import config, errors
+from vitssl import config, errors, sizes
 from vitssl.bench import flops, plain
 from vitssl.methods import base
 from vitssl.optim import optimizer as optim
@@ -143,12 +143,12 @@ def _of_config(o, overrides) -> dict:
     c = experiment.load(o.config, overrides)
     if "study" in c:
         raise errors.UsageError(f"bench step: {o.config} is a study; name one recipe")
+    height, width = sizes.pair(experiment.read(c).training_size)
     c.data.source, c.data.root = "fake", ""
-    size = c.multicrop.global_crop_size if "multicrop" in c else c.evals.image_size
     c.data.options = {
         "count": max(c.batch_size, o.batch),
-        "height": size,
-        "width": size,
+        "height": height,
+        "width": width,
         "channels": c.data.channels,
     }
     c.data.split = "train"

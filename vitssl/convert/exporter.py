@@ -300,7 +300,7 @@ def hierarchical(source: backbone.Backbone) -> Export:
         dfca_embed_dim_match_rgb=module.dfca_width == "rgb",
         dfca_use_disease_mask=module.disease_mask,
     )
-    size = module.image_size, module.image_width or module.image_size
+    size = module.table_size
     snippet = _HVIT.format(params=recipe, size=size, classes=_classes(source))
     return Export(state, recipe, snippet)
 
@@ -360,7 +360,7 @@ def _settled(source: backbone.Backbone) -> backbone.Backbone:
     module, model = source.module(), dict(source.about.model)
     if module.positions in ("learned", "learned_sincos") or module.rope:
         return source
-    grid = (module.image_size // module.patch,) * 2
+    grid = module.table_grid
     table = np.zeros((grid[0] * grid[1], module.width), np.float32)
     if module.positions == "sincos":
         table = posemb.sincos(grid, module.width)

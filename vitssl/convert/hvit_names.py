@@ -221,7 +221,7 @@ def shapes(made: Mapping, state: Mapping) -> dict:
     net = hvit.HViT(**made)
     both = net.spectral_channels
     channels = np.shape(state["rgb_patch_embed.proj.weight"])[1] + both
-    image = jax.ShapeDtypeStruct((1, *(net.image_size,) * 2, channels), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *net.table_size, channels), jnp.float32)
     like = {"encoder": jax.eval_shape(net.init, jax.random.key(0), image)["params"]}
     if "classifier_head.weight" in state:
         classes, width = np.shape(state["classifier_head.weight"])

@@ -13,6 +13,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from vitssl import sizes
 from vitssl.data import colour, resample
 from vitssl.methods.hjepa import masks
 from vitssl.methods.hjepa.masks import Masks
@@ -280,6 +281,11 @@ def draw_box(rng, size, scale, ratio=RATIO, attempts=ATTEMPTS):
     elif columns / rows > ratio[1]:
         width = max(1, round(rows * ratio[1]))
     return (rows - height) // 2, (columns - width) // 2, height, width
+
+
+def shaped(size, ratio=RATIO):
+    """Return the least and largest width / height of crops that become this size."""
+    return tuple(r * sizes.aspect(size) for r in ratio)
 
 
 def relative(box, size, flip):

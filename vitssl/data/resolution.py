@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from vitssl.sizes import Size
+
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
@@ -50,16 +52,21 @@ class Resolution:
         if not 0 <= self.prob <= 1:
             yield f"prob={self.prob}: a probability"
 
-    def faults(self, size: int, multiple: int) -> Iterator[str]:
+    def faults(self, size: Size, multiple: int) -> Iterator[str]:
         """Yield what does not fit augment.size and the model, with whole keys.
 
         Args:
             size: augment.size.
             multiple: what sides are rounded to.
         """
+        if self.fixed:
+            return
+        if not isinstance(size, int):
+            yield f"augment.size={size}: resolution needs a square; give one number"
+            return
         if self.start > size:
             yield f"resolution.start={self.start}: at most augment.size={size}"
-        if not self.fixed and size % multiple:
+        if size % multiple:
             below = size // multiple * multiple
             yield (
                 f"augment.size={size}: resolution needs a multiple of {multiple}; "
@@ -70,7 +77,7 @@ class Resolution:
                 f"resolution.sizes={self.sizes}: no multiple of {multiple} lies between"
             )
 
-    def sides(self, size: int, multiple: int, run) -> "Sides":
+    def sides(self, size: Size, multiple: int, run) -> "Sides":
         """Return the side of every step of a run; see `Sides`."""
         return Sides(self, size, multiple, run.steps_per_epoch, max(1, run.total_steps))
 
@@ -87,13 +94,13 @@ class Sides:
     """
 
     spec: Resolution
-    size: int
+    size: Size
     multiple: int
     steps_per_epoch: int
     total_steps: int
 
-    def __call__(self, step: int) -> int:
-        """Return the side of step `step` (0-based)."""
+    def __call__(self, step: int) -> Size:
+        """Return the size of step `step` (0-based): a side, unless it is fixed."""
         spec = self.spec
         if spec.fixed:
             return self.size

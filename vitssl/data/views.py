@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from vitssl import sizes
 from vitssl.data import crops, resample
 from vitssl.data.randaugment import RandAugment
 from vitssl.methods.hjepa.masks import Masks
@@ -17,42 +18,42 @@ from vitssl.methods.hjepa.masks import Masks
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Resize the short side, cut out the centre. Nothing is random.
+    """Resize until the size is covered, cut out the centre. Nothing is random.
 
     Attributes:
-        size: side of the result, in pixels.
-        ratio: the short side is resized to int(ratio * size): 1.14 in H-JEPA and
-            I-JEPA (224 -> 255), 1.0 for the largest central square.
+        size: side of the result, or (height, width), in pixels.
+        ratio: int(ratio * size) is covered, by the short side if that is a square: 1.14
+            in H-JEPA and I-JEPA (224 -> 255), 1.0 for the largest central cut.
         interpolation: see `crops.MultiCrop`.
     """
 
-    size: int
+    size: sizes.Size
     ratio: float = 1.14
     interpolation: str = "bicubic"
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
-        """Return {image uint8 [s, s, C], label, index int32 []}."""
+        """Return {image uint8 [h, w, C], label, index int32 []}."""
         # The quotient of two integers must not lose a pixel to rounding.
-        side = max(self.size, int(self.ratio * self.size + 1e-6))
-        image = resize_short(example["image"], side, self.interpolation)
+        least = [max(n, int(self.ratio * n + 1e-6)) for n in sizes.pair(self.size)]
+        image = resize_over(example["image"], least, self.interpolation)
         return _labels(example) | dict(image=centre_crop(image, self.size))
 
 
 @dataclasses.dataclass(frozen=True)
 class Warp:
-    """Resize the whole image to a square, whatever its shape. Nothing is random.
+    """Resize the whole image to one size, whatever its shape. Nothing is random.
 
     Attributes:
-        size: side of the result, in pixels.
+        size: side of the result, or (height, width), in pixels.
         interpolation: see `crops.MultiCrop`.
     """
 
-    size: int
+    size: sizes.Size
     interpolation: str = "bicubic"
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
-        """Return {image uint8 [s, s, C], label, index int32 []}."""
-        size = (self.size,) * 2
+        """Return {image uint8 [h, w, C], label, index int32 []}."""
+        size = sizes.pair(self.size)
         image = resample.resize(example["image"], size, None, self.interpolation)
         return _labels(example) | dict(image=np.ascontiguousarray(image))
 
@@ -124,16 +125,28 @@ def resize_short(image, side, interpolation="bicubic"):
 
     The longer side is cut to a whole number of pixels, as torchvision does.
     """
+    return resize_over(image, (side, side), interpolation)
+
+
+def resize_over(image, least, interpolation="bicubic"):
+    """Resize [H, W, C], with its shape kept, to just cover least = (height, width)."""
     rows, columns = image.shape[:2]
-    short = min(rows, columns)
-    size = max(side, side * rows // short), max(side, side * columns // short)
+    height, width = least
+    if height * columns >= width * rows:
+        size = height, max(width, height * columns // rows)
+    else:
+        size = max(height, width * rows // columns), width
     return resample.resize(image, size, None, interpolation)
 
 
-def centre_crop(image, side):
-    """Return the central [side, side, C]; half a pixel is rounded to even."""
-    top, left = (round((n - side) / 2) for n in image.shape[:2])
-    return np.ascontiguousarray(image[top : top + side, left : left + side])
+def centre_crop(image, size):
+    """Return the central [h, w, C] of a size; half a pixel is rounded to even."""
+    height, width = sizes.pair(size)
+    top, left = (
+        round((n - side) / 2)
+        for n, side in zip(image.shape[:2], (height, width), strict=True)
+    )
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def _labels(example):
@@ -145,7 +158,8 @@ class Supervised:
     """One random crop, mirrored, augmented: what a classifier trains on.
 
     Attributes:
-        size: side of the result, in pixels.
+        size: side of the result, or (height, width), in pixels; the crop has its shape,
+            up to 4 / 3.
         scale: smallest and largest share of the area.
         flip: probability that it is mirrored.
         randaugment: None, or what is applied last.
@@ -155,7 +169,7 @@ class Supervised:
         fill: colour of what geometric operations bring in, in [0, 255].
     """
 
-    size: int
+    size: sizes.Size
     scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
     randaugment: RandAugment | None = None
@@ -164,14 +178,13 @@ class Supervised:
     fill: tuple[int, ...] = (124, 116, 104)
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Return {image uint8 [s, s, C], label, index int32 []}."""
+        """Return {image uint8 [h, w, C], label, index int32 []}."""
         image = example["image"]
-        size = image.shape[:2]
-        if self.crop == "clipped":
-            box = clipped_box(rng, size, self.scale)
-        else:
-            box = crops.draw_box(rng, size, self.scale)
-        image = resample.resize(image, (self.size,) * 2, box, self.interpolation)
+        draw = clipped_box if self.crop == "clipped" else crops.draw_box
+        ratio = crops.shaped(self.size)
+        box = draw(rng, image.shape[:2], self.scale, ratio)
+        size = sizes.pair(self.size)
+        image = resample.resize(image, size, box, self.interpolation)
         if rng.random() < self.flip:
             image = image[:, ::-1]
         if self.randaugment is not None:
@@ -194,7 +207,7 @@ def clipped_size(size, share, log_ratio):
     return min(height, size[0]), min(width, size[1])
 
 
-def clipped_box(rng, size, scale, ratio=(3 / 4, 4 / 3)):
+def clipped_box(rng, size, scale, ratio=crops.RATIO):
     """Return a random (top, left, height, width) of `clipped_size`."""
     share = rng.uniform(*scale)
     log_ratio = rng.uniform(*np.log(ratio))
@@ -204,10 +217,11 @@ def clipped_box(rng, size, scale, ratio=(3 / 4, 4 / 3)):
     return top, left, height, width
 
 
-def classifier_evaluation(size: int, interpolation: str = "bicubic") -> Evaluate:
+def classifier_evaluation(size: sizes.Size, interpolation="bicubic") -> Evaluate:
     """Return the evaluation view of classifiers: 224 of 256, and all above 224 px.
 
     Source: facebookresearch/mae util/datasets.py.
     """
-    side = int(size / 0.875) if size <= 224 else size
-    return Evaluate(size, side / size, interpolation)
+    short = min(sizes.pair(size))
+    side = int(short / 0.875) if short <= 224 else short
+    return Evaluate(size, side / short, interpolation)

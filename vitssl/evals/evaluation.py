@@ -7,11 +7,43 @@ import pathlib
 import jax
 import numpy as np
 
+from vitssl import errors
 from vitssl.data import dataset, pipeline
 from vitssl.evals import features, suite
 from vitssl.run import devices
 
 logger = logging.getLogger(__name__)
+
+
+_NONE = "no final evaluation (evals.final is empty)"
+LEAST = 2  # Images that an evaluation needs.
+
+
+def check(settings, method) -> None:
+    """Open the splits that an evaluation will read, if any will.
+
+    Raises:
+        DataError: one is not there, or has too few images.
+    """
+    data, section = settings.data, settings.evals
+    if not reads(section, method) and not settings.log.pictures:
+        return
+    for key in ("bank_split", "test_split"):
+        split = getattr(data, key)
+        if split == data.split:  # Which is open already.
+            continue
+        count = len(data.open(split, settings.seed))
+        if count < LEAST:
+            raise errors.DataError(
+                f"data.{key}={split!r}: {count} image(s) of {data.source}; evaluations "
+                f"need {LEAST} or more"
+            )
+
+
+def reads(section: suite.Evals, method) -> bool:
+    """Return whether any evaluation of a run reads images."""
+    own = hasattr(method, "outputs") or hasattr(method, "final_scores")
+    return bool(section.every_epochs or section.final or own)
 
 
 class Evaluation:
@@ -188,14 +220,15 @@ class Evaluation:
             flat metrics "final/<row>/<metric>", and the table as text.
         """
         section = self._section
+        if not reads(section, self._method):
+            return {}, _NONE
         scores = self._scores(state, self._final_images[1])
         scores |= self._final_scores(state)
         self._snapshots(state, self._final_images[1])
         text = self._written(scores)
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
-            none = "no final evaluation (evals.final is empty)"
-            return scores, f"test split:{_gap(text)}{text}" if text else none
+            return scores, f"test split:{_gap(text)}{text}" if text else _NONE
         rows = suite.final(
             section,
             self._method.features,

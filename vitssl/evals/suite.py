@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from vitssl import sizes
 from vitssl.evals import (
     accuracy,
     features,
@@ -37,7 +38,8 @@ class Evals:
     """Config section `evals`.
 
     Attributes:
-        image_size: side of the evaluation images.
+        image_size: side of the evaluation images, or (height, width); 0 = as those of
+            training.
         batch_size: images per batch of feature extraction.
         every_epochs: epochs between online evaluations; 0 = only at the end.
         online_samples_train, online_samples_test: images of the bank and the test set
@@ -68,7 +70,7 @@ class Evals:
             `fewshot.evaluate`.
     """
 
-    image_size: int
+    image_size: sizes.Size = 0
     batch_size: int
     every_epochs: float
     online_samples_train: int
@@ -101,7 +103,7 @@ class Evals:
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""
         for key in ("image_size", "batch_size", "probe_epochs", "probe_batch"):
-            if getattr(self, key) < 1:
+            if min(sizes.pair(getattr(self, key))) < 1:
                 yield f"{key}={getattr(self, key)}: 1 or more"
         for key in (
             "every_epochs",

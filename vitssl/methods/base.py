@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+from vitssl import sizes
 from vitssl.data import views
 
 Tree = Any  # Nested dicts of arrays.
@@ -49,8 +50,15 @@ class Method(abc.ABC):
 
     run: Run
     couples_batch = False  # Whether the loss mixes samples: no batch may be split.
+    rectangles = False  # Whether images need not be square.
+    labelled = False  # Whether training needs labels.
 
     # What every method states.
+
+    @staticmethod
+    @abc.abstractmethod
+    def training_size(c) -> sizes.Size:
+        """Return the size of a config's training images, which sizes of 0 follow."""
 
     @abc.abstractmethod
     def transform(self) -> Callable:
@@ -101,10 +109,10 @@ class Method(abc.ABC):
         """Yield one line per impossible combination of the sections."""
         return iter(())
 
-    def check_size(self, size: int) -> Iterator[str]:
+    def check_size(self, size: sizes.Size) -> Iterator[str]:
         """Yield one line per reason why `evals.image_size` cannot be `size`."""
-        del size
-        return iter(())
+        for fault in self.model.check_image(size):
+            yield f"evals.image_size={size}: {fault}"
 
     # What a method may add to evaluation.
 

@@ -92,6 +92,11 @@ class ConvNeXt(nn.Module):
             name=f"stage{s}_down_conv",
         )(x).astype(jnp.float32)
 
+    def check_image(self, size) -> Iterator[str]:
+        """Yield nothing: a convolutional network takes images of any size."""
+        del size
+        return iter(())
+
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
         yield from resnet.check_stages(self)

@@ -10,7 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from absl import logging
 
-from vitssl import errors
+from vitssl import errors, sizes
 from vitssl.models import hvit_blocks, hvit_fusion, layers
 from vitssl.optim import freezeout
 
@@ -238,14 +238,9 @@ class HViT(hvit_blocks.Pyramid):
                 "first alone"
             )
 
-    def check_image(self, size: int) -> Iterator[str]:
-        """Yield why images of this side, in pixels, do not fit, if they do not."""
-        if self.patch and size % self.patch:
-            below = size // self.patch * self.patch
-            yield (
-                f"must be a multiple of model.patch={self.patch}; nearest are "
-                f"{below} and {below + self.patch}"
-            )
+    def check_image(self, size: sizes.Size) -> Iterator[str]:
+        """Yield why images of this size, in pixels, do not fit, if they do not."""
+        yield from sizes.faults(size, self.patch)
 
     def attention_maps(self, image):
         """Return (maps [B, layers, heads, N, N] of the last stage, its grid).

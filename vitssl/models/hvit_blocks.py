@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 
+from vitssl import sizes
 from vitssl.models import layers, posemb, vit
 
 
@@ -55,8 +56,9 @@ class Pyramid(nn.Module):
         depths: blocks of every stage.
         heads: attention heads of every stage.
         patch: side of a patch in pixels.
-        image_size: height, in pixels, of the image the position table is for.
-        image_width: its width; 0 = the height.
+        image_size: side, or (height, width), in pixels, of the image the position
+            table is for.
+        image_width: its width, if image_size is but the height; 0 = as image_size says.
         mlp_ratio: hidden width of an MLP over its stage's width.
         qkv_bias: whether queries, keys and values have a bias.
         dropout: after the positions, and in and after attention and MLP.
@@ -72,7 +74,7 @@ class Pyramid(nn.Module):
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     patch: int
-    image_size: int
+    image_size: sizes.Size
     image_width: int = 0
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
@@ -95,10 +97,16 @@ class Pyramid(nn.Module):
         return tuple(self.width * 2**s for s in range(len(self.depths)))
 
     @property
+    def table_size(self) -> tuple[int, int]:
+        """Size (height, width), in pixels, of the image the position table is for."""
+        height, width = sizes.pair(self.image_size)
+        return height, self.image_width or width
+
+    @property
     def table_grid(self) -> tuple[int, int]:
         """Grid (h, w) of the position table."""
-        wide = self.image_width or self.image_size
-        return self.image_size // self.patch, wide // self.patch
+        height, width = self.table_size
+        return height // self.patch, width // self.patch
 
     @property
     def rates(self) -> np.ndarray:
@@ -203,8 +211,10 @@ class Pyramid(nn.Module):
     def check(self) -> Iterator[str]:
         """Yield one line per impossible value or combination of the fields."""
         for key in ("width", "patch", "image_size"):
-            if getattr(self, key) < 1:
+            if min(sizes.pair(getattr(self, key))) < 1:
                 yield f"{key}={getattr(self, key)}: must be at least 1"
+        if self.image_width and not isinstance(self.image_size, int):
+            yield f"image_width={self.image_width}: image_size has a width already"
         if not self.depths or min(self.depths) < 1:
             yield f"depths={self.depths}: one number of blocks per stage, 1 or more"
         if len(self.heads) != len(self.depths) or min(self.heads, default=0) < 1:

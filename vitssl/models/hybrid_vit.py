@@ -72,11 +72,10 @@ class HybridViT:
             return base
         scale = self.p / base.patch
         shift = (scale - 1) / 2 if self.anchor == "center" else 0.0
-        side = base.image_size // base.patch
         first, offset = base.spacing
         return base.clone(
             patch=self.p,
-            image_size=side * self.p,
+            image_size=tuple(side * self.p for side in base.table_grid),
             spacing=(first * scale, first * shift + offset),
         )
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import sizes
 from vitssl.models import layers, patches, posemb
 from vitssl.optim import freezeout
 
@@ -65,7 +66,8 @@ class ViT(nn.Module):
         depth: number of blocks.
         heads: attention heads, a divisor of width.
         patch: side of a patch in pixels.
-        image_size: side in pixels of the square image the position table is for.
+        image_size: size in pixels of the image the position table is for: a side, or
+            (height, width).
         mlp_ratio: hidden width of the MLP over width.
         drop_path: of the last block; grows linearly from 0 in the first.
         layerscale: initial gain of the residual branches; 0 = none.
@@ -97,7 +99,7 @@ class ViT(nn.Module):
     depth: int
     heads: int
     patch: int
-    image_size: int
+    image_size: sizes.Size
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
     layerscale: float = 0.0
@@ -133,7 +135,7 @@ class ViT(nn.Module):
 
     def setup(self):
         """Declare the parameters; names do not depend on `remat`."""
-        side = self.image_size // self.patch
+        rows, columns = self.table_grid
         tiny = nn.initializers.normal(1e-6)
         if self.cls:
             self.class_token = self.param("cls", tiny, (1, 1, self.width))
@@ -141,7 +143,7 @@ class ViT(nn.Module):
             shape = (1, self.registers, self.width)
             self.register_tokens = self.param("registers", tiny, shape)
         if self._trained:
-            shape = (1, self._first + side * side, self.width)
+            shape = (1, self._first + rows * columns, self.width)
             init = layers.normal if self.positions == "learned" else self._sincos
             self.pos_embed = self.param("pos_embed", init, shape)
         self.patch_embed = PatchEmbed(self.width, self.patch, self.dtype)
@@ -165,9 +167,8 @@ class ViT(nn.Module):
     def _sincos(self, key, shape):
         """Return the fixed table as initial value; the class token's row is 0."""
         del key
-        side = self.image_size // self.patch
-        table = posemb.sincos((side, side), self.width)[None]
-        return jnp.pad(table, ((0, 0), (shape[1] - side * side, 0), (0, 0)))
+        table = posemb.sincos(self.table_grid, self.width)[None]
+        return jnp.pad(table, ((0, 0), (shape[1] - table.shape[1], 0), (0, 0)))
 
     def position_table(self, grid):
         """Return the position table of the patches of `grid` = (h, w): [h w, D].
@@ -178,9 +179,8 @@ class ViT(nn.Module):
             return jnp.zeros((grid[0] * grid[1], self.width))
         if self.positions == "sincos":
             return jnp.asarray(posemb.sincos(grid, self.width, self.spacing))
-        side = self.image_size // self.patch
         table = self.pos_embed[0, self._first :]
-        return posemb.resample(table, (side, side), grid, self.resampling)
+        return posemb.resample(table, self.table_grid, grid, self.resampling)
 
     def __call__(
         self, image, *, keep=None, count=None, hide=None, weight=None, train=False
@@ -293,14 +293,15 @@ class ViT(nn.Module):
         """Side, in pixels, of the square that one token stands for."""
         return self.patch
 
-    def check_image(self, size: int) -> Iterator[str]:
-        """Yield why images of this side, in pixels, do not fit, if they do not."""
-        if self.patch and size % self.patch:
-            below = size // self.patch * self.patch
-            yield (
-                f"must be a multiple of model.patch={self.patch}; nearest are "
-                f"{below} and {below + self.patch}"
-            )
+    @property
+    def table_grid(self) -> tuple[int, int]:
+        """Grid (h, w) of the position table."""
+        height, width = sizes.pair(self.image_size)
+        return height // self.patch, width // self.patch
+
+    def check_image(self, size: sizes.Size) -> Iterator[str]:
+        """Yield why images of this size, in pixels, do not fit, if they do not."""
+        yield from sizes.faults(size, self.patch)
 
     def _embed(self, image, grid, keep, hide):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
@@ -336,7 +337,7 @@ class ViT(nn.Module):
     def check(self) -> Iterator[str]:
         """Yield one line per impossible value or combination of the fields."""
         for key in ("width", "depth", "heads", "patch", "image_size"):
-            if getattr(self, key) < 1:
+            if min(sizes.pair(getattr(self, key))) < 1:
                 yield f"{key}={getattr(self, key)}: must be at least 1"
         if self.heads >= 1 and self.width % self.heads:
             yield (
@@ -350,12 +351,8 @@ class ViT(nn.Module):
                 f"rope=True: needs width / heads divisible by 4, it is "
                 f"{self.width // self.heads}"
             )
-        if self.patch >= 1 and self.image_size % self.patch:
-            below = self.image_size // self.patch * self.patch
-            yield (
-                f"image_size={self.image_size}: must be a multiple of patch="
-                f"{self.patch}; nearest are {below} and {below + self.patch}"
-            )
+        for fault in sizes.faults(self.image_size, self.patch, "patch"):
+            yield f"image_size={self.image_size}: {fault}"
         if not 0.0 <= self.drop_path < 1.0:
             yield f"drop_path={self.drop_path}: must be in [0, 1)"
         for key in ("mlp_ratio", "norm_eps", "rope_theta"):

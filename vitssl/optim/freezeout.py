@@ -198,6 +198,26 @@ def hvit_layers(depths: tuple[int, ...], prefix: str = "") -> tuple:
     return vit_layers(depth, stream, (*last, *merges))
 
 
+def decayed(decay: float, layers: dict[str, int]) -> dict[str, float]:
+    """Return {name: decay ** (top - layer)} of the layers {name: index} of leaves.
+
+    They are FreezeOut's, but for what is in no block: tokens and position tables are
+    embeddings, layer 0; the last norm belongs to the head, as what never freezes does,
+    and both keep their rate.
+
+    Source: Bao et al. 2022 (BEiT), arXiv:2106.08254; MAE util/lr_decay.py.
+    """
+    last = max(layers.values())
+    top, factors = last + 1, {}
+    for name, layer in layers.items():
+        if layer == NEVER or (layer == last and re.search(r"(^|/)norm/\w+$", name)):
+            layer = top
+        elif re.search(r"(^|/)(cls|registers|pos_embed|encodings/.*)$", name):
+            layer = 0
+        factors[name] = decay ** (top - layer)
+    return factors
+
+
 # The networks of the FreezeOut paper: which module belongs to which layer.
 
 

@@ -8,6 +8,7 @@ needs no state beyond the moments. Parameters are flat here: {name: leaf}
 import bisect
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ class Optimizer:
             grads = jax.tree.map(lambda g: g * factor, grads)
         wd = self.wd(step)
         decay = {k: wd * self.wd_factor[k] * p for k, p in params.items()}
-        coupled = self.spec.name != "adamw"
+        coupled = self.spec.name not in ("adamw", "lamb")
         if coupled:
             grads = {k: g + decay[k] for k, g in grads.items()}
         move, opt = self._move(grads, opt, params, step)
@@ -159,9 +160,17 @@ class Optimizer:
         new = {}
         for k, p in params.items():
             m = move[k] if coupled else move[k] + decay[k]
+            if self._adapts(k):
+                m = m * _ratio(p, m, 1.0)
             new[k] = (p - rates[self._kind(k)] * m).astype(p.dtype)
         found = {"grad_norm": norm, "lr": self.lr(step), "wd": wd}
         return new, opt, found | self._layer_rates(step, params)
+
+    def _adapts(self, name) -> bool:
+        """Return whether LAMB scales the step of a leaf: if it decays."""
+        s = self.spec
+        decays = s.wd > 0 or (s.wd_schedule == "cosine" and s.wd_end > 0)
+        return s.name == "lamb" and decays and self.wd_factor[name] != 0
 
     def _kind(self, name):
         """Return what the rate of a leaf depends on: (layer, factor)."""
@@ -209,7 +218,9 @@ class Optimizer:
 
     def _direction(self, step):
         s = self.spec
-        if s.name in ("adamw", "adam"):
+        if s.name == "nadam":
+            return _nadam(self.b1(step), s.b2, s.eps, s.mu_dtype)
+        if s.name in ("adamw", "adam", "lamb"):
             b1 = self.b1(step)
             return optax.scale_by_adam(b1, s.b2, s.eps, mu_dtype=s.mu_dtype)
         trace = optax.trace(decay=s.momentum)
@@ -222,11 +233,58 @@ def _trust(coefficient):
     def one(g, p):
         if p.ndim < 2:
             return g
-        gn, pn = jnp.linalg.norm(g.ravel()), jnp.linalg.norm(p.ravel())
-        ratio = jnp.where((gn > 0) & (pn > 0), coefficient * pn / gn, 1.0)
-        return g * ratio
+        return g * _ratio(p, g, coefficient)
 
     return optax.stateless(lambda u, p: jax.tree.map(one, u, p))
+
+
+def _ratio(p, g, coefficient):
+    """Return coefficient |p| / |g|, or 1 where either is 0, []."""
+    gn, pn = jnp.linalg.norm(g.ravel()), jnp.linalg.norm(p.ravel())
+    return jnp.where((gn > 0) & (pn > 0), coefficient * pn / gn, 1.0)
+
+
+class NadamState(NamedTuple):
+    """Adam's moments, and the product of the momenta of all updates so far."""
+
+    count: jax.Array
+    product: jax.Array
+    mu: dict
+    nu: dict
+
+
+def _nadam(b1, b2, eps, mu_dtype):
+    """Adam with Nesterov's momentum, which grows to b1 (torch.optim.NAdam).
+
+    Source: Dozat 2016, "Incorporating Nesterov momentum into Adam"; optax's has no
+    growing momentum.
+    """
+
+    def init(params):
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype), params)
+        nu = jax.tree.map(jnp.zeros_like, params)
+        return NadamState(jnp.zeros([], jnp.int32), jnp.ones([]), mu, nu)
+
+    def momentum(t):
+        return b1 * (1 - 0.5 * 0.96 ** (0.004 * t))
+
+    def update(grads, state, params=None):
+        del params
+        t = state.count + 1
+        now, after = momentum(t), momentum(t + 1)
+        product = state.product * now
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+
+        def one(g, m, v):
+            ahead = (1 - now) / (1 - product) * g + after / (1 - product * after) * m
+            return ahead / (jnp.sqrt(v / (1 - b2**t)) + eps)
+
+        move = jax.tree.map(one, grads, mu, nu)
+        mu = jax.tree.map(lambda m: m.astype(mu_dtype), mu)
+        return move, NadamState(t, product, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def make(
@@ -246,6 +304,10 @@ def make(
     """
     names = list(tree.flat(params))
     lr_factor = tree.match(names, spec.lr_rules, what="optim.lr_rules")
+    if spec.layer_decay not in (0.0, 1.0):
+        wish = f"optim.layer_decay={spec.layer_decay}"
+        decay = freezeout.decayed(spec.layer_decay, _layers(wish, freeze, names))
+        lr_factor = {k: factor * decay[k] for k, factor in lr_factor.items()}
     wd_factor = tree.match(names, spec.wd_rules, what="optim.wd_rules")
     never = 2.0
     fraction = tree.match(names, spec.freeze, what="optim.freeze", default=never)
@@ -311,17 +373,26 @@ def _releases(spec, names, frozen_from, total_steps, steps_per_epoch) -> dict:
     return until
 
 
-def _plan(freeze, names, span, warmup_steps):
-    """Return ({name: layer}, schedule) of FreezeOut."""
-    if not freeze.layers:
+def _layers(wish, freeze, names) -> dict[str, int]:
+    """Return {name: layer} of the table `freeze.layers`.
+
+    Raises:
+        UsageError: there is none; `wish` is the key that needs it.
+    """
+    if freeze is None or not freeze.layers:
         raise errors.UsageError(
-            f"freeze.schedule={freeze.schedule}: this method has no table of its "
-            "own; give freeze.layers=((pattern, layer), ...), for a ViT "
+            f"{wish}: this method has no table of its own; give "
+            "freeze.layers=((pattern, layer), ...), for a ViT "
             "freezeout.vit_layers(depth, prefix)"
         )
-    layers = freeze.index(
-        tree.match(names, freeze.layers, what="freeze.layers", default=-1)
-    )
+    never = freezeout.NEVER
+    return tree.match(names, freeze.layers, what="freeze.layers", default=never)
+
+
+def _plan(freeze, names, span, warmup_steps):
+    """Return ({name: layer}, schedule) of FreezeOut."""
+    wish = f"freeze.schedule={freeze.schedule}"
+    layers = freeze.index(_layers(wish, freeze, names))
     last = max(layers.values())
     if last < 1:
         raise errors.UsageError(
@@ -349,19 +420,3 @@ def _holds(opt) -> bool:
     """Return whether an optimizer state has any leaf's moments."""
     nodes = jax.tree.leaves(opt, is_leaf=lambda n: isinstance(n, dict))
     return any(isinstance(n, dict) and n for n in nodes)
-
-
-def layer_decay(decay: float, depth: int, prefix: str = "") -> tuple:
-    """Return lr_rules of layer-wise decay for a ViT of `depth` blocks.
-
-    The factor is decay ** (depth + 1 - layer), layer 0 being the embeddings, block i
-    layer i + 1, and everything else (norm, head) layer depth + 1.
-
-    Source: Bao et al. 2022 (BEiT), arXiv:2106.08254; MAE util/lr_decay.py.
-    """
-    if not 0 < decay <= 1:
-        raise errors.UsageError(f"layer decay {decay}: must be in (0, 1]")
-    top = depth + 1
-    embed = rf"{prefix}(cls|registers|pos_embed|patch_embed/.*)"
-    blocks = [(rf"{prefix}block_{i}/.*", decay ** (top - i - 1)) for i in range(depth)]
-    return ((embed, decay**top), *blocks, (".*", 1.0))

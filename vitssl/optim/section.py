@@ -12,8 +12,11 @@ class Optim:
     """Config section `optim`.
 
     Attributes:
-        name: adamw decouples weight decay (Loshchilov & Hutter 2019); adam and sgd add
-            it to the gradient, as torch does; lars is You et al. 2017 as MAE codes it.
+        name: adamw decouples weight decay (Loshchilov & Hutter 2019); adam, nadam and
+            sgd add it to the gradient, as torch does; lars is You et al. 2017 as MAE
+            codes it. lamb is You et al. 2019, arXiv:1904.00962, as timm codes it: a
+            step has decay inside and, of leaves that decay, the length of the weights
+            (timm's also has clip_norm=1.0 and eps=1e-6).
         lr: peak learning rate; for `lr_batch` images if that is not 0.
         lr_batch: 0, or the batch for which `lr` is meant: the rate used is
             lr * batch_size / lr_batch (MAE's `blr` has 256).
@@ -38,6 +41,8 @@ class Optim:
             Hutter 2019, arXiv:1711.05101, appendix B.1.
         clip_norm: largest global gradient norm over trainable leaves; 0.0 is off.
         lr_rules: ((pattern, factor), ...), first match wins; factor 0.0 freezes.
+        layer_decay: rates shrink by this factor from layer to layer towards the input,
+            on top of lr_rules, by the table of `freeze.layers`; 0.0 or 1.0 is off.
         wd_rules: ((pattern, factor), ...) of the decay.
         freeze: ((pattern, fraction), ...): leaves matching are frozen from that
             fraction of the run on; 0.0 freezes them from the start.
@@ -45,7 +50,7 @@ class Optim:
             their moments, and Adam's count of updates, begin then.
     """
 
-    name: Literal["adamw", "adam", "sgd", "lars"]
+    name: Literal["adamw", "adam", "sgd", "lars", "nadam", "lamb"]
     lr: float
     schedule: Literal["cosine", "linear", "constant", "stairs", "onecycle"]
     warmup_epochs: float
@@ -71,6 +76,7 @@ class Optim:
     trust: float = 0.001
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
     lr_rules: tuple[tuple[str, float], ...] = EVERYTHING
+    layer_decay: float = 0.0
     wd_rules: tuple[tuple[str, float], ...] = EVERYTHING
     freeze: tuple[tuple[str, float], ...] = ()
     thaw: tuple[tuple[str, float], ...] = ()
@@ -91,6 +97,8 @@ class Optim:
         for key in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 yield f"{key}={getattr(self, key)}: must be in [0, 1)"
+        if not 0 <= self.layer_decay <= 1:
+            yield f"layer_decay={self.layer_decay}: in (0, 1], or 0.0 (off)"
         if self.warmup_epochs < 0:
             yield f"warmup_epochs={self.warmup_epochs}: must not be negative"
         if self.schedule == "stairs" and self.stair_epochs <= 0:

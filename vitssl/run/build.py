@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitssl import errors
 from vitssl.data import pipeline
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices, step
@@ -105,6 +106,7 @@ def build(experiment) -> Parts:
     if labels is not None and classes:
         known = np.asarray(labels)[np.asarray(labels) >= 0]
         counts = tuple(np.bincount(known, minlength=classes).tolist())
+    _check_labels(experiment, source, counts)
     run = experiment.run(
         total_steps=total, steps_per_epoch=per_epoch, classes=classes, counts=counts
     )
@@ -130,6 +132,24 @@ def build(experiment) -> Parts:
     function = step.make(method, optimizer, s.accumulate, mesh)
     compiled = step.Compiled(function, abstract, mesh, s.mesh)
     return Parts(experiment, source, method, optimizer, run, mesh, compiled)
+
+
+def _check_labels(experiment, source, counts) -> None:
+    """Refuse data that cannot teach a classifier.
+
+    Raises:
+        DataError: fewer than two classes; no images, or of one class only, with labels.
+    """
+    if not experiment.kind.labelled:
+        return
+    classes = len(source.classes)
+    seen = np.count_nonzero(counts) if counts else classes
+    if seen < 2:
+        s = experiment.settings
+        raise errors.DataError(
+            f"data.split={s.data.split!r}: {source.name} has images of {seen} of "
+            f"{classes} classes with labels; method={s.method} needs 2 or more"
+        )
 
 
 def restore_target(parts: Parts):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from vitssl import config, errors
+from vitssl import config, errors, sizes
 from vitssl.data import dataset, sources
 from vitssl.evals import suite
 from vitssl.methods import base
@@ -63,8 +63,8 @@ class Settings:
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range or cannot be combined."""
-        if self.seed < 0:
-            yield f"seed={self.seed}: 0 or more"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed={self.seed}: 0 or more, below 2^63"
         if self.batch_size < 1:
             yield f"batch_size={self.batch_size}: 1 or more"
         if self.steps < 0:
@@ -100,6 +100,16 @@ class Experiment:
     sections: dict
     config: ml_collections.ConfigDict
 
+    @property
+    def kind(self) -> type:
+        """Class of the method."""
+        return methods_table.METHODS[self.settings.method]
+
+    @property
+    def training_size(self) -> sizes.Size:
+        """Size of the training images."""
+        return self.kind.training_size(self.config)
+
     def on(self, devices: int) -> "Experiment":
         """Return the experiment with `accumulate` for so many devices.
 
@@ -122,8 +132,7 @@ class Experiment:
 
     def method(self, run: base.Run) -> base.Method:
         """Return the method for a run whose length and data are known."""
-        cls = methods_table.METHODS[self.settings.method]
-        return cls(run=run, **self.sections)
+        return self.kind(run=run, **self.sections)
 
     def run(
         self, *, total_steps=1, steps_per_epoch=1, classes=0, counts=()
@@ -227,6 +236,8 @@ def complete(c: ml_collections.ConfigDict) -> None:
 def read(c: ml_collections.ConfigDict) -> Experiment:
     """Check a config and return its typed form.
 
+    An `evals.image_size` or `model.image_size` of 0 becomes the training size.
+
     Raises:
         UsageError: every unknown, missing, ill-typed or impossible value of it.
     """
@@ -237,6 +248,9 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     if "method" in c:
         table = methods_table.METHODS
         cls = config.choose(table, c.method, "method", problems)
+    complete(c)
+    if cls:
+        _follow(c, cls)
     wanted = _sections_of(cls) if cls else {}
     for key in c:
         if key not in own and key not in wanted and cls and key != "study":
@@ -254,7 +268,10 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     experiment = Experiment(settings, sections, c)
     method = experiment.method(experiment.run())
     problems.extend(method.check())
-    problems.extend(method.check_size(settings.evals.image_size))
+    # What is wrong with the training size is said by now, and by its own key.
+    size = settings.evals.image_size
+    if not problems or size != experiment.training_size:
+        problems.extend(_size_faults(method, settings))
     if settings.accumulate > 1 and method.couples_batch:
         problems.append(
             f"accumulate={settings.accumulate}: this loss compares the samples of a "
@@ -262,6 +279,36 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
         )
     problems.stop()
     return experiment
+
+
+def _follow(c, cls) -> None:
+    """Give sizes that are 0 the training size; the position table whole patches."""
+    try:
+        size = cls.training_size(c)
+    except (AttributeError, TypeError, ValueError):
+        return  # A key is missing or ill-typed, which is reported by its own name.
+    for section in (c.get("evals"), c.get("model")):
+        if isinstance(section, ml_collections.ConfigDict) and config.fits(
+            sizes.Size, size
+        ):
+            patch = section.get("patch", 1)
+            if section.get("image_size") == 0 and config.fits(int, patch):
+                with section.ignore_type():
+                    section.image_size = sizes.whole(size, max(1, patch))
+
+
+def _size_faults(method, settings) -> Iterator[str]:
+    """Yield why evaluation images or the position table cannot have their sizes."""
+    size, model = settings.evals.image_size, getattr(method, "model", None)
+    sides = {"evals": size, "model": getattr(model, "image_size", 0)}
+    flat = [k for k, v in sides.items() if not isinstance(v, int)]
+    for key in flat if not method.rectangles else ():
+        yield (
+            f"{key}.image_size={sides[key]}: method={settings.method} takes squares; "
+            "give one number"
+        )
+    if method.rectangles or "evals" not in flat:
+        yield from method.check_size(size)
 
 
 def with_noise(experiment: Experiment) -> Experiment:

@@ -17,6 +17,9 @@ from vitssl import errors
 from vitssl.run import log
 
 LOCK = "lock.json"
+# What a run writes into its workdir.
+FILES = ("config.json", "versions.json", "status.json", "metrics.jsonl", "scores.npz")
+FOLDERS = ("checkpoints", "pictures")
 
 
 @contextlib.contextmanager
@@ -46,6 +49,27 @@ def lock(workdir, force: bool = False):
         handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         handle.flush()
         yield
+
+
+def writable(workdir, files=FILES, folders=FOLDERS) -> None:
+    """Refuse a workdir in which something is in the way of what will be written.
+
+    Raises:
+        UsageError: the first file or folder that cannot be written.
+    """
+    workdir = pathlib.Path(workdir)
+    for name in (*files, *folders):
+        path, folder = workdir / name, name in folders
+        if not path.exists():
+            continue
+        fault = "" if os.access(path, os.W_OK) else "no permission"
+        if path.is_dir() != folder:
+            fault = "a file is in its place" if folder else "a folder is in its place"
+        if fault:
+            raise errors.UsageError(
+                f"--workdir={workdir}: {name} cannot be written ({fault}); move it, or "
+                "give another"
+            )
 
 
 def _take(handle) -> bool:

@@ -52,9 +52,11 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
     with contextlib.ExitStack() as stack:
         if devices.is_main():
             stack.enter_context(guard.lock(workdir, force_unlock))
+            guard.writable(workdir)
         signals = stack.enter_context(guard.Signals())
         parts = build.build(experiment)
         s = experiment.settings
+        evaluation.check(s, parts.method)
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )

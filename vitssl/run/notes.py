@@ -6,7 +6,7 @@ import subprocess
 
 import jax
 
-from vitssl import tree
+from vitssl import sizes, tree
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices
 
@@ -67,6 +67,12 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
         f"decay {float(optimizer.wd(0)):.4g}, "
         f"clip {s.optim.clip_norm or 'off'}",
     ]
+    trained, shown = experiment.training_size, s.evals.image_size
+    if trained != shown:
+        lines.append(
+            f"  sizes     trained at {sizes.written(trained)}, evaluated at "
+            f"{sizes.written(shown)} (evals.image_size)"
+        )
     return "\n".join([*lines, *parameter_table(params, optimizer)])
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors, tree
+from vitssl import errors, sizes, tree
 from vitssl.convert import backbone, positions, runs, safetensors
 from vitssl.models import hybrid_vit, patches, upsample, vit
 from vitssl.run import warmstart
@@ -36,8 +36,8 @@ class Features:
     Attributes:
         apply: (state, image) -> {"pooled": [B, D], "tokens": [B, N, D], ...}.
         state: pytree of the weights.
-        image_size: side in pixels the weights were trained for; other sizes that the
-            patch divides work too, each compiled once.
+        image_size: side, or (height, width), in pixels that the weights were trained
+            for; other sizes that the patch divides work too, each compiled once.
         channels: of an image.
         mean, std: normalisation of pixels in [0, 1].
         name: what the weights are called.
@@ -45,7 +45,7 @@ class Features:
 
     apply: Callable[[Any, Any], dict]
     state: Any
-    image_size: int
+    image_size: sizes.Size
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -285,8 +285,8 @@ def export_program(
         return {name: made[name] for name in NAMES}
 
     (size,) = jax.export.symbolic_shape(str(batch))
-    side = features.image_size
-    image = jax.ShapeDtypeStruct((size, side, side, features.channels), jnp.uint8)
+    shape = (*sizes.pair(features.image_size), features.channels)
+    image = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
     weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
     try:
         made = jax.export.export(jax.jit(run), platforms=platforms)(weights, image)
@@ -299,7 +299,7 @@ def export_program(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "features.jax").write_bytes(bytes(made.serialize()))
     safetensors.write(folder / "weights.safetensors", leaves)
-    shape = [str(batch), side, side, features.channels]
+    shape = [str(batch), *shape]
     about = dict(images=shape, dtype="uint8", platforms=list(platforms), outputs=NAMES)
     (folder / "program.json").write_text(json.dumps(about, indent=1))
     (folder / "README.md").write_text(_PROGRAM.format(shape=", ".join(map(str, shape))))

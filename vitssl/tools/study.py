@@ -113,10 +113,11 @@ def run(
         {arm: {column: [value of each seed]}}; also WORKDIR/study.json and study.md.
         Of what is finished, while other shares are not.
     """
-    from vitssl.run import devices, loop
+    from vitssl.run import devices, guard, loop
 
     devices.start()
     workdir = pathlib.Path(workdir)
+    guard.writable(workdir, ("study.json", "study.md", "study.png"), ())
     number, count = share
     before = workdir / "first"
     if plan.first is not None and number == 1 and not _finished(before):

@@ -11,6 +11,7 @@ from vitssl.evals import accuracy, knn
 from vitssl.methods.classify import mix, objective
 from vitssl.methods.localmim import names as pretrain_table
 from vitssl.models import head, patches, vit
+from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
 from vitssl.run import warmstart
 
@@ -165,7 +166,6 @@ def _mixed(case):
 
 def _groups(case):
     c = case.config
-    rules = optim.layer_decay(c["layer_decay"], c["depth"], "backbone/")
     norm = "fc_norm" if c["global_pool"] else "norm"
     place = {"cls_token": "backbone/cls", "pos_embed": "backbone/pos_embed"}
     place |= {f"{norm}.weight": "head/norm/scale", f"{norm}.bias": "head/norm/bias"}
@@ -183,7 +183,10 @@ def _groups(case):
             names[name] = "/".join([f"backbone/block_{i}", *rest[:-1], leaf])
         else:
             names[name] = place[name]
-    lr = tree.match(list(names.values()), rules, what="lr_rules")
+    layers = vit.ViT(8, c["depth"], 1, 4, 8).freeze_layers("backbone/")
+    # The first is the backbone's own last norm, for which the original has the head's.
+    layers = tree.match(list(names.values()), layers[1:], what="layers", default=-1)
+    lr = freezeout.decayed(c["layer_decay"], layers)
     # One case has no LayerNorm of its own in the head: then a rule may be idle.
     wd = tree.match(list(names.values()), DECAY, what="wd_rules")
     for group in case.meta["groups"]:

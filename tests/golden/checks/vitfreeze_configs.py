@@ -76,9 +76,8 @@ def _finetune(row, s, sections):
     assert sections["objective"].smoothing == row["smoothing"]
     assert (sections["head"].pool == "gap") == row["global_pool"]
     assert s.optim.clip_norm == (row["clip_grad"] or 0.0)
-    factors = [factor for _, factor in s.optim.lr_rules]
-    depth = sections["model"].depth
-    assert abs(factors[0] / row["layer_decay"] ** (depth + 1) - 1) < 1e-9
+    assert s.optim.layer_decay == row["layer_decay"]
+    assert s.optim.lr_rules == ((".*", 1.0),)
 
 
 CHECKS = {"configuration table": _table}

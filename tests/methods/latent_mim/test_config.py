@@ -16,7 +16,7 @@ FAULTS = {
     "output_patch_size=16 does not divide processing_patch_size=8": (
         "hybrid.output_patch_size=16",
     ),
-    "evals.image_size=30: must be a multiple of the patch that is processed, 8": (
+    "evals.image_size=30: must be a multiple of the patch that is processed, p=8": (
         "evals.image_size=30",
     ),
     "upsampler=skip: nothing trains it with decoder=mixed": (

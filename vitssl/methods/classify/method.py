@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import tree
+from vitssl import sizes, tree
 from vitssl.data import resolution as resolutions
 from vitssl.evals import accuracy
 from vitssl.evals import metrics as measures
@@ -44,7 +44,12 @@ class Classify(base.Method):
     objective: sections.Objective = sections.Objective()
     scoring: sections.Scoring = sections.Scoring()
     resolution: resolutions.Resolution = resolutions.Resolution()
-    scored = True
+    rectangles, labelled, scored = True, True, True
+
+    @staticmethod
+    def training_size(c) -> sizes.Size:
+        """Return the size of training images of a config."""
+        return c.augment.size
 
     @property
     def _sides(self) -> resolutions.Sides:
@@ -55,12 +60,12 @@ class Classify(base.Method):
         whole = self.augment.training(self.run.mean)
         return resolutions.sized(whole, self._sides)
 
-    def evaluation_transform(self, size: int):
+    def evaluation_transform(self, size: sizes.Size):
         """Return the transform of evaluation images."""
         return self.augment.evaluation(size)
 
-    def phase(self, step: int) -> int:
-        """Return the side of a step's images; each is compiled once."""
+    def phase(self, step: int) -> sizes.Size:
+        """Return the size of a step's images; each is compiled once."""
         return self._sides(step)
 
     def init(self, rng, batch):
@@ -260,6 +265,12 @@ class Classify(base.Method):
                 lines.append(f"| {name} | " + " | ".join(f"{v:.4f}" for v in cells))
                 lines[-1] += " |"
         return "\n".join(lines) if len(lines) > 2 else ""
+
+    def check_size(self, size: sizes.Size) -> Iterator[str]:
+        """Yield why evaluation images cannot have this size."""
+        yield from super().check_size(size)
+        if self.scoring.tta == "six" and len(set(sizes.pair(size))) > 1:
+            yield f"evals.image_size={size}: scoring.tta=six turns squares; use flip"
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors
+from vitssl import errors, sizes
 from vitssl.data import randaugment, views
 from vitssl.methods.classify import objective
 from vitssl.methods.classify import views as leaves
@@ -19,7 +19,7 @@ class Augment:
     """Config section `augment`: one crop on the host, erasing on the device.
 
     Attributes:
-        size: side of the crop, in pixels.
+        size: side of the crop, or (height, width), in pixels.
         severity: "" is what follows here. Otherwise a recipe for photographs of leaves,
             whose numbers take the place of scale, flip and randaugment: light,
             moderate, aggressive, mild, strong, or minimal (see `augment.leaves`); the
@@ -29,7 +29,7 @@ class Augment:
         erase: probability of random erasing.
     """
 
-    size: int
+    size: sizes.Size
     severity: str = ""
     scale: tuple[float, float] = (0.08, 1.0)
     flip: float = 0.5
@@ -52,15 +52,15 @@ class Augment:
             fill=tuple(min(255, round(255 * m)) for m in mean),
         )
 
-    def evaluation(self, size: int):
-        """Return the transform of evaluation images of a side."""
+    def evaluation(self, size: sizes.Size):
+        """Return the transform of evaluation images of a size."""
         if self.severity:
             return views.Warp(size)
         return views.classifier_evaluation(size, self.interpolation)
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
-        if self.size < 1:
+        if min(sizes.pair(self.size)) < 1:
             yield f"size={self.size}: 1 or more pixels"
         known = ("", *leaves.SEVERITIES, "minimal")
         if self.severity not in known:

@@ -15,7 +15,7 @@ import math
 import cv2
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, sizes
 from vitssl.data import crops, resample
 from vitssl.data.randaugment import RandAugment
 
@@ -211,11 +211,11 @@ class Leaves:
     """The training transform of a severity.
 
     Attributes:
-        size: side of the result, in pixels.
+        size: side of the result, or (height, width), in pixels.
         severity: key of `SEVERITIES`, or "minimal": as in evaluation.
     """
 
-    size: int
+    size: sizes.Size
     severity: str = "moderate"
 
     def __post_init__(self):
@@ -226,10 +226,10 @@ class Leaves:
             )
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Return {image uint8 [s, s, C], label, index int32 []}."""
-        image, size = example["image"], (self.size,) * 2
-        spec = SEVERITIES.get(self.severity)
-        box = spec and crops.draw_box(rng, image.shape[:2], spec.scale)
+        """Return {image uint8 [h, w, C], label, index int32 []}."""
+        image, size = example["image"], sizes.pair(self.size)
+        spec, ratio = SEVERITIES.get(self.severity), crops.shaped(self.size)
+        box = spec and crops.draw_box(rng, image.shape[:2], spec.scale, ratio)
         image = resample.resize(image, size, box, "bicubic")
         if spec:
             image = _random(image.astype(np.float32) / 255, spec, rng)

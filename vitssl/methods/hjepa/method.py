@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors, tree
+from vitssl import errors, sizes, tree
 from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.methods import base
@@ -45,6 +45,11 @@ class HJEPA(base.Method):
     masking: sections.Masking
     objective: hjepa_losses.Objective
     ema: sections.Ema
+
+    @staticmethod
+    def training_size(c) -> int:
+        """Return the side of training images of a config."""
+        return c.multicrop.global_crop_size
 
     # Modules.
 
@@ -385,12 +390,8 @@ class HJEPA(base.Method):
         kinds = ["global"] + ["local"] * (self.uses_locals and self._most_locals > 0)
         for kind in kinds:
             size = getattr(made, f"{kind}_crop_size")
-            if size % patch:
-                below = size // patch * patch
-                yield (
-                    f"multicrop.{kind}_crop_size={size}: must be a multiple of "
-                    f"model.patch={patch}; nearest are {below} and {below + patch}"
-                )
+            if faults := list(sizes.faults(size, patch)):
+                yield f"multicrop.{kind}_crop_size={size}: {faults[0]}"
             elif (size // patch) ** 2 < 4:
                 yield (
                     f"multicrop.{kind}_crop_size={size}: fewer than 2 x 2 patches of "

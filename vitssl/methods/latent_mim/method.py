@@ -19,7 +19,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import tree
+from vitssl import sizes, tree
 from vitssl.data import modalities
 from vitssl.methods import base
 from vitssl.methods.latent_mim import discrimination, masks, readout, sections, shapes
@@ -54,6 +54,12 @@ class LatentMIM(base.Method):
     measures: fieldscores.Measures = fieldscores.Measures()
 
     # Modules and sizes.
+
+    @staticmethod
+    def training_size(c) -> int:
+        """Return the largest side of training crops of a config."""
+        drawn = c.hybrid.processing_patch_size or (c.sampling.max_patch,)
+        return min(c.sampling.tile, c.sampling.max_side * max(drawn))
 
     @property
     def kinds(self) -> tuple[modalities.Modality, ...]:
@@ -244,8 +250,8 @@ class LatentMIM(base.Method):
     @property
     def patches(self) -> tuple[int, int]:
         """Return the patches (p, q) of evaluations."""
-        sizes = self.hybrid.processing_patch_size or (self.sampling.max_patch,)
-        p = self.readout.p or sizes[0]
+        drawn = self.hybrid.processing_patch_size or (self.sampling.max_patch,)
+        p = self.readout.p or drawn[0]
         return p, self.readout.q or self.hybrid.output_patch_size or p
 
     def features(self, params, extra, image):
@@ -327,7 +333,7 @@ class LatentMIM(base.Method):
         """Return two lines: the patches, and the tokens of the first step."""
         h, s, shape = self.hybrid, self.sampling, self.phase(0)
         drawn = f"{s.min_patch} to {s.max_patch}"
-        sizes = ", ".join(map(str, h.processing_patch_size)) or drawn
+        sides = ", ".join(map(str, h.processing_patch_size)) or drawn
         counts = [
             sum(
                 math.prod(k.tokens(shape.side * r if k.space else 1, shape.times))
@@ -336,7 +342,7 @@ class LatentMIM(base.Method):
             for r in (1, shape.p // shape.q)
         ]
         return (
-            f"  hybrid    processing patch {sizes} px, output patch "
+            f"  hybrid    processing patch {sides} px, output patch "
             f"{h.output_patch_size or 'the same'} px; upsampler {h.upsampler}, "
             f"decoder {h.decoder}\n"
             f"  tokens    {shape.side} x {shape.side} patches, {shape.times} time "
@@ -347,12 +353,8 @@ class LatentMIM(base.Method):
     def check_size(self, size: int) -> Iterator[str]:
         """Yield what is wrong with evaluation samples of `size` pixels a side."""
         p, _ = self.patches
-        if size % p:
-            below = size // p * p
-            yield (
-                f"evals.image_size={size}: must be a multiple of the patch that is "
-                f"processed, {p}; nearest are {below} and {below + p}"
-            )
+        for fault in sizes.faults(size, p, "the patch that is processed, p"):
+            yield f"evals.image_size={size}: {fault}"
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""

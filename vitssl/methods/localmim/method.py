@@ -17,7 +17,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors, tree
+from vitssl import errors, sizes, tree
 from vitssl.data import views
 from vitssl.methods import base
 from vitssl.methods.localmim import decoder as stage_decoder
@@ -51,6 +51,11 @@ class LocalMIM(base.Method):
     target: sections.Targets = sections.Targets()
     prefix: sections.Prefix = sections.Prefix()
     couples_batch = False
+
+    @staticmethod
+    def training_size(c) -> int:
+        """Return the side of training images of a config."""
+        return c.augment.size
 
     # Modules.
 
@@ -358,12 +363,8 @@ class LocalMIM(base.Method):
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
         depth, patch, size = self.model.depth, self.model.patch, self.augment.size
-        if size % patch:
-            below = size // patch * patch
-            yield (
-                f"augment.size={size}: must be a multiple of model.patch={patch}; "
-                f"nearest are {below} and {below + patch}"
-            )
+        if faults := list(sizes.faults(size, patch)):
+            yield f"augment.size={size}: {faults[0]}"
             return
         if not self.model.cls:
             yield "model.cls=False: the decoders attend to the class token"

@@ -43,6 +43,12 @@ class Parts(base.Method):
     affine: warps.Range = warps.Range()
     average: sections.Average = sections.Average()
     measures: partscores.Measures = partscores.Measures()
+    labelled = True
+
+    @staticmethod
+    def training_size(c) -> int:
+        """Return the side of training images of a config."""
+        return c.augment.size
 
     # Networks.
 
@@ -382,13 +388,8 @@ class Parts(base.Method):
     def _check_together(self) -> Iterator[str]:
         is_vit, p = isinstance(self.model, vit.ViT), self.parts
         size, group = self.augment.size, self.objective.presence_group
-        if is_vit and self.model.patch >= 1 and size % self.model.patch:
-            below = size // self.model.patch * self.model.patch
-            near = f"nearest are {below} and {below + self.model.patch}"
-            yield (
-                f"augment.size={size}: must be a multiple of model.patch="
-                f"{self.model.patch}; {near}"
-            )
+        for fault in self.model.check_image(size):
+            yield f"augment.size={size}: {fault}"
         if not is_vit and p.kind != "single_stage":
             yield f"parts.kind={p.kind}: convolutional models are single_stage only"
         if is_vit and not self.model.cls and p.kind != "single_stage":

@@ -13,6 +13,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
+from vitssl import sizes
 from vitssl.data import resolution as resolutions
 from vitssl.data import views
 from vitssl.methods import backbone, base
@@ -37,6 +38,12 @@ class SimCLR(base.Method):
     objective: sections.Objective = sections.Objective()
     resolution: resolutions.Resolution = resolutions.Resolution()
     couples_batch = True
+    rectangles = True
+
+    @staticmethod
+    def training_size(c) -> sizes.Size:
+        """Return the size of training images of a config."""
+        return c.augment.size
 
     @property
     def _sides(self) -> resolutions.Sides:
@@ -46,12 +53,12 @@ class SimCLR(base.Method):
         """Return the training transform."""
         return resolutions.sized(self.augment, self._sides)
 
-    def evaluation_transform(self, size: int) -> views.Warp:
+    def evaluation_transform(self, size: sizes.Size) -> views.Warp:
         """Return the transform of evaluation images."""
         return views.Warp(size)
 
-    def phase(self, step: int) -> int:
-        """Return the side of a step's images; each is compiled once."""
+    def phase(self, step: int) -> sizes.Size:
+        """Return the size of a step's images; each is compiled once."""
         return self._sides(step)
 
     def init(self, rng, batch):
@@ -104,7 +111,7 @@ class SimCLR(base.Method):
     def _coloured(self, key, image):
         """Return views with the colours the host left alone; spectra keep theirs."""
         planes = image[..., 3:]
-        recipe = self.augment.recipe(image.shape[2])
+        recipe = self.augment.recipe(image.shape[2:4])
         image = jitter.augment(key, image[..., :3], **recipe)
         return jnp.concatenate([image, planes], -1) if planes.shape[-1] else image
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from vitssl import sizes
 from vitssl.data import colour, crops, resample
 
 
@@ -14,16 +15,16 @@ class Views:
     """Config section `augment`: two random views of every image.
 
     Attributes:
-        size: side of a view, in pixels.
+        size: side of a view, or (height, width), in pixels.
         scale: least and largest share of the area.
-        ratio: least and largest width / height.
+        ratio: least and largest width / height of the crop; times that of `size`.
         flip: probability that a view is mirrored.
         jitter: brightness, contrast, saturation (factors in 1 +- x, not below 0) and
             hue (turn in +- x); the four in random order.
         jitter_prob, grayscale_prob, blur_prob: probabilities.
         blur_sigma: least and largest, in pixels.
         blur_kernel: odd width in pixels; 0: max(3, 2 (size // 20) + 1), about a tenth
-            of the side.
+            of the shorter side.
         interpolation: see `data.resample.resize`.
         colour: host: colours and blur are changed by OpenCV, here. device: views leave
             here as they are, and the method calls `ops.jitter` with `recipe`.
@@ -31,7 +32,7 @@ class Views:
     Source: Chen et al. 2020, arXiv:2002.05709, appendix A.
     """
 
-    size: int
+    size: sizes.Size
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -47,10 +48,10 @@ class Views:
     @property
     def kernel(self) -> int:
         """Return the width of the blur in pixels."""
-        return self.blur_kernel or max(3, 2 * (self.size // 20) + 1)
+        return self.blur_kernel or max(3, 2 * (min(sizes.pair(self.size)) // 20) + 1)
 
-    def recipe(self, size: int) -> dict:
-        """Return the keywords of `ops.jitter.augment` for views of a side."""
+    def recipe(self, size: sizes.Size) -> dict:
+        """Return the keywords of `ops.jitter.augment` for views of a size."""
         return dict(
             strength=1.0,
             prob=self.jitter_prob if any(self.jitter) else 0.0,
@@ -64,7 +65,7 @@ class Views:
 
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
-        if self.size < 1:
+        if min(sizes.pair(self.size)) < 1:
             yield f"size={self.size}: 1 or more pixels"
         low, high = self.scale
         if not 0 < low <= high <= 1:
@@ -84,15 +85,16 @@ class Views:
             yield f"interpolation={self.interpolation!r}: bilinear, bicubic or fast"
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Return {global uint8 [2, s, s, C], label, index int32 []}."""
+        """Return {global uint8 [2, h, w, C], label, index int32 []}."""
         views = np.stack([self.view(example["image"], rng) for _ in range(2)])
         numbers = {k: np.int32(example.get(k, -1)) for k in ("label", "index")}
         return numbers | {"global": views}
 
     def view(self, image, rng):
-        """Return one view [s, s, C] of an image uint8 [H, W, C]."""
-        box = crops.draw_box(rng, image.shape[:2], self.scale, self.ratio)
-        x = resample.resize(image, (self.size,) * 2, box, self.interpolation)
+        """Return one view [h, w, C] of an image uint8 [H, W, C]."""
+        ratio = crops.shaped(self.size, self.ratio)
+        box = crops.draw_box(rng, image.shape[:2], self.scale, ratio)
+        x = resample.resize(image, sizes.pair(self.size), box, self.interpolation)
         mirror, tint, grey, soft, where, pick, *u = rng.random(10).tolist()
         if mirror < self.flip:
             x = np.ascontiguousarray(x[:, ::-1])
