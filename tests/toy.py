@@ -45,6 +45,10 @@ class Toy(base.Method):
     def net(self):
         return Classifier(self.model, 10)
 
+    @staticmethod
+    def training_size(c):
+        return 16
+
     def transform(self):
         return keep
 

@@ -21,11 +21,10 @@ from collections.abc import Iterator, Sequence
 import flax.linen as nn
 import ml_collections
 
-from vitssl import errors
+from vitssl import errors, ranges
 
 # The one section that may be given as a whole, as a dict: its keys are a source's.
 OPEN = "data.options"
-_UNIONS = (types.UnionType, typing.Union)
 
 
 class Problems(list):
@@ -195,7 +194,7 @@ def section(cls, values, path: str, problems: Problems, **given):
             kwargs[key] = typed(annotation, values[key], where, problems)
         elif default is dataclasses.MISSING:
             where = _join(path, key)
-            problems.append(f"{where}: missing; want {describe(annotation)}")
+            problems.append(f"{where}: missing; want {ranges.describe(annotation)}")
     if len(problems) > before:
         return None
     built = cls(**{_field(key): value for key, value in kwargs.items()})
@@ -218,7 +217,7 @@ def schema(cls) -> dict:
 
     The default of a key that a config must have is `dataclasses.MISSING`.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     own = {}
     for f in dataclasses.fields(cls):
         if issubclass(cls, nn.Module) and f.name in ("parent", "name"):
@@ -243,7 +242,7 @@ def fill(c: ml_collections.ConfigDict, cls) -> None:
                 fill(c[key], annotation)
         elif key not in c and default is not dataclasses.MISSING:
             c[key] = default
-        elif key in c and _alone(annotation, c[key]):
+        elif key in c and ranges.is_one_of_several(annotation, c[key]):
             with c.ignore_type():
                 c[key] = (c[key],)
 
@@ -252,68 +251,10 @@ def typed(annotation, value, path, problems):
     """Return `value` as `annotation` wants it, or report it at `path`."""
     if dataclasses.is_dataclass(annotation):
         return section(annotation, value, path, problems)
-    if not fits(annotation, value):
-        problems.append(f"{path}={value!r}: want {describe(annotation)}")
+    if fault := ranges.fault(annotation, value):
+        problems.append(f"{path}={value!r}: {fault}")
         return value
-    return _convert(annotation, value)
-
-
-def fits(annotation, value) -> bool:
-    """Return whether a value is what an annotation wants, or becomes it."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return value in args and not isinstance(value, bool)
-    if origin in _UNIONS:
-        return any(fits(arg, value) for arg in args)
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            return _alone(annotation, value)
-        if len(args) == 2 and args[1] is Ellipsis:
-            return all(fits(args[0], v) for v in value)
-        return len(args) == len(value) and all(map(fits, args, value))
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is typing.Any:
-        return True
-    return isinstance(annotation, type) and isinstance(value, annotation)
-
-
-def _alone(annotation, value) -> bool:
-    """Return whether a value is no tuple, but could be all of the one wanted."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is not tuple or args[1:] != (Ellipsis,):
-        return False
-    return not isinstance(value, tuple | list) and fits(args[0], value)
-
-
-def _convert(annotation, value):
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in _UNIONS:
-        return _convert(next(arg for arg in args if fits(arg, value)), value)
-    if _alone(annotation, value):
-        value = (value,)
-    if origin is tuple:
-        each = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
-        return tuple(map(_convert, each, value))
-    return float(value) if annotation is float else value
-
-
-def describe(annotation) -> str:
-    """Return what a key of this type accepts, in words."""
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in _UNIONS:
-        return " or ".join(map(describe, args))
-    if origin is tuple:
-        if args[1:] == (Ellipsis,):
-            return f"a tuple of {describe(args[0])}"
-        return "a tuple (" + ", ".join(map(describe, args)) + ")"
-    if dataclasses.is_dataclass(annotation):
-        return f"a section with the keys {', '.join(schema(annotation))}"
-    return getattr(annotation, "__name__", str(annotation))
+    return ranges.convert(annotation, value)
 
 
 def choose(table: dict, name, path: str, problems: Problems):

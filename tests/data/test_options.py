@@ -9,7 +9,7 @@ from vitssl import config, errors
 from vitssl.data import sources
 from vitssl.run import experiment
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PARTS = f"{ROOT}/configs/parts.py"
 

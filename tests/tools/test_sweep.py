@@ -131,7 +131,7 @@ def test_sigterm_reaches_the_runs_and_the_sweep_exits_75(tmp_path, monkeypatch):
         'touch "$workdir/ready"; while :; do sleep 0.1; done\n',
     )
     code = (
-        "import sys; from vitssl import sweep, cli\n"
+        "import sys; from vitssl import cli; from vitssl.tools import sweep\n"
         f"sweep.RUN = {sweep.RUN!r}\n"
         f"sys.exit(cli.main(['sweep', {file!r}, '--workdir={tmp_path}/w', '--jobs=2']))"
     )

@@ -42,8 +42,7 @@ def check(settings, method) -> None:
 
 def reads(section: suite.Evals, method) -> bool:
     """Return whether any evaluation of a run reads images."""
-    own = hasattr(method, "outputs") or hasattr(method, "final_scores")
-    return bool(section.every_epochs or section.final or own)
+    return bool(section.every_epochs or section.final or method.scored)
 
 
 class Evaluation:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from vitssl import config, errors, sizes
+from vitssl import config, errors, ranges, sizes
 from vitssl.data import dataset, sources
 from vitssl.evals import suite
 from vitssl.methods import base
@@ -263,7 +263,7 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
         if key in c:
             sections[key] = _section(annotation, c[key], key, precision, problems)
         elif default is dataclasses.MISSING:
-            problems.append(f"{key}: missing; {config.describe(annotation)}")
+            problems.append(f"{key}: missing; {ranges.describe(annotation)}")
     problems.stop()
     experiment = Experiment(settings, sections, c)
     method = experiment.method(experiment.run())
@@ -288,11 +288,11 @@ def _follow(c, cls) -> None:
     except (AttributeError, TypeError, ValueError):
         return  # A key is missing or ill-typed, which is reported by its own name.
     for section in (c.get("evals"), c.get("model")):
-        if isinstance(section, ml_collections.ConfigDict) and config.fits(
+        if isinstance(section, ml_collections.ConfigDict) and not ranges.fault(
             sizes.Size, size
         ):
             patch = section.get("patch", 1)
-            if section.get("image_size") == 0 and config.fits(int, patch):
+            if section.get("image_size") == 0 and not ranges.fault(int, patch):
                 with section.ignore_type():
                     section.image_size = sizes.whole(size, max(1, patch))
 

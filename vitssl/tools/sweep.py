@@ -20,7 +20,7 @@ from vitssl.run import experiment
 from vitssl.tools import listing
 from vitssl.tools import workdir as read
 
-SBATCH = pathlib.Path(__file__).parents[1] / "launch" / "slurm.sbatch"
+SBATCH = pathlib.Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 RUN = (sys.executable, "-m", "vitssl.main")
 RESTARTS = 3  # A run that exits with 75 while the sweep goes on is started again.
 

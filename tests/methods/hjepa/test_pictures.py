@@ -9,7 +9,7 @@ from vitssl.methods.hjepa import pictures
 from vitssl.pictures import attention, features
 from vitssl.run import experiment
 
-RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "hjepa.py"
+RECIPE = pathlib.Path(__file__).parents[3] / "configs" / "hjepa.py"
 
 
 SMALL = (

@@ -10,7 +10,7 @@ from vitssl import main, tree
 from vitssl.optim import optimizer
 from vitssl.run import experiment
 
-PATH = str(pathlib.Path(__file__).parents[2] / "configs" / "parts.py")
+PATH = str(pathlib.Path(__file__).parents[3] / "configs" / "parts.py")
 
 
 def _method(name, classes, **run):
