@@ -104,7 +104,8 @@ class Experiment:
         """Return the experiment with `accumulate` for so many devices.
 
         Raises:
-            UsageError: the batch is no multiple of what the devices take at a time.
+            UsageError: the batch is no multiple of what the devices take at a time, or
+                the method cannot have it in such parts.
         """
         s = self.settings
         if not s.per_device:
@@ -117,8 +118,25 @@ class Experiment:
                 f"batch_size={s.batch_size} does not split into micro-batches of "
                 f"per_device={s.per_device} on {devices} device(s); set accumulate"
             )
-        settings = dataclasses.replace(s, accumulate=count)
+        found = self.accumulating(count)
+        config.Problems(found.faults()).stop()
+        return found
+
+    def accumulating(self, count: int) -> "Experiment":
+        """Return the experiment with so many micro-batches per step, unchecked."""
+        settings = dataclasses.replace(self.settings, accumulate=count)
         return dataclasses.replace(self, settings=settings)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what the sections, each fine by itself, cannot be together."""
+        s, method = self.settings, self.method(self.run())
+        yield from method.check()
+        yield from method.check_size(s.evals.image_size)
+        if s.accumulate > 1 and method.couples_batch:
+            yield (
+                f"accumulate={s.accumulate}: this loss compares the samples of a "
+                "batch; set accumulate=1"
+            )
 
     def method(self, run: base.Run) -> base.Method:
         """Return the method for a run whose length and data are known."""
@@ -140,6 +158,7 @@ class Experiment:
             std=s.data.std,
             dtype=s.precision,
             counts=counts,
+            accumulate=s.accumulate,
         )
 
 
@@ -252,14 +271,7 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
             problems.append(f"{key}: missing; {config.describe(annotation)}")
     problems.stop()
     experiment = Experiment(settings, sections, c)
-    method = experiment.method(experiment.run())
-    problems.extend(method.check())
-    problems.extend(method.check_size(settings.evals.image_size))
-    if settings.accumulate > 1 and method.couples_batch:
-        problems.append(
-            f"accumulate={settings.accumulate}: this loss compares the samples of a "
-            "batch; set accumulate=1"
-        )
+    problems.extend(experiment.faults())
     problems.stop()
     return experiment
 
