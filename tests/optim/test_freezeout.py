@@ -1,12 +1,20 @@
 """FreezeOut for any method: events, rates, and what the options mean."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import errors
+from configs import parts as config
+from tests import runs
+from tests.methods.parts import test_method as test_parts
+from vitssl import errors, tree
+from vitssl.methods import table
+from vitssl.models import vit
 from vitssl.optim import freezeout, optimizer
+from vitssl.run import build, experiment
 
 LAYERS = freezeout.vit_layers(3, "encoder/", (("head/.*", 3),))
 NAMES = (
@@ -158,30 +166,97 @@ def test_layers_of_another_depth_are_refused_with_names():
         _make(layers=freezeout.vit_layers(5, "encoder/"))
 
 
-def test_every_method_has_a_table_that_fits_its_parameters():
-    from tests.methods.classify import test_method
-    from tests.methods.hjepa import tiny
-    from tests.methods.localmim import test_method as test_localmim
+def _with_own_table(spec, *changes):
+    """Return what `build.build` makes of a config with FreezeOut over 100 steps."""
+    freeze = ("freeze.schedule=linear", "freeze.t_0=0.5", "steps=100")
+    freeze += ("optim.warmup_epochs=0.0",)
+    path = runs.ROOT / "configs" / spec
+    c = experiment.load(str(path), [*freeze, *changes])
+    return build.build(experiment.read(c))
 
-    jepa = tiny.method()
-    shapes = jax.eval_shape(lambda: tiny.batch(jepa))
-    for method, params in (
-        (jepa, jax.eval_shape(jepa.init, jax.random.key(0), shapes)[0]),
-        (test_method._method(), test_method._fresh(test_method._method())[0]),
-        (test_localmim._method(), test_localmim._fresh(test_localmim._method())[0]),
-    ):
-        made = optimizer.make(
-            optimizer.Optim(**ADAMW),
-            params,
-            total_steps=100,
-            steps_per_epoch=10,
-            batch_size=1,
-            freeze=freezeout.FreezeOut(
-                schedule="linear", t_0=0.5, layers=method.freeze_layers()
-            ),
-        )
-        assert made.plan.last == method.model.depth
-        first = made.frozen(99)
-        assert any("patch_embed" in k for k in first), type(method)
-        last = f"block_{method.model.depth - 1}/"
-        assert not any(last in k and "decoder" not in k for k in first)
+
+@pytest.mark.parametrize(
+    "spec, first, last",
+    [
+        ("hjepa.py:smoke", "encoder/patch_embed", "encoder/block_1"),
+        ("localmim.py:smoke", "encoder/patch_embed", "encoder/block_6"),
+        ("latent_mim.py:smoke", "encoder/patch_embed", "encoder/block_0"),
+        ("simclr_hvit.py:smoke", "encoder/patch_embed", "encoder/block_1"),
+        ("finetune_vit.py:smoke", "backbone/patch_embed", "backbone/block_1"),
+        ("finetune_hvit.py:infrared", "backbone/patch_embed", "backbone/spectral/norm"),
+        ("parts.py:smoke", "stage_1/backbone/patch_embed", "stage_2/backbone/block_0"),
+    ],
+)
+def test_every_method_has_a_table_that_fits_its_parameters(spec, first, last):
+    parts = _with_own_table(spec)
+    made = parts.optimizer
+    assert made.frozen(50) == frozenset()
+    early = {k for k in made.layers if made.layers[k] == 0}
+    assert made.frozen(51) == early and any(k.startswith(first) for k in early)
+    never = set(made.layers) - made.frozen(99)
+    assert any(k.startswith(last) for k in never)
+    assert made.plan.last == {made.layers[k] for k in never if last in k}.pop()
+
+
+def test_the_methods_of_that_test_are_all_there_are():
+    mark = test_every_method_has_a_table_that_fits_its_parameters.pytestmark[0]
+    files = {spec.split(":")[0] for spec, *_ in mark.args[1]}
+    folder = runs.ROOT / "configs"
+    named = {experiment.load(str(folder / f)).method for f in files}
+    assert named == set(table.METHODS)
+
+
+PARTS = {
+    "single_stage": ("stage_1", 1),
+    "baseline": ("stage_2", 1),
+    "given_mask": ("stage_2", 1),
+    "resnet": ("stage_1", 4),
+    "convnext": ("stage_1", 4),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_every_kind_of_part_discovery_has_a_table(kind):
+    stage, depth = PARTS[kind]
+    m = test_parts.method(**{**test_parts.KINDS[kind], "size": 48})
+    shapes = {"image": jax.ShapeDtypeStruct((1, 48, 48, 3), "uint8")}
+    params, _ = jax.eval_shape(m.init, jax.random.key(0), shapes)
+    made = optimizer.make(
+        optimizer.Optim(**ADAMW | dict(warmup_epochs=0.0)),
+        params,
+        total_steps=100,
+        steps_per_epoch=10,
+        batch_size=1,
+        freeze=freezeout.FreezeOut(
+            schedule="linear", t_0=0.5, layers=m.freeze_layers()
+        ),
+    )
+    assert made.plan.last == depth and -1 not in made.layers.values()
+    by_layer = [{k for k in made.layers if made.layers[k] == i} for i in range(5)]
+    assert made.frozen(51) == by_layer[0]
+    assert all(k.startswith(f"{stage}/backbone/") for k in made.frozen(99))
+    assert made.frozen(99) == set().union(*by_layer[:depth])
+
+
+def test_a_stage_that_is_frozen_from_the_start_stays_so_while_the_other_freezes():
+    rules = config.groups(scratch=10.0)
+    parts = _with_own_table(
+        "parts.py:smoke", "model.depth=2", f"optim.freeze={rules['freeze']!r}"
+    )
+    made = parts.optimizer
+    body = re.compile("stage_1/backbone/(patch_embed|block_|norm)")
+    first = {k for k in made.layers if body.match(k)}
+    assert made.frozen(0) == made.frozen(50) == first
+    stem = {"stage_2/backbone/patch_embed/kernel", "stage_2/backbone/patch_embed/bias"}
+    assert made.frozen(51) == first | stem
+    block = {k for k in made.layers if made.layers[k] == 1}
+    assert "stage_1/backbone/cls" in block  # Not of the optimizer's own rules.
+    assert made.frozen(99) == first | stem | block
+
+
+def test_a_vit_without_tokens_of_its_own_has_a_table():
+    bare = vit.ViT(8, 2, 2, 4, 16, cls=False, positions="sincos")
+    params = jax.eval_shape(bare.init, jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    names = tree.flat(params["params"])
+    found = tree.match(names, bare.freeze_layers(), what="layers")
+    assert set(found.values()) == {0, 1, 2}

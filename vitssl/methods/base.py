@@ -27,6 +27,7 @@ class Run:
         channels: channels of an image.
         mean, std: per-channel normalisation, in units of [0, 1] pixel values.
         counts: training images per class, () if not known.
+        accumulate: micro-batches of an optimizer step.
         dtype: compute dtype, "float32" or "bfloat16" (parameters are float32).
     """
 
@@ -39,6 +40,12 @@ class Run:
     std: tuple[float, ...]
     dtype: str = "float32"
     counts: tuple[int, ...] = ()
+    accumulate: int = 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Return how many images, over all devices, a loss sees at a time."""
+        return self.batch_size // self.accumulate
 
 
 class Method(abc.ABC):

@@ -97,6 +97,11 @@ class ConvNeXt(nn.Module):
         del size
         return iter(())
 
+    def freeze_layers(self, prefix: str = "") -> tuple:
+        """Return `FreezeOut.layers`: the stem 0, stage s of 0 to 3 layer s + 1."""
+        stages = tuple((rf"{prefix}stage{s}_.*", s + 1) for s in range(4))
+        return ((rf"{prefix}(stem|stem_norm)/.*", 0), *stages)
+
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
         yield from resnet.check_stages(self)

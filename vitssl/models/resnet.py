@@ -145,6 +145,11 @@ class ResNet(nn.Module):
         del size
         return iter(())
 
+    def freeze_layers(self, prefix: str = "") -> tuple:
+        """Return `FreezeOut.layers`: the stem 0, stage s of 1 to 4 layer s."""
+        stages = tuple((rf"{prefix}layer{s}_.*", s) for s in range(1, 5))
+        return ((rf"{prefix}(conv1|bn1)/.*", 0), *stages)
+
     def check(self) -> Iterator[str]:
         """Yield what is out of range."""
         yield from check_stages(self)

@@ -281,7 +281,8 @@ class ViT(nn.Module):
     def freeze_layers(self, prefix: str = "") -> tuple:
         """Return `FreezeOut.layers`; see `freezeout.vit_layers`."""
         last = ((rf"{prefix}norm/.*", self.depth),)
-        return freezeout.vit_layers(self.depth, prefix, last)
+        tokens = self.prefix > 0 or self._trained
+        return freezeout.vit_layers(self.depth, prefix, last, tokens)
 
     def check_channels(self, channels: int) -> Iterator[str]:
         """Yield why images of so many channels do not fit: all do."""

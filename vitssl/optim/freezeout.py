@@ -163,7 +163,9 @@ def annealed(j, span, peak):
     return 0.5 * peak * (1 + jnp.cos(jnp.pi * x))
 
 
-def vit_layers(depth: int, prefix: str = "", more: tuple = ()) -> tuple:
+def vit_layers(
+    depth: int, prefix: str = "", more: tuple = (), tokens: bool = True
+) -> tuple:
     """Return `FreezeOut.layers` of a ViT: patch embedding 0, block i layer i + 1.
 
     The class token, the registers and a trained position table go with block 0: they
@@ -173,11 +175,12 @@ def vit_layers(depth: int, prefix: str = "", more: tuple = ()) -> tuple:
         depth: number of blocks; the last layer, which never freezes, is `depth`.
         prefix: of the ViT's parameters, "encoder/".
         more: further ((pattern, index), ...), tried first: heads that end with a block.
+        tokens: False for a ViT that has neither tokens of its own nor a trained table.
     """
     blocks = tuple((rf"{prefix}block_{i}/.*", i + 1) for i in range(depth))
     start = ((rf"{prefix}patch_embed/.*", 0),)
-    tokens = ((rf"{prefix}(cls|registers|pos_embed)", 1),)
-    return (*more, *start, *tokens, *blocks)
+    own = ((rf"{prefix}(cls|registers|pos_embed)", 1),) if tokens else ()
+    return (*more, *start, *own, *blocks)
 
 
 def hvit_layers(depths: tuple[int, ...], prefix: str = "") -> tuple:

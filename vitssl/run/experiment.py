@@ -114,7 +114,8 @@ class Experiment:
         """Return the experiment with `accumulate` for so many devices.
 
         Raises:
-            UsageError: the batch is no multiple of what the devices take at a time.
+            UsageError: the batch is no multiple of what the devices take at a time, or
+                the method cannot have it in such parts.
         """
         s = self.settings
         if not s.per_device:
@@ -127,8 +128,28 @@ class Experiment:
                 f"batch_size={s.batch_size} does not split into micro-batches of "
                 f"per_device={s.per_device} on {devices} device(s); set accumulate"
             )
-        settings = dataclasses.replace(s, accumulate=count)
+        found = self.accumulating(count)
+        config.Problems(found.faults()).stop()
+        return found
+
+    def accumulating(self, count: int) -> "Experiment":
+        """Return the experiment with so many micro-batches per step, unchecked."""
+        settings = dataclasses.replace(self.settings, accumulate=count)
         return dataclasses.replace(self, settings=settings)
+
+    def faults(self) -> Iterator[str]:
+        """Yield what the sections, each fine by itself, cannot be together."""
+        s, method = self.settings, self.method(self.run())
+        found = list(method.check())
+        yield from found
+        # What is wrong with the training size is said by now, and by its own key.
+        if not found or s.evals.image_size != self.training_size:
+            yield from _size_faults(method, s)
+        if s.accumulate > 1 and method.couples_batch:
+            yield (
+                f"accumulate={s.accumulate}: this loss compares the samples of a "
+                "batch; set accumulate=1"
+            )
 
     def method(self, run: base.Run) -> base.Method:
         """Return the method for a run whose length and data are known."""
@@ -149,6 +170,7 @@ class Experiment:
             std=s.data.std,
             dtype=s.precision,
             counts=counts,
+            accumulate=s.accumulate,
         )
 
 
@@ -266,17 +288,7 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
             problems.append(f"{key}: missing; {ranges.describe(annotation)}")
     problems.stop()
     experiment = Experiment(settings, sections, c)
-    method = experiment.method(experiment.run())
-    problems.extend(method.check())
-    # What is wrong with the training size is said by now, and by its own key.
-    size = settings.evals.image_size
-    if not problems or size != experiment.training_size:
-        problems.extend(_size_faults(method, settings))
-    if settings.accumulate > 1 and method.couples_batch:
-        problems.append(
-            f"accumulate={settings.accumulate}: this loss compares the samples of a "
-            "batch; set accumulate=1"
-        )
+    problems.extend(experiment.faults())
     problems.stop()
     return experiment
 

@@ -210,12 +210,18 @@ def _fewer(parts, images: int):
         lower = min(images, rows // 2 or 1) * count
         yield f"  --config.batch_size={lower} (this loss cannot be accumulated)"
         return
+
+    def fits(k):
+        """Return whether the method can have its batch in k parts."""
+        return rows % k == 0 and not any(parts.experiment.accumulating(k).faults())
+
     if s.per_device:  # It decides how often to accumulate.
-        fewer = max((k for k in range(1, images + 1) if rows % k == 0), default=1)
+        sizes = (k for k in range(1, images + 1) if rows % k == 0 and fits(rows // k))
+        fewer = max(sizes, default=1)
         if fewer < s.per_device:
             yield f"  --config.per_device={fewer}: the same batch, less at a time"
         return
-    ways = [k for k in range(s.accumulate + 1, rows + 1) if rows % k == 0]
+    ways = [k for k in range(s.accumulate + 1, rows + 1) if fits(k)]
     fitting = [k for k in ways if rows // k <= images] or ways[-1:]
     if fitting:
         k = fitting[0]

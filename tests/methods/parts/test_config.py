@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from configs import parts as config
-from vitssl import main, tree
+from vitssl import errors, main, tree
 from vitssl.optim import optimizer
-from vitssl.run import experiment
+from vitssl.run import build, experiment, memory
 
 PATH = str(pathlib.Path(__file__).parents[3] / "configs" / "parts.py")
 
@@ -90,3 +90,23 @@ def test_mistakes_are_one_message(override, says, capsys, tmp_path):
     assert main.main(argv) == 2
     said = capsys.readouterr().err
     assert says in said and "Traceback" not in said
+
+
+def test_the_group_of_presence_is_checked_against_what_a_device_takes():
+    small = ["batch_size=48", "objective.presence_group=16"]
+    says = r"presence_group=16: does not divide a micro-batch of 24 .*; 8 does"
+    with pytest.raises(errors.UsageError, match=says):
+        experiment.read(experiment.load(PATH, [*small, "accumulate=2"]))
+    e = experiment.read(experiment.load(PATH, [*small, "per_device=24"]))
+    assert e.on(2).settings.accumulate == 1
+    with pytest.raises(errors.UsageError, match=says):
+        e.on(1)
+
+
+def test_memory_is_not_saved_by_parts_that_would_be_refused(monkeypatch):
+    small = ["batch_size=48", "objective.presence_group=12", "data.options.count=48"]
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    made = build.build(experiment.read(experiment.load(f"{PATH}:smoke", small)))
+    # Not in 3 parts of 16, nor in any of fewer than 12.
+    assert "--config.accumulate=4: " in "".join(memory._fewer(made, 16))
+    assert "--config.accumulate=4: " in "".join(memory._fewer(made, 2))

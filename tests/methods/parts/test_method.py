@@ -203,6 +203,23 @@ def test_accumulation_is_refused_where_the_batch_is_one():
     assert not method(objective=dict(presence_group=2)).couples_batch
     assert method(RESNET, parts=dict(kind="single_stage")).couples_batch
     assert not method(parts=dict(kind="baseline")).couples_batch
+    assert method(parts=dict(kind="baseline", pooling="aim")).couples_batch
+
+
+@pytest.mark.parametrize(
+    "batch, parts_, group, near",
+    [(48, 2, 16, 8), (48, 3, 16, 0), (16, 1, 16, 0), (8, 1, 16, 0), (16, 4, 16, 4)],
+)
+def test_a_micro_batch_must_split_into_groups(batch, parts_, group, near):
+    run = base.Run(10, 2, batch, 4, 3, (0.5,) * 3, (0.25,) * 3, accumulate=parts_)
+    lines = list(method(run=run, objective=dict(presence_group=group)).check())
+    want = (
+        f"objective.presence_group={group}: does not divide a micro-batch of "
+        f"{batch // parts_} (batch_size={batch}, accumulate={parts_}); {near} does"
+    )
+    assert lines == [want] * bool(near)
+    unused = method(run=run, objective=dict(presence_group=group, presence=0.0))
+    assert list(unused.check()) == []
 
 
 MISTAKES = [

@@ -41,6 +41,16 @@ def test_concentration_of_a_single_pixel_is_zero_and_grows_with_spread():
     assert objective.concentration(_one_hot(owner, 1)) > 0.001
 
 
+def test_a_part_that_is_nowhere_has_no_spread_and_a_finite_gradient():
+    owner = np.full((1, 40, 40), 2)
+    owner[0, 2, 3] = owner[0, 4, 3] = 0  # Part 1 is 0 everywhere.
+    maps = _one_hot(owner, 2)
+    value, grad = jax.value_and_grad(objective.concentration)(maps)
+    # Two patches, each one row from their centre.
+    np.testing.assert_allclose(value, 2 * (1 / 40) ** 2 / (2 * 1600), rtol=1e-5)
+    assert np.isfinite(grad).all()
+
+
 def test_presence_is_about_the_batch_and_a_group_makes_it_stricter():
     owner = np.full((4, 6, 6), 2)
     owner[0, :3, :3], owner[3, :3, :3] = 0, 1  # Each part in one image only.

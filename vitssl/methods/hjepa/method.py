@@ -25,7 +25,7 @@ from vitssl.methods.hjepa import objective as hjepa_losses
 from vitssl.methods.hjepa import pictures as hjepa_pictures
 from vitssl.models import patches, vit
 from vitssl.ops import jitter
-from vitssl.optim import freezeout, schedules
+from vitssl.optim import schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,8 +271,7 @@ class HJEPA(base.Method):
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the encoder's; predictor and levels never."""
-        last = ((r"encoder/norm/.*", self.model.depth),)
-        return freezeout.vit_layers(self.model.depth, "encoder/", last)
+        return self.model.freeze_layers("encoder/")
 
     def adopt(self, params, extra):
         """Return `extra` with targets that start as copies of loaded parameters."""

@@ -100,7 +100,7 @@ class Objective:
 
     @property
     def couples_batch(self):
-        """Whether the loss is more than a mean over images."""
+        """Whether the loss is more than a mean over tokens to predict."""
         return self.type not in PLAIN
 
     @property

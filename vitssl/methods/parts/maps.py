@@ -180,11 +180,11 @@ def pool(maps, z):
 
 
 def centroids(maps, eps=0.0):
-    """Return the centre of mass of every map, in patches: (rows, columns) [B, K+1]."""
-    mass = maps.sum((1, 2)) + eps
-    rows = jnp.arange(maps.shape[1], dtype=maps.dtype)
-    columns = jnp.arange(maps.shape[2], dtype=maps.dtype)
-    return (
-        jnp.einsum("bhwk,h->bk", maps, rows) / mass,
-        jnp.einsum("bhwk,w->bk", maps, columns) / mass,
-    )
+    """Return the centre of mass of every map, in patches: (rows, columns) [B, K+1].
+
+    The mass, to which eps is added, has no gradient, as in the original.
+    """
+    mass = jax.lax.stop_gradient(maps.sum((1, 2))) + eps
+    rows = jnp.arange(maps.shape[1], dtype=maps.dtype)[:, None, None]
+    columns = jnp.arange(maps.shape[2], dtype=maps.dtype)[:, None]
+    return (maps * rows).sum((1, 2)) / mass, (maps * columns).sum((1, 2)) / mass

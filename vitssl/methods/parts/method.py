@@ -10,6 +10,7 @@ arXiv:2407.04538 (PDiscoFormer); code ananthu-aniraj/ifam@bc8eeae.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import einops
@@ -107,8 +108,9 @@ class Parts(base.Method):
         if not isinstance(self.model, vit.ViT):
             return True
         o = self.objective
-        whole = o.presence > 0 and o.presence_group == 0
-        return self.parts.finds_parts and whole
+        if not self.parts.finds_parts:
+            return self.parts.pooling == "aim"  # It normalises over the batch.
+        return o.presence > 0 and o.presence_group == 0
 
     def transform(self) -> views.Training:
         """Return the training transform."""
@@ -238,6 +240,17 @@ class Parts(base.Method):
         if not self.average.decay:
             return extra
         return extra | {"average": tree.copy(params)}
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: of the backbone of either stage, in step.
+
+        What follows a backbone goes with its last layer, which never freezes.
+        """
+        stages = {"two_stage": (1, 2), "single_stage": (1,)}.get(self.parts.kind, (2,))
+        each = (self.model.freeze_layers(f"stage_{s}/backbone/") for s in stages)
+        layers = sum(each, ())
+        last = max(index for _, index in layers)
+        return (*layers, ("stage_[12]/(head|fc_norm|pool)/.*", last))
 
     def features(self, params, extra, image):
         """Return the features of images [B, H, W, C].
@@ -387,7 +400,7 @@ class Parts(base.Method):
 
     def _check_together(self) -> Iterator[str]:
         is_vit, p = isinstance(self.model, vit.ViT), self.parts
-        size, group = self.augment.size, self.objective.presence_group
+        size = self.augment.size
         for fault in self.model.check_image(size):
             yield f"augment.size={size}: {fault}"
         if not is_vit and p.kind != "single_stage":
@@ -402,7 +415,13 @@ class Parts(base.Method):
                 yield f"measures.{key}: parts.kind={p.kind} finds no parts"
         if self.measures.backgrounds and self._masked:
             yield f"measures.backgrounds: has no masks for parts.kind={p.kind}"
-        batch = self.run.batch_size
-        if p.finds_parts and self.objective.presence and 0 < group < batch:
-            if batch % group:
-                yield f"objective.presence_group={group}: does not divide {batch=}"
+        group, run = self.objective.presence_group, self.run
+        # A group beyond the batch is the batch; in parts that would be another loss.
+        least = 1 if run.accumulate > 1 else group
+        if p.finds_parts and self.objective.presence and group:
+            if run.micro_batch % group and run.micro_batch >= least:
+                yield (
+                    f"objective.presence_group={group}: does not divide a micro-batch "
+                    f"of {run.micro_batch} (batch_size={run.batch_size}, accumulate="
+                    f"{run.accumulate}); {math.gcd(group, run.micro_batch)} does"
+                )

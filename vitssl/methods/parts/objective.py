@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import errors
+from vitssl.methods.parts import maps as partmaps
 
 Presence = Literal["original", "soft_constraint", "tanh", "soft_tanh"]
 Background = Literal["enforced_presence", "log", "linear", "mse"]
@@ -60,9 +61,9 @@ def concentration(maps):
     h, w = parts.shape[1:3]
     y = jnp.arange(h, dtype=parts.dtype)[:, None, None]  # [h, 1, 1]
     x = jnp.arange(w, dtype=parts.dtype)[:, None]  # [w, 1]
-    mass = jax.lax.stop_gradient(parts.sum((1, 2), keepdims=True))
-    rows = (parts * y).sum((1, 2), keepdims=True) / mass  # [B, 1, 1, K]
-    columns = (parts * x).sum((1, 2), keepdims=True) / mass
+    # A map may be 0 everywhere; h / eps must not leave float32.
+    centres = partmaps.centroids(parts, eps=1e-30)
+    rows, columns = (c[:, None, None] for c in centres)  # [B, 1, 1, K]
     spread = jnp.square((rows - y) / w) + jnp.square((columns - x) / h)
     return (parts * spread).mean()
 
