@@ -4,7 +4,9 @@ __version__ = "0.1.0"
 
 
 def load(path, **options):
-    """Return a callable from images to features; see `vitssl.run.opened.load`."""
-    from vitssl.run import opened  # Not on import: the command line starts in no time.
+    """Return a callable from images to features; see `vitssl.run.inference.load`."""
+    from vitssl.run import (
+        inference,  # Not on import: the command line starts in no time.
+    )
 
-    return opened.load(path, **options)
+    return inference.load(path, **options)

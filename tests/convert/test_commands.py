@@ -18,7 +18,7 @@ from vitssl.convert import __main__ as command
 from vitssl.convert import backbone, exporter, importer, positions
 from vitssl.convert import safetensors as ours
 from vitssl.data import views
-from vitssl.run import opened, warmstart
+from vitssl.run import inference, warmstart
 from vitssl.tools import extract
 
 
@@ -135,7 +135,7 @@ def test_load_refuses_images_and_options_that_do_not_fit(weights):
             vitssl.load(folder, **options)
     headless = published.network(cls=False, pool="mean")
     with pytest.raises(errors.UsageError, match="no class token"):
-        opened.of_backbone(headless, pool="cls")
+        inference.of_backbone(headless, pool="cls")
 
 
 def test_load_at_another_size_resamples_by_the_rule(weights):

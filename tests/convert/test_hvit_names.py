@@ -10,7 +10,7 @@ from vitssl import convert, errors, tree
 from vitssl.convert import backbone, exporter, family, hvit_names, importer, reader
 from vitssl.methods.classify import streams
 from vitssl.models import hvit
-from vitssl.run import opened, warmstart
+from vitssl.run import inference, warmstart
 
 SIZE = dict(width=8, depths=(1, 2), heads=(2, 4), patch=4, image_size=16)
 BOTH = dict(spectral_channels=2, spectral_width=4, dfca_heads=4)
@@ -174,13 +174,13 @@ def test_an_import_fills_a_method_and_gives_features(tmp_path):
     filled = warmstart.load(spec, mine)
     want = state["classifier_head_norm.weight"]
     np.testing.assert_array_equal(filled["head"]["norm"]["scale"], want)
-    loaded = opened.load(tmp_path / "ours")
+    loaded = inference.load(tmp_path / "ours")
     pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     got = loaded(pixels)
     out = net.apply({"params": filled["backbone"]}, pixels)
     np.testing.assert_allclose(got["pooled"], out["pooled"], atol=1e-5)
     with pytest.raises(errors.UsageError, match="there is no class token"):
-        opened.load(tmp_path / "ours", pool="cls")
+        inference.load(tmp_path / "ours", pool="cls")
 
 
 @pytest.mark.parametrize("layout", ["timm", "hf", "bigvision"])

@@ -14,7 +14,7 @@ import pytest
 import vitssl
 from vitssl import errors
 from vitssl.convert import backbone, exporter, family, importer, reader
-from vitssl.run import opened
+from vitssl.run import inference
 
 pytestmark = pytest.mark.torch
 
@@ -269,4 +269,4 @@ def test_features_of_an_export_are_those_of_the_notebook(tmp_path):
         theirs = again.forward_head(again.forward_features(x), pre_logits=True)
     _close(pooled, theirs.numpy())
     assert json.dumps(recipe)  # The recipe is data, so a card can print it.
-    assert opened.NAMES == ("pooled", "tokens")
+    assert inference.NAMES == ("pooled", "tokens")

@@ -88,14 +88,15 @@ def _import(flags) -> int:
 
 
 def _export(flags) -> int:
-    from vitssl.convert import backbone, exporter, runs
+    from vitssl.convert import backbone, exporter
+    from vitssl.run import opened
 
     if backbone.is_backbone(flags.weights):
         if flags.part:
             raise errors.UsageError(f"--part={flags.part}: only runs have parts")
         found = backbone.read(flags.weights)
     else:
-        found = runs.read(flags.weights, flags.part)
+        found = opened.past(flags.weights).encoder(flags.part)
     file = exporter.write(found, flags.to, flags.layout)
     print(f"{file}: layout {flags.layout}, card {file.with_suffix('.md')}")
     print(file.with_suffix(".md").read_text().split("```python\n")[1].split("```")[0])

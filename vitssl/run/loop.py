@@ -25,6 +25,7 @@ from vitssl.run import (
     log,
     memory,
     notes,
+    opened,
     phases,
     step,
     warmstart,
@@ -97,8 +98,9 @@ def _run(parts, workdir, name, saves, signals, stack) -> dict:
         )
         logger.info("resuming after step %d of %d", at, run_.total_steps)
     elif s.init.from_:
-        warmstart.check_classes(s.init, parts.source.classes, state.params)
-        params = warmstart.load(s.init, state.params)
+        past = opened.past(s.init.from_)
+        warmstart.check_classes(s.init, past, parts.source.classes, state.params)
+        params = warmstart.load(s.init, past, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)
     watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))

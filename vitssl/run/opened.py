@@ -1,326 +1,272 @@
-"""Features of images from trained weights: in a notebook, for a folder, as a program.
+"""The one door to what was trained before: a run, one of its checkpoints, an import.
 
-import vitssl
-features = vitssl.load("runs/hjepa-demo")      # or weights of vitssl.convert
-features(images)["pooled"]                      # images: uint8 [B, H, W, C]
-
-vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
-vitssl extract WEIGHTS --program=FOLDER
+past("runs/hjepa")                  a run's newest checkpoint, also runs/hjepa@last
+past("runs/hjepa@best")             its best by `checkpoint.best`
+past("runs/hjepa@1200")             also runs/hjepa/checkpoints/1200
+past("weights")                     a file or folder that vitssl convert wrote
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
-import einops
 import jax
-import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
-from vitssl import errors, sizes, tree
-from vitssl.convert import backbone, positions, runs, safetensors
-from vitssl.models import hybrid_vit, patches, upsample, vit
-from vitssl.run import warmstart
+from vitssl import config, errors, tree
+from vitssl.convert import backbone
+from vitssl.run import build, checkpoint, experiment
 
-NAMES = ("pooled", "tokens")
-UPSAMPLINGS = ("shift", "bilinear", "nearest")  # Those that need no training.
+AVERAGES = ("ema/", "average/")  # Where methods keep averages of all parameters.
+FORMS = "want WORKDIR, WORKDIR@best, @last or @STEP, or WORKDIR/checkpoints/STEP"
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
-    """A function from images to features, with its weights.
+class Past:
+    """Weights on disk; nothing of them is read before it is asked for.
 
     Attributes:
-        apply: (state, image) -> {"pooled": [B, D], "tokens": [B, N, D], ...}.
-        state: pytree of the weights.
-        image_size: side, or (height, width), in pixels that the weights were trained
-            for; other sizes that the patch divides work too, each compiled once.
-        channels: of an image.
-        mean, std: normalisation of pixels in [0, 1].
-        name: what the weights are called.
+        path: as it was given.
+        directory: the `checkpoints` folder of a run; None of an import.
+        step: of the checkpoint.
     """
 
-    apply: Callable[[Any, Any], dict]
-    state: Any
-    image_size: sizes.Size
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    name: str = ""
+    path: str
+    directory: pathlib.Path | None = None
+    step: int = 0
 
-    def __call__(self, images) -> dict[str, jax.Array]:
-        """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
+    @property
+    def imported(self) -> bool:
+        """Return whether these are weights of `vitssl convert`, not of a run."""
+        return self.directory is None
 
-        Args:
-            images: [B, H, W, C], uint8 pixels or float32 already normalised; of a
-                method that reads several arrays a dict of them, see its `features`.
+    @property
+    def workdir(self) -> pathlib.Path:
+        """Return the workdir of the run."""
+        return self.directory.parent
+
+    @property
+    def name(self) -> str:
+        """Return what to call the weights: "hjepa, step 1200"."""
+        return f"{self.workdir.name}, step {self.step}"
+
+    @functools.cached_property
+    def experiment(self) -> experiment.Experiment:
+        """Return the checked config of the run.
 
         Raises:
-            UsageError: another rank, dtype or number of channels.
+            CheckpointError: there is none.
         """
-        if isinstance(images, dict):
-            found = _compiled(self.apply)(self.state, images)
-            return {name: found[name] for name in NAMES}
-        images = np.asarray(images) if not hasattr(images, "dtype") else images
-        if images.ndim != 4 or images.shape[-1] != self.channels:
-            raise errors.UsageError(
-                f"images {tuple(images.shape)}: want [B, H, W, {self.channels}]"
+        file = self.workdir / "config.json"
+        if not file.is_file():
+            raise errors.CheckpointError(
+                f"{file}: missing; it says what the weights are of"
             )
-        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise errors.UsageError(
-                f"images are {images.dtype}: want uint8 pixels, or floats normalised "
-                "by mean and std"
+        return experiment.read(config.from_json(file.read_text()))
+
+    @functools.cached_property
+    def meta(self) -> dict:
+        """Return the json beside the state: classes, metrics, versions."""
+        return checkpoint.read_meta(self.directory, self.step)
+
+    @functools.cached_property
+    def backbone(self) -> backbone.Backbone:
+        """Return what an import holds."""
+        return backbone.read(self.path)
+
+    def trees(self, *keys: str) -> dict:
+        """Return {key: {name: numpy array}} of a run's "params" and "extra"."""
+        state = self.directory.resolve() / str(self.step) / "state"
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            everything = reader.metadata(state).item_metadata.tree
+            stored = {key: everything[key] for key in keys if everything.get(key)}
+            one = ocp.RestoreArgs(restore_type=np.ndarray)
+            want = jax.tree.map(lambda _: one, stored)
+            restored = reader.restore(
+                state,
+                args=ocp.args.PyTreeRestore(
+                    item=stored, restore_args=want, partial_restore=True
+                ),
             )
-        found = _compiled(self.apply)(self.state, images)
-        return {name: found[name] for name in NAMES}
+        return {key: tree.flat(restored[key]) if key in stored else {} for key in keys}
 
+    def params(self, part: str = "params") -> dict[str, np.ndarray]:
+        """Return {name: array} of all parameters.
 
-@functools.cache
-def _compiled(apply):
-    return jax.jit(apply)
+        Args:
+            part: "params" as trained; "ema" their average; "target" the parameters with
+                the averaged encoder in the encoder's place.
 
+        Raises:
+            UsageError: the run keeps no such part.
+        """
+        if self.imported:
+            if part != "params":
+                raise errors.UsageError(f"{self.path}: an import has no part {part!r}")
+            return dict(self.backbone.leaves)
+        stored = self.trees("params", "extra")
+        params, extra = stored["params"], stored["extra"]
+        average = {k: v for p in AVERAGES for k, v in _under(extra, p).items()}
+        target = {f"encoder/{k}": x for k, x in _under(extra, "target/").items()}
+        target |= {f"levels/{k}": x for k, x in _under(extra, "target_levels/").items()}
+        kept = {"params": params, "ema": average, "target": target}
+        if not kept.get(part):
+            has = ", ".join(name for name, leaves in kept.items() if leaves)
+            raise errors.UsageError(f"{self.path}: no part {part!r}; the run has {has}")
+        return params | kept[part]
 
-def load(
-    path,
-    *,
-    part: str = "",
-    pool: str = "",
-    image_size: int = 0,
-    output_patch: int = 0,
-    upsampling: str = "shift",
-) -> Features:
-    """Return the features of weights on disk.
+    def state(self):
+        """Return (`build.Parts`, state) to go on with; opens the run's data."""
+        parts = build.build(self.experiment)
+        target = build.restore_target(parts)(self.step)
+        return parts, checkpoint.read(self.directory, self.step, target)[0]
 
-    Args:
-        path: a run's workdir, one checkpoint of it, or converted weights.
-        part: of a run: "" = what its evaluations use; "target" or "encoder" = that
-            encoder alone, without what the method puts on top.
-        pool: "cls" or "mean"; "" = what the weights' family uses. Of a run: needs
-            `part`.
-        image_size: of converted weights: resample the position table for it.
-        output_patch: "tokens" are those of patches of this side, a divisor of the
-            ViT's own: [B, (H / q) (W / q), D], row by row; 0 = its own. Of a run: of
-            its encoder alone.
-        upsampling: how: "shift" (no training, real features at every place, the cost
-            of (p / q)^2 forward passes), "bilinear" or "nearest".
+    def encoder(self, part: str = "") -> backbone.Backbone:
+        """Return the encoder of a run.
 
-    Raises:
-        CheckpointError: nothing there, damaged, or of another format.
-        UsageError: an option does not fit the weights.
-    """
-    path = pathlib.Path(path)
-    if backbone.is_backbone(path):
-        found = backbone.read(path)
-    elif part or output_patch:
-        found = runs.read(path, part)
-    else:
-        return _of_run(path)
-    features = of_backbone(found, pool=pool, image_size=image_size)
-    if not output_patch:
-        return features
-    apply = _finer(features.apply, output_patch, upsampling, features.channels)
-    return dataclasses.replace(features, apply=apply)
+        Of a method that is more than an encoder of `models.MODELS` (part discovery,
+        latent masked modelling) all parameters come, under their own names.
 
+        Args:
+            part: "target" (the averaged encoder), "encoder" or "ema" (of a classifier);
+                "" = the target where there is one, else the encoder, which is what the
+                run's own evaluations use.
 
-def _finer(encode, q, mode, channels):
-    """Return the function of a ViT with tokens of another patch size."""
-    module = encode.module
-    if not isinstance(module, vit.ViT):
-        name = type(module).__name__
-        raise errors.UsageError(f"output_patch={q}: needs a ViT, not {name}")
-    if mode not in UPSAMPLINGS:
-        known = ", ".join(UPSAMPLINGS)
-        raise errors.UsageError(f"upsampling={mode}: one of {known}")
-    if faults := list(upsample.faults(module.patch, q)):
-        raise errors.UsageError(f"output_patch={q}: {faults[0]}")
-    net = hybrid_vit.HybridViT(module, module.patch, q, mode, channels=channels)
-    return _EncodeFiner(net, encode.mean, encode.std, encode.pool)
-
-
-def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
-    """Return the features of a converted network; see `load`.
-
-    Raises:
-        UsageError: the pool asked for does not exist, or the patch does not divide
-            the image size.
-    """
-    about, module = found.about, found.module()
-    pool = pool or about.pool
-    known = [name for name in ("cls", "mean") if name in module.poolings]
-    if pool not in known:
-        more = "" if "cls" in known else " (there is no class token)"
-        raise errors.UsageError(f"pool={pool}: {' or '.join(known)}{more}")
-    if image_size and image_size != module.image_size:
-        found, module = _resized(found, image_size)
-    params = found.encoder()
-    kernels = [k for k in found.leaves if k.endswith("patch_embed/kernel")]
-    return Features(
-        _Encode(module, about.mean, about.std, pool),
-        jax.device_put(params),
-        module.image_size,
-        sum(found.leaves[k].shape[2] for k in kernels),
-        about.mean,
-        about.std,
-        about.source,
-    )
-
-
-def _resized(found, size):
-    """Return (backbone, module) with the position tables for another image size."""
-    module = found.module()
-    if size % module.patch:
-        raise errors.UsageError(
-            f"image_size={size}: must be a multiple of the patch, {module.patch}"
+        Raises:
+            UsageError: there is no such part.
+        """
+        checked, stored = self.experiment, self.trees("params", "extra")
+        parts = _encoders(stored) if "model" in checked.config else {}
+        if part and part not in parts:
+            has = ", ".join(parts) or "none: it is exported whole"
+            raise errors.UsageError(f"--part={part}: the run has {has}")
+        about = backbone.About(
+            model={},
+            mean=checked.settings.data.mean,
+            std=checked.settings.data.std,
+            pool="mean",
+            source=self.name,
+            config=json.loads(config.to_json(checked.config)),
+            metrics=_scores(self.workdir),
         )
-    leaves, side = dict(found.leaves), size // module.patch
-    first = int(module.cls and module.class_position)
-    for name in [name for name in leaves if name.endswith("pos_embed")]:
-        leaves[name] = positions.resample(leaves[name], first, side, found.about.rule)
-    model = dict(found.about.model) | {"image_size": size}
-    about = dataclasses.replace(found.about, model=model)
-    found = backbone.Backbone(about, leaves)
-    return found, found.module()
+        if not parts:
+            return backbone.Backbone(about, _whole(stored))
+        chosen = part or next(iter(parts))
+        leaves = {f"encoder/{name}": leaf for name, leaf in parts[chosen].items()}
+        model = {"name": "vit"} | checked.config.model.to_dict()
+        about = dataclasses.replace(about, model=model)
+        if checked.settings.method == "classify":
+            trained = stored["extra"] if chosen == "ema" else stored["params"]
+            prefix = "ema/head/" if chosen == "ema" else "head/"
+            head = {f"head/{k}": x for k, x in _under(trained, prefix).items()}
+            about, head = _classifier(about, head, checked.config, stored["extra"])
+            leaves |= head
+        return backbone.Backbone(about, leaves)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Encode:
-    """(params, image) -> features of a backbone of `models.MODELS`."""
-
-    module: Any
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pool: str
-
-    def __call__(self, params, image) -> dict:
-        """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
-        x = patches.normalise(image, self.mean, self.std)
-        found = self.module.apply({"params": params}, x, method="features")
-        return {"pooled": found[self.pool], "tokens": found["tokens"]}
-
-
-@dataclasses.dataclass(frozen=True)
-class _EncodeFiner:
-    """(params, image) -> features of a ViT with more tokens than it processes."""
-
-    net: hybrid_vit.HybridViT
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pool: str
-
-    def __call__(self, params, image) -> dict:
-        """Return pooled [B, D] and tokens [B, (H / q) (W / q), D] of [B, H, W, C]."""
-        x = patches.normalise(image, self.mean, self.std)
-        dense = self.net.apply({"vit": params}, x)
-        coarse = dense.tokens_p.astype(jnp.float32).mean((1, 2))
-        pooled = dense.prefix[:, 0] if self.pool == "cls" else coarse
-        tokens = einops.rearrange(dense.features_q, "b h w d -> b (h w) d")
-        return {"pooled": pooled, "tokens": tokens.astype(jnp.float32)}
-
-
-def _of_run(path) -> Features:
-    """Return the features that a run's own evaluations use."""
-    checked, _ = runs.open_run(path)
-    method = checked.method(checked.run())
-    stored = warmstart.read_trees(path, ("params", "extra"))
-    state = tuple(tree.nest(stored[key]) for key in ("params", "extra"))
-    data = checked.settings.data
-    size = getattr(checked.settings.evals, "image_size", 0)
-    return Features(
-        _Method(method),
-        jax.device_put(state),
-        size,
-        data.channels,
-        data.mean,
-        data.std,
-        str(path),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Method:
-    """((params, extra), image) -> features of a method."""
-
-    method: Any
-
-    def __call__(self, state, image) -> dict:
-        """Return pooled [B, D] and tokens [B, N, D] of images [B, H, W, C]."""
-        found = self.method.features(*state, image)
-        return {name: found[name] for name in NAMES}
-
-
-def export_program(
-    features: Features, to, *, platforms=("cpu", "cuda"), batch="b"
-) -> pathlib.Path:
-    """Write the feature function as a program that runs without this package.
-
-    FOLDER/features.jax is compiled for any batch size on every platform, FOLDER/
-    weights.safetensors its argument, README.md the lines that run it.
-
-    Args:
-        features: of `load`.
-        to: the folder.
-        platforms: of `jax.export`.
-        batch: name of the symbolic batch size, or a number for a fixed one.
-
-    Returns:
-        The folder.
+def past(path) -> Past:
+    """Return what is at `path`; see the module for its forms.
 
     Raises:
-        UsageError: the weights say no image size, or the method's features cannot
-            be traced for a batch of any size.
+        CheckpointError: nothing there that is complete, or no such step.
     """
-    if not features.image_size:
-        raise errors.UsageError("program: give --image_size=N, the weights have none")
-    # A run's state is a pair of trees; a file holds arrays by name.
-    found, structure = jax.tree_util.tree_flatten_with_path(features.state)
-    names = [_name(path) for path, _ in found]
-    leaves = {n: np.asarray(x) for n, (_, x) in zip(names, found, strict=True)}
-
-    def run(weights, images):
-        state = jax.tree.unflatten(structure, [weights[name] for name in names])
-        made = features.apply(state, images)
-        return {name: made[name] for name in NAMES}
-
-    (size,) = jax.export.symbolic_shape(str(batch))
-    shape = (*sizes.pair(features.image_size), features.channels)
-    image = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
-    weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
-    try:
-        made = jax.export.export(jax.jit(run), platforms=platforms)(weights, image)
-    except (TypeError, jax.errors.InconclusiveDimensionOperation) as e:
-        raise errors.UsageError(
-            f"program: this method wants to know its batch size ({e}); give --batch=N, "
-            "or --part=target or encoder for the encoder alone"
-        ) from e
-    folder = pathlib.Path(to)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "features.jax").write_bytes(bytes(made.serialize()))
-    safetensors.write(folder / "weights.safetensors", leaves)
-    shape = [str(batch), *shape]
-    about = dict(images=shape, dtype="uint8", platforms=list(platforms), outputs=NAMES)
-    (folder / "program.json").write_text(json.dumps(about, indent=1))
-    (folder / "README.md").write_text(_PROGRAM.format(shape=", ".join(map(str, shape))))
-    return folder
+    if backbone.is_backbone(path):
+        return Past(str(path))
+    text = str(path)
+    head, at, which = text.rpartition("@")
+    if not at or pathlib.Path(text).exists():
+        head, which = text, "last"
+    folder = pathlib.Path(head)
+    if folder.name.isdigit() and (folder / checkpoint.MANIFEST).exists():
+        return Past(text, folder.parent, int(folder.name))
+    directory = folder / "checkpoints"
+    steps = checkpoint.sealed_steps(directory)
+    if not steps:
+        raise errors.CheckpointError(f"{path}: no complete checkpoint; {FORMS}")
+    if which == "last":
+        return Past(text, directory, steps[-1])
+    if which == "best":
+        return Past(text, directory, best_step(directory, steps))
+    if not which.isdigit() or int(which) not in steps:
+        there = ", ".join(map(str, steps))
+        raise errors.CheckpointError(f"{path}: no such step; there is {there}; {FORMS}")
+    return Past(text, directory, int(which))
 
 
-def _name(path) -> str:
-    """Return the name of a leaf: keys of dicts and places in tuples, by slashes."""
-    return "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+def best_step(directory, steps) -> int:
+    """Return the step with the best `checkpoint.best`; the newest of equal ones.
+
+    Raises:
+        CheckpointError: no checkpoint has a score.
+    """
+    key = Past("", pathlib.Path(directory)).experiment.settings.checkpoint
+    found = {}
+    for step in steps:
+        scores = checkpoint.read_meta(directory, step).get("metrics", {})
+        if key.best in scores:
+            found[step] = key.sign * scores[key.best]
+    if not found:
+        raise errors.CheckpointError(
+            f"{directory}: no checkpoint has a score {key.best!r} (checkpoint.best); "
+            "use @last"
+        )
+    return max(found, key=lambda step: (found[step], step))
 
 
-_PROGRAM = """\
-# Features as a program
+def _encoders(stored) -> dict:
+    """Return {part: leaves of an encoder}, what evaluations use first."""
+    parts = {
+        "target": _under(stored["extra"], "target/"),
+        "encoder": _under(stored["params"], "encoder/")
+        or _under(stored["params"], "backbone/"),
+        "ema": _under(stored["extra"], "ema/backbone/"),
+    }
+    return {name: leaves for name, leaves in parts.items() if leaves}
 
-Needs jax and safetensors, nothing else:
 
-```python
-import jax, safetensors.numpy
-program = jax.export.deserialize(bytearray(open("features.jax", "rb").read()))
-weights = safetensors.numpy.load_file("weights.safetensors")
-found = program.call(weights, images)  # uint8 [{shape}]
-found["pooled"], found["tokens"]
-```
-"""
+def _whole(stored) -> dict:
+    """Return all parameters; averaged ones, and those of a target, where there are."""
+    average = _under(stored["extra"], "average/")
+    target = {k: x for k, x in stored["extra"].items() if k.startswith("target/")}
+    return stored["params"] | average | target
+
+
+def _classifier(about, head, settings, extra):
+    """Return (about, head) of a classifier: no head where other codes have none alike.
+
+    A linear layer after the encoder's norm is one; HViT's has a norm of its own.
+    """
+    pool, hvit = settings.head.pool, about.model["name"] == "hvit"
+    about = dataclasses.replace(about, pool="cls" if pool == "cls" else "mean")
+    plain = ("mean_norm",) if hvit else ("cls", "mean")
+    if "stats/mean" not in extra and pool in plain:
+        return about, head
+    why = "batch normalisation" if "stats/mean" in extra else f"head.pool={pool}"
+    note = f"the classifier is left out: {why} has no place in other layouts"
+    return dataclasses.replace(about, notes=(note,)), {}
+
+
+def _under(leaves, prefix) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix(prefix): leaf
+        for name, leaf in leaves.items()
+        if name.startswith(prefix)
+    }
+
+
+def _scores(workdir) -> dict:
+    """Return the last top-1 accuracies in metrics.jsonl, baselines included."""
+    file, found = workdir / "metrics.jsonl", {}
+    if not file.is_file():
+        return found
+    for line in file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # A line that a killed run did not finish.
+            continue
+        for key, value in row.items():
+            if key.endswith("/top1"):
+                found[key] = round(value, 4)
+    return found

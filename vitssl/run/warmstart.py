@@ -3,17 +3,15 @@
 import dataclasses
 import itertools
 import logging
-import pathlib
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from vitssl import errors, tree
-from vitssl.convert import backbone, positions
-from vitssl.run import checkpoint
+from vitssl.convert import positions
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +21,9 @@ class Init:
     """Config section `init`.
 
     Attributes:
-        from_: key `from`: "" (random weights), a workdir, WORKDIR/checkpoints/STEP, or
-            weights that `python -m vitssl.convert import` wrote (folder or file).
+        from_: key `from`: "" (random weights), or any form of `opened.past`: WORKDIR,
+            WORKDIR@best, WORKDIR@STEP, weights that `vitssl convert import` wrote.
+        part: of a run: its parameters, their average, or with the averaged encoder.
         skip: patterns of parameter names that keep their random value.
         rename: ((pattern of our name, stored name), ...), the first that fits wins;
             "\\1" stands for the first group. Several of ours may take one stored leaf:
@@ -33,6 +32,7 @@ class Init:
     """
 
     from_: str = ""
+    part: Literal["params", "ema", "target"] = "params"
     skip: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
     absent: tuple[str, ...] = ()
@@ -51,8 +51,8 @@ class Init:
                     yield f"{key}: {pattern!r} is not a regular expression: {e}"
 
 
-def load(spec: Init, params):
-    """Return `params` with the leaves that `spec.from_` stores under the same names.
+def load(spec: Init, past, params):
+    """Return `params` with the leaves of the same names that `past` has.
 
     Weights of an encoder fill "encoder/" and every "backbone/" of a method that names
     its networks so. Position tables are resampled where the model is for images of
@@ -63,7 +63,7 @@ def load(spec: Init, params):
         CheckpointError: no checkpoint there; no name in common; leaves of another
             shape or absent that `spec.skip` does not name (all of them listed).
     """
-    stored = renamed(read_params(spec.from_), tree.flat(params), spec.rename)
+    stored = renamed(past.params(spec.part), tree.flat(params), spec.rename)
     leaves, taken, faults = tree.flat(params), {}, []
     for name, leaf in leaves.items():
         if any(re.fullmatch(p, name) for p in spec.skip):
@@ -71,7 +71,7 @@ def load(spec: Init, params):
         if name not in stored and (alias := _alias(name)) in stored:
             stored[name] = stored[alias]
         if name in stored and name.endswith("pos_embed"):
-            stored[name] = _resampled(spec.from_, name, stored[name], leaf.shape)
+            stored[name] = _resampled(past, name, stored[name], leaf.shape)
         if name not in stored and any(re.fullmatch(p, name) for p in spec.absent):
             continue
         if name not in stored:
@@ -104,24 +104,23 @@ def load(spec: Init, params):
     return tree.nest({k: place(k, v) for k, v in leaves.items()})
 
 
-def check_classes(spec: Init, classes, params) -> None:
+def check_classes(spec: Init, past, classes, params) -> None:
     """Refuse a trained classifier of other classes than those of the data.
 
     A head of the same size would load, and name everything wrongly.
 
     Args:
-        spec: the section.
+        past: what `spec.from_` is.
         classes: names of the data's classes, in order.
-        params: of the method.
 
     Raises:
         CheckpointError: the first classes that differ.
     """
     heads = (n for n in tree.flat(params) if n.startswith("head/"))
     loaded = [n for n in heads if not any(re.fullmatch(p, n) for p in spec.skip)]
-    if not loaded or backbone.is_backbone(spec.from_):
+    if not loaded or past.imported:
         return
-    stored = checkpoint.read_meta(*locate(spec.from_)).get("classes")
+    stored = past.meta.get("classes")
     same_classes(spec.from_, stored, classes, "name the head in init.skip")
 
 
@@ -162,64 +161,13 @@ def renamed(stored, names, rules) -> dict:
     return {**stored, **more}
 
 
-def locate(path) -> tuple[pathlib.Path, int]:
-    """Return (checkpoints directory, step) of a workdir or of one checkpoint in it.
-
-    Raises:
-        CheckpointError: there is no complete checkpoint.
-    """
-    path = pathlib.Path(path)
-    if path.name.isdigit() and (path / checkpoint.MANIFEST).exists():
-        return path.parent, int(path.name)
-    directory = path / "checkpoints"
-    steps = checkpoint.sealed_steps(directory)
-    if not steps:
-        raise errors.CheckpointError(
-            f"{path}: no complete checkpoint; want a workdir (with checkpoints/STEP) "
-            "or one WORKDIR/checkpoints/STEP"
-        )
-    return directory, steps[-1]
-
-
-def read_params(path) -> dict:
-    """Return {name: numpy array} of a workdir's newest checkpoint or of an import."""
-    if backbone.is_backbone(path):
-        return dict(backbone.read(path).leaves)
-    return read_trees(path, ("params",))["params"]
-
-
-def read_trees(path, keys) -> dict:
-    """Return {key: {name: numpy array}} of some parts of a run's state.
-
-    Args:
-        path: a workdir, or one checkpoint of it.
-        keys: fields of `step.State` that are trees, "params" and "extra".
-
-    Raises:
-        CheckpointError: there is no complete checkpoint.
-    """
-    directory, step = locate(path)
-    state = directory.resolve() / str(step) / "state"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        everything = reader.metadata(state).item_metadata.tree
-        stored = {key: everything[key] for key in keys if everything.get(key)}
-        want = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-        restored = reader.restore(
-            state,
-            args=ocp.args.PyTreeRestore(
-                item=stored, restore_args=want, partial_restore=True
-            ),
-        )
-    return {key: tree.flat(restored[key]) if key in stored else {} for key in keys}
-
-
 def _alias(name) -> str:
     """Return the name that a leaf below "backbone/" has in converted weights."""
     _, found, rest = f"/{name}".partition("/backbone/")
     return f"encoder/{rest}" if found else name
 
 
-def _resampled(path, name, table, shape):
+def _resampled(past, name, table, shape):
     """Return a position table for the grid of the model, if that is all it lacks."""
     if table.shape == tuple(shape):
         return table
@@ -229,11 +177,10 @@ def _resampled(path, name, table, shape):
         squares = [side * side + first for side in sides]
         if squares == [rows, wanted]:
             # Of our own runs as torch resizes, which is what fine-tuning is used to.
-            imported = backbone.is_backbone(path)
-            rule = backbone.read(path).about.rule if imported else "plain"
+            rule = past.backbone.about.rule if past.imported else "plain"
             logger.info(
                 "init.from=%s: %s resampled from %s to %s (%s)",
-                path,
+                past.path,
                 name,
                 table.shape,
                 tuple(shape),

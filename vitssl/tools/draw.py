@@ -11,7 +11,7 @@ import sys
 from vitssl import errors
 from vitssl.pictures import drawing
 from vitssl.pictures.gather import gather
-from vitssl.run import devices, log, restore
+from vitssl.run import devices, log, opened
 
 
 def main(argv):
@@ -33,7 +33,7 @@ def main(argv):
     log.to_terminal()
     try:
         devices.start()
-        parts, state = restore.newest(flags.workdir)
+        parts, state = opened.past(flags.workdir).state()
         fresh, settings = parts.fresh(), parts.experiment.settings
         material = gather(
             parts.method,

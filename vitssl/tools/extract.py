@@ -23,13 +23,13 @@ from vitssl import errors
 from vitssl.data import pipeline, views
 from vitssl.data.sources import folder
 from vitssl.evals import features as extraction
-from vitssl.run import opened
+from vitssl.run import inference
 
 KINDS = (".npz", ".parquet")
 
 
 def run(
-    weights: opened.Features,
+    weights: inference.Features,
     images,
     to,
     *,
@@ -42,7 +42,7 @@ def run(
     Images are resized on their short side and cut to a central square.
 
     Args:
-        weights: of `opened.load`.
+        weights: of `inference.load`.
         images: folder, with one sub-folder per class or flat.
         to: `.npz` or `.parquet` file.
         batch_size: images at once.
@@ -59,8 +59,8 @@ def run(
     to = pathlib.Path(to)
     if to.suffix not in KINDS:
         raise errors.UsageError(f"--to={to}: must end in {' or '.join(KINDS)}")
-    if wrong := [name for name in names if name not in opened.NAMES]:
-        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(opened.NAMES)}")
+    if wrong := [name for name in names if name not in inference.NAMES]:
+        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
     if to.suffix == ".parquet":
         _arrow()
     if not weights.image_size:
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
             raise errors.UsageError(
                 "give --images=FOLDER --to=FILE, or --program=FOLDER"
             )
-        found = opened.load(
+        found = inference.load(
             f.weights,
             part=f.part,
             pool=f.pool,
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
             upsampling=f.upsampling,
         )
         if f.program:
-            print(opened.export_program(found, f.program, batch=f.batch))
+            print(inference.export_program(found, f.program, batch=f.batch))
             return 0
         names = tuple(f.names.split(","))
         run(found, f.images, f.to, batch_size=f.batch_size, names=names)

@@ -14,17 +14,16 @@ where PATTERN names what lies before the mask, for N=4 in the demo
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 
 import jax
 import jax.numpy as jnp
 
-from vitssl import config, errors, tree
+from vitssl import errors, tree
 from vitssl.data import decode
 from vitssl.methods.localmim import store as feature_store
 from vitssl.models import patches
-from vitssl.run import experiment, warmstart
+from vitssl.run import opened
 
 
 def main(argv: list[str]) -> int:
@@ -52,10 +51,8 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
         UsageError: not a run of LocalMIM, a boundary it does not have, no views.
         CheckpointError: there is no checkpoint.
     """
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
-        raise errors.CheckpointError(f"{workdir}: no config.json; want a run's workdir")
-    made = experiment.read(config.from_json(path.read_text()))
+    past = opened.past(workdir)
+    made = past.experiment
     if made.settings.method != "localmim":
         raise errors.UsageError(
             f"{workdir}: method {made.settings.method}, not localmim"
@@ -68,7 +65,7 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
     problems = [] if boundary > 0 else [f"--boundary={boundary}: 1 or more"]
     if problems := [*problems, *method.check()]:
         raise errors.UsageError("\n".join(problems))
-    params = tree.nest(warmstart.read_params(workdir))
+    params = tree.nest(past.params())
     data = made.settings.data
     source = data.open(data.split, made.settings.seed)
     source = decode.Tolerant(source, data.on_bad_image)

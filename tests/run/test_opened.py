@@ -8,8 +8,8 @@ import vitssl
 from tests import runs as make
 from tests.convert import published
 from vitssl import errors
-from vitssl.convert import backbone, exporter, importer, runs
-from vitssl.run import experiment, opened, warmstart
+from vitssl.convert import backbone, exporter, importer
+from vitssl.run import experiment, inference, opened
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +29,19 @@ def _images():
 def test_parts_of_a_run_are_its_trees(workdir):
     stored = make.state(workdir, 2)
     for part, prefix in (("", "extra/target"), ("encoder", "params/encoder")):
-        found = runs.read(workdir, part)
+        found = opened.past(workdir).encoder(part)
         assert found.about.model["width"] == 16 and found.about.pool == "mean"
         for name, leaf in found.leaves.items():
             want = stored[name.replace("encoder", prefix, 1)]
             np.testing.assert_array_equal(leaf, want)
     differs = [
         name
-        for name, leaf in runs.read(workdir, "encoder").leaves.items()
-        if np.any(leaf != runs.read(workdir, "target").leaves[name])
+        for name, leaf in opened.past(workdir).encoder("encoder").leaves.items()
+        if np.any(leaf != opened.past(workdir).encoder("target").leaves[name])
     ]
     assert differs  # The parts are not the same thing under two names.
     with pytest.raises(errors.UsageError, match="target, encoder"):
-        runs.read(workdir, "teacher")
+        opened.past(workdir).encoder("teacher")
 
 
 def test_a_run_and_its_export_give_the_same_features(workdir, tmp_path):
@@ -51,10 +51,10 @@ def test_a_run_and_its_export_give_the_same_features(workdir, tmp_path):
         got = vitssl.load(path, part="target")(image)
         np.testing.assert_allclose(got["tokens"], want["tokens"], atol=1e-6)
         np.testing.assert_allclose(got["pooled"], want["pooled"], atol=1e-6)
-    exporter.write(runs.read(workdir), tmp_path / "w", "vitssl")
+    exporter.write(opened.past(workdir).encoder(), tmp_path / "w", "vitssl")
     got = vitssl.load(tmp_path / "w")(image)
     np.testing.assert_allclose(got["pooled"], want["pooled"], atol=1e-6)
-    file = exporter.write(runs.read(workdir), tmp_path / "t.safetensors", "timm")
+    file = exporter.write(opened.past(workdir).encoder(), tmp_path / "t.safetensors", "timm")
     found = importer.read(file, options=importer.family.Options(heads=2))
     assert found.about.family == "timm"
     for name, leaf in backbone.read(tmp_path / "w").leaves.items():
@@ -98,7 +98,7 @@ def test_finer_tokens_that_cannot_be_are_one_line(workdir, own, words):
 
 def test_a_run_becomes_a_program(workdir, tmp_path):
     made = vitssl.load(workdir)
-    opened.export_program(made, tmp_path, platforms=("cpu",))
+    inference.export_program(made, tmp_path, platforms=("cpu",))
     program = jax.export.deserialize((tmp_path / "features.jax").read_bytes())
     weights = importer.reader.read(tmp_path / "weights.safetensors").tree
     got = program.call({k: np.array(v) for k, v in weights.items()}, _images())
@@ -111,13 +111,15 @@ def test_a_folder_that_is_no_run_says_so(tmp_path):
         vitssl.load(tmp_path)
 
 
+RUN = opened.Past("run", make.ROOT / "run" / "checkpoints", 7)
+
+
 def _stored(monkeypatch, config, params, extra=()):
-    """Let `runs.read` find these trees in a run of a config; return the config."""
+    """Let `RUN` have these trees and this config; return the config."""
     checked = experiment.read(experiment.load(f"{make.ROOT}/configs/{config}"))
     trees = {"params": dict(params), "extra": dict(extra)}
-    place = make.ROOT / "run" / "checkpoints" / "7"
-    monkeypatch.setattr(runs, "open_run", lambda path: (checked, place))
-    monkeypatch.setattr(warmstart, "read_trees", lambda path, keys: trees)
+    monkeypatch.setattr(opened.Past, "experiment", checked)
+    monkeypatch.setattr(opened.Past, "trees", lambda self, *keys: trees)
     return checked.config
 
 
@@ -143,7 +145,7 @@ def test_a_fine_tuned_run_is_exported(pool, monkeypatch, tmp_path):
     settings.model.update(published.MODEL)
     settings.head.pool = pool
     for part, want in (("", net), ("encoder", net), ("ema", average)):
-        found = runs.read("run", part)
+        found = RUN.encoder(part)
         assert found.about.pool == ("cls" if pool == "cls" else "mean")
         got = {k: x for k, x in found.leaves.items() if k.startswith("encoder/")}
         assert got.keys() == want.leaves.keys()
@@ -151,10 +153,10 @@ def test_a_fine_tuned_run_is_exported(pool, monkeypatch, tmp_path):
             np.testing.assert_array_equal(got[name], leaf)
         assert ("head/kernel" in found.leaves) == (pool != "gap")
         assert any("head.pool=gap" in n for n in found.about.notes) == (pool == "gap")
-    file = exporter.write(runs.read("run"), tmp_path / "t.safetensors", "timm")
+    file = exporter.write(RUN.encoder(), tmp_path / "t.safetensors", "timm")
     assert ("head.weight" in importer.reader.read(file).tree) == (pool != "gap")
     with pytest.raises(errors.UsageError, match="the run has encoder, ema"):
-        runs.read("run", "target")
+        RUN.encoder("target")
 
 
 def test_a_run_that_is_no_encoder_is_exported_whole(monkeypatch, tmp_path):
@@ -162,7 +164,7 @@ def test_a_run_that_is_no_encoder_is_exported_whole(monkeypatch, tmp_path):
     params["predictor/mask_token"] = _leaf(1, 16)
     target = {"target/rgb_0/kernel": _leaf(2, 4, 4, 3, 16), "step": np.int32(3)}
     _stored(monkeypatch, "latent_mim.py:smoke", params, target)
-    found = runs.read("run")
+    found = RUN.encoder()
     target.pop("step")
     assert found.leaves == params | target
     file = exporter.write(found, tmp_path / "o.safetensors", "olmoearth")
@@ -171,9 +173,22 @@ def test_a_run_that_is_no_encoder_is_exported_whole(monkeypatch, tmp_path):
         np.testing.assert_array_equal(again.leaves[name], leaf)
     assert "7" in file.with_suffix(".md").read_text()
     with pytest.raises(errors.UsageError, match="exported whole"):
-        runs.read("run", "encoder")
+        RUN.encoder("encoder")
     first = {"stage_1/head/prototypes": _leaf(0, 2, 8)}
     average = {"average/stage_1/head/prototypes": _leaf(1, 2, 8)}
     _stored(monkeypatch, "parts.py:smoke", first, average)
-    got = runs.read("run").leaves  # What the run's own evaluations use.
+    got = RUN.encoder().leaves  # What the run's own evaluations use.
     np.testing.assert_array_equal(*got.values(), *average.values())
+
+
+def test_a_run_is_opened_in_every_form(tmp_path):
+    """Its score is best after the first of three evaluations, by its making."""
+    path = tmp_path / "early"
+    done = make.run(
+        path,
+        "fall_after=4",
+        checkpoint__keep_best=1,
+        checkpoint__best="quality/std",
+        evals__every_epochs=4 / 89,
+    )
+    assert done.returncode == 0, done.said

@@ -1,0 +1,326 @@
+"""Features of images from trained weights: in a notebook, for a folder, as a program.
+
+import vitssl
+features = vitssl.load("runs/hjepa-demo")      # or weights of vitssl.convert
+features(images)["pooled"]                      # images: uint8 [B, H, W, C]
+
+vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
+vitssl extract WEIGHTS --program=FOLDER
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitssl import errors, sizes, tree
+from vitssl.convert import backbone, positions, safetensors
+from vitssl.models import hybrid_vit, patches, upsample, vit
+from vitssl.run import opened
+
+NAMES = ("pooled", "tokens")
+UPSAMPLINGS = ("shift", "bilinear", "nearest")  # Those that need no training.
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A function from images to features, with its weights.
+
+    Attributes:
+        apply: (state, image) -> {"pooled": [B, D], "tokens": [B, N, D], ...}.
+        state: pytree of the weights.
+        image_size: side, or (height, width), in pixels that the weights were trained
+            for; other sizes that the patch divides work too, each compiled once.
+        channels: of an image.
+        mean, std: normalisation of pixels in [0, 1].
+        name: what the weights are called.
+    """
+
+    apply: Callable[[Any, Any], dict]
+    state: Any
+    image_size: sizes.Size
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str = ""
+
+    def __call__(self, images) -> dict[str, jax.Array]:
+        """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
+
+        Args:
+            images: [B, H, W, C], uint8 pixels or float32 already normalised; of a
+                method that reads several arrays a dict of them, see its `features`.
+
+        Raises:
+            UsageError: another rank, dtype or number of channels.
+        """
+        if isinstance(images, dict):
+            found = _compiled(self.apply)(self.state, images)
+            return {name: found[name] for name in NAMES}
+        images = np.asarray(images) if not hasattr(images, "dtype") else images
+        if images.ndim != 4 or images.shape[-1] != self.channels:
+            raise errors.UsageError(
+                f"images {tuple(images.shape)}: want [B, H, W, {self.channels}]"
+            )
+        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise errors.UsageError(
+                f"images are {images.dtype}: want uint8 pixels, or floats normalised "
+                "by mean and std"
+            )
+        found = _compiled(self.apply)(self.state, images)
+        return {name: found[name] for name in NAMES}
+
+
+@functools.cache
+def _compiled(apply):
+    return jax.jit(apply)
+
+
+def load(
+    path,
+    *,
+    part: str = "",
+    pool: str = "",
+    image_size: int = 0,
+    output_patch: int = 0,
+    upsampling: str = "shift",
+) -> Features:
+    """Return the features of weights on disk.
+
+    Args:
+        path: a run's workdir, one checkpoint of it, or converted weights.
+        part: of a run: "" = what its evaluations use; "target" or "encoder" = that
+            encoder alone, without what the method puts on top.
+        pool: "cls" or "mean"; "" = what the weights' family uses. Of a run: needs
+            `part`.
+        image_size: of converted weights: resample the position table for it.
+        output_patch: "tokens" are those of patches of this side, a divisor of the
+            ViT's own: [B, (H / q) (W / q), D], row by row; 0 = its own. Of a run: of
+            its encoder alone.
+        upsampling: how: "shift" (no training, real features at every place, the cost
+            of (p / q)^2 forward passes), "bilinear" or "nearest".
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another format.
+        UsageError: an option does not fit the weights.
+    """
+    past = opened.past(path)
+    if past.imported:
+        found = past.backbone
+    elif part or output_patch:
+        found = past.encoder(part)
+    else:
+        return _of_run(past)
+    features = of_backbone(found, pool=pool, image_size=image_size)
+    if not output_patch:
+        return features
+    apply = _finer(features.apply, output_patch, upsampling, features.channels)
+    return dataclasses.replace(features, apply=apply)
+
+
+def _finer(encode, q, mode, channels):
+    """Return the function of a ViT with tokens of another patch size."""
+    module = encode.module
+    if not isinstance(module, vit.ViT):
+        name = type(module).__name__
+        raise errors.UsageError(f"output_patch={q}: needs a ViT, not {name}")
+    if mode not in UPSAMPLINGS:
+        known = ", ".join(UPSAMPLINGS)
+        raise errors.UsageError(f"upsampling={mode}: one of {known}")
+    if faults := list(upsample.faults(module.patch, q)):
+        raise errors.UsageError(f"output_patch={q}: {faults[0]}")
+    net = hybrid_vit.HybridViT(module, module.patch, q, mode, channels=channels)
+    return _EncodeFiner(net, encode.mean, encode.std, encode.pool)
+
+
+def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
+    """Return the features of a converted network; see `load`.
+
+    Raises:
+        UsageError: the pool asked for does not exist, or the patch does not divide
+            the image size.
+    """
+    about, module = found.about, found.module()
+    pool = pool or about.pool
+    known = [name for name in ("cls", "mean") if name in module.poolings]
+    if pool not in known:
+        more = "" if "cls" in known else " (there is no class token)"
+        raise errors.UsageError(f"pool={pool}: {' or '.join(known)}{more}")
+    if image_size and image_size != module.image_size:
+        found, module = _resized(found, image_size)
+    params = found.encoder()
+    kernels = [k for k in found.leaves if k.endswith("patch_embed/kernel")]
+    return Features(
+        _Encode(module, about.mean, about.std, pool),
+        jax.device_put(params),
+        module.image_size,
+        sum(found.leaves[k].shape[2] for k in kernels),
+        about.mean,
+        about.std,
+        about.source,
+    )
+
+
+def _resized(found, size):
+    """Return (backbone, module) with the position tables for another image size."""
+    module = found.module()
+    if size % module.patch:
+        raise errors.UsageError(
+            f"image_size={size}: must be a multiple of the patch, {module.patch}"
+        )
+    leaves, side = dict(found.leaves), size // module.patch
+    first = int(module.cls and module.class_position)
+    for name in [name for name in leaves if name.endswith("pos_embed")]:
+        leaves[name] = positions.resample(leaves[name], first, side, found.about.rule)
+    model = dict(found.about.model) | {"image_size": size}
+    about = dataclasses.replace(found.about, model=model)
+    found = backbone.Backbone(about, leaves)
+    return found, found.module()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encode:
+    """(params, image) -> features of a backbone of `models.MODELS`."""
+
+    module: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str
+
+    def __call__(self, params, image) -> dict:
+        """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
+        x = patches.normalise(image, self.mean, self.std)
+        found = self.module.apply({"params": params}, x, method="features")
+        return {"pooled": found[self.pool], "tokens": found["tokens"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncodeFiner:
+    """(params, image) -> features of a ViT with more tokens than it processes."""
+
+    net: hybrid_vit.HybridViT
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str
+
+    def __call__(self, params, image) -> dict:
+        """Return pooled [B, D] and tokens [B, (H / q) (W / q), D] of [B, H, W, C]."""
+        x = patches.normalise(image, self.mean, self.std)
+        dense = self.net.apply({"vit": params}, x)
+        coarse = dense.tokens_p.astype(jnp.float32).mean((1, 2))
+        pooled = dense.prefix[:, 0] if self.pool == "cls" else coarse
+        tokens = einops.rearrange(dense.features_q, "b h w d -> b (h w) d")
+        return {"pooled": pooled, "tokens": tokens.astype(jnp.float32)}
+
+
+def _of_run(past: opened.Past) -> Features:
+    """Return the features that a run's own evaluations use."""
+    checked = past.experiment
+    method = checked.method(checked.run())
+    stored = past.trees("params", "extra")
+    state = tuple(tree.nest(stored[key]) for key in ("params", "extra"))
+    data = checked.settings.data
+    size = checked.settings.evals.image_size
+    return Features(
+        _Method(method),
+        jax.device_put(state),
+        size,
+        data.channels,
+        data.mean,
+        data.std,
+        past.path,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """((params, extra), image) -> features of a method."""
+
+    method: Any
+
+    def __call__(self, state, image) -> dict:
+        """Return pooled [B, D] and tokens [B, N, D] of images [B, H, W, C]."""
+        found = self.method.features(*state, image)
+        return {name: found[name] for name in NAMES}
+
+
+def export_program(
+    features: Features, to, *, platforms=("cpu", "cuda"), batch="b"
+) -> pathlib.Path:
+    """Write the feature function as a program that runs without this package.
+
+    FOLDER/features.jax is compiled for any batch size on every platform, FOLDER/
+    weights.safetensors its argument, README.md the lines that run it.
+
+    Args:
+        features: of `load`.
+        to: the folder.
+        platforms: of `jax.export`.
+        batch: name of the symbolic batch size, or a number for a fixed one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the weights say no image size, or the method's features cannot
+            be traced for a batch of any size.
+    """
+    if not features.image_size:
+        raise errors.UsageError("program: give --image_size=N, the weights have none")
+    # A run's state is a pair of trees; a file holds arrays by name.
+    found, structure = jax.tree_util.tree_flatten_with_path(features.state)
+    names = [_name(path) for path, _ in found]
+    leaves = {n: np.asarray(x) for n, (_, x) in zip(names, found, strict=True)}
+
+    def run(weights, images):
+        state = jax.tree.unflatten(structure, [weights[name] for name in names])
+        made = features.apply(state, images)
+        return {name: made[name] for name in NAMES}
+
+    (size,) = jax.export.symbolic_shape(str(batch))
+    shape = (*sizes.pair(features.image_size), features.channels)
+    image = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
+    weights = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in leaves.items()}
+    try:
+        made = jax.export.export(jax.jit(run), platforms=platforms)(weights, image)
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as e:
+        raise errors.UsageError(
+            f"program: this method wants to know its batch size ({e}); give --batch=N, "
+            "or --part=target or encoder for the encoder alone"
+        ) from e
+    folder = pathlib.Path(to)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "features.jax").write_bytes(bytes(made.serialize()))
+    safetensors.write(folder / "weights.safetensors", leaves)
+    shape = [str(batch), *shape]
+    about = dict(images=shape, dtype="uint8", platforms=list(platforms), outputs=NAMES)
+    (folder / "program.json").write_text(json.dumps(about, indent=1))
+    (folder / "README.md").write_text(_PROGRAM.format(shape=", ".join(map(str, shape))))
+    return folder
+
+
+def _name(path) -> str:
+    """Return the name of a leaf: keys of dicts and places in tuples, by slashes."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+
+
+_PROGRAM = """\
+# Features as a program
+
+Needs jax and safetensors, nothing else:
+
+```python
+import jax, safetensors.numpy
+program = jax.export.deserialize(bytearray(open("features.jax", "rb").read()))
+weights = safetensors.numpy.load_file("weights.safetensors")
+found = program.call(weights, images)  # uint8 [{shape}]
+found["pooled"], found["tokens"]
+```
+"""
