@@ -92,13 +92,13 @@ def term_while_compiling(_):
     """SIGTERM while the first step compiles."""
     from vitssl.run import step
 
-    compile_ = step.Compiled.compile
+    program = step.Compiled._program
 
     def wrapped(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return compile_(self, *args)
+        return program(self, *args)
 
-    step.Compiled.compile = wrapped
+    step.Compiled._program = wrapped
 
 
 def full_disk_at_save(n):
@@ -181,7 +181,7 @@ def out_of_memory(_):
             "RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes."
         )
 
-    step.Compiled.compile = refuse
+    step.Compiled._program = refuse
 
 
 def broken_evaluation(_):

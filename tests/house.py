@@ -31,18 +31,7 @@ LEVELS = (
     ("tools", "bench"),
     ("", "cli", "main", "__main__"),
 )
-# What has not moved yet, and the room whose level it has.
-UNMOVED = {
-    "optim": ("freezeout", "optim_section", "schedules"),
-    "run": (
-        *("build", "checkpoint", "devices", "experiment", "feature_store", "features"),
-        *("guard", "init", "log", "memory", "phases", "report", "restore", "step"),
-        "train",
-    ),
-    "tools": ("doctor", "extract", "notebook", "recipes", "study", "sweep", "workdirs"),
-}
 LEVEL = {name: level for level, row in enumerate(LEVELS) for name in row}
-LEVEL |= {name: LEVEL[room] for room, names in UNMOVED.items() for name in names}
 
 # From the command to a method's loss, and on to H-JEPA's scalar. A function that only
 # hands its arguments on counts; a lambda inside one does not.
@@ -50,12 +39,9 @@ TO_LOSS = (
     "main:main",
     "main:_run",
     "run.loop:run",
-    "run.loop:_run",
     "run.loop:_Loop.go",
     "run.step:Compiled.get",
-    "run.step:Compiled.compile",
     "run.step:make.step",
-    "run.step:make.step.loss",
     "methods.hjepa.method:HJEPA.loss",
 )
 TO_SCALAR = (

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vitssl import tree
+from vitssl.run import opened, warmstart
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -143,3 +144,8 @@ def metrics(workdir):
     lines = map(json.loads, path.read_text().splitlines())
     free = ("time/", "compile/", "memory/")
     return [{k: v for k, v in line.items() if not k.startswith(free)} for line in lines]
+
+
+def start(spec, params):
+    """Return parameters as a run with this section `init` starts with."""
+    return warmstart.load(spec, opened.past(spec.from_), params)

@@ -232,7 +232,7 @@ def schema(cls) -> dict:
 def fill(c: ml_collections.ConfigDict, cls) -> None:
     """Add to a section the keys of `cls` that have a default and are not there.
 
-    One value where a tuple of any length is wanted becomes a tuple.
+    What is there gets the type that is wanted: 9 becomes 9.0, one value a tuple of it.
     """
     for key, (annotation, default) in schema(cls).items():
         if dataclasses.is_dataclass(annotation):
@@ -242,9 +242,9 @@ def fill(c: ml_collections.ConfigDict, cls) -> None:
                 fill(c[key], annotation)
         elif key not in c and default is not dataclasses.MISSING:
             c[key] = default
-        elif key in c and ranges.is_one_of_several(annotation, c[key]):
+        elif key in c and not ranges.fault(annotation, c[key]):
             with c.ignore_type():
-                c[key] = (c[key],)
+                c[key] = ranges.convert(annotation, c[key])
 
 
 def typed(annotation, value, path, problems):

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 import vitssl
+from tests import runs
 from tests.convert import pth, published
 from vitssl import errors, tree
 from vitssl.convert import __main__ as command
@@ -259,7 +260,7 @@ def test_a_run_starts_from_converted_weights(weights):
     net, folder = weights
     for path in (folder, folder / backbone.FILE):
         spec = warmstart.Init(from_=str(path), skip=("predictor/.*",))
-        got = tree.flat(warmstart.load(spec, _params()))
+        got = tree.flat(runs.start(spec, _params()))
         np.testing.assert_array_equal(got["predictor/kernel"], np.ones((2, 2)))
         for name in got:
             if name.startswith("encoder/"):
@@ -269,7 +270,7 @@ def test_a_run_starts_from_converted_weights(weights):
 def test_a_run_of_another_image_size_resamples_the_positions(weights):
     net, folder = weights
     spec = warmstart.Init(from_=str(folder), skip=("predictor/.*",))
-    got = tree.flat(warmstart.load(spec, _params(image_size=48)))
+    got = tree.flat(runs.start(spec, _params(image_size=48)))
     table = net.leaves["encoder/pos_embed"]
     want = positions.resample(table, 1, 6, net.about.rule)
     np.testing.assert_array_equal(got["encoder/pos_embed"], want)
@@ -278,7 +279,7 @@ def test_a_run_of_another_image_size_resamples_the_positions(weights):
 def test_what_a_run_cannot_take_is_listed_with_both_shapes(weights):
     _, folder = weights
     with pytest.raises(errors.CheckpointError) as told:
-        warmstart.load(warmstart.Init(from_=str(folder)), _params(mlp_ratio=4.0))
+        runs.start(warmstart.Init(from_=str(folder)), _params(mlp_ratio=4.0))
     assert "predictor/kernel: not in the checkpoint" in str(told.value)
     assert "(32, 64) stored, (32, 128) here" in str(told.value)
     assert "init.skip" in str(told.value)
@@ -288,7 +289,7 @@ def test_an_encoder_fills_every_backbone_of_a_method(weights):
     net, folder = weights
     encoder = {k: x for k, x in _params().items() if k == "encoder"}["encoder"]
     params = {"stage_1": {"backbone": encoder}, "stage_2": {"backbone": encoder}}
-    got = tree.flat(warmstart.load(warmstart.Init(from_=str(folder)), params))
+    got = tree.flat(runs.start(warmstart.Init(from_=str(folder)), params))
     for stage in ("stage_1", "stage_2"):
         for name, leaf in tree.flat(encoder).items():
             want = net.leaves[f"encoder/{name}"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import runs
 from tests.convert import pth
 from vitssl import convert, errors, tree
 from vitssl.convert import backbone, exporter, family, hvit_names, importer, reader
@@ -171,7 +172,7 @@ def test_an_import_fills_a_method_and_gives_features(tmp_path):
         lambda x: jnp.zeros(x.shape), {"backbone": params, "head": head}
     )
     spec = warmstart.Init(from_=str(tmp_path / "ours"))
-    filled = warmstart.load(spec, mine)
+    filled = runs.start(spec, mine)
     want = state["classifier_head_norm.weight"]
     np.testing.assert_array_equal(filled["head"]["norm"]["scale"], want)
     loaded = inference.load(tmp_path / "ours")

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from tests import runs
 from tests.convert import checkpoints, pth, published
 from vitssl import errors, tree
 from vitssl.convert import __main__ as command
@@ -143,9 +144,7 @@ def test_whole_methods_start_from_an_import(kind, tmp_path):
     found = importer.read(_file(kind, tmp_path))
     backbone.write(tmp_path / "w", found)
     mine = {k: np.zeros_like(x) for k, x in found.leaves.items() if "target/" not in k}
-    got = tree.flat(
-        warmstart.load(warmstart.Init(str(tmp_path / "w")), tree.nest(mine))
-    )
+    got = tree.flat(runs.start(warmstart.Init(str(tmp_path / "w")), tree.nest(mine)))
     for name in mine:
         np.testing.assert_array_equal(got[name], found.leaves[name])
     roots = {name.split("/")[0] for name in mine}

@@ -7,8 +7,8 @@ import pytest
 
 from tests import toy
 from vitssl.data import dataset
-from vitssl.evals.pictures import __main__ as command
 from vitssl.pictures import gather
+from vitssl.tools import draw as command
 
 DATA = dataset.Data(
     source="digits",

@@ -83,7 +83,7 @@ def test_a_workdir_in_use_by_a_live_run(tmp_path):
 
 def test_the_lock_of_a_dead_process_is_no_lock(tmp_path):
     code = (
-        "import os; from vitssl import guard\n"
+        "import os; from vitssl.run import guard\n"
         f"with guard.lock({str(tmp_path)!r}): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 9

@@ -116,8 +116,8 @@ def test_init_from_names_what_does_not_fit(tmp_path):
     with pytest.raises(Exception, match=r"proj/bias: \(16,\) stored, \(32,\) here"):
         loop.run(checked, tmp_path / "b", name="b")
     missing = warmstart.Init(from_=str(tmp_path / "nowhere"))
-    with pytest.raises(Exception, match="no complete checkpoint; want a workdir"):
-        warmstart.load(missing, {})
+    with pytest.raises(Exception, match="no complete checkpoint; want WORKDIR"):
+        runs.start(missing, {})
 
 
 def test_status_and_config_are_written(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vitssl import errors
-from vitssl.run import checkpoint, warmstart
+from vitssl.run import checkpoint, opened, warmstart
 
 
 def test_one_stored_network_fills_two():
@@ -38,17 +38,22 @@ def test_a_classifier_of_other_classes_is_refused_by_name():
 
 def test_patience_wants_more_than_a_trifle_and_losses_to_fall():
     spec = checkpoint.Checkpoint(every_epochs=1.0, best="f1", patience=2, min_delta=0.1)
-    patience, over = checkpoint.Patience(spec, {}), []
+    patience, over = checkpoint.Best(spec, {}), []
     for value in (0.5, 0.55, 0.7, 0.75, 0.79):
-        patience.look({"f1": value})
+        patience.look(1, {"f1": value})
         over.append(patience.over)
     assert over == [False, False, False, False, True]
     assert patience.state()["best"] == 0.7
     falling = checkpoint.Checkpoint(every_epochs=1.0, best="test/loss", patience=2)
-    patience = checkpoint.Patience(falling, {})
-    for value in (2.0, 1.0, 1.5):
-        patience.look({"test/loss": value})
-    assert patience.state() == {"best": 1.0, "since": 1}
+    patience = checkpoint.Best(falling, {})
+    for step, value in enumerate((2.0, 1.0, 1.5), 1):
+        patience.look(step, {"test/loss": value})
+    assert patience.state() == {
+        "best": 1.0,
+        "since": 1,
+        "value": 1.0,
+        "step": 2,
+    }
 
 
 def test_a_head_is_compared_with_the_classes_of_its_checkpoint(tmp_path):
@@ -57,9 +62,9 @@ def test_a_head_is_compared_with_the_classes_of_its_checkpoint(tmp_path):
     with checkpoint.Checkpoints(tmp_path, spec, 1) as saves:
         saves.save(1, {"params": params}, {"classes": ["a", "b"]}, {})
     start = warmstart.Init(from_=str(tmp_path))
-    warmstart.check_classes(start, ("a", "b"), params)
+    warmstart.check_classes(start, opened.past(tmp_path), ("a", "b"), params)
     with pytest.raises(errors.CheckpointError, match="class 0 is 'a' there and 'b'"):
-        warmstart.check_classes(start, ("b", "a"), params)
+        warmstart.check_classes(start, opened.past(tmp_path), ("b", "a"), params)
     # A head that starts anew has no classes yet.
     fresh = warmstart.Init(from_=str(tmp_path), skip=("head/.*",))
-    warmstart.check_classes(fresh, ("b", "a"), params)
+    warmstart.check_classes(fresh, opened.past(tmp_path), ("b", "a"), params)

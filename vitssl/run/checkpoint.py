@@ -78,8 +78,8 @@ class Checkpoint:
         return -1.0 if "loss" in self.best else 1.0
 
 
-class Patience:
-    """Counts evaluations since the best one (early stopping).
+class Best:
+    """The best online evaluation so far, and how many came since (early stopping).
 
     Args:
         spec: the config section.
@@ -88,18 +88,27 @@ class Patience:
 
     def __init__(self, spec: Checkpoint, state: dict):
         self._spec = spec
-        self._best, self._since = state.get("best"), state.get("since", 0)
+        self._mark, self._since = state.get("best"), state.get("since", 0)
+        self.value, self.step = state.get("value"), state.get("step")
 
-    def look(self, scores: dict) -> None:
-        """Take note of one online evaluation."""
+    def look(self, step: int, scores: dict) -> bool:
+        """Take note of the evaluation after `step` updates; return if it is the best.
+
+        That of the untrained network does not count for the patience.
+        """
         value = scores.get(self._spec.best)
         if value is None:
-            return
+            return False
         sign = self._spec.sign
-        gain = None if self._best is None else sign * (value - self._best)
-        better = gain is None or gain > self._spec.min_delta
-        self._best = value if better else self._best
-        self._since = 0 if better else self._since + 1
+        best = self.value is None or sign * (value - self.value) >= 0
+        if best:
+            self.value, self.step = value, step
+        if step:
+            gain = None if self._mark is None else sign * (value - self._mark)
+            better = gain is None or gain > self._spec.min_delta
+            self._mark = value if better else self._mark
+            self._since = 0 if better else self._since + 1
+        return best
 
     @property
     def over(self) -> bool:
@@ -108,7 +117,8 @@ class Patience:
 
     def state(self) -> dict:
         """Return what a resumed run needs."""
-        return {"best": self._best, "since": self._since}
+        own = {"best": self._mark, "since": self._since}
+        return own | {"value": self.value, "step": self.step}
 
 
 class Checkpoints:

@@ -113,7 +113,7 @@ def load(
     """
     past = opened.past(path)
     if past.imported:
-        found = past.backbone
+        found = past.weights
     elif part or output_patch:
         found = past.encoder(part)
     else:

@@ -61,8 +61,20 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )
-        with _last_words(workdir), memory.refusals(parts):
-            return _run(parts, workdir, name, saves, signals, stack)
+        stack.enter_context(_last_words(workdir))
+        stack.enter_context(memory.refusals(parts))
+        state, meta = _first_state(parts, saves, workdir, name)
+        watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
+        writers = None
+        if devices.is_main():
+            plain = json.loads(config.to_json(experiment.config))
+            writers = log.Writers(workdir, s.log, int(state.step), plain, name)
+            stack.callback(writers.close)
+        stack.callback(parts.compiled.close)
+        logger.info("%s", notes.start(parts, state.params, name, workdir))
+        loop = _Loop(parts, workdir, saves, signals, watchdog, writers, meta)
+        state = loop.go(state)
+        return loop.finish(state, name)
 
 
 @contextlib.contextmanager
@@ -79,81 +91,31 @@ def _last_words(workdir):
         raise
 
 
-def _run(parts, workdir, name, saves, signals, stack) -> dict:
-    s, run_ = parts.experiment.settings, parts.run
+def _first_state(parts, saves, workdir, name) -> tuple:
+    """Return (state, meta) of the newest checkpoint, of `init.from`, or fresh."""
+    s = parts.experiment.settings
     found = saves.restore(build.restore_target(parts))
     state, meta = found or (parts.fresh(), {})
-    at = int(state.step)
+    at, total = int(state.step), parts.run.total_steps
     if devices.is_main():
         log.write_status(
-            workdir, state="starting", step=at, total_steps=run_.total_steps, name=name
+            workdir, state="starting", step=at, total_steps=total, name=name
         )
     _record_config(workdir, parts.experiment.config, resumed=bool(found))
     if found:
-        warmstart.same_classes(
-            workdir,
-            meta.get("classes"),
-            parts.source.classes,
-            "give another --workdir, or the data it was trained on",
-        )
-        logger.info("resuming after step %d of %d", at, run_.total_steps)
+        way_out = "give another --workdir, or the data it was trained on"
+        stored = meta.get("classes")
+        warmstart.same_classes(workdir, stored, parts.source.classes, way_out)
+        done = f"already complete ({at} steps); final evaluation only"
+        on = f"resuming after step {at} of {total}"
+        logger.info("%s", on if at < total else done)
     elif s.init.from_:
         past = opened.past(s.init.from_)
         warmstart.check_classes(s.init, past, parts.source.classes, state.params)
         params = warmstart.load(s.init, past, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)
-    watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
-    writers = None
-    if devices.is_main():
-        plain = json.loads(config.to_json(parts.experiment.config))
-        writers = log.Writers(workdir, s.log, at, plain, name)
-        stack.callback(writers.close)
-    evaluate = evaluation.Evaluation(
-        s.evals, s.data, parts.method, parts.mesh, workdir=workdir, seed=s.seed
-    )
-    logger.info(
-        "%s",
-        notes.start(
-            name=name,
-            workdir=workdir,
-            experiment=parts.experiment,
-            mesh=parts.mesh,
-            source=parts.source,
-            run=run_,
-            optimizer=parts.optimizer,
-            params=state.params,
-        ),
-    )
-    loop = _Loop(parts, workdir, saves, signals, watchdog, writers, evaluate, meta)
-    stack.callback(parts.compiled.close)
-    if at >= run_.total_steps:
-        done = f"already complete ({at} steps)" if found else "epochs=0"
-        logger.info("%s; final evaluation only", done)
-    else:
-        state = loop.go(state)
-    watchdog.beat("final evaluation")
-    untrained = parts.fresh()
-    values, text = evaluate.final(state, untrained)
-    logger.info("%s", text)
-    if evaluate.arrays and devices.is_main():
-        np.savez_compressed(workdir / "scores.npz", **evaluate.arrays)
-    if table := loop.phases.table():
-        logger.info("%s", table)
-    loop.write(int(state.step), values)
-    if loop.phases.rows:
-        values = values | loop.phases.totals()
-    if s.log.pictures and devices.is_main():
-        _pictures(parts, workdir, state, untrained)
-    log.write_status(
-        workdir,
-        state="finished",
-        step=int(state.step),
-        total_steps=run_.total_steps,
-        metrics=values,
-        name=name,
-    )
-    return values
+    return state, meta
 
 
 def _pictures(parts, workdir, state, untrained):
@@ -182,16 +144,17 @@ def _pictures(parts, workdir, state, untrained):
 class _Loop:
     """The state of the loop that is not the state of the model."""
 
-    def __init__(
-        self, parts, workdir, saves, signals, watchdog, writers, evaluate, meta
-    ):
+    def __init__(self, parts, workdir, saves, signals, watchdog, writers, meta):
         self.parts, self.workdir, self.saves = parts, workdir, saves
-        self.signals, self.watchdog = signals, watchdog
-        self.writers, self.evaluate = writers, evaluate
+        self.signals, self.watchdog, self.writers = signals, watchdog, writers
+        s = parts.experiment.settings
+        self.evaluate = evaluation.Evaluation(
+            s.evals, s.data, parts.method, parts.mesh, workdir=workdir, seed=s.seed
+        )
         self.metrics = log.Metrics(parts.experiment.settings.log, meta.get("log", {}))
-        self.scores = dict(meta.get("metrics", {}))
+        self.scores = 0, {}  # The step of the last online evaluation, and its values.
         spec = parts.experiment.settings.checkpoint
-        self.patience = checkpoint.Patience(spec, meta.get("patience", {}))
+        self.best = checkpoint.Best(spec, meta.get("patience", {}))
         self.phases = phases.Phases(meta.get("phases", ()))
         self.clock = None
 
@@ -201,6 +164,8 @@ class _Loop:
         s = parts.experiment.settings
         sharding = devices.batch_sharding(parts.mesh)
         at = first = int(state.step)
+        if at >= total:
+            return state
         phase = parts.phase(at)
         state = self._entered(state, phase)
         self._first_compile(phase, at)
@@ -212,7 +177,7 @@ class _Loop:
         self.clock.restart()
         with contextlib.closing(parts.stream(at)) as stream:
             batch, ids, waited = _next(stream, sharding)
-            while at < total and not self.patience.over:
+            while at < total and not self.best.over:
                 if parts.phase(at) != phase:
                     before, phase = phase, parts.phase(at)
                     # Another shape of batch alone leaves the state as it is.
@@ -238,6 +203,27 @@ class _Loop:
                 self._after(state, at, s)
         self.phases.leave()
         return state
+
+    def finish(self, state, name) -> dict:
+        """Evaluate the last state, draw, say that the run is finished."""
+        parts, s, at = self.parts, self.parts.experiment.settings, int(state.step)
+        self.watchdog.beat("final evaluation")
+        untrained = parts.fresh()
+        values, text = self.evaluate.final(state, untrained)
+        logger.info("%s", text)
+        if self.evaluate.arrays and devices.is_main():
+            np.savez_compressed(self.workdir / "scores.npz", **self.evaluate.arrays)
+        if table := self.phases.table():
+            logger.info("%s", table)
+        self.write(at, values)
+        if self.phases.rows:
+            values = values | self.phases.totals()
+        if s.log.pictures and devices.is_main():
+            _pictures(parts, self.workdir, state, untrained)
+        if self.best.step is not None:
+            logger.info("  best %s; load it as RUN@best", self._best_text())
+        self._status("finished", at, metrics=values, name=name)
+        return values
 
     def _entered(self, state, phase):
         """Return the state for a phase, every leaf where its step expects it."""
@@ -301,9 +287,13 @@ class _Loop:
         if at % s.log.every_steps == 0 or last:
             self.metrics.drain()
             self._log(at)
-        if self.evaluate.due(at, self.parts.run) and not last:
-            self._evaluate(state, at)
-            if self.patience.over:
+        best = False
+        # The end has its own evaluation, but it may be the best of these.
+        if self.evaluate.due(at, self.parts.run) and (
+            not last or s.checkpoint.keep_best
+        ):
+            best = self._evaluate(state, at)
+            if self.best.over:
                 logger.info(
                     "  no better %s for %d evaluations: the run ends after step %d",
                     s.checkpoint.best,
@@ -312,18 +302,23 @@ class _Loop:
                 )
                 last = True
         stop = self.signals.stop(at)
-        if self.saves.due(at) or last or stop:
+        if self.saves.due(at) or last or stop or (best and s.checkpoint.keep_best):
             self._save(state, at)
         if stop and not last:
             self.saves.wait()
             if devices.is_main():
-                log.write_status(
-                    self.workdir,
-                    state="preempted",
-                    step=at,
-                    total_steps=self.parts.run.total_steps,
-                )
+                self._status("preempted", at)
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
+
+    def _status(self, state, at, **values):
+        """Write status.json, with the best evaluation so far."""
+        total, best = self.parts.run.total_steps, self.best
+        if best.step is not None:
+            metric = self.parts.experiment.settings.checkpoint.best
+            values["best"] = {"metric": metric, "value": best.value, "step": best.step}
+        log.write_status(
+            self.workdir, state=state, step=at, total_steps=total, **values
+        )
 
     def _log(self, at):
         times = self.clock.read(at)
@@ -337,16 +332,11 @@ class _Loop:
         if devices.is_main():
             total = self.parts.run.total_steps
             logger.info("%s", log.progress(at, total, values))
-            log.write_status(
-                self.workdir,
-                state="training",
-                step=at,
-                total_steps=total,
-                eta_seconds=times["time/eta_seconds"],
-                metrics=values,
-            )
+            eta = times["time/eta_seconds"]
+            self._status("training", at, eta_seconds=eta, metrics=values)
 
-    def _evaluate(self, state, at):
+    def _evaluate(self, state, at) -> bool:
+        """Evaluate online; return whether this is the best by `checkpoint.best`."""
         self.watchdog.beat(f"evaluation after step {at}")
         self.metrics.drain()
         start = time.perf_counter()
@@ -357,13 +347,19 @@ class _Loop:
         except Exception:  # A bug in an evaluator must not cost the training.
             logger.exception("the evaluation after step %d failed", at)
             values = {}
+        scores = {k: v for k, v in values.items() if isinstance(v, float)}
+        self.scores = at, scores
+        best = self.best.look(at, scores)
         if values:
-            self.scores = {k: v for k, v in values.items() if isinstance(v, float)}
-            if at:
-                self.patience.look(self.scores)
             self.write(at, values)
-            logger.info("%s", self.evaluate.line(at, values))
+            star = f"  best {self._best_text()}" if best and at else ""
+            logger.info("%s%s", self.evaluate.line(at, values), star)
         self._pause(start)
+        return best
+
+    def _best_text(self) -> str:
+        spec, best = self.parts.experiment.settings.checkpoint, self.best
+        return f"{spec.best} {best.value:.4g} after step {best.step}"
 
     def _save(self, state, at):
         self.watchdog.beat(f"checkpoint after step {at}")
@@ -371,12 +367,13 @@ class _Loop:
         start = time.perf_counter()
         meta = {
             "log": self.metrics.state(),
-            "patience": self.patience.state(),
+            "patience": self.best.state(),
             "phases": self.phases.state(),
             "classes": list(self.parts.source.classes),
             "versions": notes.versions(),
         }
-        self.saves.save(at, state, meta, self.scores)
+        of, scores = self.scores
+        self.saves.save(at, state, meta, scores if of == at else {})
         self._pause(start)
 
     def _pause(self, start):

@@ -40,9 +40,9 @@ def _commit() -> str:
     return text.strip()
 
 
-def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) -> str:
-    """Return the start-up text of a run."""
-    s = experiment.settings
+def start(built, params, name, workdir) -> str:
+    """Return the start-up text of a run, of its `build.Parts`."""
+    s, run, optimizer = built.experiment.settings, built.run, built.optimizer
     v = versions()
     epochs = run.total_steps / run.steps_per_epoch
     per_device = s.batch_size // jax.device_count() // s.accumulate
@@ -55,10 +55,10 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
     lines = [
         f"vitssl {v['vitssl']} ({v['commit']})  run {name}  method {s.method}",
         "  " + "  ".join(f"{k} {v[k]}" for k in ("python", "jax", "flax", "optax")),
-        f"  devices   {devices.describe(mesh)}, {s.precision}",
+        f"  devices   {devices.describe(built.mesh)}, {s.precision}",
         f"  workdir   {workdir}",
-        f"  data      {source.name}: {len(source)} images, {len(source.classes)} "
-        f"classes, {source.root or 'embedded'}",
+        f"  data      {built.source.name}: {len(built.source)} images, "
+        f"{len(built.source.classes)} classes, {built.source.root or 'embedded'}",
         f"  batch     {s.batch_size} images{parts}, {per_device} per device at a time",
         f"  length    {run.total_steps} steps = {epochs:.4g} epochs of "
         f"{run.steps_per_epoch} steps",
@@ -67,7 +67,7 @@ def start(*, name, workdir, experiment, mesh, source, run, optimizer, params) ->
         f"decay {float(optimizer.wd(0)):.4g}, "
         f"clip {s.optim.clip_norm or 'off'}",
     ]
-    trained, shown = experiment.training_size, s.evals.image_size
+    trained, shown = built.experiment.training_size, s.evals.image_size
     if trained != shown:
         lines.append(
             f"  sizes     trained at {sizes.written(trained)}, evaluated at "

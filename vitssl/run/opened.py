@@ -72,7 +72,7 @@ class Past:
         return checkpoint.read_meta(self.directory, self.step)
 
     @functools.cached_property
-    def backbone(self) -> backbone.Backbone:
+    def weights(self) -> backbone.Backbone:
         """Return what an import holds."""
         return backbone.read(self.path)
 
@@ -105,7 +105,7 @@ class Past:
         if self.imported:
             if part != "params":
                 raise errors.UsageError(f"{self.path}: an import has no part {part!r}")
-            return dict(self.backbone.leaves)
+            return dict(self.weights.leaves)
         stored = self.trees("params", "extra")
         params, extra = stored["params"], stored["extra"]
         average = {k: v for p in AVERAGES for k, v in _under(extra, p).items()}

@@ -212,7 +212,9 @@ class Compiled:
             if failure:
                 raise failure[0]
         if phase not in self._done:
-            self._done[phase] = self.compile(phase, batch)
+            program = self._program(phase)
+            made = program.lower(self.abstract(phase), _shapes(batch)).compile()
+            self._done[phase] = made
             self.seconds += time.perf_counter() - start
         elif time.perf_counter() - start > 0.01:
             self.seconds += time.perf_counter() - start
@@ -230,7 +232,9 @@ class Compiled:
 
         def work():
             try:
-                self._done[phase] = self.compile(phase, batch)
+                program = self._program(phase)
+                made = program.lower(self.abstract(phase), _shapes(batch)).compile()
+                self._done[phase] = made
             except Exception as e:  # noqa: BLE001 - raised by `get` in the loop.
                 failure.append(e)
 
@@ -247,17 +251,16 @@ class Compiled:
         for thread, _ in self._pending.values():
             thread.join()
 
-    def compile(self, phase: Phase, batch):
-        """Return the executable of `phase` for batches of these shapes."""
+    def _program(self, phase: Phase):
+        """Return the jitted step of `phase`, not traced yet."""
         sharding = self.state_sharding(phase)
         rows = devices.batch_sharding(self._mesh)
-        fn = jax.jit(
+        return jax.jit(
             lambda state, batch: self._step(state, batch, phase),
             in_shardings=(sharding, rows),
             out_shardings=(sharding, devices.replicated(self._mesh)),
             donate_argnums=0,
         )
-        return fn.lower(self.abstract(phase), _shapes(batch)).compile()
 
 
 def _shapes(batch):

@@ -177,7 +177,7 @@ def _resampled(past, name, table, shape):
         squares = [side * side + first for side in sides]
         if squares == [rows, wanted]:
             # Of our own runs as torch resizes, which is what fine-tuning is used to.
-            rule = past.backbone.about.rule if past.imported else "plain"
+            rule = past.weights.about.rule if past.imported else "plain"
             logger.info(
                 "init.from=%s: %s resampled from %s to %s (%s)",
                 past.path,

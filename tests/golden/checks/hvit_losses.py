@@ -127,9 +127,9 @@ def _stopping(case):
         patience=c["patience"],
         min_delta=c["min_delta"],
     )
-    patience, improved, stop, best = checkpoint.Patience(spec, {}), [], 0, None
+    patience, improved, stop, best = checkpoint.Best(spec, {}), [], 0, None
     for epoch, value in enumerate(case.inputs["metric"], 1):
-        patience.look({spec.best: float(value)})
+        patience.look(1, {spec.best: float(value)})
         state = patience.state()
         if state["since"] == 0:
             improved.append(epoch)
