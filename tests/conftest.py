@@ -1,11 +1,17 @@
 """Settings every test shares: CPU, four simulated devices, a compile cache."""
 
+import importlib.metadata
 import os
 import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+_FLAGS = "--xla_force_host_platform_device_count=4"
+# Most of the time here is compilation, and without these emitters it is a third less.
+# Later versions of XLA do not know the flag, and end the process of who sets it.
+if importlib.metadata.version("jax").startswith("0.10."):
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", _FLAGS)
 # Compiled functions are kept between runs; tiny ones too (the default is >= 1 s).
 _CACHE = pathlib.Path(tempfile.gettempdir()) / "vitssl-test-compile-cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))

@@ -24,7 +24,9 @@ def _read(config, *overrides, **options):
 @pytest.fixture
 def no_steps(monkeypatch):
     """Fail the test if a run goes on to its first step."""
-    monkeypatch.setattr(train, "_first_state", lambda *a, **k: pytest.fail("it would train"))
+    monkeypatch.setattr(
+        train, "_first_state", lambda *a, **k: pytest.fail("it would train")
+    )
 
 
 def _says(line, kind, call, *args, **kwargs):
