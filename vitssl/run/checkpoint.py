@@ -13,13 +13,13 @@ import os
 import pathlib
 import shutil
 import threading
-from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vitssl import errors
+from vitssl import errors, ranges
 from vitssl.run import devices
 
 logger = logging.getLogger(__name__)
@@ -48,29 +48,14 @@ class Checkpoint:
         failures: after so many failed saves in a row the run ends with exit code 4.
     """
 
-    every_epochs: float
-    keep_last: int = 2
-    keep_every_epochs: float = 0.0
-    keep_best: int = 0
+    every_epochs: ranges.Positive
+    keep_last: Annotated[int, ranges.Range(2)] = 2
+    keep_every_epochs: ranges.NotNegative = 0.0
+    keep_best: ranges.OrNone = 0
     best: str = "knn/top1"
-    patience: int = 0
-    min_delta: float = 0.0
-    failures: int = 3
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.every_epochs <= 0:
-            yield f"every_epochs={self.every_epochs}: must be above 0"
-        if self.keep_last < 2:
-            yield f"keep_last={self.keep_last}: 2 or more"
-        if self.patience < 0:
-            yield f"patience={self.patience}: 0 (off) or more evaluations"
-        if self.min_delta < 0:
-            yield f"min_delta={self.min_delta}: must not be negative"
-        if self.keep_best < 0:
-            yield f"keep_best={self.keep_best}: 0 (off) or more"
-        if self.keep_every_epochs < 0:
-            yield f"keep_every_epochs={self.keep_every_epochs}: 0.0 (off) or more"
+    patience: ranges.OrNone = 0
+    min_delta: ranges.NotNegative = 0.0
+    failures: ranges.Count = 3
 
     @property
     def sign(self) -> float:

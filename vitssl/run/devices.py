@@ -7,14 +7,13 @@ a method calls a collective.
 
 import dataclasses
 import os
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vitssl import errors
+from vitssl import errors, ranges
 
 # Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
 _FSDP_MIN_SIZE = 2**14
@@ -30,13 +29,8 @@ class Mesh:
         fsdp_min_size: arrays with fewer scalars are replicated.
     """
 
-    fsdp: int = 1
+    fsdp: ranges.Count = 1
     fsdp_min_size: int = _FSDP_MIN_SIZE
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.fsdp < 1:
-            yield f"fsdp={self.fsdp}: 1 (replicate) or a divisor of the device count"
 
 
 def start() -> None:

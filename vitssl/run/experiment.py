@@ -46,38 +46,28 @@ class Settings:
 
     method: str
     seed: int
-    batch_size: int
-    epochs: float
+    batch_size: ranges.Count
+    epochs: ranges.NotNegative
     data: dataset.Data
     optim: optimizer.Optim
     evals: suite.Evals
     log: log.Log
     checkpoint: checkpoint.Checkpoint
-    steps: int = 0
-    accumulate: int = 1
-    per_device: int = 0
+    steps: ranges.OrNone = 0
+    accumulate: ranges.Count = 1
+    per_device: ranges.OrNone = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     mesh: devices.Mesh = devices.Mesh()
     init: warmstart.Init = warmstart.Init()
     freeze: freezeout.FreezeOut = freezeout.FreezeOut()
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range or cannot be combined."""
+        """Yield what cannot be combined."""
         if not 0 <= self.seed < 2**63:
             yield f"seed={self.seed}: 0 or more, below 2^63"
-        if self.batch_size < 1:
-            yield f"batch_size={self.batch_size}: 1 or more"
-        if self.steps < 0:
-            yield f"steps={self.steps}: 0 (use epochs) or more"
-        if self.epochs < 0:
-            yield f"epochs={self.epochs}: 0 or more"
         if not self.epochs and not self.steps and not self.init.from_:
             yield "epochs=0: evaluates only, so it needs init.from (or set steps)"
-        if self.per_device < 0:
-            yield f"per_device={self.per_device}: 0 (use accumulate) or more"
-        if self.accumulate < 1:
-            yield f"accumulate={self.accumulate}: 1 or more"
-        elif self.batch_size % self.accumulate:
+        if self.batch_size % self.accumulate:
             yield f"accumulate={self.accumulate} does not divide {self.batch_size=}"
         if not self.steps and self.optim.warmup_epochs >= self.epochs > 0:
             yield (

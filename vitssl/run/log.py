@@ -15,13 +15,12 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, ranges
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +41,14 @@ class Log:
         profile_steps: first and last step of a profiler trace; (0, 0) is off.
     """
 
-    every_steps: int
+    every_steps: ranges.Count
     tensorboard: bool = True
     wandb: str = ""
     wandb_mode: Literal["online", "offline"] = "offline"
-    nonfinite_limit: int = 3
-    stall_seconds: float = 1800.0
+    nonfinite_limit: ranges.Count = 3
+    stall_seconds: ranges.NotNegative = 1800.0
     pictures: bool = False
     profile_steps: tuple[int, int] = (0, 0)
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.every_steps < 1:
-            yield f"every_steps={self.every_steps}: 1 or more"
-        if self.nonfinite_limit < 1:
-            yield f"nonfinite_limit={self.nonfinite_limit}: 1 or more"
-        if self.stall_seconds < 0:
-            yield f"stall_seconds={self.stall_seconds}: 0.0 (off) or more"
 
 
 class Writers:
