@@ -10,6 +10,7 @@ from PIL import Image
 
 from vitssl import errors
 from vitssl.data import decode
+from vitssl.data.sources import wrappers
 
 
 def _smooth(h, w, channels=3):
@@ -227,7 +228,7 @@ class _Some:
 
 
 def test_a_broken_image_is_replaced_by_the_next_good_one(caplog):
-    source = decode.Tolerant(_Some(400, {3, 4, 399}), "skip")
+    source = wrappers.Tolerant(_Some(400, {3, 4, 399}), "skip")
     with caplog.at_level(logging.WARNING, "vitssl.data"):
         got = [source[i] for i in (2, 3, 4, 5, 399, 3)]
     assert [g["index"] for g in got] == [2, 5, 5, 5, 0, 5]
@@ -237,11 +238,11 @@ def test_a_broken_image_is_replaced_by_the_next_good_one(caplog):
         f"skipped a broken image: file {i}: cannot be decoded" for i in (3, 4, 399)
     ]
     assert sorted(source.bad) == [3, 4, 399]
-    assert source.source.reads.count(3) == 1  # It is not tried again and again.
+    assert source.whole.reads.count(3) == 1  # It is not tried again and again.
 
 
 def test_more_than_one_percent_broken_stops():
-    source = decode.Tolerant(_Some(200, {7, 8, 9}), "skip")
+    source = wrappers.Tolerant(_Some(200, {7, 8, 9}), "skip")
     assert source[8]["index"] == 10  # 8 and 9: just 1 %.
     with pytest.raises(errors.DataError, match="3 of 200 images are broken") as error:
         source[7]
@@ -250,16 +251,16 @@ def test_more_than_one_percent_broken_stops():
 
 
 def test_policy_raise_names_the_file():
-    source = decode.Tolerant(_Some(400, {3}), "raise")
+    source = wrappers.Tolerant(_Some(400, {3}), "raise")
     assert source[2]["index"] == 2
     with pytest.raises(errors.DataError, match="^file 3"):
         source[3]
     with pytest.raises(errors.UsageError, match="on_bad_image='zero'"):
-        decode.Tolerant(_Some(4, ()), "zero")
+        wrappers.Tolerant(_Some(4, ()), "zero")
 
 
 def test_tolerant_passes_attributes_on_and_travels_by_pickle():
-    source = decode.Tolerant(_Some(400, {3}), "skip")
+    source = wrappers.Tolerant(_Some(400, {3}), "skip")
     assert source[3]["index"] == 4
     assert (source.classes, source.split) == (("a", "b"), "train")
     copy = pickle.loads(pickle.dumps(source))
@@ -270,7 +271,7 @@ def test_tolerant_passes_attributes_on_and_travels_by_pickle():
 
 
 def test_many_threads_count_each_broken_image_once():
-    source = decode.Tolerant(_Some(1000, set(range(0, 1000, 100))), "skip")
+    source = wrappers.Tolerant(_Some(1000, set(range(0, 1000, 100))), "skip")
     got = [None] * 8
 
     def read(k):

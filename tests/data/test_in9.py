@@ -39,7 +39,9 @@ def test_every_foreground_meets_every_background(tmp_path):
 
 def test_missing_masks_and_other_sizes_are_refused(tmp_path):
     write(tmp_path / "a", masks=False)
-    with pytest.raises(errors.DataError, match="4 of 4 foregrounds have no mask"):
+    with pytest.raises(
+        errors.DataError, match="4 of 4 images have no mask.*00_dog_0.npy"
+    ):
         in9.challenge(tmp_path / "a", 2)
     write(tmp_path / "b")
     np.save(tmp_path / "b/fg_mask/val/00_dog/00_dog_0.npy", np.ones((4, 4)))

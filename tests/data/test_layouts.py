@@ -70,7 +70,7 @@ def test_there_is_a_tree_for_every_source_that_needs_a_root():
 def test_every_split_of_every_recipe_opens_and_every_image_has_its_label(root_of):
     seen = set()
     for section in _sections():
-        given = json.loads(section)
+        given = config.from_json(section).to_dict()
         data = dataset.Data(**given | {"root": str(root_of(given["source"]))})
         seen.add(data.source)
         for split in {data.split, data.bank_split, data.test_split}:
@@ -139,7 +139,7 @@ def test_names_and_numbers_of_classes_come_from_the_files(opened):
 
 def test_stl10_folds_and_images_without_label(opened):
     fold = opened("stl10", "train", fold=4)
-    assert fold.keep.tolist() == [*range(1, 30, 3)]
+    assert fold.indices.tolist() == [*range(1, 30, 3)]
     every = opened("stl10", "train+unlabeled")
     assert every.labels[30:].tolist() == [-1] * 6
     # After 30 and 20 others; stored column by column.

@@ -187,7 +187,7 @@ def test_a_leaf_is_a_function_of_its_number_and_its_lesions_are_known():
     assert not np.array_equal(source[0]["image"], source[1]["image"])
     test = sources.open("leaves", "", "test", channels=4)
     assert not np.array_equal(source[0]["image"], test[0]["image"])
-    with pytest.raises(errors.UsageError, match="cast=1.5"):
+    with pytest.raises(errors.UsageError, match=r"cast=1.5: in \[0, 1\)"):
         sources.open("leaves", "", "train", cast=1.5)
 
 

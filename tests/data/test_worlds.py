@@ -5,7 +5,8 @@ import pytest
 from sklearn import neighbors
 
 from vitssl import errors
-from vitssl.data.worlds import scans, scenes
+from vitssl.data import sources
+from vitssl.data.sources import digits, scenes
 
 
 def _pixels(world, count):
@@ -14,7 +15,7 @@ def _pixels(world, count):
 
 
 def test_a_scene_is_a_pure_function_of_seed_and_index():
-    world = scenes.World()
+    world = scenes.Scenes()
     one = world.scene(5)
     for _ in range(3):
         world.scene(6)
@@ -22,16 +23,16 @@ def test_a_scene_is_a_pure_function_of_seed_and_index():
     for a, b in zip(one, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert (world.scene(6).image != one.image).any()
-    assert (scenes.World(seed=1).scene(5).image != one.image).any()
+    assert (scenes.Scenes(seed=1).scene(5).image != one.image).any()
     assert world.label(5) == one.label
 
 
 def test_the_digits_of_train_and_test_scenes_are_different_scans():
-    train = {scenes.World(split="train").scene(i).digit for i in range(1438)}
-    test = {scenes.World(split="test").scene(i).digit for i in range(359)}
+    train = {scenes.Scenes(split="train").scene(i).digit for i in range(1438)}
+    test = {scenes.Scenes(split="test").scene(i).digit for i in range(359)}
     # One pass shows every scan of the split once, so the classes are balanced.
-    assert train == set(scans.members("train"))
-    assert test == set(scans.members("test"))
+    assert train == set(digits.members("train"))
+    assert test == set(digits.members("test"))
     assert not train & test
 
 
@@ -39,11 +40,11 @@ def test_the_digits_of_train_and_test_scenes_are_different_scans():
 @pytest.mark.parametrize("size", [24, 64])
 def test_the_digit_is_where_the_truth_says(size, channels):
     options = dict(fragments=0, shapes=0, noise=0, slant=45.0, scale_max=1.0)
-    world = scenes.World(size=size, channels=channels, **options)
+    world = scenes.Scenes(size=size, channels=channels, **options)
     for i in range(40):
         scene = world.scene(i)
         assert scene.image.shape == (size, size, channels)
-        assert scene.label == scans.pixels()[1][scene.digit]
+        assert scene.label == digits.pixels()[1][scene.digit]
         y, x, h, w = scene.box
         assert min(y, x) >= -1e-4
         assert max(y + h, x + w) <= size + 1e-4
@@ -64,15 +65,15 @@ def test_the_digit_is_where_the_truth_says(size, channels):
 
 @pytest.mark.parametrize("slant", [0.0, 45.0])
 def test_the_whole_digit_is_drawn(slant):
-    world = scenes.World(slant=slant, scale_min=0.5, scale_max=0.6)
+    world = scenes.Scenes(slant=slant, scale_min=0.5, scale_max=0.6)
     for i in range(40):
         scene = world.scene(i)
-        ink = scans.pixels()[0][scene.digit].sum() / 255 * (scene.box[2] / 8) ** 2
+        ink = digits.pixels()[0][scene.digit].sum() / 255 * (scene.box[2] / 8) ** 2
         assert abs(scene.mask.sum() / ink - 1) < 0.08
 
 
 def test_ink_keeps_its_distance_from_the_background():
-    world = scenes.World(contrast=0.4)
+    world = scenes.Scenes(contrast=0.4)
     u = iter(np.random.default_rng(0).random(4000).tolist())
     for base in np.linspace(0, 1, 200):
         ink = world._ink([base] * 3, u)
@@ -81,8 +82,8 @@ def test_ink_keeps_its_distance_from_the_background():
 
 
 def test_clutter_is_there_and_is_never_a_whole_digit():
-    bare = scenes.World(fragments=0, shapes=0, noise=0)
-    full = scenes.World(fragments=3, shapes=2, noise=0)
+    bare = scenes.Scenes(fragments=0, shapes=0, noise=0)
+    full = scenes.Scenes(fragments=3, shapes=2, noise=0)
     assert full.scene(0).clutter.shape == (3, 4)
     changed = [(bare.scene(i).image != full.scene(i).image).mean() for i in range(20)]
     assert np.mean(changed) > 0.2
@@ -93,14 +94,14 @@ def test_clutter_is_there_and_is_never_a_whole_digit():
 
 
 def test_raw_pixels_do_not_solve_the_scenes():
-    train = _pixels(scenes.World(split="train"), 2000)
-    test = _pixels(scenes.World(split="test"), 300)
+    train = _pixels(scenes.Scenes(split="train"), 2000)
+    test = _pixels(scenes.Scenes(split="test"), 300)
     score = neighbors.KNeighborsClassifier(5).fit(*train).score(*test)
     assert score < 0.4  # The same scans, aligned, give 0.98.
 
 
 def test_every_scene_uses_the_range_of_its_type():
-    images = np.stack([scenes.World().scene(i).image for i in range(50)])
+    images = np.stack([scenes.Scenes().scene(i).image for i in range(50)])
     assert images.dtype == np.uint8
     assert images.min() == 0
     assert images.max() == 255
@@ -109,6 +110,8 @@ def test_every_scene_uses_the_range_of_its_type():
 
 def test_impossible_worlds_are_refused_with_every_fault():
     with pytest.raises(errors.UsageError) as error:
-        scenes.World(size=8, channels=2, scale_min=0.9, scale_max=0.5, fragments=99)
-    for said in ("size=8", "channels=2", "scale_min=0.9", "fragments=99: 0..32"):
-        assert said in str(error.value)
+        sources.open("scenes", "", "train", size=8, channels=2, fragments=99)
+    for said in ("size=8: 16 or more", "channels=2: want", "fragments=99: in [0, 32]"):
+        assert f"data.options.{said}" in str(error.value)
+    with pytest.raises(errors.UsageError, match=r"scale_min=0\.9: at most scale_max"):
+        sources.open("scenes", "", "train", scale_min=0.9, scale_max=0.5)

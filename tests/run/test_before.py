@@ -8,6 +8,7 @@ import pytest
 from tests import runs
 from vitssl import errors, main
 from vitssl.data import dataset
+from vitssl.data.sources import wrappers
 from vitssl.evals import evaluation
 from vitssl.run import build, experiment, guard
 from vitssl.run import loop as train
@@ -52,7 +53,7 @@ def test_a_test_split_of_one_image(no_steps, tmp_path, monkeypatch):
 
     def few(self, split, seed=0):
         source = whole(self, split, seed)
-        return dataset.Subset(source, np.arange(1)) if split == "test" else source
+        return wrappers.Subset(source, np.arange(1)) if split == "test" else source
 
     monkeypatch.setattr(dataset.Data, "open", few)
     checked = _read("finetune_vit.py:smoke", "batch_size=16")

@@ -70,10 +70,7 @@ def grayscale(image):
 
 
 def blur(image, sigma, size=BLUR_KERNEL):
-    """Blur with a Gaussian of `sigma` pixels, `size` x `size`, reflecting at the edge.
-
-    `size` is odd.
-    """
+    """Blur with a Gaussian of `sigma` pixels, reflecting at the edge; `size` is odd."""
     kernel = cv2.getGaussianKernel(size, sigma)
     # A border can be reflected only where the image is wider than half the kernel.
     thin = min(image.shape[:2]) <= size // 2
@@ -92,31 +89,18 @@ OPERATIONS = (brightness, contrast, saturation, hue)
 
 
 def jitter(image, factors, order):
-    """Apply brightness, contrast, saturation, hue with `factors`, in `order`.
-
-    Args:
-        image: uint8 [H, W, C].
-        factors: (brightness, contrast, saturation, turn of the hue).
-        order: a permutation of 0..3, the operation that comes first first.
-
-    Returns:
-        uint8 [H, W, C].
-    """
+    """Apply `OPERATIONS` with one of `factors` each, in `order`, one of `ORDERS`."""
     for i in order:
         image = OPERATIONS[i](image, factors[i])
     return image
 
 
 def draw_jitter(rng, strength):
-    """Draw the factors and the order of one jitter.
+    """Return (factors, order) of one `jitter`; operations come in random order.
 
     Args:
-        rng: numpy Generator.
         strength: 0.4 gives factors within 1 +- 0.16, 1 +- 0.16, 1 +- 0.08 and a hue
             turn within +- 0.04; 1.0 gives the DINOv2 jitter (0.4, 0.4, 0.2, 0.1).
-
-    Returns:
-        (factors, order) for `jitter`. The operations come in random order.
     """
     *u, pick = rng.random(5).tolist()
     factors = []
@@ -131,15 +115,11 @@ def draw_jitter(rng, strength):
 def augment(image, rng, *, strength, prob, grayscale_prob, blur_prob, solarize_prob):
     """Jitter, then turn grey, blur and solarise, each with its own probability.
 
+    The number of draws from `rng` does not depend on their values.
+
     Args:
-        image: uint8 [H, W, C].
-        rng: numpy Generator; the number of draws does not depend on their values.
         strength: of the jitter, see `draw_jitter`; 0 switches it off.
         prob: probability of the jitter as a whole.
-        grayscale_prob, blur_prob, solarize_prob: of the other three.
-
-    Returns:
-        uint8 [H, W, C].
     """
     chance, gray, soft, sun, where = rng.random(5).tolist()
     factors, order = draw_jitter(rng, strength)

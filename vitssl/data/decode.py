@@ -1,26 +1,21 @@
 """Bytes of an image file -> uint8 [H, W, C], or one error that names the file."""
 
-import dataclasses
 import io
-import logging
 import os
 import pathlib
 import re
-import threading
-import typing
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 from vitssl import errors
+from vitssl.data import dicom
 
 try:
     import simplejpeg
 except ImportError:  # An optional speed-up: 0.76 against 0.95 ms per photograph.
     simplejpeg = None
-
-logger = logging.getLogger("vitssl.data")
 
 # A file of a few kilobytes can declare terabytes of pixels.
 MAX_PIXELS = 1 << 27
@@ -31,19 +26,17 @@ SUFFIXES = frozenset(
 )
 
 
-def decode(data, *, channels, name="image"):
-    """Decode an image file that is in memory.
+def decode(data: bytes, *, channels: int, name="image") -> np.ndarray:
+    """Decode an image file that is in memory: uint8 [H, W, channels].
 
     EXIF orientation is applied, the first frame of an animation is taken,
     transparency is dropped, 16-bit values are divided by 257.
 
     Args:
-        data: bytes of a file in any format that Pillow reads, or of a `.npy` array.
+        data: of a file in any format that Pillow reads, of a `.npy` array, or of the
+            DICOM that `dicom.pixels` reads.
         channels: 1 (gray, ITU-R 601 luma), 3 (RGB), or, for `.npy`, any number.
         name: what to call it in the error.
-
-    Returns:
-        uint8 [H, W, channels].
 
     Raises:
         DataError: not an image, truncated, too large, or of other channels.
@@ -56,6 +49,8 @@ def decode(data, *, channels, name="image"):
             return _channels(_checked_array(array), channels)
         if channels not in (1, 3):
             raise ValueError(f"only .npy arrays can give {channels} channels")
+        if data[128:132] == b"DICM":
+            return _channels(dicom.pixels(data)[..., None], channels)
         if data[:3] == b"\xff\xd8\xff":
             image = _jpeg(data, channels)
             if image is not None:
@@ -67,7 +62,7 @@ def decode(data, *, channels, name="image"):
         raise errors.DataError(f"{name}: cannot be decoded: {what}") from e
 
 
-def read(path, *, channels):
+def read(path, *, channels: int) -> np.ndarray:
     """Read and decode the image file at `path`; see `decode`.
 
     Raises:
@@ -82,13 +77,13 @@ def read(path, *, channels):
     return decode(data, channels=channels, name=printable(path))
 
 
-def printable(path):
-    """A path as text that any terminal or log can take, whatever bytes are in it."""
+def printable(path) -> str:
+    """Return a path as text that any terminal or log takes, whatever bytes it has."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _jpeg(data, channels):
-    """The fast way for an ordinary, complete JPEG; None when Pillow should judge."""
+    """Decode an ordinary, complete JPEG fast; None when Pillow should judge."""
     if b"Exif\x00\x00" in data[: 1 << 16]:
         with Image.open(io.BytesIO(data)) as image:
             if image.getexif().get(ORIENTATION, 1) != 1:
@@ -125,7 +120,7 @@ def _simplejpeg(data, space):
 
 
 def _pillow(data, channels):
-    """Every other format, and every doubtful JPEG."""
+    """Decode every other format, and every doubtful JPEG."""
     with Image.open(io.BytesIO(data)) as image:
         _bounded(*image.size)
         image.load()
@@ -152,7 +147,7 @@ def _bounded(width, height):
 
 
 def _checked_array(array):
-    """An array of a `.npy` file as uint8 [H, W, C]."""
+    """Return an array of a `.npy` file as uint8 [H, W, C]."""
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.dtype != np.uint8 or not array.size:
@@ -170,91 +165,3 @@ def _channels(image, channels):
     if have == 3 and channels == 1:
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
     raise ValueError(f"it has {have} channels, the data set {channels}")
-
-
-@dataclasses.dataclass(eq=False)
-class Tolerant:
-    """A source that survives broken images, but not many of them.
-
-    `[i]` gives the example i with its own `index`; where image i cannot be decoded
-    and the policy is "skip", the next one that can (i + 1, i + 2, ..., around the
-    end). Which one is a pure function of the files: order, threads and processes do
-    not matter. Each process keeps its own count of what it met.
-
-    Attributes:
-        source: any source; broken means that `source[i]` raises a DataError.
-        policy: "skip", or "raise" at the first broken image.
-        max_bad_fraction: share of the set that may be broken.
-
-    Raises:
-        DataError: from `[i]`, as the policy and the share say.
-    """
-
-    source: typing.Any
-    policy: typing.Literal["skip", "raise"]
-    max_bad_fraction: float = 0.01
-
-    def __post_init__(self):
-        if self.policy not in ("skip", "raise"):
-            raise errors.UsageError(
-                f"data.on_bad_image={self.policy!r}: one of 'skip', 'raise'"
-            )
-        self.bad = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self):
-        return (self.source, self.policy, self.max_bad_fraction)
-
-    def __setstate__(self, state):
-        self.source, self.policy, self.max_bad_fraction = state
-        self.__post_init__()
-
-    def __getattr__(self, key):
-        # Only what this object lacks: classes, channels, labels, root, name, split.
-        if key.startswith("_") or key == "source":
-            raise AttributeError(key)
-        return getattr(self.source, key)
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        return self.at(i, 0)
-
-    def at(self, i, epoch):
-        """Example i as it is in an epoch; only mixtures differ between epochs."""
-        if self.policy == "raise":
-            return {**self._take(i, epoch), "index": i}
-        where = getattr(self.source, "where", None)
-        for at in range(i, i + len(self)):
-            at %= len(self)
-            # In a mixture item i is another file in another epoch.
-            file = where(at, epoch) if where else at
-            if file in self.bad:
-                continue
-            try:
-                return {**self._take(at, epoch), "index": at}
-            except errors.DataError as e:
-                self._count(file, e)
-        raise errors.DataError(
-            f"{self.name}: {printable(self.root)}: no image can be decoded"
-        )
-
-    def _take(self, i, epoch):
-        at = getattr(self.source, "at", None)
-        return at(i, epoch) if at else self.source[i]
-
-    def _count(self, file, error):
-        with self._lock:
-            if file not in self.bad:
-                self.bad[file] = str(error)
-                logger.warning("skipped a broken image: %s", error)
-            bad = list(self.bad.values())
-        if len(bad) > self.max_bad_fraction * len(self):
-            shown = "\n  ".join(bad[:5])
-            raise errors.DataError(
-                f"{self.name}: {printable(self.root)}: {len(bad)} of {len(self)} "
-                f"images are broken, more than {self.max_bad_fraction:.0%} of the set; "
-                "repair them or take them out of the folder"
-                f"\n  {shown}" + "\n  ..." * (len(bad) > 5)
-            )

@@ -14,13 +14,15 @@ import os
 import signal
 import threading
 import time
-import typing
+from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from vitssl import errors
 from vitssl.data import decode
+from vitssl.data.sources import wrappers
 
 # Positions and epochs draw from different Philox keys.
 _ORDER = np.uint64(1 << 63)
@@ -28,7 +30,7 @@ _ORDER = np.uint64(1 << 63)
 _FOREVER = 1 << 40
 
 
-class Spec(typing.NamedTuple):
+class Spec(NamedTuple):
     """Shape and dtype of one array of a batch; `jax.eval_shape` takes it as is."""
 
     shape: tuple[int, ...]
@@ -36,38 +38,30 @@ class Spec(typing.NamedTuple):
 
 
 def _generator(seed, position):
-    """The random numbers of one row."""
+    """Return the random numbers of one row."""
     key = np.array([seed % (1 << 64), position], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
 
 @functools.lru_cache(maxsize=4)
-def order(n, seed, epoch):
-    """The order in which an epoch visits n images: a permutation [n].
-
-    Args:
-        n: number of images.
-        seed: of the run.
-        epoch: 0-based.
-    """
+def order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order in which an epoch visits n images: a permutation [n]."""
     return _generator(seed, np.uint64(epoch) | _ORDER).permutation(n)
 
 
-def class_weight(labels):
-    """Return 1 / (images of its class) of every image, from labels [N]: [N]."""
+def class_weight(labels):  # [N] -> [N]
+    """Return 1 / (images of its class) of every image."""
     _, group, count = np.unique(labels, return_inverse=True, return_counts=True)
     return 1.0 / count[group]
 
 
 @functools.lru_cache(maxsize=4)
-def balanced(labels, seed, epoch):
+def balanced(labels: bytes, seed: int, epoch: int) -> np.ndarray:
     """Draw as many images as there are, each class equally often on average.
 
     Args:
         labels: int32 [N] as bytes, so that it can be hashed; unlabelled (-1) images
             count as a class of their own.
-        seed: of the run.
-        epoch: 0-based.
 
     Returns:
         int64 [N], with replacement: image i with weight 1 / (images of its class).
@@ -78,8 +72,8 @@ def balanced(labels, seed, epoch):
     return rng.choice(len(labels), len(labels), p=weight / weight.sum())
 
 
-def steps_per_epoch(source, batch_size):
-    """Full batches in one epoch, floor(N / batch).
+def steps_per_epoch(source, batch_size: int) -> int:
+    """Return the full batches in one epoch.
 
     Raises:
         DataError: the set is smaller than one batch.
@@ -93,20 +87,8 @@ def steps_per_epoch(source, batch_size):
     return len(source) // batch_size
 
 
-def _share(batch_size, process):
-    """Rows of a global batch that are ours: (first, count)."""
-    index, count = process
-    if batch_size % count or not 0 <= index < count:
-        raise errors.UsageError(
-            f"batch_size={batch_size} does not split over {count} processes "
-            f"(this is number {index})"
-        )
-    rows = batch_size // count
-    return index * rows, rows
-
-
 def _stack(rows):
-    """Dicts of one row each -> a dict of arrays [B, ...]."""
+    """Return dicts of one row each as a dict of arrays [B, ...]."""
     batch = {}
     for key in rows[0]:
         try:
@@ -118,21 +100,40 @@ def _stack(rows):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Training:
-    """`[t]` is our rows of batch t."""
+class _Batches:
+    """`[t]` is our rows of batch t: process p of n has rows [p B/n, (p+1) B/n)."""
 
-    source: typing.Any
-    transform: typing.Callable
+    source: wrappers.Tolerant
+    transform: Callable
     seed: int
     batch_size: int
     process: tuple[int, int]
+
+    def __post_init__(self):
+        index, count = self.process
+        if self.batch_size % count or not 0 <= index < count:
+            raise errors.UsageError(
+                f"batch_size={self.batch_size} does not split over {count} processes "
+                f"(this is number {index})"
+            )
+
+    def __getitem__(self, t):
+        index, count = self.process
+        ours = self.batch_size // count
+        return _stack([self.row(t, index * ours + r) for r in range(ours)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training(_Batches):
+    """Endless batches."""
+
     labels: bytes | None = None  # If classes are drawn equally often.
 
     def __len__(self):
         return _FOREVER
 
     def row(self, t, r):
-        """Row r of the global batch t."""
+        """Return row r of the global batch t."""
         n = len(self.source)
         epoch, step = divmod(t, n // self.batch_size)
         if self.labels is None:
@@ -148,26 +149,16 @@ class _Training:
         rng = _generator(self.seed, t * self.batch_size + r)
         return self.transform(example, rng)
 
-    def __getitem__(self, t):
-        first, count = _share(self.batch_size, self.process)
-        return _stack([self.row(t, r) for r in range(first, first + count)])
-
 
 @dataclasses.dataclass(frozen=True)
-class _Evaluation:
-    """`[t]` is our rows of the t-th batch of the set, in its order."""
-
-    source: typing.Any
-    transform: typing.Callable
-    seed: int
-    batch_size: int
-    process: tuple[int, int]
+class _Evaluation(_Batches):
+    """The set once, in its order."""
 
     def __len__(self):
         return -(-len(self.source) // self.batch_size)
 
     def row(self, t, r):
-        """Row r of the global batch t; past the end, a copy that is not valid."""
+        """Return row r of the global batch t; past the end a copy that is not valid."""
         position = t * self.batch_size + r
         i = min(position, len(self.source) - 1)
         example = self.source.at(i, 0)
@@ -179,13 +170,9 @@ class _Evaluation:
         row = self.transform(example, _generator(self.seed, position))
         return {**row, "valid": np.bool_(valid)}
 
-    def __getitem__(self, t):
-        first, count = _share(self.batch_size, self.process)
-        return _stack([self.row(t, r) for r in range(first, first + count)])
-
 
 def _own(array):
-    """An array in this process's own memory.
+    """Return an array in this process's own memory.
 
     Worker processes hand arrays over in shared memory, of which containers often have
     64 MiB only, and which outlives a process that still holds some of it.
@@ -193,14 +180,14 @@ def _own(array):
     return array if type(array) is np.ndarray else np.array(array)
 
 
-def cores():
-    """CPU cores this process may use."""
+def cores() -> int:
+    """Return the number of CPU cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def resources(threads, workers, prefetch):
+def resources(threads: int, workers: int, prefetch: int) -> tuple[int, int, int]:
     """Replace each -1 by what suits this machine.
 
     OpenCV and the decoders release Python's lock, so threads are enough for about
@@ -211,9 +198,6 @@ def resources(threads, workers, prefetch):
         threads: per process; 0 = load in the caller.
         workers: processes; 0 = none.
         prefetch: batches ready or in the making; 0 = none ahead.
-
-    Returns:
-        (threads, workers, prefetch), none negative.
     """
     n = cores()
     if workers < 0:
@@ -290,19 +274,15 @@ class Loader:
             )
         return iter(batches)
 
-    def spec(self, step):
-        """Shapes and dtypes of the GLOBAL batch at `step`, by loading one row of it.
-
-        Returns:
-            dict of `Spec`, with batch_size in front of each shape.
-        """
+    def spec(self, step: int) -> dict[str, Spec]:
+        """Return what the GLOBAL batch of a step is, by loading one row of it."""
         row = self._batches.row(step, 0)
         size = self._batches.batch_size
         arrays = {key: np.asarray(value) for key, value in row.items()}
         return {k: Spec((size, *v.shape), v.dtype) for k, v in arrays.items()}
 
-    def load(self, step):
-        """The batch of a step, made here and now: no threads, no grain."""
+    def load(self, step: int) -> dict:
+        """Return the batch of a step, made here and now: no threads, no grain."""
         return self._batches[step]
 
     def close(self):
@@ -331,23 +311,19 @@ def train(
     process=(0, 1),
     on_bad_image="skip",
     sampling="shuffle",
-):
-    """Endless training batches from `start_step` on.
+) -> Loader:
+    """Return the endless training batches [B/n, ...] from `start_step` on.
 
     Args:
-        source: see `vitssl.data.sources`.
+        source: see `layout.Source`.
         transform: (example, rng) -> dict of arrays. The example has image, label,
             index, epoch and step; all randomness must come from rng.
-        batch_size: of the global batch.
+        batch_size: B, of the global batch.
         seed: of order and augmentation.
-        start_step: first step.
         threads, workers, prefetch: see `resources`; -1 = suit the machine.
-        process: (index, count); process p of n gets rows [p B/n, (p+1) B/n).
-        on_bad_image: "skip" or "raise"; see `decode.Tolerant`.
+        process: (index, n).
+        on_bad_image: "skip" or "raise"; see `wrappers.Tolerant`.
         sampling: "shuffle", or "balanced" (see `balanced`).
-
-    Returns:
-        a `Loader` of dicts [B/n, ...].
 
     Raises:
         DataError: fewer images than a batch; from `next`, broken images.
@@ -355,7 +331,6 @@ def train(
             a source that does not know its labels.
     """
     steps_per_epoch(source, batch_size)
-    _share(batch_size, process)
     labels = None
     if sampling == "balanced":
         if getattr(source, "labels", None) is None:
@@ -364,7 +339,7 @@ def train(
                 "images are read; use shuffle"
             )
         labels = np.asarray(source.labels, np.int32).tobytes()
-    source = decode.Tolerant(source, on_bad_image)
+    source = wrappers.Tolerant(source, on_bad_image)
     batches = _Training(source, transform, seed, batch_size, process, labels)
     return Loader(
         batches, start_step, threads=threads, workers=workers, prefetch=prefetch
@@ -382,16 +357,12 @@ def evaluate(
     prefetch=-1,
     process=(0, 1),
     on_bad_image="skip",
-):
-    """Every image once, in order, in batches of one size.
+) -> Loader:
+    """Return every image once, in order, in batches of one size.
 
-    The last batch is filled up with rows whose "valid" is False, label and index -1;
-    so are rows whose image is broken. Arguments are those of `train`.
-
-    Returns:
-        a `Loader` of dicts [B/n, ...] with "valid" bool [B/n].
+    The last batch is filled up with rows whose "valid" (bool [B/n]) is False, label
+    and index -1; so are rows whose image is broken. Arguments are those of `train`.
     """
-    _share(batch_size, process)
-    source = decode.Tolerant(source, on_bad_image)
+    source = wrappers.Tolerant(source, on_bad_image)
     batches = _Evaluation(source, transform, seed, batch_size, process)
     return Loader(batches, 0, threads=threads, workers=workers, prefetch=prefetch)

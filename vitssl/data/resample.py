@@ -74,7 +74,7 @@ def _scales(image, size):
 
 
 @functools.lru_cache
-def kernel(step, taps):
+def kernel(step, taps):  # -> float64 [taps]
     """Return the filter that turns OpenCV's cubic into PIL's, along one axis.
 
     Both are linear, so they are read off as matrices C and P. The filter F, symmetric
@@ -84,9 +84,6 @@ def kernel(step, taps):
     Args:
         step: log2 of the scale (source / result) in sixteenths.
         taps: odd length.
-
-    Returns:
-        float64 [taps].
     """
     scale = 2 ** (step / OCTAVE)
     m = max(32, math.ceil(32 / scale))

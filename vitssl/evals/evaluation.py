@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import dataset, pipeline
+from vitssl.data import pipeline
+from vitssl.data.sources import wrappers
 from vitssl.evals import features, suite
 from vitssl.run import devices
 
@@ -88,7 +89,7 @@ class Evaluation:
 
     def _images(self, counts):
         parts = [
-            dataset.Subset(source, features.subset(len(source), count))
+            wrappers.Subset(source, features.subset(len(source), count))
             for source, count in zip(self._sources, counts, strict=True)
         ]
         keep = self._section.cache_bytes

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl.data import decode, pipeline, views
+from vitssl.data import pipeline, views
+from vitssl.data.sources import wrappers
 from vitssl.evals import features
 from vitssl.pictures import drawing, landscape
 
@@ -93,7 +94,7 @@ def evaluation(data, size, points, seed):
         {"image": uint8 [M, s, s, C], "label", "index": int32 [M]}, in random order, so
         that any first few are of all classes.
     """
-    source = decode.Tolerant(data.open(data.test_split), data.on_bad_image)
+    source = wrappers.Tolerant(data.open(data.test_split), data.on_bad_image)
     chosen = features.subset(len(source), points, seed=seed)
     view = views.Evaluate(size)
     rows = []

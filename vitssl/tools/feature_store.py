@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import errors, tree
-from vitssl.data import decode
+from vitssl.data.sources import wrappers
 from vitssl.methods.localmim import store as feature_store
 from vitssl.models import patches
 from vitssl.run import opened
@@ -68,7 +68,7 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
     params = tree.nest(past.params())
     data = made.settings.data
     source = data.open(data.split, made.settings.seed)
-    source = decode.Tolerant(source, data.on_bad_image)
+    source = wrappers.Tolerant(source, data.on_bad_image)
 
     @jax.jit
     def run(image):

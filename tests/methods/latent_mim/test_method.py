@@ -11,7 +11,7 @@ import pytest
 from vitssl import tree
 from vitssl.data import modalities
 from vitssl.data import states as tokens
-from vitssl.data.worlds import fields
+from vitssl.data.sources import fields
 from vitssl.methods import base
 from vitssl.methods.latent_mim import masks, readout, scores, sections, shapes, views
 from vitssl.methods.latent_mim import method as latent_mim
@@ -68,7 +68,8 @@ def method(**given):
     return latent_mim.LatentMIM(run=given.get("run", RUN), **made)
 
 
-SAMPLES = [fields.World(size=16, gaps=0.4).sample(i, NAMES) for i in range(B)]
+WORLD = fields.Fields(size=16, gaps=0.4, modalities=NAMES)
+SAMPLES = [WORLD.sample(i) for i in range(B)]
 
 
 def batch_of(m, at=0):

@@ -1,15 +1,16 @@
-"""Data sets: `open(kind, root, split, **options)` gives a source.
+"""Data sets: `open(kind, root, split, **options)` gives a `layout.Source`.
 
-A source has `len()`, `[i] -> {"image": uint8 [H, W, C], "label": int}` (-1 =
-unlabelled) and the attributes `classes` (names, tuple), `channels` (int), `labels`
-(int32 [N], where known without reading images), `root`, `name`, `split`. It is cheap
-to pickle: files are opened again, or mapped, where it arrives.
+A new one is a file here and its line in `SOURCES`: a function of (root, split), or a
+class such as `drawn.Drawn`, whose keyword arguments are the options, with their
+defaults and, in the annotations, what they accept.
 """
 
 import difflib
 import inspect
+from collections.abc import Iterator
+from typing import Literal
 
-from vitssl import errors
+from vitssl import errors, ranges
 from vitssl.data.sources import (
     birds,
     cifar,
@@ -35,27 +36,34 @@ from vitssl.data.sources import (
 
 
 def _mixture(
-    root, split, *, parts="", how="concat", weights=(), temperature=1.0, seed=0
+    root,
+    split,
+    *,
+    parts="",
+    how: Literal["weighted", "balanced", "concat"] = "concat",
+    weights: tuple[ranges.NotNegative, ...] = (),
+    temperature: ranges.Positive = 1.0,
+    seed=0,
 ):
     """Several data sets as one; see `mixture.Mixture`.
 
     Args:
         root: not used; each part names its own.
-        split: of every part.
         parts: "kind=root,kind=root,...".
-        how, weights, temperature, seed: see `mixture.mix`; how is its kind.
+        how: its kind.
     """
-    made = [open(k, r, split) for k, r in mixture.parse(parts)]
+    del root
+    made = [open(kind, where, split) for kind, where in mixture.parse(parts)]
     numbers = dict(weights=weights, temperature=temperature, seed=seed)
     return mixture.mix(made, kind=how, split=split, **numbers)
 
 
 SOURCES = {
     "digits": digits.open,
-    "scenes": scenes.open,
-    "birds": birds.open,
-    "fields": fields.open,
-    "leaves": leaves.open,
+    "scenes": scenes.Scenes,
+    "birds": birds.Birds,
+    "fields": fields.Fields,
+    "leaves": leaves.Leaves,
     "folder": folder.open,
     "cifar10": cifar.open10,
     "cifar100": cifar.open100,
@@ -70,52 +78,69 @@ SOURCES = {
     "metashift": metashift.open,
     "olmoearth": olmoearth.open,
     "sarcld": sarcld.open,
-    "plantvillage": sarcld.plantvillage,
+    "plantvillage": folder.plantvillage,
     "fake": fake.open,
     "mixture": _mixture,
 }
 
-check = layout.check
 
-
-def open(kind, root, split, *, min_classes=0, **options):
+def open(kind: str, root, split: str, **options) -> layout.Source:
     """Open a data set and check that it can be used.
 
     Args:
         kind: a key of SOURCES.
         root: folder on disk, "" for those that need none.
         split: "train", "val", "test" and what else the kind has.
-        min_classes: refuse a set with fewer distinct labels.
-        options: of the kind; see its `open`.
+        options: of the kind.
 
     Raises:
-        UsageError: no such kind or option.
+        UsageError: no such kind or option, or a value that it does not accept.
         DataError: the data are not there, or not usable.
     """
-    if kind not in SOURCES:
-        near = difflib.get_close_matches(str(kind), SOURCES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise errors.UsageError(
-            f"data.source={kind!r}{hint} There is: {', '.join(SOURCES)}"
-        )
-    known = options_of(kind)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise errors.UsageError(
-            f"data.source={kind!r} has no option {', '.join(unknown)}; "
-            f"it has: {', '.join(known) or 'none'}"
-        )
+    if found := list(faults(kind, options)):
+        raise errors.UsageError("\n".join(f"data.{line}" for line in found))
+    accepted = _accepted(kind)
+    options = {k: ranges.convert(accepted[k], v) for k, v in options.items()}
     try:
         source = SOURCES[kind](root, split, **options)
     except OSError as e:
         raise errors.DataError(f"{kind}: {root!r}: {e}") from e
-    return layout.check(source, min_classes=min_classes)
+    return layout.check(source)
 
 
-def options_of(kind):
-    """Dict from each option of a kind of source to its default value."""
+def faults(kind: str, options: dict) -> Iterator[str]:
+    """Yield what is wrong with the config keys `data.source` and `data.options`."""
+    if kind not in SOURCES:
+        known = ", ".join(sorted(SOURCES))
+        yield f"source={kind!r}: one of {known}{_nearest(kind, SOURCES)}"
+        return
+    accepted = _accepted(kind)
+    for key, value in options.items():
+        if key not in accepted:
+            have = ", ".join(accepted) or "none"
+            yield f"options.{key}: {kind} has: {have}{_nearest(key, accepted)}"
+        elif fault := ranges.fault(accepted[key], value):
+            yield f"options.{key}={value!r}: {fault}"
+
+
+def options_of(kind: str) -> dict:
+    """Return the default of each option of a kind of source."""
+    return {p.name: p.default for p in _options(kind)}
+
+
+def _options(kind):
     parameters = inspect.signature(SOURCES[kind]).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
-    if kind == "scenes":
-        options |= scenes.difficulty()
-    return options
+    return [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+
+
+def _accepted(kind):
+    """Return the annotation of each option; without one, the type of the default."""
+    return {
+        p.name: type(p.default) if p.annotation is p.empty else p.annotation
+        for p in _options(kind)
+    }
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(str(name), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -14,7 +14,7 @@ import pickle
 import numpy as np
 
 from vitssl import errors
-from vitssl.data.sources import layout, planes
+from vitssl.data.sources import blocks, layout
 
 SPLITS = {"train": "train", "test": "test", "val": "test"}
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -33,7 +33,7 @@ SHAPE = (3, 32, 32)
 
 
 def _latin1(text, encoding="latin1"):
-    """How Python 3 writes bytes into a pickle that Python 2 can read."""
+    """Decode what Python 3 wrote into a pickle so that Python 2 can read it."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"encoding {encoding!r} is not expected")
     return codecs.encode(text, "latin1")
@@ -70,7 +70,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(path):
-    """The dict in one of CIFAR's files, keys as bytes, and the file's own bytes.
+    """Return (the dict in one of CIFAR's files, keys as bytes; the file's bytes).
 
     Raises:
         DataError: the file is missing, damaged, or holds anything else.
@@ -106,7 +106,7 @@ def _batch(name, path):
     # Python 2 wrote the pixels as one piece: then the file itself can be mapped.
     offset = raw.find(data.tobytes())
     held = np.empty(0, np.uint8) if offset >= 0 else data.reshape(-1, *SHAPE)
-    return planes.Block(str(path), offset, len(labels), held), labels
+    return blocks.Block(str(path), offset, len(labels), held), labels
 
 
 def _open(name, root, split):
@@ -127,7 +127,7 @@ def _open(name, root, split):
         classes = tuple(c.decode() if isinstance(c, bytes) else c for c in names)
         if len(classes) != count:
             raise errors.DataError(f"{base / meta}: want {count} names in {key!r}")
-    return planes.Planes(
+    return blocks.Blocks(
         blocks=tuple(block for block, _ in parts),
         shape=SHAPE,
         transposed=False,
@@ -144,7 +144,6 @@ def open10(root, split):
 
     Args:
         root: folder with `cifar-10-batches-py`, or that folder itself.
-        split: "train", "test" or "val".
 
     Raises:
         DataError: files are missing or are not what they should be.

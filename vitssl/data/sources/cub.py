@@ -3,10 +3,12 @@
 Layout: https://www.vision.caltech.edu/datasets/cub_200_2011. NABirds has the same.
 """
 
+from typing import Literal
+
 import numpy as np
 
-from vitssl import errors
-from vitssl.data.sources import annotated, folder, layout
+from vitssl import errors, ranges
+from vitssl.data.sources import folder, layout, wrappers
 
 EXPECTED = (
     "CUB_200_2011/{images.txt, image_class_labels.txt, train_test_split.txt, "
@@ -16,7 +18,7 @@ EXPECTED = (
 SPLITS = {key: key for key in ("train", "val", "test")}
 
 
-def table(root, name, columns):
+def _table(root, name, columns):
     """Return the rows of an index file, split at white space.
 
     Raises:
@@ -38,13 +40,16 @@ def open(
     split,
     *,
     images="images",
-    train_share=1.0,
-    labels="all",
+    train_share: ranges.Share = 1.0,
+    labels: Literal["all", "split"] = "all",
     keypoints=True,
     masks=False,
     channels=3,
 ):
     """One split of CUB-200-2011.
+
+    Examples also have "keypoints" float32 [P, 3] (x, y, visible), "box" float32 [4]
+    (x, y, width, height), "mask" uint8 [H, W].
 
     Args:
         root: the folder CUB_200_2011.
@@ -57,41 +62,35 @@ def open(
             in the original, where a class that is missing shifts the numbers.
         keypoints: read parts/part_locs.txt and bounding_boxes.txt.
         masks: read segmentations/.
-        channels: of the images.
-
-    Returns:
-        Examples also have "keypoints" float32 [P, 3] (x, y, visible), "box" float32
-        [4] (x, y, width, height), "mask" uint8 [H, W].
 
     Raises:
         DataError: what is missing or does not fit.
     """
     split = layout.split_of("cub", split, SPLITS)
     base = layout.root_of("cub", root, EXPECTED)
-    if not 0.0 < train_share <= 1.0:
-        raise errors.UsageError(f"cub: train_share={train_share}: in (0, 1]")
-    names = {int(i): path for i, path, *_ in table(base, "images.txt", 2)}
-    label = {int(i): int(c) for i, c, *_ in table(base, "image_class_labels.txt", 2)}
-    train = {int(i): t == "1" for i, t, *_ in table(base, "train_test_split.txt", 2)}
-    ids = _members(list(names), train, split, train_share)
-    numbering = list(label.values()) if labels == "all" else [label[i] for i in ids]
-    numbers, known = annotated.same_class_numbers([label[i] for i in ids], numbering)
-    called = {int(i): name for i, name, *_ in table(base, "classes.txt", 2)}
-    folder_ = base / images
-    if not folder_.is_dir():
+    names = {int(i): path for i, path, *_ in _table(base, "images.txt", 2)}
+    label = {int(i): int(c) for i, c, *_ in _table(base, "image_class_labels.txt", 2)}
+    train = {int(i): t == "1" for i, t, *_ in _table(base, "train_test_split.txt", 2)}
+    called = {int(i): name for i, name, *_ in _table(base, "classes.txt", 2)}
+    if not (base / images).is_dir():
         layout.fail("cub", f"no folder {images}", base, EXPECTED)
-    paths = [names[i] for i in ids]
+    ids = _members(list(names), train, split, train_share)
+    known = sorted({label[i] for i in ids} if labels == "split" else {*label.values()})
+    rank = {c: k for k, c in enumerate(known)}
     files = folder.files(
-        folder_,
-        list(zip(paths, numbers, strict=True)),
-        classes=tuple(called.get(int(c), str(c)) for c in known),
+        base / images,
+        [(names[i], rank[label[i]]) for i in ids],
+        classes=tuple(called.get(c, str(c)) for c in known),
         channels=channels,
         name="cub",
         split=split,
     )
     columns = _points(base, ids) if keypoints else {}
-    shown = annotated.mask_paths(paths, base / "segmentations") if masks else ()
-    return annotated.Annotated(files, columns, shown)
+    shown = ()
+    if masks:
+        paths = [names[i] for i in ids]
+        shown = layout.beside(paths, base / "segmentations", ".png", "mask")
+    return wrappers.WithColumns(files, columns, shown)
 
 
 def _members(ids, train, split, share):
@@ -105,14 +104,14 @@ def _members(ids, train, split, share):
 
 def _points(base, ids):
     """Return {"keypoints" [N, P, 3], "box" [N, 4]}."""
-    count = len(table(base, "parts/parts.txt", 2))
+    count = len(_table(base, "parts/parts.txt", 2))
     row = {image: r for r, image in enumerate(ids)}
     points = np.zeros((len(ids), count, 3), np.float32)
-    for image, part, x, y, visible in table(base, "parts/part_locs.txt", 5):
+    for image, part, x, y, visible in _table(base, "parts/part_locs.txt", 5):
         if int(image) in row:
             points[row[int(image)], int(part) - 1] = float(x), float(y), float(visible)
     boxes = np.zeros((len(ids), 4), np.float32)
-    for image, *box in table(base, "bounding_boxes.txt", 5):
+    for image, *box in _table(base, "bounding_boxes.txt", 5):
         if int(image) in row:
             boxes[row[int(image)]] = [float(v) for v in box]
     return {"keypoints": points, "box": boxes}

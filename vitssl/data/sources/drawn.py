@@ -1,66 +1,63 @@
-"""What data sets share whose images are drawn, not read: see `data.worlds`."""
+"""What data sets share whose images are drawn, not read, everything in them known."""
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+import functools
+from typing import ClassVar
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import ranges
 from vitssl.data.sources import layout
 
+BUILT_IN = "(built in)"
 SPLITS = {"train": "train", "test": "test", "val": "test"}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Drawn(abc.ABC):
-    """The first `count` images of a world, as a source.
+@dataclasses.dataclass(frozen=True)
+class Drawn(layout.Source, abc.ABC):
+    """The first `count` images of a world; image i is a function of the fields and i.
+
+    Keyword fields are the options of the source.
 
     Attributes:
-        world: with `split`, and `label(i)` of image i.
-        count: N.
+        root: not used.
+        split: "train" or "test" ("val" is the same); they share no random number.
+        count: number of images; 0 = that of `COUNTS`.
+        size: S, side of the image in pixels.
+        seed: of everything.
     """
 
-    world: Any
-    count: int
-    name: ClassVar[str] = ""
-    root: ClassVar[str] = "(built in)"
+    root: str = BUILT_IN
+    split: str = "train"
+    _: dataclasses.KW_ONLY
+    count: ranges.OrNone = 0
+    size: ranges.Count = 48
+    seed: int = 0
 
-    @property
-    def split(self) -> str:
-        """Which stream of random numbers it is made of."""
-        return self.world.split
+    name: ClassVar[str]
+    channels: ClassVar[int] = 3
+    classes: ClassVar[tuple[str, ...]]
+    COUNTS: ClassVar[dict[str, int]]
 
-    @property
-    def labels(self) -> np.ndarray:
-        """[N] int32."""
-        return np.array([self.world.label(i) for i in range(self.count)], np.int32)
+    def __post_init__(self):
+        split = layout.split_of(self.name, self.split, SPLITS)
+        count = self.count or self.COUNTS[split]
+        # The fields are frozen; these three are what was asked for, made precise.
+        self.__dict__.update(root=BUILT_IN, split=split, count=count)
 
-    def __len__(self):
-        """Return N."""
-        return self.count
-
-    def __getitem__(self, i):
-        """Return example i.
-
-        Raises:
-            IndexError: not in 0 .. N - 1.
-        """
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        return self.example(i)
+    def rng(self, i: int, purpose: int) -> np.random.Generator:
+        """Return the random numbers of image i for one purpose."""
+        return np.random.default_rng((self.seed, i, self.split == "test", purpose))
 
     @abc.abstractmethod
-    def example(self, i: int) -> dict:
-        """Return example i, which exists."""
+    def label(self, i: int) -> int:
+        """Return the class of image i, without drawing it."""
 
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """[N] int32."""
+        return np.array([self.label(i) for i in range(self.count)], np.int32)
 
-def opened(name: str, split: str, count: int) -> str:
-    """Return the split's stream, "train" or "test".
-
-    Raises:
-        UsageError: an unknown split, or a negative count.
-    """
-    if count < 0:
-        raise errors.UsageError(f"{name}: count={count}: 0 (default size) or more")
-    return layout.split_of(name, split, SPLITS)
+    def __len__(self):
+        return self.count

@@ -1,17 +1,19 @@
 """Random pixels of any size and number of channels, for smoke runs and tests."""
 
 import dataclasses
+import functools
+from typing import ClassVar
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import ranges
 from vitssl.data.sources import layout
 
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fake:
+class Fake(layout.Source):
     """Uniform uint8 noise; image i is a pure function of (seed, split, i)."""
 
     count: int
@@ -20,27 +22,30 @@ class Fake:
     classes: tuple[str, ...]
     seed: int
     split: str
-    root: str = "(generated)"
-    name: str = "fake"
+    root: ClassVar[str] = "(generated)"
+    name: ClassVar[str] = "fake"
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         """[N] int32, the classes in turn."""
         return np.arange(self.count, dtype=np.int32) % len(self.classes)
 
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.count:
-            raise IndexError(i)
+    def image(self, i: int) -> np.ndarray:
+        """Return image i."""
         rng = np.random.default_rng((self.seed, SPLITS[self.split], i))
-        image = rng.integers(0, 256, (*self.size, self.channels), np.uint8)
-        return {"image": image, "label": int(i % len(self.classes))}
+        return rng.integers(0, 256, (*self.size, self.channels), np.uint8)
 
 
 def open(
-    root, split, *, count=256, height=32, width=32, channels=3, classes=10, seed=0
+    root,
+    split,
+    *,
+    count: ranges.Count = 256,
+    height: ranges.Count = 32,
+    width: ranges.Count = 32,
+    channels: ranges.Count = 3,
+    classes: ranges.Count = 10,
+    seed: int = 0,
 ):
     """`count` images [height, width, channels] of noise, labels 0..classes-1 in turn.
 
@@ -48,10 +53,7 @@ def open(
         root: not used.
         split: "train", "val" or "test"; each has its own noise.
     """
+    del root
     layout.split_of("fake", split, SPLITS)
-    numbers = dict(count=count, height=height, width=width, channels=channels)
-    for key, value in {**numbers, "classes": classes}.items():
-        if value < 1:
-            raise errors.UsageError(f"fake: {key}={value}: must be at least 1")
     names = tuple(f"noise {c}" for c in range(classes))
     return Fake(count, (height, width), channels, names, seed, split)

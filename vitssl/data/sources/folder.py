@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import os
-import pathlib
+from typing import Literal
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import ranges
 from vitssl.data import decode
 from vitssl.data.sources import layout
 
@@ -15,14 +15,12 @@ EXPECTED = (
     "ROOT/{train,val,test}/<class>/**/*.jpg, or ROOT/<class>/**/*.jpg, or "
     f"ROOT/**/*.jpg without classes ({' '.join(sorted(decode.SUFFIXES))})"
 )
-SPLITS = {
-    **{alias: key for key, aliases in layout.ALIASES.items() for alias in aliases},
-    "all": "all",
-}
+SPLITS = {alias: key for key, names in layout.ALIASES.items() for alias in names}
+SPLITS["all"] = "all"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Files:
+class Files(layout.Source):
     """Image files under `root` with one label each.
 
     The paths are one block of bytes and their ends, not a million strings: quick to
@@ -31,7 +29,6 @@ class Files:
     Attributes:
         paths: relative to root, joined.
         ends: int64 [N], where each path ends in `paths`.
-        labels: int32 [N], -1 = unlabelled.
     """
 
     root: str
@@ -43,23 +40,22 @@ class Files:
     name: str
     split: str
 
-    def __len__(self):
-        return len(self.ends)
-
-    def path(self, i):
-        """Where image i is."""
+    def relative(self, i: int) -> str:
+        """Return where image i is, from `root`."""
         start = self.ends[i - 1] if i else 0
-        return os.path.join(self.root, os.fsdecode(self.paths[start : self.ends[i]]))
+        return os.fsdecode(self.paths[start : self.ends[i]])
 
-    def __getitem__(self, i):
-        if not 0 <= i < len(self.ends):
-            raise IndexError(i)
-        image = decode.read(self.path(i), channels=self.channels)
-        return {"image": image, "label": int(self.labels[i])}
+    def path(self, i: int) -> str:
+        """Return where image i is."""
+        return os.path.join(self.root, self.relative(i))
+
+    def image(self, i: int) -> np.ndarray:
+        """Return image i, decoded."""
+        return decode.read(self.path(i), channels=self.channels)
 
 
-def files(root, members, *, classes, channels, name, split):
-    """A `Files` of the (path relative to root, label) pairs `members`, as ordered."""
+def files(root, members, *, classes, channels, name, split) -> Files:
+    """Return the (path relative to root, label) pairs `members`, as ordered."""
     encoded = [os.fsencode(path) for path, _ in members]
     ends = np.cumsum([len(p) for p in encoded], dtype=np.int64)
     labels = np.array([label for _, label in members], np.int32)
@@ -68,53 +64,89 @@ def files(root, members, *, classes, channels, name, split):
     )
 
 
-def walk(folder, *, above=()):
-    """Every image file below `folder`, as sorted paths relative to it.
+def _entries(folder):
+    """Return what lies in a folder, sorted.
 
-    Links are followed, except those that lead back to a folder on the way. Names that
-    begin with a dot are left out (thumbnails, "._x.jpg").
+    Names that begin with a dot are left out (thumbnails, "._x.jpg").
     """
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+
+
+def _is_image(entry):
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in decode.SUFFIXES and not entry.is_dir()
+
+
+def _identity(folder):
     stat = os.stat(folder)
-    here = (stat.st_dev, stat.st_ino)
+    return stat.st_dev, stat.st_ino
+
+
+def walk(folder, *, above=()):
+    """Yield every image file below a folder, as sorted paths relative to it.
+
+    Links are followed, except those that lead back to a folder on the way.
+    """
+    here = _identity(folder)
     if here in above:
         return
-    with os.scandir(folder) as entries:
-        found = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
-    for entry in found:
+    for entry in _entries(folder):
         if entry.is_dir():
-            for path in walk(entry.path, above=(*above, here)):
-                yield f"{entry.name}/{path}"
-        elif os.path.splitext(entry.name)[1].lower() in decode.SUFFIXES:
+            below = walk(entry.path, above=(*above, here))
+            yield from (f"{entry.name}/{path}" for path in below)
+        elif _is_image(entry):
             yield entry.name
 
 
-def folders(path):
-    """Names of the sub-folders of `path` that hold an image somewhere, sorted."""
-    with os.scandir(path) as entries:
-        names = [e.name for e in entries if e.is_dir() and e.name[0] != "."]
-    return sorted(n for n in names if next(walk(os.path.join(path, n)), None))
+def folders(path) -> list[str]:
+    """Return the names of the sub-folders that hold an image somewhere, sorted."""
+    return [e.name for e in _entries(path) if e.is_dir() and any(walk(e.path))]
 
 
-def split_folders(root, divided):
-    """Dict from canonical split to its folder's name, {} if root is not so divided.
+def classes_of(base, parts) -> tuple[str, ...]:
+    """Return the class folders of all splits together, sorted.
+
+    So a class that one split lacks shifts no label.
+    """
+    return tuple(sorted({c for part in parts for c in folders(base / part)}))
+
+
+def members(base, part: str, classes) -> list[tuple[str, int]]:
+    """Return (path relative to base, label) of the class folders of a split.
+
+    Class by class, in the order of `classes`; images beside the folders are left out.
+
+    Args:
+        part: folder of the split, "" for `base` itself.
+    """
+    above = (_identity(base / part),)
+    return [
+        (os.path.join(part, name, path), label)
+        for label, name in enumerate(classes)
+        if (base / part / name).is_dir()
+        for path in walk(base / part / name, above=above)
+    ]
+
+
+def split_folders(root, divided: str) -> dict[str, str]:
+    """Return {canonical split: its folder's name}, {} if root is not so divided.
 
     With divided="auto" it is when no other folder of root holds images, or when two
     splits are there: a lone "train" among "bus" and "tram" is a class.
     """
     if divided == "no":
         return {}
-    present = folders(root)
-    found = {}
+    present, found = folders(root), {}
     for split, aliases in layout.ALIASES.items():
-        for folder in present:
-            if folder.lower() in aliases:
-                found.setdefault(split, folder)
+        if own := [name for name in present if name.lower() in aliases]:
+            found[split] = own[0]
     sure = divided == "yes" or len(found) in (len(present), 2, 3)
     return found if sure else {}
 
 
-def held_out(paths, labels, fraction):
-    """Which images to hold out: bool [N]; the same whatever their order.
+def held_out(paths, labels, fraction: float) -> np.ndarray:
+    """Return which images to hold out: bool [N]; the same whatever their order.
 
     Of each class, the round(fraction * n) images (at least one of two or more) with
     the smallest hash of their relative path.
@@ -129,7 +161,15 @@ def held_out(paths, labels, fraction):
     return out
 
 
-def open(root, split, *, channels=3, holdout=0.1, labels="folder", divided="auto"):
+def open(
+    root,
+    split,
+    *,
+    channels=3,
+    holdout: ranges.BelowOne = 0.1,
+    labels: Literal["folder", "none"] = "folder",
+    divided: Literal["auto", "yes", "no"] = "auto",
+):
     """Images below `root`, any depth; the class is the first folder of the path.
 
     Without split folders a fixed share of the images is "val" (= "test") and the
@@ -137,7 +177,6 @@ def open(root, split, *, channels=3, holdout=0.1, labels="folder", divided="auto
     that "val" and "test" stand in for each other.
 
     Args:
-        root: of the tree.
         split: "train", "val", "test" or "all".
         channels: 1 or 3, or more for `.npy` files.
         holdout: share of the images to hold out where there are no split folders.
@@ -148,13 +187,6 @@ def open(root, split, *, channels=3, holdout=0.1, labels="folder", divided="auto
         DataError: nothing there, or not that split.
     """
     split = layout.split_of("folder", split, SPLITS)
-    if not 0 <= holdout < 1:
-        raise errors.UsageError(f"folder: holdout={holdout}: want 0 <= holdout < 1")
-    if labels not in ("folder", "none") or divided not in ("auto", "yes", "no"):
-        raise errors.UsageError(
-            f"folder: labels={labels!r} divided={divided!r}: "
-            "labels is 'folder' or 'none'; divided is 'auto', 'yes' or 'no'"
-        )
     base = layout.root_of("folder", root, EXPECTED)
     splits = split_folders(base, divided)
     if divided == "yes" and not splits:
@@ -162,27 +194,32 @@ def open(root, split, *, channels=3, holdout=0.1, labels="folder", divided="auto
     parts = _parts(base, split, splits)
     classes = ()
     if labels == "folder":
-        every = splits.values() if splits else ("",)
-        # Of all splits together: a class that one of them lacks shifts no label.
-        classes = tuple(sorted({c for p in every for c in folders(base / p)}))
-    members = _members(base, parts, classes)
-    if members and not splits and split != "all":
-        paths, targets = zip(*members, strict=True)
-        keep = held_out(paths, targets, holdout) == (split != "train")
-        members = [m for m, k in zip(members, keep, strict=True) if k]
-    if not members:
+        classes = classes_of(base, splits.values() or ("",))
+    found = [m for part in parts for m in _members(base, part, classes)]
+    if found and not splits and split != "all":
+        keep = held_out(*zip(*found, strict=True), holdout) == (split != "train")
+        found = [m for m, k in zip(found, keep, strict=True) if k]
+    if not found:
         layout.fail("folder", f"no image in split {split!r}", base, EXPECTED)
-    return files(
-        base, members, classes=classes, channels=channels, name="folder", split=split
-    )
+    about = dict(classes=classes, name="folder", split=split)
+    return files(base, found, channels=channels, **about)
+
+
+def plantvillage(root, split, *, channels=3):
+    """PlantVillage: ROOT/{train,valid}/<38 classes>/*, as the New Plant Diseases set.
+
+    Args:
+        split: "train", "val" ("test" is the same) or "all".
+    """
+    return open(root, split, channels=channels, divided="yes")
 
 
 def _parts(base, split, splits):
-    """Folders of `base` to read, "" for base itself."""
+    """Return the folders of `base` to read, "" for base itself."""
     if not splits:
         return ("",)
     if split == "all":
-        return tuple(splits[s] for s in layout.ALIASES if s in splits)
+        return tuple(splits.values())
     other = {"val": "test", "test": "val"}.get(split, "")
     found = splits.get(split) or splits.get(other)
     if not found:
@@ -190,17 +227,11 @@ def _parts(base, split, splits):
     return (found,)
 
 
-def _members(base, parts, classes):
-    """(path relative to base, label) of every image, in the order of the paths."""
-    members, loose = [], 0
-    for part in parts:
-        label = {c: i for i, c in enumerate(classes)}
-        for path in walk(base / part):
-            first, _, rest = path.partition("/")
-            if classes and not rest:
-                loose += 1
-                continue
-            members.append((str(pathlib.PurePath(part) / path), label.get(first, -1)))
+def _members(base, part, classes):
+    """Return (path relative to base, label) of every image of a part."""
+    if not classes:
+        return [(os.path.join(part, path), -1) for path in walk(base / part)]
+    loose = sum(map(_is_image, _entries(base / part)))
     if loose:
         layout.logger.warning(
             "folder: %s: %d image(s) lie beside the class folders, in none of them: "
@@ -208,4 +239,4 @@ def _members(base, parts, classes):
             decode.printable(base),
             loose,
         )
-    return members
+    return members(base, part, classes)

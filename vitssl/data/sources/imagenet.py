@@ -17,9 +17,7 @@ def open(root, split, *, channels=3, classes_file=""):
     """ImageNet: label = index of the folder's name in sorted order.
 
     Args:
-        root: of the tree, `ROOT/{train,val}/<wnid>/*.JPEG`.
         split: "train" or "val" ("test" is the same).
-        channels: 1 or 3.
         classes_file: keep only the wnids of this text file, one per line; the label
             is then the wnid's index in that file. "" = every folder.
 
@@ -32,24 +30,17 @@ def open(root, split, *, channels=3, classes_file=""):
         layout.fail("imagenet", f"no folder {split!r}", base, EXPECTED)
     if classes_file:
         classes = read_list(classes_file)
+        name = f"imagenet{len(classes)}"
     else:
-        # Of both splits together, so that a folder missing in one shifts no label.
-        both = [base / s for s in ("train", "val") if (base / s).is_dir()]
-        classes = tuple(sorted({c for part in both for c in folder.folders(part)}))
-    members, absent = [], []
-    for label, wnid in enumerate(classes):
-        below = base / split / wnid
-        found = list(folder.walk(below)) if below.is_dir() else []
-        if not found:
-            absent.append(wnid)
-        members += [(f"{split}/{wnid}/{path}", label) for path in found]
+        both = [s for s in ("train", "val") if (base / s).is_dir()]
+        classes, name = folder.classes_of(base, both), "imagenet"
+    members = folder.members(base, split, classes)
     if not members:
-        layout.fail(
-            "imagenet",
-            f"no image of the {len(classes)} classes of {classes_file or 'the tree'}",
-            base / split,
-            EXPECTED,
-        )
+        problem = f"no image of the {len(classes)} classes of "
+        problem += classes_file or "the tree"
+        layout.fail("imagenet", problem, base / split, EXPECTED)
+    there = {label for _, label in members}
+    absent = [c for label, c in enumerate(classes) if label not in there]
     if absent:
         layout.logger.warning(
             "imagenet: %s: no image of %d of %d classes: %s",
@@ -58,10 +49,8 @@ def open(root, split, *, channels=3, classes_file=""):
             len(classes),
             ", ".join(absent[:8]),
         )
-    name = "imagenet" if not classes_file else f"imagenet{len(classes)}"
-    return folder.files(
-        base, members, classes=classes, channels=channels, name=name, split=split
-    )
+    about = dict(classes=classes, name=name, split=split)
+    return folder.files(base, members, channels=channels, **about)
 
 
 def open100(root, split, *, channels=3, classes_file=""):
@@ -70,13 +59,12 @@ def open100(root, split, *, channels=3, classes_file=""):
     Args:
         classes_file: another list than the built-in one.
     """
-    return open(
-        root, split, channels=channels, classes_file=classes_file or str(LIST_100)
-    )
+    listed = classes_file or str(LIST_100)
+    return open(root, split, channels=channels, classes_file=listed)
 
 
-def read_list(path):
-    """The wnids of a text file, one per line; "#" begins a comment.
+def read_list(path) -> tuple[str, ...]:
+    """Return the wnids of a text file, one per line; "#" begins a comment.
 
     Raises:
         DataError: no such file, no name in it, or one twice.

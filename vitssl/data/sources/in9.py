@@ -10,10 +10,9 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.data import decode
-from vitssl.data.sources import folder, layout
+from vitssl.data.sources import folder, layout, wrappers
 
 EXPECTED = "ROOT/<variant, as original or mixed_rand>/val/<class>/*.JPEG"
-MASKS = "ROOT/fg_mask/val/<class>/<name of the image>.npy"
 FOREGROUNDS, BACKGROUNDS, CUTS = "original", "only_bg_t", "fg_mask"
 
 
@@ -36,66 +35,53 @@ def open(root, split, *, channels=3):
     """One variant; the label is the rank of the class folder.
 
     Args:
-        root: of the variants.
         split: a variant; "train", "val" and "test" are "original".
-        channels: of the images.
 
     Raises:
         DataError: no such variant, or no image in it.
     """
-    there = variants(root)
     split = FOREGROUNDS if split in layout.ALIASES else split
-    split = layout.split_of("in9", split, {name: name for name in there})
+    split = layout.split_of("in9", split, {name: name for name in variants(root)})
     base = layout.root_of("in9", root, EXPECTED)
-    below = f"{split}/val"
-    classes = tuple(folder.folders(base / below))
-    rank = {name: i for i, name in enumerate(classes)}
-    members = [
-        (f"{below}/{path}", rank[path.partition("/")[0]])
-        for path in folder.walk(base / below)
-        if "/" in path
-    ]
-    return folder.files(
-        base, members, classes=classes, channels=channels, name="in9", split=split
-    )
+    part = f"{split}/val"
+    classes = folder.classes_of(base, [part])
+    members = folder.members(base, part, classes)
+    about = dict(classes=classes, name="in9", split=split)
+    return folder.files(base, members, channels=channels, **about)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Challenge:
+class Challenge(wrappers.Wrapper):
     """Every foreground before every one of some backgrounds.
 
     Image i is foreground i // n, cut out by its mask, before background i % n.
 
     Attributes:
-        foregrounds, backgrounds: sources of files.
+        whole: the foregrounds.
         chosen: [n] indices of the backgrounds.
         masks: paths of the foregrounds' masks.
     """
 
-    foregrounds: folder.Files
     backgrounds: folder.Files
     chosen: np.ndarray
     masks: tuple[str, ...]
 
     def __len__(self):
-        return len(self.foregrounds) * len(self.chosen)
-
-    def __getattr__(self, name):
-        """Return what the foregrounds know: classes, channels, root, name, split."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(object.__getattribute__(self, "foregrounds"), name)
+        return len(self.whole) * len(self.chosen)
 
     @property
     def labels(self):
         """[N] int32, of the foregrounds."""
-        return np.repeat(self.foregrounds.labels, len(self.chosen))
+        return np.repeat(self.whole.labels, len(self.chosen))
 
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
+    def example(self, i: int) -> dict:
+        """Return image i.
+
+        Raises:
+            DataError: image, background and mask differ in size.
+        """
         front, back = divmod(i, len(self.chosen))
-        example = self.foregrounds[front]
+        example = self.whole[front]
         behind = self.backgrounds[int(self.chosen[back])]["image"]
         mask = np.load(self.masks[front], allow_pickle=False).astype(np.float32)
         image, mask = example["image"], mask.reshape(*mask.shape[:2], -1)[..., :1]
@@ -108,28 +94,21 @@ class Challenge:
         return example
 
 
-def challenge(root, count, *, channels=3):
-    """The backgrounds challenge: `Challenge` with `count` backgrounds, spread evenly.
+def challenge(root, count, *, channels=3) -> Challenge:
+    """The backgrounds challenge, with `count` backgrounds that are spread evenly.
 
     Args:
-        root: of the variants "original" and "only_bg_t", and the masks.
+        root: of the variants "original" and "only_bg_t", and of the masks,
+            ROOT/fg_mask/val/<class>/<name of the image>.npy.
         count: backgrounds for every foreground; more than there are = all of them.
-        channels: of the images.
 
     Raises:
         DataError: a variant or a mask is not there.
     """
     front = open(root, FOREGROUNDS, channels=channels)
     back = open(root, BACKGROUNDS, channels=channels)
-    paths = [os.path.relpath(front.path(i), front.root) for i in range(len(front))]
     cut = len(FOREGROUNDS) + 1
-    masks = tuple(
-        os.path.join(front.root, CUTS, os.path.splitext(p[cut:])[0] + ".npy")
-        for p in paths
-    )
-    missing = [path for path in masks if not os.path.exists(path)]
-    if missing:
-        problem = f"{len(missing)} of {len(masks)} foregrounds have no mask"
-        layout.fail("in9", problem, missing[0], MASKS)
+    paths = [front.relative(i)[cut:] for i in range(len(front))]
+    masks = layout.beside(paths, os.path.join(front.root, CUTS), ".npy", "mask")
     some = np.linspace(0, len(back) - 1, min(count, len(back))).round().astype(int)
     return Challenge(front, back, some, masks)

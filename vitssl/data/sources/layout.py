@@ -1,5 +1,6 @@
-"""What every source shares: split names, labels, errors that say what was found."""
+"""What every source shares: examples, split names, errors that say what was found."""
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -18,13 +19,41 @@ ALIASES = {
 }
 
 
-def split_of(name, split, known):
-    """The canonical name of `split`, one of the keys of `known`.
+class Source:
+    """A data set: `len()`, and `[i] -> {"image": uint8 [H, W, C], "label": int}`.
+
+    It has `name`, `root`, `split`, `classes` (names, tuple), `channels` (int) and, if
+    they are known without reading images, `labels` (int32 [N], -1 = unlabelled). It is
+    a dataclass and cheap to pickle: only its fields travel, and files are opened
+    again, or mapped, where it arrives.
+    """
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.example(i)
+
+    def __getstate__(self):
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def example(self, i: int) -> dict:
+        """Return example i, which exists."""
+        return {"image": self.image(i), "label": int(self.labels[i])}
+
+    def image(self, i: int) -> np.ndarray:
+        """Return image i, which exists: uint8 [H, W, C]."""
+        raise NotImplementedError
+
+
+def split_of(name: str, split: str, known: dict) -> str:
+    """Return the canonical name of a split.
 
     Args:
         name: of the data set, for the message.
-        split: what the user asked for.
-        known: dict from every accepted name to the canonical one.
+        known: from every accepted name to the canonical one.
 
     Raises:
         DataError: the data set has no such split.
@@ -36,39 +65,34 @@ def split_of(name, split, known):
     return known[split]
 
 
-def listing(path, most=8):
-    """A short, readable list of what lies in the folder `path`."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        parent = path.parent
-        near = (
-            f"; {decode.printable(parent)} holds {listing(parent)}"
-            if parent.is_dir()
-            else ""
-        )
-        return "no such path" + near
-    if not path.is_dir():
-        return f"a file of {path.stat().st_size} bytes"
-    names = sorted(e.name + "/" * e.is_dir() for e in os.scandir(path))
-    names = [decode.printable(name) for name in names]
-    if not names:
-        return "an empty folder"
-    more = f", ... ({len(names)} entries)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def fail(name, problem, path, expected):
+def fail(name: str, problem: str, path, expected: str):
     """Raise a DataError with the path, the expected layout and what is there."""
     raise errors.DataError(
         f"{name}: {problem}\n"
         f"  path:     {decode.printable(path)}\n"
         f"  expected: {expected}\n"
-        f"  found:    {listing(path)}"
+        f"  found:    {_listing(pathlib.Path(path))}"
     )
 
 
-def root_of(name, root, expected):
-    """`root` as an absolute path (~ expanded) of an existing folder.
+def _listing(path, most=8):
+    """Return a short, readable list of what lies in a folder."""
+    if not path.exists():
+        if not path.parent.is_dir():
+            return "no such path"
+        there = _listing(path.parent)
+        return f"no such path; {decode.printable(path.parent)} holds {there}"
+    if not path.is_dir():
+        return f"a file of {path.stat().st_size} bytes"
+    names = sorted(e.name + "/" * e.is_dir() for e in os.scandir(path))
+    if not names:
+        return "an empty folder"
+    more = f", ... ({len(names)} entries)" if len(names) > most else ""
+    return ", ".join(map(decode.printable, names[:most])) + more
+
+
+def root_of(name: str, root, expected: str) -> pathlib.Path:
+    """Return `root` as an absolute path (~ expanded) of an existing folder.
 
     Raises:
         DataError: it is empty, missing, or not a folder.
@@ -81,36 +105,40 @@ def root_of(name, root, expected):
     return path
 
 
-def check(source, *, min_classes=0):
-    """Refuse an empty data set; warn about, or refuse, one of too few classes.
+def beside(paths, root, suffix: str, what: str) -> tuple[str, ...]:
+    """Return the file below `root` of every image path relative to it.
 
     Args:
-        source: with `labels` [N] (-1 = unlabelled) if it knows them.
-        min_classes: distinct labels the caller needs (2 for a probe). With 0, a
-            single class is only a warning: self-supervision does not need more.
+        suffix: in place of the image's.
+        what: is in those files, for the message.
 
     Raises:
-        DataError: no image at all, or fewer than `min_classes` distinct labels.
+        DataError: some images have none, with an example.
+    """
+    found = [os.path.join(root, os.path.splitext(p)[0] + suffix) for p in paths]
+    missing = [p for p in found if not os.path.exists(p)]
+    if missing:
+        raise errors.DataError(
+            f"{len(missing)} of {len(found)} images have no {what}, for example "
+            f"{decode.printable(missing[0])}"
+        )
+    return tuple(found)
+
+
+def check(source):
+    """Return a source that has images; warn if they are all of one class.
+
+    Raises:
+        DataError: no image at all.
     """
     where = f"{source.name}: {decode.printable(source.root)} split {source.split!r}"
     if not len(source):
         raise errors.DataError(f"{where} holds no image")
     labels = getattr(source, "labels", None)
-    if labels is None:
-        seen = len(source.classes)
-    else:
-        labels = np.unique(labels)
-        seen = int((labels >= 0).sum())
-    if seen < min_classes:
-        raise errors.DataError(
-            f"{where}: {seen} labelled class(es) among {len(source)} images; "
-            f"{min_classes} or more are needed to evaluate\n"
-            f"  classes: {', '.join(source.classes[:8]) or 'none'}"
-        )
-    if seen == 1:
+    known = range(len(source.classes)) if labels is None else np.unique(labels)
+    if len({*known} - {-1}) == 1:
+        only = source.classes[0] if source.classes else "?"
         logger.warning(
-            "%s has one class only (%s): accuracies on it mean nothing",
-            where,
-            source.classes[0] if source.classes else "?",
+            "%s has one class only (%s): accuracies on it mean nothing", where, only
         )
     return source

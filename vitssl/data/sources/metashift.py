@@ -4,11 +4,9 @@ Source: Liang & Zou 2022, arXiv:2202.06523; layout of the cat-dog task as in
 ananthu-aniraj/ifam: MetaDatasetCatDog/{train,test}/{cat,dog}/<context>/*.jpg.
 """
 
-import pathlib
-
 import numpy as np
 
-from vitssl.data.sources import annotated, folder, layout
+from vitssl.data.sources import folder, layout, wrappers
 
 EXPECTED = "ROOT/{train,test}/{cat,dog}/<context, as cat(sofa)>/*.jpg"
 SPLITS = {key: key for key in ("train", "val", "test")}
@@ -17,13 +15,11 @@ SPLITS = {key: key for key in ("train", "val", "test")}
 def open(root, split, *, channels=3):
     """One split; the class is the first folder, the group the folder of the image.
 
+    Examples also have "group", the rank of that folder among those of all splits.
+
     Args:
         root: MetaDatasetCatDog.
         split: "train" or "test"; "val" only where there is such a folder.
-        channels: of the images.
-
-    Returns:
-        Examples also have "group", the rank of the folder among those of all splits.
 
     Raises:
         DataError: no such folder, or no image in it.
@@ -33,27 +29,17 @@ def open(root, split, *, channels=3):
     if not (base / split).is_dir():
         layout.fail("metashift", f"no folder {split}", base, EXPECTED)
     there = [s for s in SPLITS if (base / s).is_dir()]
-    classes = sorted({c for s in there for c in folder.folders(base / s)})
-    paths = {s: list(folder.walk(base / s)) for s in there}
-    contexts = sorted({_context(p) for part in paths.values() for p in part})
-    members = [
-        (f"{split}/{path}", classes.index(path.partition("/")[0]))
-        for path in paths[split]
-        if "/" in path
-    ]
-    files = folder.files(
-        base,
-        members,
-        classes=tuple(classes),
-        channels=channels,
-        name="metashift",
-        split=split,
-    )
-    rank = {context: i for i, context in enumerate(contexts)}
-    own = [rank[_context(path.partition("/")[2])] for path, _ in members]
-    return annotated.Annotated(files, {"group": np.array(own, np.int32)})
+    classes = folder.classes_of(base, there)
+    members = {s: folder.members(base, s, classes) for s in there}
+    contexts = {s: [_context(path) for path, _ in members[s]] for s in there}
+    every = sorted({c for own in contexts.values() for c in own})
+    rank = {context: i for i, context in enumerate(every)}
+    group = np.array([rank[c] for c in contexts[split]], np.int32)
+    about = dict(classes=classes, name="metashift", split=split)
+    files = folder.files(base, members[split], channels=channels, **about)
+    return wrappers.WithColumns(files, {"group": group})
 
 
 def _context(path):
     """Return the folder of an image, relative to the split."""
-    return str(pathlib.PurePosixPath(path).parent)
+    return path.partition("/")[2].rpartition("/")[0]

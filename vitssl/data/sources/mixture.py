@@ -8,18 +8,17 @@ import bisect
 import dataclasses
 import functools
 import itertools
-import typing
+from typing import ClassVar
 
 import numpy as np
 
 from vitssl import errors
-
-KINDS = ("weighted", "balanced", "concat")
+from vitssl.data.sources import layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Mixture:
-    """Images of several sources.
+class Mixture(layout.Source):
+    """Images of several sources; labels are not known before they are read.
 
     `[i]` is the image of epoch 0; `at(i, epoch)` that of any epoch, so that over the
     epochs every image of every source can come up.
@@ -34,13 +33,13 @@ class Mixture:
         seed: of the draws.
     """
 
-    parts: tuple[typing.Any, ...]
+    parts: tuple[layout.Source, ...]
     kind: str
     weights: tuple[float, ...]
     temperature: float
     seed: int
     split: str
-    name: str = "mixture"
+    name: ClassVar[str] = "mixture"
 
     @property
     def root(self) -> str:
@@ -73,21 +72,23 @@ class Mixture:
         share = np.array(self.weights, np.float64) ** (1 / self.temperature)
         return np.cumsum(share / share.sum())
 
+    @functools.cached_property
+    def _sizes(self):
+        return [len(p) for p in self.parts]
+
     def __len__(self):
-        sizes = [len(p) for p in self.parts]
+        sizes = self._sizes
         if self.kind == "weighted":
             return max(sizes)
         return min(sizes) * len(sizes) if self.kind == "balanced" else sum(sizes)
 
-    def where(self, i, epoch):
-        """(part, index in it) of item i."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        sizes = [len(p) for p in self.parts]
+    def where(self, i: int, epoch: int) -> tuple[int, int]:
+        """Return (part, index in it) of item i."""
+        sizes = self._sizes
         if self.kind == "concat":
-            ends = list(itertools.accumulate(sizes))
-            part = bisect.bisect_right(ends, i)
-            return part, i - (ends[part - 1] if part else 0)
+            first = list(itertools.accumulate(sizes, initial=0))
+            part = bisect.bisect_right(first, i) - 1
+            return part, i - first[part]
         if self.kind == "balanced":
             part, j = i % len(sizes), i // len(sizes)
             return part, int(_draw(sizes[part], self.seed, part, epoch)[j])
@@ -95,48 +96,38 @@ class Mixture:
         part = min(int(np.searchsorted(self._share, u, "right")), len(sizes) - 1)
         return part, int(v * sizes[part])
 
-    def at(self, i, epoch):
-        """Item i of an epoch: {"image", "label"}."""
+    def at(self, i: int, epoch: int) -> dict:
+        """Return item i of an epoch."""
         part, j = self.where(i, epoch)
         item = dict(self.parts[part][j])
         if item["label"] >= 0:
             item["label"] += self._first_class[part]
         return item
 
-    def __getitem__(self, i):
+    def example(self, i: int) -> dict:
+        """Return item i of epoch 0."""
         return self.at(i, 0)
 
 
 @functools.lru_cache(maxsize=16)
 def _draw(n, seed, part, epoch):
-    """An order of n images of one part for one epoch."""
+    """Return an order of n images of one part for one epoch."""
     return np.random.default_rng((seed, epoch, part, 8)).permutation(n)
 
 
-def mix(parts, *, kind, weights=(), temperature=1.0, seed=0, split=""):
-    """A `Mixture` of sources.
-
-    Args:
-        parts: two or more sources.
-        kind, weights, temperature, seed: see `Mixture`; weights () = equal ones.
+def mix(parts, *, kind, weights=(), temperature=1.0, seed=0, split="") -> Mixture:
+    """Mix two or more sources: see `Mixture`; weights () = equal ones.
 
     Raises:
-        UsageError: an impossible combination of the arguments.
+        UsageError: weights that do not suit the parts.
         DataError: parts of different channels, or an empty one.
     """
     parts = tuple(parts)
     weights = tuple(weights) or (1.0,) * len(parts)
-    if kind not in KINDS or len(parts) < 2:
+    if len(weights) != len(parts) or not sum(weights):
         raise errors.UsageError(
-            f"mixture: kind={kind!r} of {len(parts)} parts: one of "
-            f"{', '.join(KINDS)}, of two or more"
+            f"mixture: weights={weights}: one per part ({len(parts)}), not all 0"
         )
-    if len(weights) != len(parts) or min(weights) < 0 or not sum(weights):
-        raise errors.UsageError(
-            f"mixture: weights={weights}: one per part ({len(parts)}), none negative"
-        )
-    if temperature <= 0:
-        raise errors.UsageError(f"mixture: temperature={temperature}: above 0")
     if len({p.channels for p in parts}) > 1 or not all(len(p) for p in parts):
         found = ", ".join(f"{p.name}: {len(p)} x {p.channels}" for p in parts)
         raise errors.DataError(
@@ -146,8 +137,8 @@ def mix(parts, *, kind, weights=(), temperature=1.0, seed=0, split=""):
     return Mixture(parts, kind, weights, temperature, seed, split or parts[0].split)
 
 
-def parse(parts):
-    """ "kind=root,kind=root" -> ((kind, root), ...).
+def parse(parts: str) -> tuple[tuple[str, str], ...]:
+    """Return ((kind, root), ...) of "kind=root,kind=root".
 
     Raises:
         UsageError: not of that form.

@@ -6,17 +6,16 @@ copies of a photograph lie on both sides; the default here takes photographs alo
 class by class, with files of the same content on one side.
 """
 
+import collections
 import hashlib
-import logging
 import os
+from typing import Literal
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, ranges
 from vitssl.data import decode
 from vitssl.data.sources import folder, layout, spectral
-
-logger = logging.getLogger("vitssl.data")
 
 CLASSES = (
     "Bacterial Blight",
@@ -32,8 +31,6 @@ EXPECTED = (
     f"ROOT/{ORIGINAL}/<class>/*.jpg, and ROOT/{AUGMENTED}/<class>/* where augmented "
     "copies are wanted; without either, ROOT/<class>/*.jpg"
 )
-SPLITS = {a: key for key, names in layout.ALIASES.items() for a in names}
-SPLITS["all"] = "all"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -42,22 +39,21 @@ def open(
     split,
     *,
     channels=3,
-    rule="clean",
-    val=0.1,
-    test=0.1,
+    rule: Literal["clean", "legacy"] = "clean",
+    val: ranges.BelowOne = 0.1,
+    test: ranges.BelowOne = 0.1,
     augmented=False,
-    legacy_train=0.8,
+    legacy_train: ranges.Probability = 0.8,
     seed=42,
-    planes="",
+    planes: Literal["", "npy", "ndvi"] = "",
     planes_root="",
-    planes_range=(-1.0, 1.0),
+    planes_range: tuple[float, float] = (-1.0, 1.0),
 ):
     """One split.
 
     Args:
         root: with the two collections, or with one folder per class.
-        split: "train", "val", "test" or "all".
-        channels: of the images; with `planes`, 3 + those of the planes.
+        channels: with `planes`, 3 + those of the planes.
         rule: "clean": stratified by class, photographs only, duplicates together;
             "legacy": the published one, of all images, where val = test.
         val, test: shares of the clean split.
@@ -74,10 +70,8 @@ def open(
         DataError: nothing there; a class folder that cannot be read; a class with
             fewer than two images; images without planes.
     """
-    split = layout.split_of("sarcld", split, SPLITS)
-    if rule not in ("clean", "legacy"):
-        raise errors.UsageError(f"sarcld: rule={rule!r}: clean or legacy")
-    if min(val, test) < 0 or val + test >= 1:
+    split = layout.split_of("sarcld", split, folder.SPLITS)
+    if val + test >= 1:
         raise errors.UsageError(f"sarcld: val={val}, test={test}: shares of one split")
     base = layout.root_of("sarcld", root, EXPECTED)
     classes, photographs, copies = _listed(base)
@@ -99,17 +93,6 @@ def open(
         return made
     where = planes_root or str(base)
     return spectral.attach(made, planes, where, planes_range, channels)
-
-
-def plantvillage(root, split, *, channels=3):
-    """PlantVillage: ROOT/{train,valid}/<38 classes>/*, as the New Plant Diseases set.
-
-    Args:
-        root: with the split folders.
-        split: "train", "val" ("test" is the same) or "all".
-        channels: of the images.
-    """
-    return folder.open(root, split, channels=channels, divided="yes")
 
 
 def legacy_split(count, share, seed=42):
@@ -167,7 +150,7 @@ def _clean(base, classes, members, split, shares, seed):
         )
     if split == "all":
         return members
-    group = content(base, [p for p, _ in members])
+    group = _content(base, [p for p, _ in members])
     first = {}
     for i, g in enumerate(group):
         first.setdefault(g, i)
@@ -188,15 +171,13 @@ def _rank(path, seed):
     return hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
 
 
-def content(base, paths):
+def _content(base, paths):
     """Return a number per file, the same for files of equal bytes.
 
     Only files of equal length are read.
     """
     sizes = [os.path.getsize(base / p) for p in paths]
-    seen, number, groups = {}, {}, []
-    for size in sizes:
-        seen[size] = seen.get(size, 0) + 1
+    seen, number, groups = collections.Counter(sizes), {}, []
     for path, size in zip(paths, sizes, strict=True):
         key = path
         if seen[size] > 1:
@@ -218,7 +199,7 @@ def _copies_of(members, copies):
         words = "".join(c if c.isalnum() else " " for c in name).split()
         if stems.get(label, set()) & {*words, name}:
             chosen.append((path, label))
-    logger.info(
+    layout.logger.info(
         "sarcld: %d of %d augmented images are copies of photographs that train",
         len(chosen),
         len(copies),

@@ -6,22 +6,20 @@ like any channel.
 """
 
 import dataclasses
-import os
+from typing import Literal
 
 import numpy as np
 
 from vitssl import errors
 from vitssl.data import decode, resample
+from vitssl.data.sources import layout, wrappers
 
 
-def ndvi(image):
-    """Return a stand-in for a vegetation index, from red, green and blue: [H, W, 1].
+def ndvi(image):  # float [H, W, 3] in [0, 1] -> [H, W, 1]
+    """Return a stand-in for a vegetation index, from red, green and blue.
 
     Near infrared is guessed as 0.2 R + 0.5 G + 0.3 B; the index is (N - R) / (N + R).
     It knows no more than the colours do.
-
-    Args:
-        image: float [H, W, 3] in [0, 1].
 
     Source: w2sg-arnav/HierarchialViT@80b5e7d phase1_project/dataset.py.
     """
@@ -57,34 +55,24 @@ def read(path, size, channels):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Planes:
-    """A source of files whose images have spectral planes as further channels.
+class WithPlanes(wrappers.Wrapper):
+    """Colour image files with spectral planes as further channels.
 
     Attributes:
-        files: the colour images, three channels.
         kind: "npy" or "ndvi".
         paths: [N] of the planes; () for "ndvi".
         range: values that become 0 and 255.
         channels: 3 + S.
     """
 
-    files: object
-    kind: str
+    kind: Literal["npy", "ndvi"]
     paths: tuple[str, ...]
     range: tuple[float, float]
     channels: int
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getattr__(self, name):
-        """Return what the files know: classes, labels, root, name, split."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(object.__getattribute__(self, "files"), name)
-
-    def __getitem__(self, i):
-        example = self.files[i]
+    def example(self, i: int) -> dict:
+        """Return example i."""
+        example = self.whole[i]
         image = example["image"]
         if self.kind == "ndvi":
             planes = ndvi(image.astype(np.float32) / 255)
@@ -97,21 +85,17 @@ class Planes:
         return example | {"image": np.concatenate([image, planes], -1)}
 
 
-def attach(files, kind, root, bounds, channels):
-    """Return `files` with planes.
+def attach(files, kind, root, bounds, channels) -> WithPlanes:
+    """Return a `folder.Files` of three channels with planes.
 
     Args:
-        files: a `folder.Files` of three channels.
-        kind, bounds: see `Planes`.
+        kind, bounds, channels: see `WithPlanes`.
         root: folder of the .npy files, laid out like the images.
-        channels: 3 + S.
 
     Raises:
-        UsageError: no such kind, an empty range, no room for planes.
+        UsageError: an empty range, no room for planes.
         DataError: images without planes, with an example.
     """
-    if kind not in ("npy", "ndvi"):
-        raise errors.UsageError(f"planes={kind!r}: '', npy or ndvi")
     low, high = bounds
     if not low < high:
         raise errors.UsageError(f"planes_range={bounds}: (lowest, highest)")
@@ -122,12 +106,6 @@ def attach(files, kind, root, bounds, channels):
         )
     paths = ()
     if kind == "npy":
-        own = (os.path.relpath(files.path(i), files.root) for i in range(len(files)))
-        paths = tuple(os.path.join(root, os.path.splitext(p)[0] + ".npy") for p in own)
-        missing = [p for p in paths if not os.path.exists(p)]
-        if missing:
-            raise errors.DataError(
-                f"{len(missing)} of {len(paths)} images have no spectral file, for "
-                f"example {decode.printable(missing[0])}"
-            )
-    return Planes(files, kind, paths, (float(low), float(high)), channels)
+        own = [files.relative(i) for i in range(len(files))]
+        paths = layout.beside(own, root, ".npy", "spectral file")
+    return WithPlanes(files, kind, paths, (float(low), float(high)), channels)

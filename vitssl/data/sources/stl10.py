@@ -4,31 +4,27 @@ Source: Coates, Lee & Ng 2011, "An Analysis of Single-Layer Networks in Unsuperv
 Feature Learning".
 """
 
+from typing import Annotated
+
 import numpy as np
 
-from vitssl import errors
-from vitssl.data.sources import layout, planes
+from vitssl import errors, ranges
+from vitssl.data.sources import blocks, layout, wrappers
 
 SHAPE = (3, 96, 96)
-SPLITS = {
-    "train": "train",
-    "test": "test",
-    "val": "test",
-    "unlabeled": "unlabeled",
-    "train+unlabeled": "train+unlabeled",
-}
+SPLITS = {k: k for k in ("train", "test", "unlabeled", "train+unlabeled")}
+SPLITS["val"] = "test"
 EXPECTED = (
     "ROOT/stl10_binary/{train_X,train_y,test_X,test_y,unlabeled_X}.bin and "
     "class_names.txt"
 )
 
 
-def open(root, split, *, fold=-1):
-    """STL-10, 96x96: 5000 train, 8000 test, 100 000 unlabelled (label -1).
+def open(root, split, *, fold: Annotated[int, ranges.Range(-1, 9)] = -1):
+    """STL-10, 96x96: 5000 to train, 8000 to test, 100 000 unlabelled (label -1).
 
     Args:
         root: folder with `stl10_binary`, or that folder itself.
-        split: "train", "test" ("val" is the same), "unlabeled" or "train+unlabeled".
         fold: 0..9 takes that predefined fold of 1000 training images, -1 all.
 
     Raises:
@@ -42,7 +38,7 @@ def open(root, split, *, fold=-1):
     parts = [_part(base, part) for part in split.split("+")]
     names = base / "class_names.txt"
     classes = names.read_text().split() if names.is_file() else range(1, 11)
-    source = planes.Planes(
+    source = blocks.Blocks(
         blocks=tuple(block for block, _ in parts),
         shape=SHAPE,
         transposed=True,
@@ -54,8 +50,8 @@ def open(root, split, *, fold=-1):
     )
     if fold == -1:
         return source
-    if split != "train" or not 0 <= fold <= 9:
-        raise errors.UsageError(f"stl10: fold={fold} split={split!r}: 0..9 of train")
+    if split != "train":
+        raise errors.UsageError(f"stl10: fold={fold} split={split!r}: of train only")
     path = base / "fold_indices.txt"
     if not path.is_file():
         layout.fail("stl10", "no fold_indices.txt", base, EXPECTED)
@@ -63,7 +59,7 @@ def open(root, split, *, fold=-1):
     keep = np.array(folds[fold] if fold < len(folds) else [], np.int64)
     if not len(keep) or keep.min() < 0 or keep.max() >= len(source):
         raise errors.DataError(f"{path}: no fold {fold} of {len(source)} images")
-    return planes.subset(source, keep)
+    return wrappers.Subset(source, keep)
 
 
 def _part(base, part):
@@ -89,5 +85,5 @@ def _part(base, part):
                 f"{labels}: want {count} labels 1..10, one per image; found {len(y)} "
                 f"in {y.min() + 1}..{y.max() + 1}"
             )
-    block = planes.Block(str(images), 0, count, np.empty(0, np.uint8))
+    block = blocks.Block(str(images), 0, count, np.empty(0, np.uint8))
     return block, y

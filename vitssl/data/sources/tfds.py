@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-import typing
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,53 +15,52 @@ EXPECTED = "ROOT/<dataset>/<version>/ prepared with file_format='array_record'"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Records:
+class Records(layout.Source):
     """Examples of a prepared data set, decoded here; opened anew in each process."""
 
     dataset: str
     root: str
     split: str
-    image: str
-    label: str
+    image_key: str
+    label_key: str
     encoded: bool
     channels: int
     classes: tuple[str, ...]
-    name: str = "tfds"
-
-    def __getstate__(self):
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    name: ClassVar[str] = "tfds"
 
     @functools.cached_property
     def _records(self):
         decoders = {}
         if self.encoded:
-            decoders = {self.image: _library().decode.SkipDecoding()}
+            decoders = {self.image_key: _library().decode.SkipDecoding()}
         builder = _builder(self.dataset, self.root)
         return builder.as_data_source(split=self.split, decoders=decoders)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """[N] int32; reads every record once."""
-        if not self.label:
+        if not self.label_key:
             return np.full(len(self), -1, np.int32)
-        records = self._records
-        return np.array([records[i][self.label] for i in range(len(self))], np.int32)
+        found = (self._label(self._records[i]) for i in range(len(self)))
+        return np.fromiter(found, np.int32, len(self))
+
+    def _label(self, record):
+        return int(record[self.label_key]) if self.label_key else -1
 
     def __len__(self):
         return len(self._records)
 
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
+    def example(self, i: int) -> dict:
+        """Return example i."""
         record = self._records[i]
-        image = record[self.image]
+        image = record[self.image_key]
         if self.encoded:
             name = f"{self.dataset} {self.split}[{i}]"
             image = decode.decode(image, channels=self.channels, name=name)
-        return {"image": image, "label": int(record[self.label]) if self.label else -1}
+        return {"image": image, "label": self._label(record)}
 
 
-def _library() -> typing.Any:
+def _library() -> Any:
     try:
         import tensorflow_datasets
 
@@ -74,7 +73,7 @@ def _library() -> typing.Any:
 
 
 def _builder(dataset, root):
-    """The builder of what is prepared on disk; the data set's own code is not run."""
+    """Return the builder of what is prepared; the data set's own code is not run."""
     library = _library()
     path = _version(dataset, layout.root_of("tfds", root, EXPECTED))
     try:
@@ -84,7 +83,7 @@ def _builder(dataset, root):
 
 
 def _version(dataset, root):
-    """The folder of the newest, or the named, version of a prepared data set."""
+    """Return the folder of the newest, or the named, version of a data set."""
     name, _, version = dataset.partition(":")
     found = sorted(p.parent for p in (root / name).rglob("dataset_info.json"))
     found = [p for p in found if not version or p.name == version]
@@ -99,7 +98,7 @@ def _version(dataset, root):
 
 
 def _first(error):
-    """The first line of what tensorflow-datasets says."""
+    """Return the first line of what tensorflow-datasets says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -9,55 +9,44 @@ import csv
 import numpy as np
 
 from vitssl import errors
-from vitssl.data.sources import annotated, folder, layout
+from vitssl.data.sources import folder, layout, wrappers
 
 FOLDER = "waterbird_complete95_forest2water2"
 EXPECTED = f"ROOT/metadata.csv (or ROOT/{FOLDER}/metadata.csv) and the images beside it"
 COLUMNS = ("img_filename", "y", "split", "place")
 SPLITS = {k: k for k in ("train", "val", "test", "worst_case", "best_case")}
 CLASSES = ("landbird", "waterbird")
-GROUPS = ("land/land", "land/water", "water/land", "water/water")
 
 
 def open(root, split, *, channels=3):
     """One split of Waterbirds.
 
+    Examples also have "group" = 2 y + place: a landbird on land, on water, a waterbird
+    on land, on water.
+
     Args:
         root: the folder with metadata.csv, or the one above it.
         split: "train", "val", "test"; "worst_case" and "best_case" are the test images
             whose place is not, or is, the bird's own; waterbirds come first.
-        channels: of the images.
-
-    Returns:
-        Examples also have "group" = 2 y + place, the index into `GROUPS`.
 
     Raises:
         DataError: no metadata, or columns that are missing from it.
     """
     split = layout.split_of("waterbirds", split, SPLITS)
-    base = layout.root_of("waterbirds", root, EXPECTED)
-    given, path = base, base / "metadata.csv"
-    if not path.is_file():
-        base, path = base / FOLDER, base / FOLDER / "metadata.csv"
-    if not path.is_file():
+    given = layout.root_of("waterbirds", root, EXPECTED)
+    there = [p for p in (given, given / FOLDER) if (p / "metadata.csv").is_file()]
+    if not there:
         layout.fail("waterbirds", "no metadata.csv", given, EXPECTED)
-    rows = _rows(path)
     number = {"train": 0, "val": 1}.get(split, 2)
-    rows = [r for r in rows if r[2] == number]
+    rows = [r for r in _rows(there[0] / "metadata.csv") if r[2] == number]
     if split.endswith("_case"):
-        own = split == "best_case"
-        rows = [r for r in rows if (r[1] == r[3]) == own]
+        rows = [r for r in rows if (r[1] == r[3]) == (split == "best_case")]
         rows.sort(key=lambda r: -r[1])  # Stable: file order inside either class.
-    files = folder.files(
-        base,
-        [(name, y) for name, y, _, _ in rows],
-        classes=CLASSES,
-        channels=channels,
-        name="waterbirds",
-        split=split,
-    )
+    members = [(name, y) for name, y, _, _ in rows]
+    about = dict(classes=CLASSES, name="waterbirds", split=split)
+    files = folder.files(there[0], members, channels=channels, **about)
     group = np.array([2 * y + place for _, y, _, place in rows], np.int32)
-    return annotated.Annotated(files, {"group": group})
+    return wrappers.WithColumns(files, {"group": group})
 
 
 def _rows(path):
@@ -74,7 +63,5 @@ def _rows(path):
                 f"waterbirds: {path}: no column {', '.join(missing)}; "
                 f"there is: {', '.join(reader.fieldnames or ())}"
             )
-        return [
-            (r["img_filename"], int(r["y"]), int(r["split"]), int(r["place"]))
-            for r in reader
-        ]
+        rows = [[row[c] for c in COLUMNS] for row in reader]
+    return [(name, *map(int, numbers)) for name, *numbers in rows]

@@ -1,1 +1,0 @@
-"""Procedural worlds: pictures generated from a seed, with everything in them known."""
