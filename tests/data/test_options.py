@@ -78,6 +78,7 @@ def test_another_model_keeps_the_keys_it_has(caplog):
         (["data.options={'cuont': 3}"], "data.options.cuont: birds has: count, "),
         (["data.options={'count': 'x'}"], "data.options.count='x': want int"),
         (["data.source=brids"], "did you mean 'birds'"),
+        (["data.options.purity=2"], "data.options.purity=2.0: in [0, 1]"),
     ],
 )
 def test_mistakes_in_options_are_one_line(overrides, says):

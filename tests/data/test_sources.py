@@ -10,7 +10,7 @@ from sklearn import datasets, neighbors
 
 from vitssl import errors
 from vitssl.data import sources
-from vitssl.data.sources import folder, mixture
+from vitssl.data.sources import folder, mixture, wrappers
 
 
 def _flat(source):
@@ -330,6 +330,15 @@ def test_mixtures_open_by_name():
     assert mixed.root == "digits:(built in) + scenes:(built in)"
     with pytest.raises(errors.UsageError, match="parts='digits='"):
         sources.open("mixture", "", "train", parts="digits=")
+
+
+def test_a_part_of_a_mixture_has_its_own_images_in_every_epoch():
+    mixed = mixture.mix(_parts(4, 9), kind="concat")
+    part = wrappers.Tolerant(wrappers.Subset(mixed, np.array([6, 1])), "skip")
+    for epoch in (0, 3):
+        for i, whole in enumerate((6, 1)):
+            got = part.at(i, epoch)["image"]
+            np.testing.assert_array_equal(got, mixed[whole]["image"])
 
 
 @pytest.mark.parametrize(

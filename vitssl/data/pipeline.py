@@ -233,7 +233,8 @@ class Loader:
         step: index of the batch that `next` returns next.
     """
 
-    def __init__(self, batches, start, *, threads, workers, prefetch):
+    def __init__(self, batches, start=0, *, threads=-1, workers=0, prefetch=-1):
+        """Load from batch `start` on; see `resources` for the rest."""
         self._batches = batches
         self._options = resources(threads, workers, prefetch)
         self._iterator = None
@@ -305,12 +306,10 @@ def train(
     batch_size,
     seed,
     start_step=0,
-    threads=-1,
-    workers=0,
-    prefetch=-1,
     process=(0, 1),
     on_bad_image="skip",
     sampling="shuffle",
+    **loading,
 ) -> Loader:
     """Return the endless training batches [B/n, ...] from `start_step` on.
 
@@ -320,10 +319,10 @@ def train(
             index, epoch and step; all randomness must come from rng.
         batch_size: B, of the global batch.
         seed: of order and augmentation.
-        threads, workers, prefetch: see `resources`; -1 = suit the machine.
         process: (index, n).
         on_bad_image: "skip" or "raise"; see `wrappers.Tolerant`.
         sampling: "shuffle", or "balanced" (see `balanced`).
+        loading: threads, workers, prefetch: see `resources`.
 
     Raises:
         DataError: fewer images than a batch; from `next`, broken images.
@@ -341,9 +340,7 @@ def train(
         labels = np.asarray(source.labels, np.int32).tobytes()
     source = wrappers.Tolerant(source, on_bad_image)
     batches = _Training(source, transform, seed, batch_size, process, labels)
-    return Loader(
-        batches, start_step, threads=threads, workers=workers, prefetch=prefetch
-    )
+    return Loader(batches, start_step, **loading)
 
 
 def evaluate(
@@ -352,11 +349,9 @@ def evaluate(
     *,
     batch_size,
     seed=0,
-    threads=-1,
-    workers=0,
-    prefetch=-1,
     process=(0, 1),
     on_bad_image="skip",
+    **loading,
 ) -> Loader:
     """Return every image once, in order, in batches of one size.
 
@@ -365,4 +360,4 @@ def evaluate(
     """
     source = wrappers.Tolerant(source, on_bad_image)
     batches = _Evaluation(source, transform, seed, batch_size, process)
-    return Loader(batches, 0, threads=threads, workers=workers, prefetch=prefetch)
+    return Loader(batches, **loading)

@@ -33,7 +33,7 @@ SHAPE = (3, 32, 32)
 
 
 def _latin1(text, encoding="latin1"):
-    """Decode what Python 3 wrote into a pickle so that Python 2 can read it."""
+    """Return bytes that Python 3 wrote as text, so that Python 2 could read them."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"encoding {encoding!r} is not expected")
     return codecs.encode(text, "latin1")

@@ -101,8 +101,9 @@ class Leaves(drawn.Drawn):
         green = np.array(_GREEN) * rng.uniform(0.8, 1.2) + rng.uniform(-12, 12, 3)
         painted = np.tile(green.clip(0, 255).astype(np.uint8), (size, size, 1))
         lesions = np.zeros((size, size), np.uint8)
-        _SYMPTOMS[label](painted, lesions, rng, frame, inside, green)
-        _veins(painted, rng, frame, green)
+        paint = _Paint(painted, lesions, rng, frame, inside, green)
+        _SYMPTOMS[label](paint)
+        paint.veins()
         canvas[inside > 0] = painted[inside > 0]
         mask = inside + (inside * (lesions > 0)).astype(np.uint8)
         image = canvas * rng.uniform(1 - self.cast, 1 + self.cast, 3)
@@ -157,83 +158,71 @@ def _outline(rng, label, size):
     return np.array(edge, np.int32), frame
 
 
-def _veins(canvas, rng, frame, green):
-    pale = (np.array(green) * 1.22).clip(0, 255).tolist()
-    wide = max(1, round(0.03 * frame.scale))
-    cv2.line(canvas, frame.at(-1, 0), frame.at(1, 0), pale, wide, cv2.LINE_AA)
-    for x in (-0.55, -0.15, 0.25):
-        for side in (-1, 1):
-            end = frame.at(x + 0.4, 0.75 * side)
-            cv2.line(canvas, frame.at(x, 0), end, pale, 1, cv2.LINE_AA)
+class _Paint(NamedTuple):
+    """What a leaf is painted with: its surface and lesions [S, S], where it lies."""
+
+    on: np.ndarray
+    lesions: np.ndarray
+    rng: np.random.Generator
+    frame: _Frame
+    inside: np.ndarray
+    green: np.ndarray
+
+    def blob(self, point, radius, colour):
+        """Paint an uneven spot of sick tissue."""
+        axes = [max(1, round(radius * f)) for f in self.rng.uniform(0.8, 1.25, 2)]
+        angle = float(self.rng.uniform(0, 180))
+        for canvas, ink in ((self.on, colour), (self.lesions, 1)):
+            cv2.ellipse(canvas, point, axes, angle, 0, 360, ink, -1)
+
+    def blobs(self, count, radius, colour, halo=None):
+        """Paint as many spots as drawn from `count`, of a size drawn from `radius`."""
+        for point in self.frame.dots(self.rng, int(self.rng.integers(*count))):
+            size = self.rng.uniform(*radius) * self.frame.scale
+            if halo:
+                self.blob(point, 1.6 * size, halo)
+            self.blob(point, size, colour)
+
+    def veins(self):
+        """Paint a midrib and six veins."""
+        pale = (self.green * 1.22).clip(0, 255).tolist()
+        at, wide = self.frame.at, max(1, round(0.03 * self.frame.scale))
+        cv2.line(self.on, at(-1, 0), at(1, 0), pale, wide, cv2.LINE_AA)
+        for x in (-0.55, -0.15, 0.25):
+            for side in (-1, 1):
+                end = at(x + 0.4, 0.75 * side)
+                cv2.line(self.on, at(x, 0), end, pale, 1, cv2.LINE_AA)
+
+    def folds(self):
+        """Paint thick dark folds: nothing is sick but the shape, which curls."""
+        at, ink = self.frame.at, (self.green * 0.75).tolist()
+        for y in self.rng.uniform(-0.6, 0.6, 3):
+            cv2.line(self.on, at(-0.6, y), at(0.6, y * 0.6), ink, 1, cv2.LINE_AA)
+
+    def stripes(self):
+        """Paint what herbicide does: pale stripes between the veins."""
+        pale = (0.5 * self.green + 0.5 * np.array((205, 205, 130))).tolist()
+        at, wide = self.frame.at, max(1, round(0.07 * self.frame.scale))
+        for x in np.linspace(-0.8, 0.6, 5) + self.rng.uniform(-0.08, 0.08, 5):
+            for side in (-1, 1):
+                ends = at(x, 0.12 * side), at(x + 0.35, 0.8 * side)
+                for canvas, ink in ((self.on, pale), (self.lesions, 1)):
+                    cv2.line(canvas, *ends, ink, wide)
+
+    def margin(self):
+        """Paint the margin: what lies near the background."""
+        depth = cv2.distanceTransform(self.inside, cv2.DIST_L2, 3)
+        wide = self.rng.uniform(0.16, 0.28) * self.frame.scale
+        rim = (self.inside > 0) & (depth < wide)
+        self.on[rim], self.lesions[rim] = (190, 165, 75), 1
 
 
-def _blob(on, mask, point, radius, colour, rng):
-    axes = [max(1, round(radius * f)) for f in rng.uniform(0.8, 1.25, 2)]
-    angle = float(rng.uniform(0, 180))
-    for canvas, ink in ((on, colour), (mask, 1)):
-        cv2.ellipse(canvas, point, axes, angle, 0, 360, ink, -1)
-
-
-def _blight(on, mask, rng, frame, inside, green):
-    del inside, green
-    for point in frame.dots(rng, int(rng.integers(5, 10))):
-        radius = rng.uniform(0.07, 0.13) * frame.scale
-        _blob(on, mask, point, 1.6 * radius, (170, 160, 70), rng)
-        _blob(on, mask, point, radius, (85, 55, 35), rng)
-
-
-def _curl(on, mask, rng, frame, inside, green):
-    del mask, inside
-    # Nothing is sick but the shape; thick dark folds show that it curls.
-    for y in rng.uniform(-0.6, 0.6, 3):
-        ink = (np.array(green) * 0.75).tolist()
-        cv2.line(on, frame.at(-0.6, y), frame.at(0.6, y * 0.6), ink, 1, cv2.LINE_AA)
-
-
-def _healthy(on, mask, rng, frame, inside, green):
-    del on, mask, rng, frame, inside, green
-
-
-def _herbicide(on, mask, rng, frame, inside, green):
-    del inside
-    pale = (0.5 * np.array(green) + 0.5 * np.array((205, 205, 130))).tolist()
-    for x in np.linspace(-0.8, 0.6, 5) + rng.uniform(-0.08, 0.08, 5):
-        for side in (-1, 1):
-            ends = frame.at(x, 0.12 * side), frame.at(x + 0.35, 0.8 * side)
-            wide = max(1, round(0.07 * frame.scale))
-            for canvas, ink in ((on, pale), (mask, 1)):
-                cv2.line(canvas, *ends, ink, wide)
-
-
-def _hopper(on, mask, rng, frame, inside, green):
-    """Paint the margin: what lies near the background."""
-    del green
-    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
-    rim = (inside > 0) & (depth < rng.uniform(0.16, 0.28) * frame.scale)
-    on[rim] = (190, 165, 75)
-    mask[rim] = 1
-
-
-def _redding(on, mask, rng, frame, inside, green):
-    del inside, green
-    for point in frame.dots(rng, int(rng.integers(1, 3))):
-        radius = rng.uniform(0.35, 0.55) * frame.scale
-        _blob(on, mask, point, radius, (160, 60, 55), rng)
-
-
-def _variegation(on, mask, rng, frame, inside, green):
-    del inside, green
-    for point in frame.dots(rng, int(rng.integers(2, 5))):
-        radius = rng.uniform(0.2, 0.35) * frame.scale
-        _blob(on, mask, point, radius, (215, 220, 175), rng)
-
-
-_SYMPTOMS = (
-    _blight,
-    _curl,
-    _healthy,
-    _herbicide,
-    _hopper,
-    _redding,
-    _variegation,
+_SYMPTOMS = (  # In the order of `CLASSES`.
+    lambda p: p.blobs((5, 10), (0.07, 0.13), (85, 55, 35), halo=(170, 160, 70)),
+    _Paint.folds,
+    lambda p: None,
+    _Paint.stripes,
+    _Paint.margin,
+    lambda p: p.blobs((1, 3), (0.35, 0.55), (160, 60, 55)),
+    lambda p: p.blobs((2, 5), (0.2, 0.35), (215, 220, 175)),
 )

@@ -52,15 +52,15 @@ class Mixture(layout.Source):
         return self.parts[0].channels
 
     @functools.cached_property
-    def _shared(self):
-        return len({p.classes for p in self.parts}) == 1
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """Those of the parts: once if they are the same, else one after the other."""
         if self._shared:
             return self.parts[0].classes
         return tuple(f"{p.name}/{c}" for p in self.parts for c in p.classes)
+
+    @functools.cached_property
+    def _shared(self):
+        return len({p.classes for p in self.parts}) == 1
 
     @functools.cached_property
     def _first_class(self):
