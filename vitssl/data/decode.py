@@ -4,13 +4,13 @@ import io
 import os
 import pathlib
 import re
+import struct
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
 from vitssl import errors
-from vitssl.data import dicom
 
 try:
     import simplejpeg
@@ -25,6 +25,16 @@ SUFFIXES = frozenset(
     ".tga .tif .tiff .webp".split()
 )
 
+# DICOM: transfer syntaxes, kinds of values with a long length, tags.
+_IMPLICIT = "1.2.840.10008.1.2"
+_RAW = (_IMPLICIT, "1.2.840.10008.1.2.1")
+_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+_LONG = (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT")
+_ROWS, _COLUMNS, _BITS = (0x0028, 0x0010), (0x0028, 0x0011), (0x0028, 0x0100)
+_SYNTAX, _PIXELS, _ITEM = (0x0002, 0x0010), (0x7FE0, 0x0010), (0xFFFE, 0xE000)
+_PHOTOMETRIC = (0x0028, 0x0004)
+_UNDEFINED, _END_OF_SEQUENCE = 0xFFFFFFFF, b"\xfe\xff\xdd\xe0\0\0\0\0"
+
 
 def decode(data: bytes, *, channels: int, name="image") -> np.ndarray:
     """Decode an image file that is in memory: uint8 [H, W, channels].
@@ -33,8 +43,8 @@ def decode(data: bytes, *, channels: int, name="image") -> np.ndarray:
     transparency is dropped, 16-bit values are divided by 257.
 
     Args:
-        data: of a file in any format that Pillow reads, of a `.npy` array, or of the
-            DICOM that `dicom.pixels` reads.
+        data: of a file in any format that Pillow reads, of a `.npy` array, or of a
+            chest X-ray in DICOM (see `_dicom`).
         channels: 1 (gray, ITU-R 601 luma), 3 (RGB), or, for `.npy`, any number.
         name: what to call it in the error.
 
@@ -50,7 +60,7 @@ def decode(data: bytes, *, channels: int, name="image") -> np.ndarray:
         if channels not in (1, 3):
             raise ValueError(f"only .npy arrays can give {channels} channels")
         if data[128:132] == b"DICM":
-            return _channels(dicom.pixels(data)[..., None], channels)
+            return _channels(_dicom(data), channels)
         if data[:3] == b"\xff\xd8\xff":
             image = _jpeg(data, channels)
             if image is not None:
@@ -165,3 +175,73 @@ def _channels(image, channels):
     if have == 3 and channels == 1:
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
     raise ValueError(f"it has {have} channels, the data set {channels}")
+
+
+def _dicom(data):  # -> uint8 [H, W, 1]
+    """Decode a grey DICOM: little-endian, one frame of 8 or 16 bits, raw or JPEG.
+
+    These are the transfer syntaxes of SIIM-ACR's chest X-rays. MONOCHROME1 (white is
+    0) is inverted. Source: DICOM PS3.5, sections 7 and 8.
+    """
+    found = dict(_elements(data))
+    syntax = found[_SYNTAX].rstrip(b"\0 ").decode("ascii")
+    number = lambda tag: struct.unpack("<H", found[tag][:2])[0]  # noqa: E731
+    rows, columns = number(_ROWS), number(_COLUMNS)
+    if syntax in _JPEG:
+        raw = np.frombuffer(found[_PIXELS], np.uint8)
+        image = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE)
+        if image is None:
+            raise ValueError("the JPEG inside does not decode")
+    elif syntax in _RAW:
+        kind = np.uint8 if number(_BITS) == 8 else np.dtype("<u2")
+        image = np.frombuffer(found[_PIXELS], kind, rows * columns)
+        image = image.reshape(rows, columns)
+    else:
+        raise ValueError(f"transfer syntax {syntax} is not supported")
+    if image.dtype != np.uint8:
+        image = (image / 257 + 0.5).astype(np.uint8)
+    if found.get(_PHOTOMETRIC, b"").strip(b"\0 ") == b"MONOCHROME1":
+        image = 255 - image
+    return image[..., None]
+
+
+def _elements(data):
+    """Yield (tag, value bytes) of the top level, up to the pixels."""
+    at, syntax = 132, b""
+    while at + 8 <= len(data):
+        tag = struct.unpack_from("<HH", data, at)
+        meta = tag[0] == 0x0002
+        implicit = not meta and syntax.rstrip(b"\0 ") == _IMPLICIT.encode()
+        length, at = _length(data, at, implicit)
+        if length == _UNDEFINED:
+            if tag == _PIXELS:
+                yield tag, _fragments(data, at)
+                return
+            at = data.index(_END_OF_SEQUENCE, at) + len(_END_OF_SEQUENCE)
+            continue
+        value = data[at : at + length]
+        if tag == _SYNTAX:
+            syntax = value
+        yield tag, value
+        at += length
+        if tag == _PIXELS:
+            return
+
+
+def _length(data, at, implicit):
+    """Return (length of the value, where it starts)."""
+    if implicit:
+        return struct.unpack_from("<I", data, at + 4)[0], at + 8
+    if data[at + 4 : at + 6] in _LONG:
+        return struct.unpack_from("<I", data, at + 8)[0], at + 12
+    return struct.unpack_from("<H", data, at + 6)[0], at + 8
+
+
+def _fragments(data, at):
+    """Return the joined fragments of encapsulated pixels, without the offset table."""
+    parts = []
+    while struct.unpack_from("<HH", data, at) == _ITEM:
+        (size,) = struct.unpack_from("<I", data, at + 4)
+        parts.append(data[at + 8 : at + 8 + size])
+        at += 8 + size
+    return b"".join(parts[1:])

@@ -40,13 +40,13 @@ def _latin1(text, encoding="latin1"):
 
 
 def _array(subtype, shape, typecode):
-    """An empty array, to be filled by `__setstate__`; never one of objects."""
+    """Return an empty array, to be filled by `__setstate__`; never one of objects."""
     del subtype, shape, typecode
     return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
 
 
 def _frombuffer(buffer, dtype, shape, order):
-    """An array whose bytes are in the pickle (protocol 5)."""
+    """Return an array whose bytes are in the pickle (protocol 5)."""
     return np.frombuffer(buffer, dtype).reshape(shape, order=order)
 
 
@@ -87,7 +87,7 @@ def unpickle(path):
 
 
 def _batch(name, path):
-    """The images of one file as a `Block`, and its labels."""
+    """Return the images of one file as a `Block`, and its labels."""
     made, raw = unpickle(path)
     data, labels = made.get(b"data"), made.get(LABELS[name])
     if not isinstance(data, np.ndarray) or not isinstance(labels, list):
@@ -114,12 +114,8 @@ def _open(name, root, split):
     files = FILES[name, split]
     meta, key, count = META[name]
     expected = f"ROOT/{FOLDERS[name]}/{{{','.join((*files, meta))}}} (python version)"
-    base = layout.root_of(name, root, expected)
-    if (base / FOLDERS[name]).is_dir():
-        base = base / FOLDERS[name]
-    missing = [f for f in files if not (base / f).is_file()]
-    if missing:
-        layout.fail(name, f"no file {', '.join(missing)}", base, expected)
+    base = layout.root_of(name, root, expected, FOLDERS[name])
+    layout.need(name, base, files, expected)
     parts = [_batch(name, base / f) for f in files]
     classes = tuple(str(c) for c in range(count))
     if (base / meta).is_file():

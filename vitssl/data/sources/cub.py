@@ -24,9 +24,8 @@ def _table(root, name, columns):
     Raises:
         DataError: it is missing, or a row has fewer columns.
     """
+    layout.need("cub", root, [name], EXPECTED)
     path = root / name
-    if not path.is_file():
-        layout.fail("cub", f"no file {name}", root, EXPECTED)
     rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
     if bad := [row for row in rows if len(row) < columns]:
         raise errors.DataError(

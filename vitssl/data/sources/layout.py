@@ -91,8 +91,11 @@ def _listing(path, most=8):
     return ", ".join(map(decode.printable, names[:most])) + more
 
 
-def root_of(name: str, root, expected: str) -> pathlib.Path:
+def root_of(name: str, root, expected: str, inner="") -> pathlib.Path:
     """Return `root` as an absolute path (~ expanded) of an existing folder.
+
+    Args:
+        inner: folder below it to return instead, if it is there.
 
     Raises:
         DataError: it is empty, missing, or not a folder.
@@ -102,7 +105,14 @@ def root_of(name: str, root, expected: str) -> pathlib.Path:
     path = pathlib.Path(root).expanduser().absolute()
     if not path.is_dir():
         fail(name, "data.root is not a folder", path, expected)
-    return path
+    return path / inner if (path / inner).is_dir() else path
+
+
+def need(name: str, base: pathlib.Path, files, expected: str):
+    """Raise a DataError that lists which of some files are not below `base`."""
+    missing = [file for file in files if not (base / file).is_file()]
+    if missing:
+        fail(name, f"no file {', '.join(missing)}", base, expected)
 
 
 def beside(paths, root, suffix: str, what: str) -> tuple[str, ...]:

@@ -32,9 +32,7 @@ def open(root, split, *, fold: Annotated[int, ranges.Range(-1, 9)] = -1):
         UsageError: a fold of another split than train.
     """
     split = layout.split_of("stl10", split, SPLITS)
-    base = layout.root_of("stl10", root, EXPECTED)
-    if (base / "stl10_binary").is_dir():
-        base = base / "stl10_binary"
+    base = layout.root_of("stl10", root, EXPECTED, "stl10_binary")
     parts = [_part(base, part) for part in split.split("+")]
     names = base / "class_names.txt"
     classes = names.read_text().split() if names.is_file() else range(1, 11)
@@ -53,8 +51,7 @@ def open(root, split, *, fold: Annotated[int, ranges.Range(-1, 9)] = -1):
     if split != "train":
         raise errors.UsageError(f"stl10: fold={fold} split={split!r}: of train only")
     path = base / "fold_indices.txt"
-    if not path.is_file():
-        layout.fail("stl10", "no fold_indices.txt", base, EXPECTED)
+    layout.need("stl10", base, [path.name], EXPECTED)
     folds = [line.split() for line in path.read_text().splitlines() if line.strip()]
     keep = np.array(folds[fold] if fold < len(folds) else [], np.int64)
     if not len(keep) or keep.min() < 0 or keep.max() >= len(source):
@@ -63,12 +60,10 @@ def open(root, split, *, fold: Annotated[int, ranges.Range(-1, 9)] = -1):
 
 
 def _part(base, part):
-    """The images of one file as a `Block`, and their labels 0..9 or -1."""
+    """Return the images of one file as a `Block`, and their labels 0..9 or -1."""
     images, labels = base / f"{part}_X.bin", base / f"{part}_y.bin"
     needed = [images] if part == "unlabeled" else [images, labels]
-    missing = [p.name for p in needed if not p.is_file()]
-    if missing:
-        layout.fail("stl10", f"no file {', '.join(missing)}", base, EXPECTED)
+    layout.need("stl10", base, [p.name for p in needed], EXPECTED)
     size, each = images.stat().st_size, int(np.prod(SHAPE))
     count, rest = divmod(size, each)
     if rest or not count:
