@@ -108,9 +108,9 @@ def test_the_landscape_is_of_the_mean_loss_over_the_first_batches(network, monke
     assert found.plane == pytest.approx(np.mean(each), rel=1e-5)
 
 
-def test_a_folder_that_is_no_workdir_is_a_usage_error(tmp_path, capsys):
-    assert command.main([str(tmp_path)]) == 2
-    assert "config.json: missing" in capsys.readouterr().err
+def test_a_folder_that_is_no_workdir_is_one_line(tmp_path, capsys):
+    assert command.main([str(tmp_path)]) == 4
+    assert "no complete checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--images=0", "--points=3", "--nonsense"])
