@@ -150,18 +150,21 @@ class Optimizer:
         if s.per_epoch:
             step = step // self.steps_per_epoch * self.steps_per_epoch
         least = factor if s.floors == "scaled" else 1.0
-        base, start = self.peak * factor, s.start_lr * least
-        given = dict(base=base, final=s.min_lr * least, total_steps=self._span)
-        if s.schedule == "stairs":
-            given |= dict(length=s.stair_epochs * self.steps_per_epoch, gamma=s.gamma)
-        if s.schedule == "onecycle":
-            given |= dict(rise=s.cycle_rise, div=s.cycle_div)
-            given |= dict(final_div=s.cycle_final_div)
-        curve = schedules.SCHEDULES[s.schedule]
-        rise = dict(start=start, warmup_steps=self.warmup_steps)
-        if not s.warmup_over:
-            return curve(step, **given, **rise)
-        return schedules.warmup(step, curve(step, **given), base=base, **rise)
+        base, own = self.peak * factor, {}
+        if s.schedule in ("cosine", "linear"):
+            own = dict(final=s.min_lr * least, total_steps=self._span)
+        elif s.schedule == "stairs":
+            own = dict(length=s.stair_epochs * self.steps_per_epoch, gamma=s.gamma)
+        elif s.schedule == "onecycle":
+            own = dict(rise=s.cycle_rise, div=s.cycle_div, final_div=s.cycle_final_div)
+            own |= dict(total_steps=self._span)
+        curve = functools.partial(
+            getattr(schedules, s.schedule), step, base=base, **own
+        )
+        start = dict(start=s.start_lr * least, warmup_steps=self.warmup_steps)
+        if s.schedule == "onecycle" or s.warmup_over:
+            return schedules.warmup(step, curve(), base=base, **start)
+        return curve(**start)
 
     def wd(self, step):
         """Return the weight decay of step `step` (before the factors)."""
