@@ -23,7 +23,7 @@ MISTAKES = {
     "optim.name=adamW": ["optim.name='adamW'", "adamw, adam, sgd, lars"],
     "optim.schedule=step": ["optim.schedule='step'", "cosine, linear, constant"],
     "optim.warmup_epochs=400.0": ["warmup_epochs=400.0", "epochs="],
-    "optim.wd=-0.1": ["optim.wd=-0.1", "not be negative"],
+    "optim.wd=-0.1": ["optim.wd=-0.1", "0 or more"],
     "optim.b1=1.0": ["optim.b1=1.0", "[0, 1)"],
     "optim.clip_norm=-3.0": ["optim.clip_norm=-3.0"],
     "optim=3": ["optim", "section", "lr"],

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import runs, whole_hvit
 from tests.convert import pth
 from vitssl import convert, errors, tree
 from vitssl.convert import backbone, exporter, family, hvit_names, importer, reader
-from vitssl.methods.classify import streams
 from vitssl.models import hvit
 from vitssl.run import inference, warmstart
 
@@ -23,7 +22,7 @@ def _net(**fields):
     """Return a model with every head that the original has."""
     inner = hvit.HViT(**SIZE | fields)
     mae = 4 if len(inner.depths) == 1 else 0
-    return streams.HViTModel(
+    return whole_hvit.HViTModel(
         inner, 3, consistency=True, projector=(5, 6, 7), mae=mae, mae_hides=False
     )
 

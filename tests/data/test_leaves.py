@@ -234,8 +234,6 @@ def test_severities_grow_and_light_changes_no_colour():
     base = np.std((60, 120, 40))
     assert spread["light"] == pytest.approx(base)
     assert spread["light"] < spread["mild"] < spread["strong"]
-    with pytest.raises(errors.UsageError, match="'harsh': one of light, moderate"):
-        views.Leaves(32, "harsh")
 
 
 def test_geometry_of_rotation_distortion_and_erasing():

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import whole_hvit
 from vitssl import errors, tree
-from vitssl.methods.classify import streams
 from vitssl.models import hvit, hvit_blocks, hvit_fusion, layers
 from vitssl.optim import freezeout
 
@@ -75,7 +75,7 @@ def _count(width, depths, patch, image, classes):
 
 @pytest.mark.parametrize("size", MEASURED)
 def test_published_sizes_have_the_parameters_measured(size):
-    net = streams.HViTModel(hvit.variant(size), 7)
+    net = whole_hvit.HViTModel(hvit.variant(size), 7)
     b = net.backbone
     image = jax.ShapeDtypeStruct((1, b.image_size, b.image_size, 3), jnp.float32)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
@@ -90,7 +90,7 @@ def test_published_sizes_have_the_parameters_measured(size):
 )
 def test_a_spectral_stream_has_the_parameters_measured(fusion, count):
     backbone = hvit.variant("small", spectral_channels=4, fusion=fusion)
-    net = streams.HViTModel(backbone, 7)
+    net = whole_hvit.HViTModel(backbone, 7)
     image = jax.ShapeDtypeStruct((1, 256, 256, 7), jnp.float32)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
     assert tree.size(like) == count
@@ -188,7 +188,7 @@ def test_attention_reaches_everywhere_from_the_first_stage_on():
 @functools.cache
 def _model():
     backbone = _net(**SHALLOW, **BOTH)
-    return streams.HViTModel(backbone, 3, consistency=True, projector=(5, 6), mae=7)
+    return whole_hvit.HViTModel(backbone, 3, consistency=True, projector=(5, 6), mae=7)
 
 
 def test_the_gradient_reaches_every_leaf_of_both_streams_and_all_heads():
@@ -346,7 +346,7 @@ def test_hidden_squares_have_no_influence_and_are_of_the_last_stages_size():
 
 def test_squares_hold_their_pixels_channel_by_channel():
     image = _draw(0, 2, 4, 6, 3)
-    squares = np.asarray(streams.square_pixels(image, 2))
+    squares = np.asarray(whole_hvit.square_pixels(image, 2))
     assert squares.shape == (2, 6, 12)
     # Square 4 is the second of the second row: rows 2, 3 and columns 2, 3.
     want = [image[1, y, x, c] for c in range(3) for y in (2, 3) for x in (2, 3)]

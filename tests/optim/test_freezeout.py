@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import parts as config
+from configs import parts as recipe
 from tests import runs
 from tests.methods.parts import test_method as test_parts
-from vitssl import errors, tree
+from vitssl import config, errors, tree
 from vitssl.methods import table
 from vitssl.models import vit
 from vitssl.optim import freezeout, optimizer
@@ -131,8 +131,9 @@ def test_t_0_of_one_freezes_nothing():
 
 @pytest.mark.parametrize("t_0", [0.0, -0.5, 1.2])
 def test_t_0_out_of_range_is_one_clear_line(t_0):
-    (line,) = freezeout.FreezeOut(schedule="cubic", t_0=t_0).check()
-    assert line.startswith(f"t_0={t_0}: a share of the run")
+    problems = config.Problems()
+    config.section(freezeout.FreezeOut, {"t_0": t_0}, "freeze", problems)
+    assert problems == [f"freeze.t_0={t_0}: in (0, 1]"]
 
 
 def test_freezing_everything_is_refused():
@@ -239,7 +240,7 @@ def test_every_kind_of_part_discovery_has_a_table(kind):
 
 
 def test_a_stage_that_is_frozen_from_the_start_stays_so_while_the_other_freezes():
-    rules = config.groups(scratch=10.0)
+    rules = recipe.groups(scratch=10.0)
     parts = _with_own_table(
         "parts.py:smoke", "model.depth=2", f"optim.freeze={rules['freeze']!r}"
     )

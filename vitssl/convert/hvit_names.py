@@ -81,7 +81,7 @@ def encoder(depths: tuple[int, ...], flax: str = "") -> Table:
 
 
 def heads() -> Table:
-    """Return the table of the heads of `methods.classify.streams.HViTModel`."""
+    """Return the table of the heads of the original's model."""
     rules = list(_CLASSIFIER.rules)
     for name in STREAMS:
         rules += vit_names.linear(f"aux_head_{name}", f"aux_{name}/fc1")
@@ -110,7 +110,7 @@ def mae_head(torch: str = "", flax: str = "") -> tuple[Rule, ...]:
 
 
 def table(depths: tuple[int, ...], flax: str = "backbone/") -> Table:
-    """Return the table of `methods.classify.streams.HViTModel`: backbone and heads.
+    """Return the table of the original's model: backbone and heads.
 
     Args:
         depths: blocks of every stage.
@@ -120,7 +120,7 @@ def table(depths: tuple[int, ...], flax: str = "backbone/") -> Table:
 
 
 def projector(batchnorm: bool) -> Table:
-    """Return the table of `simclr.projector.Projector`, into {"params", "stats"}.
+    """Return the table of `simclr.method.Projector`, into {"params", "stats"}.
 
     Args:
         batchnorm: that of the logged runs, phase3_pretraining/models; else that of

@@ -9,8 +9,11 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
+import jax
+
 from vitssl import sizes
 from vitssl.data import views
+from vitssl.models import patches
 
 Tree = Any  # Nested dicts of arrays.
 
@@ -169,6 +172,20 @@ class Method(abc.ABC):
         """Return fields of `pictures.drawing.Material`."""
         del params, extra, batch, image
         return {}
+
+    def attention(self, params, image) -> dict:
+        """Return where the backbone `model` looks in images uint8 [B, H, W, C].
+
+        These are the fields "attention" and "grid" of `pictures.drawing.Material`.
+        """
+
+        def maps(params, image):
+            x = patches.normalise(image, self.run.mean, self.run.std)
+            options = dict(method="attention_maps", mutable=["intermediates"])
+            return self.model.apply({"params": params}, x, **options)[0]
+
+        attention, grid = jax.device_get(jax.jit(maps)(params, image))
+        return {"attention": attention, "grid": tuple(int(n) for n in grid)}
 
     def drawn(self, step: int) -> float:
         """Return the probability that a test batch is drawn after `step` updates."""

@@ -17,11 +17,11 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 
-from vitssl import errors
+from vitssl import errors, ranges, tree
 
 POWERS = {"linear": 1, "squared": 2, "cubic": 3}
 NEVER = -1  # Layer index of what never freezes.
@@ -32,7 +32,7 @@ class FreezeOut:
     """Config section `freeze`; any method, any backbone.
 
     Attributes:
-        schedule: how the end of training is spread over the layers; none is off.
+        schedule: how the ends of the layers are spread over the run; none is off.
         t_0: when layer 0 freezes, as a share of the run after the warm-up, before the
             power: cubic 0.8 is 0.8^3 = 51 % of it.
         layerwise_lr: every layer has a cosine of its own that ends when it freezes
@@ -52,25 +52,16 @@ class FreezeOut:
     """
 
     schedule: Literal["none", "linear", "squared", "cubic"] = "none"
-    t_0: float = 0.8
+    t_0: ranges.Share = 0.8
     layerwise_lr: bool = True
     scale_lr: bool = True
     warmup_to_layer_lr: bool = False
-    layers: tuple[tuple[str, int], ...] = ()
+    layers: tuple[tuple[str, Annotated[int, ranges.Range(NEVER)]], ...] = ()
     patch_embed: bool = True
     cls_token: bool = True
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range or cannot be combined."""
-        if not 0 < self.t_0 <= 1:
-            yield f"t_0={self.t_0}: a share of the run, above 0 and at most 1"
-        for pattern, index in self.layers:
-            if index < NEVER:
-                yield f"layers: {pattern!r} at {index}: 0 or more, or -1 (never)"
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                yield f"layers: {pattern!r} is not a regular expression: {e}"
+        """Yield what cannot be combined."""
         if self.warmup_to_layer_lr and not (self.layerwise_lr and self.scale_lr):
             yield "warmup_to_layer_lr=True: needs layerwise_lr=True and scale_lr=True"
 
@@ -85,6 +76,31 @@ class FreezeOut:
                 layer = NEVER
             layers[name] = layer
         return layers
+
+    def table(self, names, wish: str) -> dict[str, int]:
+        """Return {name: layer} of leaves by the table `layers`.
+
+        Raises:
+            UsageError: there is none; `wish` is the key that needs it.
+        """
+        if not self.layers:
+            raise errors.UsageError(
+                f"{wish}: this method has no table of its own; give "
+                "freeze.layers=((pattern, layer), ...), for a ViT "
+                "freezeout.vit_layers(depth, prefix)"
+            )
+        return tree.match(names, self.layers, what="freeze.layers", default=NEVER)
+
+    def plan(self, names, total: int, warmup: int) -> tuple[dict, "Schedule"]:
+        """Return ({name: layer}, schedule) of leaves, for a run of `total` steps."""
+        layers = self.index(self.table(names, f"freeze.schedule={self.schedule}"))
+        last = max(layers.values())
+        if last < 1:
+            raise errors.UsageError(
+                f"freeze.layers: the largest index is {last}; FreezeOut needs two "
+                "layers or more"
+            )
+        return layers, Schedule(self, last, total, warmup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +136,9 @@ class Schedule:
         return first if frozen else None
 
     def lr(self, layer: int, at, peak, flat):
-        """Return the rate of a layer.
+        """Return the rate of a layer (or NEVER) at an iteration, int or traced.
 
         Args:
-            layer: its index, or NEVER.
-            at: iteration, int or traced.
             peak: rate at the end of the warm-up.
             flat: the common schedule at that iteration; it is the rate during the
                 warm-up, of layers that never freeze, and without layerwise_lr.
@@ -133,34 +147,15 @@ class Schedule:
             return flat
         r = self.ratio(layer)
         scale = 1.0 / r if self.spec.scale_lr else 1.0
-        own = annealed(at - self.warmup, self.span(layer), peak * scale)
+        x = jnp.clip((at - self.warmup) / self.span(layer), 0.0, 1.0)
+        own = 0.5 * (peak * scale) * (1 + jnp.cos(jnp.pi * x))
         rise = flat * scale if self.spec.warmup_to_layer_lr else flat
         return jnp.where(at < self.warmup, rise, own)
 
 
-def rate_layer(name: str, layer: int) -> int:
-    """Return the layer whose rate a leaf has: class tokens follow the common one.
-
-    They freeze with their layer, but had no layer in the original.
-    """
-    return NEVER if name.rsplit("/", 1)[-1] == "cls" else layer
-
-
 def ratio(schedule: str, t_0: float, layer: int, last: int) -> float:
-    """Return r_i = f(t_0 + (1 - t_0) i / L).
-
-    Raises:
-        UsageError: no such schedule.
-    """
-    if schedule not in POWERS:
-        raise errors.UsageError(f"freeze.schedule={schedule}: one of {list(POWERS)}")
+    """Return r_i = f(t_0 + (1 - t_0) i / L)."""
     return (t_0 + (1 - t_0) * layer / last) ** POWERS[schedule]
-
-
-def annealed(j, span, peak):
-    """Return half a cosine from `peak` at j = 0 to 0 at j = span and after."""
-    x = jnp.clip(j / span, 0.0, 1.0)
-    return 0.5 * peak * (1 + jnp.cos(jnp.pi * x))
 
 
 def vit_layers(
@@ -171,8 +166,9 @@ def vit_layers(
     The class token, the registers and a trained position table go with block 0: they
     act through it alone.
 
+    The last layer, which never freezes, is `depth`.
+
     Args:
-        depth: number of blocks; the last layer, which never freezes, is `depth`.
         prefix: of the ViT's parameters, "encoder/".
         more: further ((pattern, index), ...), tried first: heads that end with a block.
         tokens: False for a ViT that has neither tokens of its own nor a trained table.
@@ -188,10 +184,6 @@ def hvit_layers(depths: tuple[int, ...], prefix: str = "") -> tuple:
 
     Blocks count through all stages, of both streams; patch merging goes with the block
     before it. What joins the streams, and the last norms, never freeze.
-
-    Args:
-        depths: blocks of every stage.
-        prefix: of the parameters, "backbone/".
     """
     stream, depth = f"{prefix}(spectral/)?", sum(depths)
     merges = tuple(
@@ -219,65 +211,3 @@ def decayed(decay: float, layers: dict[str, int]) -> dict[str, float]:
             layer = 0
         factors[name] = decay ** (top - layer)
     return factors
-
-
-# The networks of the FreezeOut paper: which module belongs to which layer.
-
-
-def wrn_layers(depth: int) -> tuple[tuple[str, int], ...]:
-    """Return ((module, layer), ...) of a wide residual network of 6 n + 4 layers.
-
-    The final normalisation and the classifier share the last index.
-    """
-    n = (depth - 4) // 6
-    names = ["conv1", *(f"block{s}.{i}" for s in (1, 2, 3) for i in range(n))]
-    last = len(names)
-    return (*((m, i) for i, m in enumerate(names)), ("bn1", last), ("fc", last))
-
-
-def densenet_layers(depth: int) -> tuple[tuple[str, int], ...]:
-    """Return ((module, layer), ...) of a DenseNet-BC; transitions count as layers."""
-    n = (depth - 4) // 6
-    names = ["conv1"]
-    for stage in (1, 2, 3):
-        names += [f"dense{stage}.{i}" for i in range(n)]
-        names += [f"trans{stage}"] if stage < 3 else []
-    last = len(names)
-    return (*((m, i) for i, m in enumerate(names)), ("bn1", last), ("fc", last))
-
-
-def vgg_layers() -> tuple[tuple[str, int], ...]:
-    """Return ((module, layer), ...) of VGG-16: 13 convolutions and the classifier.
-
-    Places 2, 5, 9 and 13 of the list of features are pooling.
-    """
-    convolutions = [i for i in range(17) if i not in (2, 5, 9, 13)]
-    names = [*(f"features.{i}" for i in convolutions), "classifier"]
-    return tuple((m, i) for i, m in enumerate(names))
-
-
-def densenet_saving(growth: int, blocks: int, t_0: float, schedule: str) -> float:
-    """Return the paper's estimate of the compute saved on a DenseNet-BC of 32 px.
-
-    Forward and backward count one unit each and the first removes nothing; the linear
-    schedule gets a factor of 1.3 that its authors measured; layer i has the ratio of
-    i / (number of layers), as their code has it.
-
-    Args:
-        growth: channels k added by every block.
-        blocks: blocks per stage.
-        t_0, schedule: see `FreezeOut`.
-
-    Source: ajbrock/FreezeOut@73beea1 utils.py:calc_speedup.
-    """
-    k, n = growth, 2
-    cost = [3 * 2 * k * 32**2 * 9]
-    for side in (32, 16, 8):
-        for _ in range(blocks):
-            cost.append(side**2 * (4 * n * k**2 + 36 * k**2))
-            n += 1
-        n //= 2
-    count = len(cost)
-    trained = sum(c * ratio(schedule, t_0, i, count) for i, c in enumerate(cost))
-    saving = 1 - (sum(cost) + trained) / (2 * sum(cost))
-    return saving * (1.3 if schedule == "linear" else 1.0)

@@ -8,16 +8,113 @@ needs no state beyond the moments. Parameters are flat here: {name: leaf}
 import bisect
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vitssl import errors, tree
-from vitssl.optim import freezeout, schedules, section
+from vitssl import errors, ranges, tree
+from vitssl.optim import directions, freezeout, schedules
 
-Optim, EVERYTHING = section.Optim, section.EVERYTHING
+EVERYTHING = ((".*", 1.0),)
+OneOrMore = Annotated[float, ranges.Range(1)]
+Inside = Annotated[float, ranges.Range(0, 1, open_low=True, open_high=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """Config section `optim`.
+
+    Attributes:
+        name: adamw decouples weight decay (Loshchilov & Hutter 2019); adam, nadam and
+            sgd add it to the gradient, as torch does; lars is You et al. 2017 as MAE
+            codes it; lamb is You et al. 2019, arXiv:1904.00962, as timm codes it: a
+            step has decay inside and, of leaves that decay, the length of the weights
+            (timm's also has clip_norm=1.0 and eps=1e-6).
+        lr: peak learning rate; for `lr_batch` images if that is not 0.
+        lr_batch: 0, or the batch for which `lr` is meant: the rate used is
+            lr * batch_size / lr_batch (MAE's `blr` has 256).
+        lr_batch_power: of that quotient; 0.5 is the square-root rule.
+        schedule: shape after the warm-up; ends at `min_lr`. "stairs" multiplies by
+            `gamma` every `stair_epochs` instead. "onecycle" has no warm-up and no
+            `min_lr`: it rises from lr / `cycle_div` over `cycle_rise` of the run and
+            falls to lr / (`cycle_div` `cycle_final_div`).
+        cycle_b1: with "onecycle", Adam's b1 goes from the second to the first value
+            while the rate rises, and back; () leaves b1 alone. PyTorch's default is
+            (0.85, 0.95).
+        per_epoch: the rate changes at the start of an epoch only.
+        warmup_epochs, start_lr: linear warm-up from start_lr.
+        warmup_over: the warm-up covers the beginning of the schedule, which does not
+            wait for it (timm).
+        floors: "scaled": min_lr and start_lr are multiplied by a leaf's factor like
+            the rate; "absolute": they hold for every leaf.
+        stretch: the schedules are laid over `stretch` times the run and cut off
+            (I-JEPA's ipe_scale of 1.25); 1.0 is none.
+        wd: weight decay; with wd_schedule "cosine" it ends at `wd_end`.
+        wd_normalised: the decay used is wd * sqrt(1 / steps of the run), Loshchilov &
+            Hutter 2019, arXiv:1711.05101, appendix B.1.
+        clip_norm: largest global gradient norm over trainable leaves; 0.0 is off.
+        lr_rules: ((pattern, factor), ...), first match wins; factor 0.0 freezes.
+        layer_decay: rates shrink by this factor from layer to layer towards the input,
+            on top of lr_rules, by the table of `freeze.layers`; 0.0 or 1.0 is off.
+        wd_rules: ((pattern, factor), ...) of the decay.
+        freeze: ((pattern, fraction), ...): leaves matching are frozen from that
+            fraction of the run on; 0.0 freezes them from the start.
+        thaw: ((pattern, epochs), ...): leaves matching are frozen until that epoch;
+            their moments, and Adam's count of updates, begin then.
+    """
+
+    name: Literal["adamw", "adam", "sgd", "lars", "nadam", "lamb"]
+    lr: ranges.Positive
+    schedule: Literal["cosine", "linear", "constant", "stairs", "onecycle"]
+    warmup_epochs: ranges.NotNegative
+    min_lr: ranges.NotNegative
+    wd: ranges.NotNegative
+    clip_norm: ranges.NotNegative
+    start_lr: ranges.NotNegative = 0.0
+    lr_batch: ranges.OrNone = 0
+    lr_batch_power: float = 1.0
+    per_epoch: bool = False
+    stair_epochs: float = 0.0
+    gamma: float = 0.1
+    warmup_over: bool = False
+    floors: Literal["scaled", "absolute"] = "scaled"
+    stretch: OneOrMore = 1.0
+    wd_schedule: Literal["constant", "cosine"] = "constant"
+    wd_end: ranges.NotNegative = 0.0
+    wd_normalised: bool = False
+    b1: ranges.BelowOne = 0.9
+    b2: ranges.BelowOne = 0.999
+    eps: float = 1e-8
+    momentum: ranges.BelowOne = 0.9
+    trust: float = 0.001
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    lr_rules: tuple[tuple[str, float], ...] = EVERYTHING
+    layer_decay: ranges.Probability = 0.0
+    wd_rules: tuple[tuple[str, float], ...] = EVERYTHING
+    freeze: tuple[tuple[str, ranges.Probability], ...] = ()
+    thaw: tuple[tuple[str, ranges.NotNegative], ...] = ()
+    cycle_rise: Inside = 0.1
+    cycle_div: OneOrMore = 25.0
+    cycle_final_div: OneOrMore = 1e4
+    cycle_b1: tuple[ranges.BelowOne, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        """Yield what cannot be combined."""
+        if self.schedule == "stairs" and self.stair_epochs <= 0:
+            yield f"stair_epochs={self.stair_epochs}: schedule=stairs needs its length"
+        if self.schedule == "onecycle" and self.warmup_epochs:
+            yield (
+                f"warmup_epochs={self.warmup_epochs}: schedule=onecycle rises by "
+                "itself (cycle_rise); set it to 0.0"
+            )
+        b1 = self.cycle_b1
+        if b1 and self.schedule != "onecycle":
+            yield f"cycle_b1={b1}: needs schedule=onecycle"
+        elif b1 and (len(b1) != 2 or b1[0] > b1[1]):
+            yield f"cycle_b1={b1}: (), or (lowest, highest)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +150,21 @@ class Optimizer:
         if s.per_epoch:
             step = step // self.steps_per_epoch * self.steps_per_epoch
         least = factor if s.floors == "scaled" else 1.0
-        base, start = self.peak * factor, s.start_lr * least
-        given = dict(base=base, final=s.min_lr * least, total_steps=self._span)
-        if s.schedule == "stairs":
-            given |= dict(length=s.stair_epochs * self.steps_per_epoch, gamma=s.gamma)
-        if s.schedule == "onecycle":
-            given |= dict(
-                rise=s.cycle_rise, div=s.cycle_div, final_div=s.cycle_final_div
-            )
-        curve = schedules.SCHEDULES[s.schedule]
-        rise = dict(start=start, warmup_steps=self.warmup_steps)
-        if not s.warmup_over:
-            return curve(step, **given, **rise)
-        return schedules.warmup(step, curve(step, **given), base=base, **rise)
+        base, own = self.peak * factor, {}
+        if s.schedule in ("cosine", "linear"):
+            own = dict(final=s.min_lr * least, total_steps=self._span)
+        elif s.schedule == "stairs":
+            own = dict(length=s.stair_epochs * self.steps_per_epoch, gamma=s.gamma)
+        elif s.schedule == "onecycle":
+            own = dict(rise=s.cycle_rise, div=s.cycle_div, final_div=s.cycle_final_div)
+            own |= dict(total_steps=self._span)
+        curve = functools.partial(
+            getattr(schedules, s.schedule), step, base=base, **own
+        )
+        start = dict(start=s.start_lr * least, warmup_steps=self.warmup_steps)
+        if s.schedule == "onecycle" or s.warmup_over:
+            return schedules.warmup(step, curve(), base=base, **start)
+        return curve(**start)
 
     def wd(self, step):
         """Return the weight decay of step `step` (before the factors)."""
@@ -119,11 +218,9 @@ class Optimizer:
         ]
 
     def release(self, opt, trainable: dict):
-        """Return the state with fresh moments for leaves that begin to train.
+        """Return the state, with fresh moments for leaves that begin to train.
 
-        Args:
-            opt: the state of some of the trainable leaves.
-            trainable: {name: leaf} of all of them.
+        `opt` is that of some of the leaves {name: leaf} that train now.
         """
         if not self._releases:
             return opt
@@ -134,12 +231,7 @@ class Optimizer:
         )
 
     def update(self, grads: dict, opt, params: dict, step):
-        """One update of the trainable leaves.
-
-        Args:
-            grads, params: {name: leaf} of the trainable leaves.
-            opt: the state of exactly these leaves.
-            step: 0-based step, traced int32.
+        """Update {name: leaf} of the trainable leaves; `opt` is of exactly these.
 
         Returns:
             new params, new state, {"grad_norm": before clipping, "lr", "wd"}.
@@ -161,7 +253,7 @@ class Optimizer:
         for k, p in params.items():
             m = move[k] if coupled else move[k] + decay[k]
             if self._adapts(k):
-                m = m * _ratio(p, m, 1.0)
+                m = m * directions.ratio(p, m, 1.0)
             new[k] = (p - rates[self._kind(k)] * m).astype(p.dtype)
         found = {"grad_norm": norm, "lr": self.lr(step), "wd": wd}
         return new, opt, found | self._layer_rates(step, params)
@@ -175,7 +267,9 @@ class Optimizer:
     def _kind(self, name):
         """Return what the rate of a leaf depends on: (layer, factor)."""
         layer = self.layers.get(name, freezeout.NEVER)
-        return freezeout.rate_layer(name, layer), self.lr_factor[name]
+        # A class token freezes with its layer, but had none in the original.
+        common = name.rsplit("/", 1)[-1] == "cls"
+        return freezeout.NEVER if common else layer, self.lr_factor[name]
 
     def _rate(self, step, layer, factor):
         """Return the rate of the leaves of a layer and a factor."""
@@ -219,72 +313,14 @@ class Optimizer:
     def _direction(self, step):
         s = self.spec
         if s.name == "nadam":
-            return _nadam(self.b1(step), s.b2, s.eps, s.mu_dtype)
+            return directions.nadam(self.b1(step), s.b2, s.eps, s.mu_dtype)
         if s.name in ("adamw", "adam", "lamb"):
             b1 = self.b1(step)
             return optax.scale_by_adam(b1, s.b2, s.eps, mu_dtype=s.mu_dtype)
         trace = optax.trace(decay=s.momentum)
-        return trace if s.name == "sgd" else optax.chain(_trust(s.trust), trace)
-
-
-def _trust(coefficient):
-    """LARS's layer-wise trust ratio for weights; vectors pass (MAE util/lars.py)."""
-
-    def one(g, p):
-        if p.ndim < 2:
-            return g
-        return g * _ratio(p, g, coefficient)
-
-    return optax.stateless(lambda u, p: jax.tree.map(one, u, p))
-
-
-def _ratio(p, g, coefficient):
-    """Return coefficient |p| / |g|, or 1 where either is 0, []."""
-    gn, pn = jnp.linalg.norm(g.ravel()), jnp.linalg.norm(p.ravel())
-    return jnp.where((gn > 0) & (pn > 0), coefficient * pn / gn, 1.0)
-
-
-class NadamState(NamedTuple):
-    """Adam's moments, and the product of the momenta of all updates so far."""
-
-    count: jax.Array
-    product: jax.Array
-    mu: dict
-    nu: dict
-
-
-def _nadam(b1, b2, eps, mu_dtype):
-    """Adam with Nesterov's momentum, which grows to b1 (torch.optim.NAdam).
-
-    Source: Dozat 2016, "Incorporating Nesterov momentum into Adam"; optax's has no
-    growing momentum.
-    """
-
-    def init(params):
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype), params)
-        nu = jax.tree.map(jnp.zeros_like, params)
-        return NadamState(jnp.zeros([], jnp.int32), jnp.ones([]), mu, nu)
-
-    def momentum(t):
-        return b1 * (1 - 0.5 * 0.96 ** (0.004 * t))
-
-    def update(grads, state, params=None):
-        del params
-        t = state.count + 1
-        now, after = momentum(t), momentum(t + 1)
-        product = state.product * now
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
-
-        def one(g, m, v):
-            ahead = (1 - now) / (1 - product) * g + after / (1 - product * after) * m
-            return ahead / (jnp.sqrt(v / (1 - b2**t)) + eps)
-
-        move = jax.tree.map(one, grads, mu, nu)
-        mu = jax.tree.map(lambda m: m.astype(mu_dtype), mu)
-        return move, NadamState(t, product, mu, nu)
-
-    return optax.GradientTransformation(init, update)
+        return (
+            trace if s.name == "sgd" else optax.chain(directions.trust(s.trust), trace)
+        )
 
 
 def make(
@@ -302,24 +338,19 @@ def make(
         UsageError: a rule that never wins, a leaf no rule covers, nothing left to train
             at the start or the end, a warm-up as long as the run.
     """
-    names = list(tree.flat(params))
+    names, freeze = list(tree.flat(params)), freeze or freezeout.FreezeOut()
     lr_factor = tree.match(names, spec.lr_rules, what="optim.lr_rules")
     if spec.layer_decay not in (0.0, 1.0):
         wish = f"optim.layer_decay={spec.layer_decay}"
-        decay = freezeout.decayed(spec.layer_decay, _layers(wish, freeze, names))
+        decay = freezeout.decayed(spec.layer_decay, freeze.table(names, wish))
         lr_factor = {k: factor * decay[k] for k, factor in lr_factor.items()}
     wd_factor = tree.match(names, spec.wd_rules, what="optim.wd_rules")
-    never = 2.0
-    fraction = tree.match(names, spec.freeze, what="optim.freeze", default=never)
-    frozen_from = {}
-    for k in names:
-        if lr_factor[k] == 0.0:
-            frozen_from[k] = 0
-        elif fraction[k] <= 1.0:
-            frozen_from[k] = round(fraction[k] * total_steps)
+    share = tree.match(names, spec.freeze, what="optim.freeze", default=None)
+    share |= {k: 0.0 for k in names if lr_factor[k] == 0.0}
+    frozen_from = {k: round(v * total_steps) for k, v in share.items() if v is not None}
     if all(frozen_from.get(k, 1) == 0 for k in names):
         raise errors.UsageError("optim: every parameter is frozen from the start")
-    until = _releases(spec, names, frozen_from, total_steps, steps_per_epoch)
+    until = _frozen_until(spec, names, frozen_from, total_steps, steps_per_epoch)
     warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
     if warmup_steps and warmup_steps >= total_steps:
         raise errors.UsageError(
@@ -327,9 +358,9 @@ def make(
             f"leaves nothing of a run of {total_steps} steps"
         )
     layers, plan = {}, None
-    if freeze is not None and freeze.schedule != "none":
+    if freeze.schedule != "none":
         span = round(spec.stretch * total_steps)
-        layers, plan = _plan(freeze, names, span, warmup_steps)
+        layers, plan = freeze.plan(names, span, warmup_steps)
         for k in names:
             event = plan.frozen_from(layers[k])
             if event is not None:
@@ -355,7 +386,7 @@ def make(
     )
 
 
-def _releases(spec, names, frozen_from, total_steps, steps_per_epoch) -> dict:
+def _frozen_until(spec, names, frozen_from, total_steps, steps_per_epoch) -> dict:
     """Return {name: first step at which it trains} of `optim.thaw`."""
     epochs = tree.match(names, spec.thaw, what="optim.thaw", default=0.0)
     until = {k: round(epochs[k] * steps_per_epoch) for k in names}
@@ -373,50 +404,23 @@ def _releases(spec, names, frozen_from, total_steps, steps_per_epoch) -> dict:
     return until
 
 
-def _layers(wish, freeze, names) -> dict[str, int]:
-    """Return {name: layer} of the table `freeze.layers`.
-
-    Raises:
-        UsageError: there is none; `wish` is the key that needs it.
-    """
-    if freeze is None or not freeze.layers:
-        raise errors.UsageError(
-            f"{wish}: this method has no table of its own; give "
-            "freeze.layers=((pattern, layer), ...), for a ViT "
-            "freezeout.vit_layers(depth, prefix)"
-        )
-    never = freezeout.NEVER
-    return tree.match(names, freeze.layers, what="freeze.layers", default=never)
-
-
-def _plan(freeze, names, span, warmup_steps):
-    """Return ({name: layer}, schedule) of FreezeOut."""
-    wish = f"freeze.schedule={freeze.schedule}"
-    layers = freeze.index(_layers(wish, freeze, names))
-    last = max(layers.values())
-    if last < 1:
-        raise errors.UsageError(
-            f"freeze.layers: the largest index is {last}; FreezeOut needs two "
-            "layers or more"
-        )
-    return layers, freezeout.Schedule(freeze, last, span, warmup_steps)
-
-
 def drop(opt, names: frozenset[str]):
     """Return an optimizer state without the leaves `names` (they froze)."""
 
     def cut(node):
+        if not _is_leaves(node):
+            return node
         return {k: v for k, v in node.items() if k not in names}
 
-    def is_leaves(node):
-        return isinstance(node, dict)
-
-    return jax.tree.map(
-        lambda n: cut(n) if isinstance(n, dict) else n, opt, is_leaf=is_leaves
-    )
+    return jax.tree.map(cut, opt, is_leaf=_is_leaves)
 
 
 def _holds(opt) -> bool:
     """Return whether an optimizer state has any leaf's moments."""
-    nodes = jax.tree.leaves(opt, is_leaf=lambda n: isinstance(n, dict))
-    return any(isinstance(n, dict) and n for n in nodes)
+    nodes = jax.tree.leaves(opt, is_leaf=_is_leaves)
+    return any(_is_leaves(n) and n for n in nodes)
+
+
+def _is_leaves(node):
+    """Return whether a node of a state is {name: leaf}."""
+    return isinstance(node, dict)

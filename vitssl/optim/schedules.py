@@ -31,45 +31,28 @@ def linear(step, *, base, final, total_steps, warmup_steps=0, start=0.0):
     return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
 
 
-def constant(step, *, base, final=0.0, total_steps=0, warmup_steps=0, start=0.0):
+def constant(step, *, base, warmup_steps=0, start=0.0):
     """Linear warm-up start -> base, then base for ever."""
-    del final, total_steps
     flat = base + 0.0 * step
     return warmup(step, flat, start=start, base=base, warmup_steps=warmup_steps)
 
 
-def stairs(
-    step, *, base, length, gamma, final=0.0, total_steps=0, warmup_steps=0, start=0.0
-):
+def stairs(step, *, base, length, gamma, warmup_steps=0, start=0.0):
     """Linear warm-up, then base times gamma for every `length` steps since step 0.
 
     Source: torch.optim.lr_scheduler.StepLR.
     """
-    del final, total_steps
     decay = base * gamma ** jnp.floor(step / length)
     return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
 
 
-def onecycle(
-    step,
-    *,
-    base,
-    total_steps,
-    rise=0.1,
-    div=25.0,
-    final_div=1e4,
-    final=0.0,
-    warmup_steps=0,
-    start=0.0,
-):
+def onecycle(step, *, base, total_steps, rise=0.1, div=25.0, final_div=1e4):
     """Half a cosine base / div -> base, then half a cosine to base / (div final_div).
 
-    The peak is at step rise * total_steps - 1, the end at the last step. `final`,
-    `warmup_steps` and `start` are not used.
+    The peak is at step rise * total_steps - 1, the end at the last step.
 
     Source: Smith & Topin 2017, arXiv:1708.07120; torch.optim.lr_scheduler.OneCycleLR.
     """
-    del final, warmup_steps, start
     first, last = base / div, base / (div * final_div)
     return _two_halves(step, (first, base, last), total_steps, rise)
 
@@ -81,10 +64,9 @@ def onecycle_momentum(step, *, low, high, total_steps, rise=0.1):
 
 def _two_halves(step, values, total_steps, rise):
     """Return half a cosine between each two of three values."""
-    peak = rise * total_steps - 1
+    peak, (a, b, c) = rise * total_steps - 1, values
     up = jnp.clip(step / max(peak, 1e-9), 0.0, 1.0)
     down = jnp.clip((step - peak) / max(total_steps - 1 - peak, 1e-9), 0.0, 1.0)
-    a, b, c = values
 
     def between(x, y, t):
         return y + (x - y) * 0.5 * (1 + jnp.cos(jnp.pi * t))
@@ -126,12 +108,3 @@ def _progress(step, warmup_steps, total_steps):
     """Return the position between the end of the warm-up and the end, in [0, 1]."""
     x = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return jnp.clip(x, 0.0, 1.0)
-
-
-SCHEDULES = {
-    "cosine": cosine,
-    "linear": linear,
-    "constant": constant,
-    "stairs": stairs,
-    "onecycle": onecycle,
-}

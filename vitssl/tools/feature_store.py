@@ -76,7 +76,7 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
         return method.run_prefix(params, x).astype(jnp.float16)
 
     about = {
-        "weights": feature_store.digest(params, method.prefix_pattern),
+        "weights": feature_store.digest(params, method.prefix.pattern),
         "boundary": boundary,
         "views": views,
         "seed": seed,

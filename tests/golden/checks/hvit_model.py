@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import whole_hvit
 from vitssl import convert
 from vitssl.convert import family, hvit_names
-from vitssl.methods.classify import streams
-from vitssl.methods.simclr import projector
+from vitssl.methods.simclr import method as simclr
 from vitssl.models import hvit, hvit_blocks, hvit_fusion, layers, posemb
 from vitssl.pictures import attention
 
@@ -56,7 +56,7 @@ def model(config):
     c = config["hvt_params"]
     width = c.get("ssl_contrastive_projector_dim", 128)
     depth = c.get("ssl_contrastive_projector_depth", 2)
-    return streams.HViTModel(
+    return whole_hvit.HViTModel(
         backbone(config),
         config["num_classes"],
         consistency=c.get("enable_consistency_loss_heads", False),
@@ -123,7 +123,7 @@ def _mae(case):
     for name, prefix in (("rgb", ""), ("spectral", "spectral_")):
         if images[name] is None:
             continue
-        squares = streams.square_pixels(images[name], net.square)
+        squares = whole_hvit.square_pixels(images[name], net.square)
         case.close(f"pred_{name}", np.asarray(out[f"{prefix}pixels"])[mask])
         case.close(f"target_{name}", np.asarray(squares)[mask])
         grid = out["grids"][0]
@@ -174,7 +174,7 @@ def _blocks(case):
     case.close("stage", merge.apply(weights, y, grid)[0])
 
     hidden, size = (case.param[f"mae_head.decoder_pred.{i}.bias"].size for i in (0, 2))
-    head = streams.Projections((hidden, size))
+    head = whole_hvit.Projections((hidden, size))
     case.close(
         "mae_head",
         head.apply(_part(case, head, hvit_names.mae_head(), "mae_head", x), x),
@@ -232,8 +232,8 @@ def _positions(case):
 def _projectors(case):
     c, x = case.config, jnp.asarray(case.inputs["x"])
     heads = {
-        "relu": projector.Projector(c["out_dim"], 0),
-        "bn": projector.Projector(c["out_dim"], c["hidden_dim"], batchnorm=True),
+        "relu": simclr.Projector(c["out_dim"], 0),
+        "bn": simclr.Projector(c["out_dim"], c["hidden_dim"], batchnorm=True),
     }
     for name, head in heads.items():
         rng = jax.random.key(0)

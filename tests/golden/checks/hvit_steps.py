@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests import whole_hvit
 from vitssl import convert, tree
 from vitssl.convert import hvit_names
 from vitssl.evals import accuracy
 from vitssl.methods import base
 from vitssl.methods.classify import method as classify
-from vitssl.methods.classify import sections
+from vitssl.methods.classify import objective as classification
+from vitssl.methods.classify import views as classify_views
 from vitssl.methods.simclr import method as simclr
-from vitssl.methods.simclr import objective as simclr_sections
-from vitssl.methods.simclr import projector, views
+from vitssl.methods.simclr import views
 from vitssl.models import head, hvit
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
@@ -63,9 +64,9 @@ def _classifier(case, objective=None, batch_size=2, **own):
     made = classify.Classify(
         run=_run(c["num_classes"], batch_size, c.get("steps", 1)),
         model=_model(case),
-        augment=sections.Augment(size=c["img_size"][0]),
+        augment=classify_views.Augment(size=c["img_size"][0]),
         head=head.Head(pool="mean_norm", norm_eps=1e-5),
-        objective=objective or sections.Objective(),
+        objective=objective or classification.Objective(),
         **own,
     )
     image = jax.ShapeDtypeStruct((1, *c["img_size"], 3), jnp.float32)
@@ -81,15 +82,15 @@ def _channels_last(image):
 
 def _tta(case):
     image, label = _channels_last(case.inputs["rgb"]), case.inputs["y"]
-    six = sections.Scoring(tta="six")
+    six = classify.Scoring(tta="six")
     method, params = _classifier(case, scoring=six)
     one = jax.jit(lambda x: method.logits(params, {}, x))
-    turned = (sections.TURNS[k](image) for k in case.config["views6"])
+    turned = (classify.TURNS[k](image) for k in case.config["views6"])
     found = [jax.nn.softmax(one(x)) for x in turned]
     case.close("view_probs", jnp.stack(found))
     logs = {}
     for name, kind in (("tta2_probs", "flip"), ("tta6_probs", "six")):
-        logs[kind] = sections.Scoring(tta=kind).averaged(one, image)
+        logs[kind] = classify.Scoring(tta=kind).averaged(one, image)
         case.close(name, jnp.exp(logs[kind]))
     batch = {"image": image, "label": label}
     got = method.outputs(params, {}, batch)["tta_logits"]
@@ -131,7 +132,7 @@ def _train(method, optimizer, params, extra, batches, accumulate=1):
 
 def _finetune(case):
     c, loss = case.config, case.config["loss"]
-    objective = sections.Objective(
+    objective = classification.Objective(
         loss=loss["type"],
         smoothing=loss["label_smoothing"],
         focal_alpha=(loss["focal_alpha"],),
@@ -206,8 +207,8 @@ def _pretrain(case):
         run=_run(batch_size=c["batch"], total=c["total_steps"]),
         model=_model(case),
         augment=views.Views(size=c["img_size"][0]),
-        projector=projector.Projector(width=c["projection_dim"]),
-        objective=simclr_sections.Objective(
+        projector=simclr.Projector(width=c["projection_dim"]),
+        objective=simclr.Objective(
             loss={"ntxent": "nt_xent"}.get(c["loss"], c["loss"]),
             temperature=c["temperature"],
         ),
@@ -247,11 +248,9 @@ def _pretrain(case):
 
 
 def _groups(case):
-    from vitssl.methods.classify import streams
-
     h = case.config["hvt_params"]
     depths = tuple(h["depths"])
-    model = streams.HViTModel(
+    model = whole_hvit.HViTModel(
         _model(case),
         classes=case.config["num_classes"],
         consistency=h["enable_consistency_loss_heads"],

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import localmim_names as pretrain_table
 from vitssl import convert, tree
 from vitssl.convert import positions, vit_names
 from vitssl.data import resample, views
 from vitssl.evals import accuracy, knn
 from vitssl.methods.classify import mix, objective
-from vitssl.methods.localmim import names as pretrain_table
 from vitssl.models import head, patches, vit
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim

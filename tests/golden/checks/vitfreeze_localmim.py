@@ -2,17 +2,16 @@
 
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import localmim_names
 from vitssl import convert, tree
 from vitssl.methods import base
-from vitssl.methods.localmim import decoder, hog
-from vitssl.methods.localmim import masks as masking
+from vitssl.methods.localmim import decoder, random_masking, stages, targets
 from vitssl.methods.localmim import method as localmim
-from vitssl.methods.localmim import names as table
-from vitssl.methods.localmim import sections as localmim_sections
 from vitssl.models import posemb, vit
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
@@ -46,17 +45,15 @@ def build(c, **sections):
             positions="sincos",
             norm_eps=c.get("ln_eps", 1e-6),
         ),
-        augment=localmim_sections.Augment(size=c["img_size"]),
-        decoder=localmim_sections.Decoder(
+        augment=localmim.Augment(size=c["img_size"]),
+        decoder=decoder.Decoder(
             width=c["decoder_embed_dim"],
             depth=c["decoder_depth"],
             heads=c["decoder_num_heads"],
             mlp_ratio=c["mlp_ratio"],
         ),
-        stages=localmim_sections.Stages(
-            blocks=tuple(c["stage_block_ids"]), scales=scales
-        ),
-        target=localmim_sections.Targets(nbins=c["hog_nbins"]),
+        stages=stages.Stages(blocks=tuple(c["stage_block_ids"]), scales=scales),
+        target=targets.Targets(nbins=c["hog_nbins"]),
         **sections,
     )
 
@@ -64,7 +61,7 @@ def build(c, **sections):
 def load(case):
     """(method, parameters of the case, table of names)."""
     method = build(case.config)
-    names = table.table(method.stages.scales)
+    names = localmim_names.table(method.stages.scales)
     return method, convert.convert(case.param, like(method), names), names
 
 
@@ -98,9 +95,9 @@ def _positions(case):
 def _masks(case):
     for c in case.config["cases"]:
         key, n = c["key"], c["L"]
-        visible = localmim_sections.Masking(ratio=c["mask_ratio"]).visible(n, 0.0)
+        visible = random_masking.Masking(ratio=c["mask_ratio"]).visible(n, 0.0)
         assert visible == c["len_keep"]
-        found = masking.random_masks(jnp.asarray(case.inputs[f"{key}/noise"]), visible)
+        found = random_masking.masks(jnp.asarray(case.inputs[f"{key}/noise"]), visible)
         case.close(f"{key}/mask", found.mask)
         case.close(f"{key}/ids_restore", found.restore)
         case.close(f"{key}/kept_index", found.keep)
@@ -109,7 +106,7 @@ def _masks(case):
 def _rescaled(case):
     grid = (case.config["grid"],) * 2
     for scale in case.config["scales"]:
-        got = masking.cell_weights(jnp.asarray(case.inputs["mask"]), grid, scale)
+        got = random_masking.cell_weights(jnp.asarray(case.inputs["mask"]), grid, scale)
         case.close(f"scale{scale}", got)
 
 
@@ -122,13 +119,21 @@ def _hog(case):
     biases = None
     if c["hog_bias"]:
         biases = [case.param[f"pool{k}.conv.bias"] for k in c["pools"]]
-    found = hog.targets(image, c["pools"], c["nbins"], biases)
+    found = targets.hog(image, c["pools"], c["nbins"], biases)
     for cell, x in zip(c["pools"], found, strict=True):
         case.close(f"pool{cell}", _flat(x))
     if "gxy_channel0" in case.out:
-        gx, gy = (g[..., 0] for g in hog.gradients(image))
+        gx, gy = (g[..., 0] for g in targets.gradients(image))
         case.close("gxy_channel0", jnp.stack([gx, gy], axis=1))
-        case.close("bin_channel0", hog.bins(gx, gy, c["nbins"]))
+        case.close("bin_channel0", targets.bins(gx, gy, c["nbins"]))
+
+
+def _raster(cells, grid, scale):
+    """Return cells per patch [B, N, s, s, C] as one grid [B, (h s) (w s), C]."""
+    if scale < 1:  # [B, n, 1, 1, C] are a grid already.
+        return cells[:, :, 0, 0]
+    h, w = grid
+    return einops.rearrange(cells, "b (h w) p q c -> b (h p w q) c", h=h, w=w)
 
 
 def _decoder(case):
@@ -136,10 +141,12 @@ def _decoder(case):
     side = int(c["num_patches"] ** 0.5)
     for scale in c["scales"]:
         module = decoder.StageDecoder(
-            width=c["embed_dim"],
-            depth=c["depth"],
-            heads=c["num_heads"],
-            mlp_ratio=c["mlp_ratio"],
+            decoder.Decoder(
+                width=c["embed_dim"],
+                depth=c["depth"],
+                heads=c["num_heads"],
+                mlp_ratio=c["mlp_ratio"],
+            ),
             scale=scale,
             out=c["out_dim"],
             norm_eps=c["ln_eps"],
@@ -152,9 +159,9 @@ def _decoder(case):
             x,
             restore,
         )["params"]
-        params = convert.convert(state, want, table.decoder(scale))
+        params = convert.convert(state, want, localmim_names.decoder(scale))
         got = module.apply({"params": params}, x, restore, (side, side))
-        case.close(f"scale{scale}", decoder.raster(got, (side, side), scale))
+        case.close(f"scale{scale}", _raster(got, (side, side), scale))
         if scale >= 1:  # Predicting some patches only changes nothing.
             only = jnp.asarray([[2, 0, 5]] * len(x))
             some = module.apply({"params": params}, x, restore, (side, side), only)
@@ -164,8 +171,8 @@ def _decoder(case):
 def _masks_of(case, method, noise):
     n = method.grid[0] * method.grid[1]
     ratio = case.config["mask_ratio"]
-    visible = localmim_sections.Masking(ratio=ratio).visible(n, 0.0)
-    return masking.random_masks(jnp.asarray(noise), visible)
+    visible = random_masking.Masking(ratio=ratio).visible(n, 0.0)
+    return random_masking.masks(jnp.asarray(noise), visible)
 
 
 def _model(case):
@@ -200,8 +207,8 @@ def _model(case):
             own = {"params": params[f"decoder_{k}"]}
             got = module.apply(own, latent, masks.restore, method.grid)
             found[f"latent{k}"] = latent
-            found[f"pred{k}"] = decoder.raster(got, method.grid, scale)
-            found[f"target{k}"] = decoder.raster(goals[k], method.grid, scale)
+            found[f"pred{k}"] = _raster(got, method.grid, scale)
+            found[f"target{k}"] = _raster(goals[k], method.grid, scale)
         return found
 
     for name, value in jax.jit(inside, compiler_options=QUICK)(params).items():
@@ -224,7 +231,7 @@ def layers_of(method, params, *, as_coded=False, patch_embed=True):
 def _frozen(case):
     config = {"in_chans": 3, "decoder_depth": 1, **case.config}
     method = build(config)
-    names = table.table(method.stages.scales)
+    names = localmim_names.table(method.stages.scales)
     params = convert.convert(case.param, like(method), names)
     image = pixels(case.inputs["imgs"])
     masks = _masks_of(case, method, case.inputs["noise"])
@@ -268,17 +275,15 @@ def _stage_weights(case):
     for drop in range(n):
         active = tuple(range(drop, n))
         for key, (weighting, by_remaining) in kinds.items():
-            stages = localmim_sections.Stages(
-                weighting=weighting, by_remaining=by_remaining
-            )
-            weights = stages.loss_weights(active)
+            spec = stages.Stages(weighting=weighting, by_remaining=by_remaining)
+            weights = spec.loss_weights(active)
             case.close(f"drop{drop}/{key}", (weights * each[drop:]).sum())
 
 
 def _trace(case):
     c = {"decoder_depth": 1, **case.config}
     method = build(c)
-    names = table.table(method.stages.scales)
+    names = localmim_names.table(method.stages.scales)
     start = convert.convert(case.param, like(method), names)
     images = [pixels(x) for x in case.inputs["imgs"]]
     for run in c["runs"]:
@@ -291,7 +296,7 @@ def _gradient(method, visible, active, params, rows):
 
     def loss(params):
         image, order, restore = rows
-        masks = masking.Masks(order, restore, visible)
+        masks = random_masking.Masks(order, restore, visible)
         blocks = method.stages.blocks
         each = method.stage_losses(params, {}, image, masks, active, blocks)
         return sum(each.values()), each
@@ -332,7 +337,7 @@ def _one_trace(case, method, names, start, images, run):
     )
 
     n = method.grid[0] * method.grid[1]
-    visible = localmim_sections.Masking(ratio=run["mask_ratio"]).visible(n, 0.0)
+    visible = random_masking.Masking(ratio=run["mask_ratio"]).visible(n, 0.0)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
     params, frozen = start, frozenset()
     opt = optimizer.init(tree.split(params, frozen)[0])
@@ -344,7 +349,7 @@ def _one_trace(case, method, names, start, images, run):
             frozen, window, summed = optimizer.frozen(t), t, None
             opt = optim.drop(opt, frozen)
         trained, constant = tree.split(params, frozen)
-        masks = masking.random_masks(jnp.asarray(case.inputs["noise"][t]), visible)
+        masks = random_masking.masks(jnp.asarray(case.inputs["noise"][t]), visible)
         active = method.active(frozen)
         rows = images[t % len(images)], masks.order, masks.restore
         (value, each), grads = _gradient(method, visible, active, params, rows)
@@ -398,7 +403,7 @@ def _groups(case):
         )
         method = build(model)
         params = like(method)
-        names = table.table(method.stages.scales)
+        names = localmim_names.table(method.stages.scales)
         layers = layers_of(
             method, params, as_coded=True, patch_embed=variant != "dont_freeze_pe"
         )

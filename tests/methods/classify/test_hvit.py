@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import whole_hvit
 from vitssl import tree
 from vitssl.methods import base
-from vitssl.methods.classify import method, sections, streams
+from vitssl.methods.classify import method, objective, views
 from vitssl.models import head, hvit, vit
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
@@ -33,7 +34,7 @@ def _method(channels=5, pool="mean_norm", size=8, **fields):
             std=(0.5,) * channels,
         ),
         model=hvit.HViT(**SIZE | SPECTRAL | fields),
-        augment=sections.Augment(size=size),
+        augment=views.Augment(size=size),
         head=head.Head(pool=pool, init_std=0.5, norm_eps=1e-5),
     )
 
@@ -57,7 +58,7 @@ def test_a_classifier_on_it_is_the_whole_model_with_the_same_names():
     params, extra = _fresh(m)
     batch = _batch(m)
     logits = jax.jit(m.logits, compiler_options=QUICK)(params, extra, batch["image"])
-    whole = streams.HViTModel(m.model, 3)
+    whole = whole_hvit.HViTModel(m.model, 3)
     image = (batch["image"] / 255.0 - 0.5) / 0.5
     want = whole.apply({"params": params}, image)["logits"]
     np.testing.assert_allclose(logits, want, atol=1e-5)
@@ -70,10 +71,10 @@ def test_a_classifier_on_it_is_the_whole_model_with_the_same_names():
 
 def test_consistency_adds_what_the_streams_say_apart():
     m = _method(dfca_dropout=0.0)
-    m = dataclasses.replace(m, objective=sections.Objective(consistency=0.5))
+    m = dataclasses.replace(m, objective=objective.Objective(consistency=0.5))
     params, extra = _fresh(m)
     batch = _batch(m)
-    whole = streams.HViTModel(m.model, 3, consistency=True)
+    whole = whole_hvit.HViTModel(m.model, 3, consistency=True)
     image = (batch["image"] / 255.0 - 0.5) / 0.5
     like = jax.eval_shape(whole.init, jax.random.key(0), image[:1])["params"]
     assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, params)

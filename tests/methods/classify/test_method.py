@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import tree
+from vitssl import config, tree
 from vitssl.data.randaugment import OPERATIONS, RandAugment
 from vitssl.errors import UsageError
 from vitssl.methods import base
-from vitssl.methods.classify import erase, method, mix, sections
+from vitssl.methods.classify import method, mix, objective, views
 from vitssl.models import head, vit
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
@@ -32,10 +32,10 @@ def _method(batch_size=6, **own):
             counts=(1, 2, 3),
         ),
         model=vit.ViT(16, 2, 2, 4, 8, drop_path=0.5, positions="learned_sincos"),
-        augment=sections.Augment(**dict(size=8) | own.pop("augment", {})),
+        augment=views.Augment(**dict(size=8) | own.pop("augment", {})),
         head=head.Head(**dict(init_std=0.5) | own.pop("head", {})),
-        mix=sections.Mix(**own.pop("mix", {})),
-        objective=sections.Objective(**own.pop("objective", {})),
+        mix=mix.Mix(**own.pop("mix", {})),
+        objective=objective.Objective(**own.pop("objective", {})),
         **own,
     )
 
@@ -145,10 +145,7 @@ def test_the_average_is_scored_beside_the_parameters():
 def test_mixing_pairs_the_batch_with_itself_reversed():
     image = jnp.arange(4.0).reshape(4, 1, 1, 1) * jnp.ones((4, 6, 6, 1))
     label = jnp.arange(4) % 3
-    draw = functools.partial(
-        mix.mix, mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch=0.5
-    )
-    draw = jax.jit(draw, compiler_options=QUICK)
+    draw = jax.jit(mix.Mix(mixup=0.8, cutmix=1.0).__call__, compiler_options=QUICK)
     kinds = set()
     for i in range(12):
         x, share = draw(jax.random.key(i), image)
@@ -165,7 +162,7 @@ def test_mixing_pairs_the_batch_with_itself_reversed():
 
 def test_erasing_fills_one_box_of_the_right_size():
     image = jnp.full((64, 32, 32, 1), 7.0)
-    run = jax.jit(functools.partial(erase.erase, prob=0.5), compiler_options=QUICK)
+    run = jax.jit(functools.partial(mix.erase, prob=0.5), compiler_options=QUICK)
     got = np.asarray(run(jax.random.key(0), image))
     gone = (got != 7.0)[..., 0]  # [B, H, W]
     share = gone.mean((1, 2))
@@ -218,6 +215,18 @@ def test_impossible_combinations_are_one_line(own, text):
     assert text in line
 
 
+def test_keys_out_of_range_are_named():
+    problems = config.Problems()
+    wrong = dict(size=(8, 0), severity="harsh", scale=(0.0, 1.0), randaugment="rand")
+    config.section(views.Augment, wrong, "augment", problems)
+    assert problems[0] == "augment.size=(8, 0): every value 1 or more"
+    assert "'harsh': want one of" in problems[1] and "moderate" in problems[1]
+    assert problems[2] == "augment.scale=(0.0, 1.0): every value in (0, 1]"
+    lines = list(views.Augment(8, scale=(1.0, 0.5), randaugment="rand").check())
+    assert lines[0] == "scale=(1.0, 0.5): smallest <= largest"
+    assert "like 'rand-m9-mstd0.5-inc1'" in lines[1] and len(problems) == 3
+
+
 def test_layers_of_the_backbone_freeze_and_the_head_never():
     m = _method()
     names = list(tree.flat(_fresh(m)[0]))
@@ -232,7 +241,7 @@ def test_test_time_views_average_probabilities_not_logits():
     image = jnp.arange(8.0).reshape(2, 2, 2, 1)
     logits = lambda x: jnp.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], -1)  # noqa: E731
     for kind, seen in (("flip", (0, 1)), ("six", (0, 1, 2, 1, 3, 2))):
-        got = sections.Scoring(tta=kind).averaged(logits, image)
+        got = method.Scoring(tta=kind).averaged(logits, image)
         corners = np.array([seen, [4 + k for k in seen]], float)
         p = 1 / (1 + np.exp(-2 * corners))
         want = np.stack([p.mean(1), 1 - p.mean(1)], -1)
@@ -241,7 +250,7 @@ def test_test_time_views_average_probabilities_not_logits():
 
 def test_every_weight_and_view_is_scored_and_written():
     m = _method(
-        objective=dict(ema=0.5), scoring=sections.Scoring(tta="flip", calibration=True)
+        objective=dict(ema=0.5), scoring=method.Scoring(tta="flip", calibration=True)
     )
     params, extra = _fresh(m)
     batch = _batch(m)
@@ -269,6 +278,8 @@ def test_the_loss_of_mixed_images_is_that_of_both_labels():
     m = _method(objective=keys, mix=dict(mixup=0.8))
     logits, label = jnp.arange(18.0).reshape(6, 3) % 5, _batch(m)["label"]
     got, shown = m._objective(logits, label, 0.3)
-    a, b = (m.objective(logits, y, m.class_weights) for y in (label, label[::-1]))
+    a, b = (
+        m.objective(logits, y, m.objective.weights(())) for y in (label, label[::-1])
+    )
     np.testing.assert_allclose(got, 0.3 * a + 0.7 * b, rtol=1e-6)
     assert (np.asarray(shown) == label[::-1]).all()  # Of these they show most.

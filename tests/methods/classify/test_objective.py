@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl.methods.classify import objective, sections
+from vitssl import config
+from vitssl.methods.classify import objective
 
 RNG = np.random.default_rng(0)
 LOGITS = (3 * RNG.normal(size=(6, 4))).astype(np.float32)
@@ -62,7 +63,7 @@ def test_class_weights_balance_the_classes_there_are():
 
 
 def test_the_objective_adds_what_it_says():
-    run = lambda **k: sections.Objective(**k)(LOGITS, LABEL, WEIGHT)  # noqa: E731
+    run = lambda **k: objective.Objective(**k)(LOGITS, LABEL, WEIGHT)  # noqa: E731
     ce = run(smoothing=0.1)
     focal = run(loss="focal", focal_alpha=(0.25,))
     both = run(
@@ -75,14 +76,14 @@ def test_the_objective_adds_what_it_says():
     np.testing.assert_allclose(both, 0.3 * ce + 2.0 * focal, rtol=1e-6)
     want = objective.focal(LOGITS, LABEL, gamma=2.0) / 4
     np.testing.assert_allclose(focal, want, rtol=1e-6)
-    plain = sections.Objective()(LOGITS, LABEL, None)
+    plain = objective.Objective()(LOGITS, LABEL, None)
     np.testing.assert_allclose(plain, objective.labelled(LOGITS, LABEL))
 
 
 def test_the_average_forgets_its_start_quickly_with_a_warmup():
     slow, quick = (
-        sections.Objective(ema=0.99),
-        sections.Objective(ema=0.99, ema_warmup=True),
+        objective.Objective(ema=0.99),
+        objective.Objective(ema=0.99, ema_warmup=True),
     )
     assert slow.decay(0) == slow.decay(10**6) == 0.99
     got = [float(quick.decay(n)) for n in (0, 8, 10**6)]
@@ -92,13 +93,20 @@ def test_the_average_forgets_its_start_quickly_with_a_warmup():
 def test_impossible_objectives_are_one_line_each():
     for keys, text in (
         (dict(loss="focal", smoothing=0.1), "neither smoothing nor class weights"),
-        (dict(focal_gamma=-1.0), "focal_gamma=-1.0"),
         (dict(balanced=True, class_weights=(1.0, 2.0)), "given by class_weights"),
         (dict(ema_warmup=True), "needs ema"),
     ):
-        (line,) = sections.Objective(**keys).check()
+        (line,) = objective.Objective(**keys).check()
         assert text in line
-    made = sections.Objective(class_weights=(1.0, 2.0), focal_alpha=(1.0, 1.0, 1.0))
+    problems = config.Problems()
+    wrong = dict(focal_gamma=-1.0, focal_alpha=(-1.0,), ema=1.0)
+    config.section(objective.Objective, wrong, "objective", problems)
+    assert sorted(problems) == [
+        "objective.ema=1.0: in [0, 1)",
+        "objective.focal_alpha=(-1.0,): every value 0 or more",
+        "objective.focal_gamma=-1.0: 0 or more",
+    ]
+    made = objective.Objective(class_weights=(1.0, 2.0), focal_alpha=(1.0, 1.0, 1.0))
     lines = list(made.faults(4))
     assert lines == [
         "focal_alpha has 3 numbers for 4 classes",

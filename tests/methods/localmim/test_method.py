@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import tree
+from vitssl import config, tree
 from vitssl.bench import flops
 from vitssl.methods import base
-from vitssl.methods.localmim import method, sections
+from vitssl.methods.localmim import decoder, method, random_masking, stages, targets
 from vitssl.models import vit
 from vitssl.optim import freezeout
 from vitssl.run import step
@@ -26,7 +26,6 @@ SIZES = {
 
 def _method(width=16, depth=7, heads=2, size=32, patch=8, channels=3, **own):
     model = dict(width=width, depth=depth, heads=heads, patch=patch, image_size=size)
-    stages = own.pop("stages", {})
     return method.LocalMIM(
         run=base.Run(
             total_steps=10,
@@ -38,11 +37,11 @@ def _method(width=16, depth=7, heads=2, size=32, patch=8, channels=3, **own):
             std=(0.25,) * channels,
         ),
         model=vit.ViT(**model, positions="sincos", **own.pop("model", {})),
-        augment=sections.Augment(size=size),
-        decoder=sections.Decoder(**dict(width=16, heads=2) | own.pop("decoder", {})),
-        stages=sections.Stages(**stages),
-        masking=sections.Masking(**own.pop("masking", {})),
-        target=sections.Targets(**own.pop("target", {})),
+        augment=method.Augment(size=size),
+        decoder=decoder.Decoder(**dict(width=16, heads=2) | own.pop("decoder", {})),
+        stages=stages.Stages(**own.pop("stages", {})),
+        masking=random_masking.Masking(**own.pop("masking", {})),
+        target=targets.Targets(**own.pop("target", {})),
     )
 
 
@@ -69,7 +68,7 @@ def _batch(m, seed=0):
     return {"global": rng.integers(0, 256, shape, np.uint8)}
 
 
-def _full_size(name, **stages):
+def _full_size(name, **own):
     width, depth, heads = SIZES[name]
     return _method(
         width,
@@ -78,7 +77,7 @@ def _full_size(name, **stages):
         224,
         16,
         decoder=dict(width=256, heads=8),
-        stages=stages,
+        stages=own,
     )
 
 
@@ -186,23 +185,23 @@ def test_a_frozen_stage_leaves_the_loss_and_the_program():
     params, extra = _fresh(m)
     args = params, extra, _batch(m), jax.random.key(1)
     own = tree.match(list(tree.flat(params)), m.freeze_layers(), what="x", default=-1)
-    stages = {}
+    losses = {}
     for n in (0, 3):
         frozen = frozenset(k for k, i in own.items() if 0 <= i < n)
         phase = step.Phase(frozen, m.phase(0))
         run = jax.jit(functools.partial(m.loss, phase=phase), compiler_options=QUICK)
         loss, (_, metrics) = run(*args)
-        stages[n] = {k: float(v) for k, v in metrics.items() if "loss_stage" in k}
-        assert abs(float(loss) - sum(stages[n].values())) < 1e-5
-    assert set(stages[3]) == set(stages[0]) - {"loss_stage0"}
-    for k, value in stages[3].items():
-        assert abs(value - stages[0][k]) < 1e-5
+        losses[n] = {k: float(v) for k, v in metrics.items() if "loss_stage" in k}
+        assert abs(float(loss) - sum(losses[n].values())) < 1e-5
+    assert set(losses[3]) == set(losses[0]) - {"loss_stage0"}
+    for k, value in losses[3].items():
+        assert abs(value - losses[0][k]) < 1e-5
 
 
 def test_masks_hide_the_share_that_is_asked_for():
     m = _method(masking=dict(ratio=0.75, schedule=((2.0, 0.5),)))
     assert m.phase(0).visible == 4 and m.phase(4).visible == 8  # Of 16; 2 steps/epoch.
-    masks = m.draw_masks(jax.random.key(0), 64, 4)
+    masks = m.masking.draw(jax.random.key(0), 64, m.grid, 4)
     assert (np.asarray(masks.mask.sum(1)) == 12).all()
     both = np.concatenate([masks.keep, masks.hidden], axis=1)
     assert (np.sort(both, axis=1) == np.arange(16)).all()
@@ -214,7 +213,7 @@ def test_masks_hide_the_share_that_is_asked_for():
 def test_distance_gathers_the_visible_patches():
     def spread(d):
         m = _method(size=64, masking=dict(distance=d))
-        keep = np.asarray(m.draw_masks(jax.random.key(0), 128, 16).keep)
+        keep = np.asarray(m.masking.draw(jax.random.key(0), 128, m.grid, 16).keep)
         cells = np.stack(np.divmod(keep, 8), -1).astype(float)
         return cells.std(1).mean()
 
@@ -229,10 +228,10 @@ def test_stages_may_move_to_other_blocks():
 
 
 def test_a_curriculum_is_linear_between_its_epochs():
-    stages = sections.Stages(curriculum=((0.0, 4, 3, 2, 1), (10.0, 1, 2, 3, 4)))
-    got = stages.loss_weights((0, 1, 2, 3), jnp.float32(5.0))
+    spec = stages.Stages(curriculum=((0.0, 4, 3, 2, 1), (10.0, 1, 2, 3, 4)))
+    got = spec.loss_weights((0, 1, 2, 3), jnp.float32(5.0))
     np.testing.assert_allclose(got, 2.5)
-    np.testing.assert_allclose(stages.loss_weights((2, 3), jnp.float32(0.0)), [2, 1])
+    np.testing.assert_allclose(spec.loss_weights((2, 3), jnp.float32(0.0)), [2, 1])
 
 
 @pytest.mark.parametrize(
@@ -310,11 +309,13 @@ def test_errors_name_the_key_and_what_is_allowed():
     assert line.startswith("augment.size=36: must be a multiple of model.patch=8")
     (line,) = _lines(patch=2, stages=dict(scales=(4.0, 2.0, 1.0, 0.5)))
     assert "cells of 0.5 pixels" in line
-    lines = list(sections.Stages(scales=(4.0, 1.0), weights=(1.0,)).check())
+    lines = list(stages.Stages(scales=(4.0, 1.0), weights=(1.0,)).check())
     assert any("weights has 1 entries for 2 scales" in x for x in lines)
-    assert list(sections.Masking(ratio=1.0).check()) == [
-        "ratio=1.0: above 0 and below 1"
-    ]
+    problems = config.Problems()
+    wrong = {"ratio": 1.0, "schedule": ((2.0, 0.0),)}
+    config.section(random_masking.Masking, wrong, "masking", problems)
+    assert problems[0] == "masking.ratio=1.0: in (0, 1)"
+    assert problems[1].startswith("masking.schedule=((2.0, 0.0),): every value")
 
 
 def test_dataclass_is_static():

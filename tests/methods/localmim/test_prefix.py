@@ -11,13 +11,13 @@ import pytest
 
 from tests.methods.localmim import test_method
 from vitssl import errors, tree
-from vitssl.methods.localmim import sections
+from vitssl.methods.localmim import method as localmim
 from vitssl.methods.localmim import store as feature_store
 from vitssl.run import step
 
 
 def _at(m, boundary, store=""):
-    return dataclasses.replace(m, prefix=sections.Prefix(boundary, store))
+    return dataclasses.replace(m, prefix=feature_store.Prefix(boundary, store))
 
 
 def _losses(m, params, image, masks, tokens, active):
@@ -33,7 +33,7 @@ def test_masking_right_after_the_embedding_is_the_ordinary_forward():
     m = test_method._method()
     params, _ = test_method._fresh(m)
     image = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    masks = m.draw_masks(jax.random.key(1), 2, 4)
+    masks = m.masking.draw(jax.random.key(1), 2, m.grid, 4)
     tokens = m.run_prefix(params, image)  # No block: what the first one would get.
     plain = _losses(m, params, image, masks, None, (0, 1, 2, 3))
     late = _losses(m, params, image, masks, tokens, (0, 1, 2, 3))
@@ -67,13 +67,13 @@ def _store(m, params, root, views=2):
         compiler_options=test_method.QUICK,
     )
     about = {
-        "weights": feature_store.digest(params, m.prefix_pattern),
+        "weights": feature_store.digest(params, m.prefix.pattern),
         "boundary": m.prefix.boundary,
         "views": views,
         "seed": 3,
         "view": m.view_key,
     }
-    view = dataclasses.replace(m, prefix=sections.Prefix()).transform()
+    view = dataclasses.replace(m, prefix=feature_store.Prefix()).transform()
     return feature_store.write(
         root, _Images(), view, run, about=about, batch_size=5, show=lambda line: None
     )
@@ -118,7 +118,7 @@ def test_a_store_is_refused_for_other_weights_blocks_or_a_training_prefix(tmp_pa
     with pytest.raises(errors.UsageError, match="encoder/cls trains"):
         blocks = {k for k in _frozen(m, 3) if "/block_" in k}
         stored._prefix(params, None, {}, blocks | {"encoder/patch_embed/kernel"})
-    flipped = dataclasses.replace(stored, augment=sections.Augment(size=32, flip=0.0))
+    flipped = dataclasses.replace(stored, augment=localmim.Augment(size=32, flip=0.0))
     with pytest.raises(errors.UsageError, match="use the same augment"):
         flipped.transform()
     with pytest.raises(errors.DataError, match="no manifest.json there"):
@@ -161,5 +161,5 @@ def test_targets_may_be_the_tokens_at_the_boundary():
 def test_a_boundary_leaves_something_to_train():
     (line,) = _at(test_method._method(), 7).check()
     assert line.startswith("prefix.boundary=7: below model.depth=7")
-    (line,) = sections.Prefix(store="x").check()
+    (line,) = feature_store.Prefix(store="x").check()
     assert line.startswith("store: needs boundary")

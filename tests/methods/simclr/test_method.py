@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import errors, tree
+from vitssl import config, errors, tree
 from vitssl.data import resolution
 from vitssl.losses import contrastive
 from vitssl.methods import base
-from vitssl.methods.simclr import method, objective, projector, views
+from vitssl.methods.simclr import method, views
 from vitssl.models import hvit, vit
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
@@ -35,8 +35,8 @@ def _method(model=PLAIN, batch_size=8, size=16, **own):
         ),
         model=model,
         augment=views.Views(size=size, **own.pop("augment", {})),
-        projector=projector.Projector(width=8, **own.pop("projector", {})),
-        objective=objective.Objective(**own.pop("objective", {})),
+        projector=method.Projector(width=8, **own.pop("projector", {})),
+        objective=method.Objective(**own.pop("objective", {})),
         **own,
     )
 
@@ -244,8 +244,16 @@ def test_impossible_settings_are_one_line_each():
     assert "objective.pool=cls: this model has" in line
     (line,) = _method(batch_size=1).check()
     assert "2 or more, for negatives" in line
-    lines = list(views.Views(8, jitter=(1.0, 1.0, 1.0, 0.9), blur_kernel=4).check())
-    assert len(lines) == 2
+    lines = list(views.Views(8, ratio=(2.0, 1.0), blur_kernel=4).check())
+    assert lines[0] == "ratio=(2.0, 1.0): smallest <= largest" and len(lines) == 2
+    problems = config.Problems()
+    wrong = dict(size=0, jitter=(1.0, 1.0, 1.0, 0.9), flip=1.5)
+    config.section(views.Views, wrong, "augment", problems)
+    assert sorted(problems) == [
+        "augment.flip=1.5: in [0, 1]",
+        "augment.jitter=(1.0, 1.0, 1.0, 0.9): every value in [0, 0.5]",
+        "augment.size=0: 1 or more",
+    ]
     params, _ = _fresh(_method())
     with pytest.raises(errors.UsageError, match="compares the samples of a batch"):
         step.make(_method(), _optimizer(params), accumulate=2)

@@ -10,22 +10,68 @@ main_finetune.py, main_linprobe.py; utkutpcgl/ViTFreeze@30e80f9.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from vitssl import sizes, tree
 from vitssl.data import resolution as resolutions
 from vitssl.evals import accuracy
 from vitssl.evals import metrics as measures
-from vitssl.methods import backbone as backbone_pictures
 from vitssl.methods import base
-from vitssl.methods.classify import erase, mix, sections
+from vitssl.methods.classify import mix as mixing
 from vitssl.methods.classify import objective as classification
-from vitssl.methods.classify import streams as hvit_heads
+from vitssl.methods.classify import views
 from vitssl.models import head as heads
-from vitssl.models import hvit, patches, vit
+from vitssl.models import hvit, layers, patches, vit
+
+# Views of test-time augmentation, in the order of the original.
+TURNS = {
+    "identity": lambda x: x,
+    "hflip": lambda x: x[:, :, ::-1],
+    "vflip": lambda x: x[:, ::-1],
+    "rot90": lambda x: jnp.rot90(x, 1, (1, 2)),
+    "rot180": lambda x: jnp.rot90(x, 2, (1, 2)),
+    "rot270": lambda x: jnp.rot90(x, 3, (1, 2)),
+}
+VIEWS = {"none": (), "flip": ("identity", "hflip"), "six": tuple(TURNS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Config section `scoring`: how the test split is scored.
+
+    Attributes:
+        tta: test-time augmentation, scored beside the plain images as "tta_...":
+            "flip" averages the probabilities of an image and its mirror image; "six"
+            of these, upside down, and turned by 90, 180 and 270 degrees.
+        calibration: report the calibration error before and after temperature scaling.
+    """
+
+    tta: Literal["none", "flip", "six"] = "none"
+    calibration: bool = False
+
+    def averaged(self, logits, image):
+        """Return the log of the mean probability [B, K] over the views of images.
+
+        `logits` is a function of images [B, H, W, C]; "six" wants squares.
+        """
+        each = [logits(TURNS[name](image)) for name in VIEWS[self.tta]]
+        each = jnp.stack([jax.nn.log_softmax(x.astype(jnp.float32)) for x in each])
+        return jax.nn.logsumexp(each, 0) - jnp.log(float(len(each)))
+
+
+class StreamHead(nn.Module):
+    """A linear classifier on the mean token of one stream of an HViT, in float32."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x):  # [B, D] -> [B, K]
+        return layers.Dense(self.classes, name="fc1")(x.astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +84,11 @@ class Classify(base.Method):
 
     run: base.Run
     model: vit.ViT | hvit.HViT
-    augment: sections.Augment
+    augment: views.Augment
     head: heads.Head = heads.Head()
-    mix: sections.Mix = sections.Mix()
-    objective: sections.Objective = sections.Objective()
-    scoring: sections.Scoring = sections.Scoring()
+    mix: mixing.Mix = mixing.Mix()
+    objective: classification.Objective = classification.Objective()
+    scoring: Scoring = Scoring()
     resolution: resolutions.Resolution = resolutions.Resolution()
     rectangles, labelled, scored = True, True, True
 
@@ -89,7 +135,7 @@ class Classify(base.Method):
 
     @property
     def _stream_head(self):
-        return hvit_heads.Projections((self.run.classes,))
+        return StreamHead(self.run.classes)
 
     def _pooled(self, params, image, *, train=False, rng=None):
         """Return ({stream: [B, D]}, features [B, D]) of normalised images.
@@ -98,9 +144,8 @@ class Classify(base.Method):
         """
         rngs = {}
         if train:
-            rngs = dict(
-                zip(("drop_path", "dropout"), jax.random.split(rng), strict=True)
-            )
+            keys = jax.random.split(rng)
+            rngs = dict(zip(("drop_path", "dropout"), keys, strict=True))
         apart = self.objective.consistency > 0
         found = self.model.apply(
             {"params": params["backbone"]},
@@ -125,16 +170,9 @@ class Classify(base.Method):
         image = patches.normalise(batch["image"], self.run.mean, self.run.std)
         label, lam = batch["label"], 1.0
         if self.augment.erase:
-            image = erase.erase(keys[0], image, prob=self.augment.erase)
+            image = mixing.erase(keys[0], image, prob=self.augment.erase)
         if self.mix.on:
-            image, lam = mix.mix(
-                keys[1],
-                image,
-                mixup_alpha=self.mix.mixup,
-                cutmix_alpha=self.mix.cutmix,
-                prob=self.mix.prob,
-                switch=self.mix.switch,
-            )
+            image, lam = self.mix(keys[1], image)
         # Of a frozen backbone no layer is dropped: it is a fixed function.
         train = not _backbone_frozen(params, phase)
         streams, x = self._pooled(params, image, train=train, rng=keys[2])
@@ -157,24 +195,15 @@ class Classify(base.Method):
 
     def _objective(self, logits, label, lam):
         """Return (loss [], the labels [B] that the images show most of)."""
-        weight = self.class_weights
+        weight = self.objective.weights(self.run.counts)
 
         def one(label):
             return self.objective(logits, label, weight)
 
         if not self.mix.on:
             return one(label), label
-        shown = mix.targets(label, self.run.classes, lam, 0.0).argmax(-1)
+        shown = mixing.targets(label, self.run.classes, lam, 0.0).argmax(-1)
         return classification.mixed(one, label, label[::-1], lam), shown
-
-    @property
-    def class_weights(self):
-        """Return the weight of every class [K] float32, or None."""
-        if self.objective.class_weights:
-            return np.asarray(self.objective.class_weights, np.float32)
-        if not self.objective.balanced:
-            return None
-        return classification.class_weights(self.run.counts)
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the backbone's; the head never freezes."""
@@ -206,8 +235,7 @@ class Classify(base.Method):
     def pictures(self, params, extra, batch, image) -> dict:
         """Return fields of `pictures.drawing.Material`."""
         del extra, batch
-        own = params["backbone"]
-        return backbone_pictures.arrays(self.model, own, self.run, image)
+        return self.attention(params["backbone"], image)
 
     def outputs(self, params, extra, batch) -> dict:
         """Return "logits", "ema_logits" of the average, "tta_..." of either, [B, K]."""
@@ -292,7 +320,7 @@ class Classify(base.Method):
                 f"objective.consistency={self.objective.consistency}: compares the "
                 "streams of model.name=hvit; set 0.0"
             )
-        yield from self.resolution.faults(self.augment.size, self.model.square)
+        yield from self.resolution.faults(size, self.model.square)
         for fault in self.objective.faults(self.run.classes):
             yield f"objective.{fault}"
         if self.augment.severity and self.run.channels < 3:

@@ -1,7 +1,7 @@
-"""Augmentation of leaf photographs in three severities, with symptoms and sunlight.
+"""Views of images to classify; of leaves in severities, with symptoms and sunlight.
 
-Images are float32 [H, W, 3] in [0, 1] here, so that a chain of operations rounds once,
-at its end. Further channels (spectral planes) move with the image, and keep their
+The leaves' images are float32 [H, W, 3] in [0, 1], so that a chain of operations rounds
+once, at its end. Further channels (spectral planes) move with the image, and keep their
 values.
 
 Sources: w2sg-arnav/HierarchialViT hvit/data/augmentations.py and docs/training.md. The
@@ -11,12 +11,14 @@ the area is cut at 1.
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Literal
 
 import cv2
 import numpy as np
 
-from vitssl import errors, sizes
-from vitssl.data import crops, resample
+from vitssl import errors, ranges, sizes
+from vitssl.data import crops, resample, views
 from vitssl.data.randaugment import RandAugment
 
 LUMA = np.array((0.2989, 0.587, 0.114), np.float32)
@@ -94,13 +96,7 @@ OPERATIONS = (brightness, contrast, saturation, hue)
 
 
 def blur(image, kernel, sigma):
-    """Blur with a Gaussian of kernel = (width, height) pixels, reflecting at the edge.
-
-    Args:
-        image: float [H, W, C].
-        kernel: odd numbers.
-        sigma: in pixels.
-    """
+    """Blur by a Gaussian of kernel = (width, height), odd, reflecting at the edge."""
     border = cv2.BORDER_REFLECT_101
     if min(image.shape[:2]) <= max(kernel) // 2:
         border = cv2.BORDER_REPLICATE
@@ -131,13 +127,9 @@ def necrosis(image, brown, colour):
 
 
 def lighting(image, kind, values):
-    """Change the light: "over" and "under" by a factor, or unevenly.
+    """Change the light: "over" and "under" by values = (factor,), or unevenly.
 
-    Args:
-        image: float [H, W, 3].
-        kind: "over", "under", or "across" (columns) and "down" (rows), where the factor
-            goes linearly from the first to the second value.
-        values: (factor,) or (first, last).
+    "across" columns and "down" rows the factor goes linearly: values = (first, last).
     """
     if kind in ("over", "under"):
         return np.clip(image * np.float32(values[0]), 0.0, 1.0)
@@ -190,12 +182,7 @@ def grid_steps(rng, cells=5, limit=0.3):
 
 
 def distort(image, lines):
-    """Read an image through a grid whose lines have moved.
-
-    Args:
-        image: float [H, W, C].
-        lines: (of rows, of columns) from `grid_steps`.
-    """
+    """Read an image through a grid whose lines (of rows, of columns) have moved."""
     at = []
     for n, line in zip(image.shape[:2], lines, strict=True):
         even = np.linspace(0.0, 1.0, len(line))
@@ -208,22 +195,10 @@ def distort(image, lines):
 
 @dataclasses.dataclass(frozen=True)
 class Leaves:
-    """The training transform of a severity.
-
-    Attributes:
-        size: side of the result, or (height, width), in pixels.
-        severity: key of `SEVERITIES`, or "minimal": as in evaluation.
-    """
+    """The training transform of a severity; of "minimal", as in evaluation."""
 
     size: sizes.Size
     severity: str = "moderate"
-
-    def __post_init__(self):
-        if self.severity not in (*SEVERITIES, "minimal"):
-            raise errors.UsageError(
-                f"augment.severity={self.severity!r}: one of "
-                f"{', '.join((*SEVERITIES, 'minimal'))}"
-            )
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Return {image uint8 [h, w, C], label, index int32 []}."""
@@ -291,3 +266,56 @@ def _colours(image, spec, rng):
         noise = rng.normal(0.0, NOISE, image.shape).astype(np.float32)
         image = np.clip(image + noise, 0.0, 1.0)
     return erase(image, rng) if happens[5] else image
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Config section `augment`: one crop on the host, erasing on the device.
+
+    Attributes:
+        size: side of the crop, or (height, width), in pixels.
+        severity: "" is what follows here. Otherwise a recipe for photographs of leaves,
+            whose numbers take the place of scale, flip and randaugment (see `Leaves`);
+            the evaluation then warps the whole image to `size`.
+        scale, flip, crop, interpolation: see `data.views.Supervised`.
+        randaugment: such as "rand-m9-mstd0.5-inc1"; "" is none.
+        erase: probability of random erasing.
+    """
+
+    size: ranges.Count | tuple[ranges.Count, ranges.Count]
+    severity: Literal["", *SEVERITIES, "minimal"] = ""
+    scale: tuple[ranges.Share, ranges.Share] = (0.08, 1.0)
+    flip: ranges.Probability = 0.5
+    randaugment: str = ""
+    erase: ranges.Probability = 0.0
+    crop: Literal["sampled", "clipped"] = "sampled"
+    interpolation: Literal["bicubic", "bilinear", "fast"] = "bicubic"
+
+    def training(self, mean):
+        """Return the training transform; corners of a turned image have `mean`."""
+        if self.severity:
+            return Leaves(self.size, self.severity)
+        return views.Supervised(
+            size=self.size,
+            scale=self.scale,
+            flip=self.flip,
+            randaugment=RandAugment.parse(self.randaugment),
+            crop=self.crop,
+            interpolation=self.interpolation,
+            fill=tuple(min(255, round(255 * m)) for m in mean),
+        )
+
+    def evaluation(self, size: sizes.Size):
+        """Return the transform of evaluation images of a size."""
+        if self.severity:
+            return views.Warp(size)
+        return views.classifier_evaluation(size, self.interpolation)
+
+    def check(self) -> Iterator[str]:
+        """Yield what does not fit together, and a `randaugment` that is none."""
+        if self.scale[0] > self.scale[1]:
+            yield f"scale={self.scale}: smallest <= largest"
+        try:
+            RandAugment.parse(self.randaugment)
+        except errors.UsageError as e:
+            yield str(e).removeprefix("augment.")

@@ -5,12 +5,33 @@ of kernel = stride do not overlap), so the head works on lists of tokens and may
 out the visible ones, whose prediction no loss looks at.
 """
 
+import dataclasses
+from collections.abc import Iterator
+
 import einops
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import ranges
 from vitssl.models import layers, patches, posemb
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Config section `decoder`: the transformer of every stage's decoder."""
+
+    width: ranges.Count = 256
+    depth: ranges.Count = 1
+    heads: ranges.Count = 8
+    mlp_ratio: float = 4.0
+
+    def check(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        if self.width % self.heads:
+            yield f"heads={self.heads}: must divide width={self.width}"
+        if self.width % 4:
+            yield f"width={self.width}: its position table needs a multiple of 4"
 
 
 def _uniform(fan):
@@ -39,9 +60,7 @@ class Upsample(nn.Module):
         bias = self.param("bias", init, (self.features,))
         flat = einops.rearrange(kernel, "i p q o -> i (p q o)")
         y = layers.linear(x, flat, jnp.tile(bias, 4), self.dtype)
-        return einops.rearrange(
-            y, "b m h w (p q o) -> b m (h p) (w q) o", p=2, q=2
-        )  # [B, M, 2 s, 2 s, o]
+        return einops.rearrange(y, "b m h w (p q o) -> b m (h p) (w q) o", p=2, q=2)
 
 
 class Predict(nn.Module):
@@ -62,21 +81,15 @@ class StageDecoder(nn.Module):
     """Predict targets on a grid of `scale` times the patch grid, from visible tokens.
 
     Attributes:
-        width, depth, heads, mlp_ratio: of its transformer.
         scale: cells per patch side: 1, 2, 4, 8 (the tokens are split up by transposed
             convolutions) or 0.5, 0.25 (averaged).
         out: channels of a target cell.
-        norm_eps: of every LayerNorm.
-        dtype: of the computation.
 
     Source: Wang et al. 2023, arXiv:2303.05251, section 3.2; Haoqing-Wang/LocalMIM
     ViT/models_mim.py:MAE_Decoder.
     """
 
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float
+    spec: Decoder
     scale: float
     out: int
     norm_eps: float = 1e-6
@@ -88,7 +101,7 @@ class StageDecoder(nn.Module):
         """Fill in the hidden tokens and predict.
 
         Args:
-            x: [B, 1 + K, C] class token and visible patches, in shuffled order.
+            x: [B, 1 + K, C] class token and visible patches, in the order of masks.
             restore: [B, N] place of every patch in the list (visible, then hidden).
             grid: (h, w), N = h w.
             only: [B, M] patches to predict; None = all. Not with a scale below 1.
@@ -97,20 +110,21 @@ class StageDecoder(nn.Module):
             [B, M or N, s, s, out] for scale s >= 1, the cells of every patch;
             [B, (h s) (w s), 1, 1, out] below.
         """
-        token = self.param("mask_token", layers.normal, (1, 1, self.width))
-        x = layers.dense(self.width, self.dtype, "embed")(x)
+        width = self.spec.width
+        token = self.param("mask_token", layers.normal, (1, 1, width))
+        x = layers.dense(width, self.dtype, "embed")(x)
         cls, seen = x[:, :1], x[:, 1:]
         hidden = restore.shape[1] - seen.shape[1]
-        shape = (len(x), hidden, self.width)
+        shape = (len(x), hidden, width)
         filler = jnp.broadcast_to(token.astype(x.dtype), shape)
         y = patches.take(jnp.concatenate([seen, filler], axis=1), restore)
-        y = y + posemb.sincos(grid, self.width).astype(x.dtype)
+        y = y + posemb.sincos(grid, width).astype(x.dtype)
         y = jnp.concatenate([cls, y], axis=1)  # [B, 1 + N, d]
-        for i in range(self.depth):
+        for i in range(self.spec.depth):
             y = layers.block(
                 False,
-                heads=self.heads,
-                hidden=int(self.width * self.mlp_ratio),
+                heads=self.spec.heads,
+                hidden=int(width * self.spec.mlp_ratio),
                 eps=self.norm_eps,
                 dtype=self.dtype,
                 attention=self.attention,
@@ -119,8 +133,7 @@ class StageDecoder(nn.Module):
         y = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(y)[:, 1:]
         return self._head(y, grid, only)
 
-    def _head(self, y, grid, only):
-        """Return the predictions of tokens [B, N, d]."""
+    def _head(self, y, grid, only):  # [B, N, d] -> as `__call__` returns
         if self.scale < 1:
             k = round(1 / self.scale)
             y = einops.reduce(
@@ -135,32 +148,6 @@ class StageDecoder(nn.Module):
                 name = f"up_norm_{i - 1}"
                 y = layers.LayerNorm(self.norm_eps, self.dtype, name=name)(y)
                 y = nn.gelu(y, approximate=False)
-            features = self.width // 2 ** (i + 1)
+            features = self.spec.width // 2 ** (i + 1)
             y = Upsample(features, self.dtype, name=f"up_{i}")(y)
         return Predict(self.out, self.dtype, name="pred")(y)
-
-
-def raster(cells, grid, scale):
-    """Return predictions per patch as one grid, row by row.
-
-    Args:
-        cells: [B, N, s, s, C] of all patches (or [B, n, 1, 1, C] below scale 1).
-        grid: (h, w).
-        scale: of the decoder.
-
-    Returns:
-        [B, (h s) (w s), C].
-    """
-    if scale < 1:
-        return cells[:, :, 0, 0]
-    h, w = grid
-    return einops.rearrange(cells, "b (h w) p q c -> b (h p w q) c", h=h, w=w)
-
-
-def per_patch(target, scale):
-    """Return targets on a grid [B, h s, w s, C] per patch: [B, h w, s, s, C].
-
-    Below scale 1 every cell stands alone: [B, (h s) (w s), 1, 1, C].
-    """
-    s = max(1, round(scale))
-    return einops.rearrange(target, "b (h p) (w q) c -> b (h w) p q c", p=s, q=s)

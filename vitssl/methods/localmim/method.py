@@ -11,18 +11,19 @@ arXiv:2312.02194 (with FreezeOut); utkutpcgl/ViTFreeze@30e80f9.
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from vitssl import errors, sizes, tree
+from vitssl import errors, ranges, sizes, tree
 from vitssl.data import views
 from vitssl.methods import base
-from vitssl.methods.localmim import decoder as stage_decoder
-from vitssl.methods.localmim import hog, initial, sections, store
-from vitssl.methods.localmim import masks as localmim_masks
+from vitssl.methods.localmim import random_masking, store, targets
+from vitssl.methods.localmim.decoder import Decoder, StageDecoder
+from vitssl.methods.localmim.stages import Stages
 from vitssl.models import layers, patches, vit
 from vitssl.optim import freezeout
 
@@ -35,6 +36,28 @@ class Phase(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Augment:
+    """Config section `augment`: one random crop.
+
+    Attributes:
+        size: side of the crop, in pixels.
+        scale: smallest and largest share of the area.
+        flip: probability that it is mirrored.
+        interpolation: see `data.resample.resize`.
+    """
+
+    size: ranges.Count
+    scale: tuple[ranges.Share, ranges.Share] = (0.2, 1.0)
+    flip: ranges.Probability = 0.5
+    interpolation: Literal["bicubic", "bilinear", "fast"] = "bicubic"
+
+    def check(self) -> Iterator[str]:
+        """Yield what does not fit together."""
+        if self.scale[0] > self.scale[1]:
+            yield f"scale={self.scale}: smallest <= largest"
+
+
+@dataclasses.dataclass(frozen=True)
 class LocalMIM(base.Method):
     """The method; fields are the sections of its config.
 
@@ -44,13 +67,12 @@ class LocalMIM(base.Method):
 
     run: base.Run
     model: vit.ViT
-    augment: sections.Augment
-    decoder: sections.Decoder = sections.Decoder()
-    stages: sections.Stages = sections.Stages()
-    masking: sections.Masking = sections.Masking()
-    target: sections.Targets = sections.Targets()
-    prefix: sections.Prefix = sections.Prefix()
-    couples_batch = False
+    augment: Augment
+    decoder: Decoder = Decoder()
+    stages: Stages = Stages()
+    masking: random_masking.Masking = random_masking.Masking()
+    target: targets.Targets = targets.Targets()
+    prefix: store.Prefix = store.Prefix()
 
     @staticmethod
     def training_size(c) -> int:
@@ -65,7 +87,7 @@ class LocalMIM(base.Method):
         side = self.augment.size // self.model.patch
         return side, side
 
-    def decoder_module(self, k: int) -> stage_decoder.StageDecoder:
+    def decoder_module(self, k: int) -> StageDecoder:
         """Return the decoder of stage k."""
         cell = self.model.patch / self.stages.scales[k]
         channels = {
@@ -74,21 +96,15 @@ class LocalMIM(base.Method):
             "feature": self.model.width,
             "prefix": self.model.width,
         }[self.stages.target(k)]
-        return stage_decoder.StageDecoder(
-            **dataclasses.asdict(self.decoder),
-            scale=self.stages.scales[k],
-            out=channels,
-            norm_eps=self.model.norm_eps,
-            dtype=self.model.dtype,
-            attention=self.model.attention,
-        )
+        net = self.model
+        own = dict(norm_eps=net.norm_eps, dtype=net.dtype, attention=net.attention)
+        return StageDecoder(self.decoder, self.stages.scales[k], channels, **own)
 
     @property
     def _norm(self):
         return layers.LayerNorm(self.model.norm_eps, self.model.dtype)
 
-    def _stage_norm(self, params, k, x):
-        """Return the LayerNorm of stage k of tokens [B, T, D]."""
+    def _stage_norm(self, params, k, x):  # [B, T, D] -> [B, T, D]
         last = k == self.stages.count - 1
         own = params["encoder"]["norm"] if last else params[f"norm_{k}"]
         return self._norm.apply({"params": own}, x)
@@ -121,7 +137,7 @@ class LocalMIM(base.Method):
         keys = jax.random.split(rng, 3 + self.stages.count)
         image = jnp.zeros((1, *batch["global"].shape[2:]))
         encoder = self.model.init(keys[0], image)["params"]
-        params = {"encoder": initial.xavier(keys[1], encoder)}
+        params = {"encoder": xavier(keys[1], encoder)}
         row = jnp.zeros((1, 2, self.model.width))
         restore = jnp.arange(self.grid[0] * self.grid[1])[None]
         for k in range(self.stages.count):
@@ -129,21 +145,20 @@ class LocalMIM(base.Method):
                 params[f"norm_{k}"] = self._norm.init(keys[2], row)["params"]
             module, key = self.decoder_module(k), keys[3 + k]
             found = module.init(key, row, restore, self.grid)["params"]
-            params[f"decoder_{k}"] = initial.xavier(jax.random.fold_in(key, 1), found)
+            params[f"decoder_{k}"] = xavier(jax.random.fold_in(key, 1), found)
         extra = {}
         if self.target.hog_bias:
             shape = (self.stages.count, 2)
             third = 1 / 3  # PyTorch's bound for a 3 x 3 convolution of one channel.
-            extra["hog_bias"] = jax.random.uniform(
-                keys[2], shape, minval=-third, maxval=third
-            )
+            extra["hog_bias"] = jax.random.uniform(keys[2], shape, float, -third, third)
         return params, extra
 
     def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)); `phase.frozen` ends stages."""
         draw, drop = jax.random.split(rng)
         image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
-        masks = self.draw_masks(draw, len(image), phase.method.visible)
+        visible = phase.method.visible
+        masks = self.masking.draw(draw, len(image), self.grid, visible)
         active = self.active(phase.frozen)
         tokens = self._prefix(params, image, batch, phase.frozen)
         inside = [k for k in active if phase.method.blocks[k] < self.prefix.boundary]
@@ -166,31 +181,23 @@ class LocalMIM(base.Method):
 
     def _prefix(self, params, image, batch, frozen):
         """Return the whole images' tokens at the boundary, or None to mask patches."""
-        boundary, pattern = self.prefix.boundary, re.compile(self.prefix_pattern)
+        boundary, pattern = self.prefix.boundary, self.prefix.pattern
         if not boundary:
             return None
-        names = (name for name in tree.flat(params) if pattern.fullmatch(name))
+        names = (name for name in tree.flat(params) if re.fullmatch(pattern, name))
         live = [name for name in names if name not in frozen]
-        if live and not self.prefix.store:
-            return None
+        if not self.prefix.store:
+            return None if live else self.run_prefix(params, image)
         if live:
             raise errors.UsageError(
                 f"prefix.store: holds the output of {boundary} frozen blocks, but "
                 f"{live[0]} trains; freeze it from the start "
-                f"(optim.freeze=(('{self.prefix_pattern}', 0.0),))"
+                f"(optim.freeze=(('{pattern}', 0.0),))"
             )
-        if self.prefix.store:
-            return batch["tokens"].astype(jnp.float32)
-        return self.run_prefix(params, image)
+        return batch["tokens"].astype(jnp.float32)
 
-    @property
-    def prefix_pattern(self) -> str:
-        """Return the pattern of the parameters up to the boundary."""
-        blocks = "|".join(str(i) for i in range(self.prefix.boundary))
-        return rf"encoder/(cls|patch_embed/.*|block_({blocks})/.*)"
-
-    def run_prefix(self, params, image):
-        """Return the tokens [B, 1 + N, D] of whole images at the boundary."""
+    def run_prefix(self, params, image):  # [B, H, W, C] -> [B, 1 + N, D]
+        """Return the tokens of whole images at the boundary."""
         net = {"params": jax.lax.stop_gradient(params["encoder"])}
         x = self.model.apply(net, image, method="start")
         if self.prefix.boundary:
@@ -200,18 +207,8 @@ class LocalMIM(base.Method):
 
     def active(self, frozen: frozenset[str]) -> tuple[int, ...]:
         """Return the stages whose decoder still trains."""
-        live = []
-        for k in range(self.stages.count):
-            prefix = f"decoder_{k}/"
-            if not any(name.startswith(prefix) for name in frozen):
-                live.append(k)
-        return tuple(live)
-
-    def draw_masks(self, rng, count: int, visible: int) -> localmim_masks.Masks:
-        """Return masks for `count` images."""
-        return localmim_masks.draw(
-            rng, count, self.grid, visible, self.masking.distance
-        )
+        gone = {name.partition("/")[0] for name in frozen}
+        return tuple(k for k in range(self.stages.count) if f"decoder_{k}" not in gone)
 
     def stage_losses(
         self, params, extra, image, masks, active, blocks, drop=None, tokens=None
@@ -219,10 +216,7 @@ class LocalMIM(base.Method):
         """Return {stage: loss []} of the active stages, without their weights.
 
         Args:
-            params, extra: of the method.
             image: [B, H, W, C] normalised.
-            masks: of this batch.
-            active: stages to compute.
             blocks: block of every stage.
             drop: key of stochastic depth, or None.
             tokens: of the whole images at `prefix.boundary`, which are then masked;
@@ -235,13 +229,9 @@ class LocalMIM(base.Method):
             scale = self.stages.scales[k]
             latent = self._stage_norm(params, k, outputs[blocks[k]])
             only = masks.hidden if scale >= 1 else None
-            predicted = self.decoder_module(k).apply(
-                {"params": params[f"decoder_{k}"]},
-                latent,
-                masks.restore,
-                self.grid,
-                only,
-            )
+            predict = self.decoder_module(k)
+            own = {"params": params[f"decoder_{k}"]}
+            predicted = predict.apply(own, latent, masks.restore, self.grid, only)
             goal = goals[k]  # [B, N, s, s, C]
             if only is not None:
                 goal = jnp.take_along_axis(goal, only[:, :, None, None, None], axis=1)
@@ -249,7 +239,7 @@ class LocalMIM(base.Method):
             if only is not None:
                 losses[k] = error.mean()  # Every cell of a hidden patch counts 1.
                 continue
-            weight = localmim_masks.cell_weights(masks.mask, self.grid, scale)
+            weight = random_masking.cell_weights(masks.mask, self.grid, scale)
             losses[k] = (error[:, :, 0, 0] * weight).sum() / weight.sum()
         return losses
 
@@ -273,11 +263,10 @@ class LocalMIM(base.Method):
         """Return {stage: target [B, N, s, s, C]}, without gradient."""
         kinds = {k: self.stages.target(k) for k in active}
         cells = {k: round(self.model.patch / self.stages.scales[k]) for k in active}
-        found = {}
-        of_hog = [k for k in active if kinds[k] == "hog"]
+        found, of_hog = {}, [k for k in active if kinds[k] == "hog"]
         if of_hog:
             biases = extra.get("hog_bias")
-            made = hog.targets(
+            made = targets.hog(
                 image,
                 [cells[k] for k in of_hog],
                 self.target.nbins,
@@ -286,42 +275,29 @@ class LocalMIM(base.Method):
             found |= dict(zip(of_hog, made, strict=True))
         for k in active:
             if kinds[k] == "pixel":
-                found[k] = self._pixel_goal(image, cells[k])
+                normalise = self.target.normalise_pixels
+                found[k] = targets.pixels(image, cells[k], normalise)
             elif kinds[k] == "feature":
-                found[k] = self._feature_goal(params, image)
+                net = {"params": jax.lax.stop_gradient(params["encoder"])}
+                _, out = self.model.apply(net, image)
+                found[k] = self._as_grid(out["blocks"][-1][:, self.model.prefix :])
             elif kinds[k] == "prefix":
                 whole = self.run_prefix(params, image) if tokens is None else tokens
-                found[k] = self._standard(whole[:, 1:])
+                found[k] = self._as_grid(whole[:, 1:])
         return {
-            k: jax.lax.stop_gradient(stage_decoder.per_patch(v, self.stages.scales[k]))
+            k: jax.lax.stop_gradient(targets.per_patch(v, self.stages.scales[k]))
             for k, v in found.items()
         }
 
-    def _pixel_goal(self, image, cell):
-        """Return the pixels of every cell: [B, h, w, cell cell C]."""
-        x = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=cell, q=cell)
-        if not self.target.normalise_pixels:
-            return x
-        mean, var = x.mean(-1, keepdims=True), x.var(-1, ddof=1, keepdims=True)
-        return (x - mean) / jnp.sqrt(var + 1e-6)
-
-    def _feature_goal(self, params, image):
-        """Return the last block's tokens of the whole image, standardised per token."""
-        params = jax.lax.stop_gradient(params["encoder"])
-        _, out = self.model.apply({"params": params}, image)
-        return self._standard(out["blocks"][-1][:, self.model.prefix :])
-
-    def _standard(self, x):
-        """Return tokens [B, N, D] with mean 0 and variance 1, as a grid."""
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    def _as_grid(self, x):  # [B, N, D] -> [B, h, w, D]
+        """Return tokens, each with mean 0 and variance 1."""
+        x = targets.standardise(x)
         return einops.rearrange(x, "b (h w) d -> b h w d", h=self.grid[0])
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers` of this model: a stage goes with its block."""
-        blocks = self.stages.blocks_at(0.0, self.model.depth)
-        return freezeout.vit_layers(self.model.depth, "encoder/", stage_layers(blocks))
+        depth = self.model.depth
+        return freezeout.vit_layers(depth, "encoder/", self.stages.layers(depth))
 
     def adopt(self, params, extra):
         """Return `extra` for loaded parameters; a store of features must be of them.
@@ -330,16 +306,12 @@ class LocalMIM(base.Method):
             CheckpointError: it holds the output of other weights.
         """
         if self.prefix.store:
-            own = store.digest(params, self.prefix_pattern)
+            own = store.digest(params, self.prefix.pattern)
             store.open(self.prefix.store).check(own, self.prefix.boundary)
         return extra
 
     def features(self, params, extra, image):
-        """Return the features of whole images.
-
-        Args:
-            params, extra: of the method.
-            image: [B, H, W, C] uint8, or float and normalised; the patch divides it.
+        """Return the features of whole images [B, H, W, C].
 
         Returns:
             "tokens" [B, N, D] and "cls" [B, D] through the last stage's norm, "pooled"
@@ -355,9 +327,7 @@ class LocalMIM(base.Method):
         if self.model.cls:
             found["cls"] = tokens[:, 0]
         mean = out["blocks"][-1][:, self.model.prefix :].astype(jnp.float32).mean(1)
-        mean = mean - mean.mean(-1, keepdims=True)
-        spread = jnp.square(mean).mean(-1, keepdims=True)
-        found["gap"] = mean * jax.lax.rsqrt(spread + self.model.norm_eps)
+        found["gap"] = targets.standardise(mean, self.model.norm_eps)
         return found
 
     def check(self) -> Iterator[str]:
@@ -375,21 +345,8 @@ class LocalMIM(base.Method):
             )
         if self.prefix.boundary and self.model.rope:
             yield "prefix.boundary: works without model.rope"
-        starts = [0.0, *(row[0] for row in self.stages.moves)]
-        for blocks in {self.stages.blocks_at(e, depth) for e in starts}:
-            yield from self._check_blocks(blocks)
+        yield from self.stages.faults(depth, patch, self.grid[0])
         for s in self.stages.scales:
-            cell = patch / s
-            if cell != int(cell) or cell < 1:
-                yield (
-                    f"stages.scales: {s} makes cells of {cell:g} pixels at model.patch="
-                    f"{patch}; a whole number is needed"
-                )
-            if s < 1 and self.grid[0] % round(1 / s):
-                yield (
-                    f"stages.scales: {s} does not divide the grid of {self.grid[0]} "
-                    "patches"
-                )
             if self.decoder.width % max(1, round(s)):
                 yield f"decoder.width={self.decoder.width}: must be a multiple of {s:g}"
         epochs = (0.0, *(start for start, _ in self.masking.schedule))
@@ -397,25 +354,25 @@ class LocalMIM(base.Method):
         if any(not 0 < self.masking.visible(n, e) < n for e in epochs):
             yield f"masking.ratio: leaves none or all of the {n} patches visible"
 
-    def _check_blocks(self, blocks):
-        depth = self.model.depth
-        rising = all(a < b for a, b in zip(blocks, blocks[1:], strict=False))
-        if not rising or min(blocks) < 0 or max(blocks) >= depth:
-            given = "stages.blocks" if self.stages.blocks else "the default stages"
-            yield (
-                f"model.depth={depth}: {given} {blocks} must be rising numbers below "
-                "it; give stages.blocks (the default needs depth 7 or more)"
-            )
-        elif blocks[-1] != depth - 1:
-            yield (
-                f"stages.blocks={blocks}: the last must be {depth - 1}, or the blocks "
-                "after it would not train"
-            )
 
+def xavier(rng, params):
+    """Return parameters with LocalMIM's initial values.
 
-def stage_layers(blocks: tuple[int, ...]) -> tuple:
-    """Return the rules ((pattern, layer), ...) of stage norms and decoders."""
-    *early, last = blocks
-    own = [(rf"(norm|decoder)_{k}/.*", b + 1) for k, b in enumerate(early)]
-    own.append((rf"(encoder/norm|decoder_{len(early)})/.*", last + 1))
-    return tuple(own)
+    Linear layers start Xavier-uniform (the packed query-key-value matrix as one), the
+    patch embedding too, as a [D, p p C] matrix; class and mask tokens normal(0.02).
+    The decoders' heads (up_*, pred) keep what they have.
+
+    Source: utkutpcgl/ViTFreeze ViT/models_mim.py:initialize_weights.
+    """
+    draw = nn.initializers.xavier_uniform()
+    leaves = tree.flat(params)
+    for i, (name, leaf) in enumerate(sorted(leaves.items())):
+        key, parts = jax.random.fold_in(rng, i), name.split("/")
+        if parts[-1] == "cls":
+            leaves[name] = layers.normal(key, leaf.shape)
+        elif parts[0] == "patch_embed" and parts[-1] == "kernel":
+            flat = draw(key, (leaf[..., 0].size, leaf.shape[-1]))
+            leaves[name] = flat.reshape(leaf.shape)
+        elif parts[-1] == "kernel" and not parts[0].startswith(("up_", "pred")):
+            leaves[name] = draw(key, leaf.shape)
+    return tree.nest(leaves)

@@ -14,14 +14,43 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from vitssl import errors, tree
+from vitssl import errors, ranges, tree
 
 MANIFEST = "manifest.json"
 SHARD = 1024  # Images per file.
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Config section `prefix`: mask features instead of patches.
+
+    The first blocks, once frozen, see the whole image, without gradient, and what they
+    give is masked. That costs more than the masked prefix, unless it is read from a
+    store (`vitssl store`). Visible tokens have then seen the hidden ones: another task,
+    not the same one made cheaper.
+
+    Attributes:
+        boundary: number of blocks before the mask; 0 is off.
+        store: directory of stored tokens, or "" to compute them in every step.
+    """
+
+    boundary: ranges.OrNone = 0
+    store: str = ""
+
+    @property
+    def pattern(self) -> str:
+        """Return the pattern of the parameters up to the boundary."""
+        blocks = "|".join(str(i) for i in range(self.boundary))
+        return rf"encoder/(cls|patch_embed/.*|block_({blocks})/.*)"
+
+    def check(self) -> Iterator[str]:
+        """Yield what cannot be combined."""
+        if self.store and not self.boundary:
+            yield "store: needs boundary, the number of blocks it holds the output of"
 
 
 def digest(params, pattern: str) -> str:
@@ -40,12 +69,7 @@ def generator(seed: int, image: int, view: int) -> np.random.Generator:
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """An open store.
-
-    Attributes:
-        root: its directory.
-        about: the manifest.
-    """
+    """An open store: its directory and its manifest."""
 
     root: str
     about: dict = dataclasses.field(hash=False, compare=False)
@@ -58,15 +82,10 @@ class Store:
                 f"{self.root}: holds {self.about['images']} images, not number {image}"
             )
         shard, row = divmod(image, SHARD)
-        tokens = _mapped(self.root, shard)
-        return tokens[row * self.about["views"] + view]
+        return _mapped(self.root, shard)[row * self.about["views"] + view]
 
     def check(self, own: str, boundary: int) -> None:
-        """Refuse a store of other weights or blocks.
-
-        Raises:
-            CheckpointError: with both values.
-        """
+        """Raise CheckpointError if the store is of other weights or blocks."""
         for key, have in (("boundary", boundary), ("weights", own)):
             if self.about[key] != have:
                 raise errors.CheckpointError(
@@ -90,12 +109,7 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Transform: a stored view of the example, and its tokens.
-
-    Attributes:
-        store: where the tokens are.
-        view: the transform that made the views.
-    """
+    """Transform: a view of the example, as `view` made it, and its stored tokens."""
 
     store: Store
     view: Callable
@@ -137,13 +151,11 @@ def write(root, source, view, run, *, about, batch_size=64, show=print) -> Store
     """Run every view of every image through the prefix and store the tokens.
 
     Args:
-        root: directory, made if missing; a finished store there is refused.
-        source: images, `at(i, 0)` gives example i.
+        root: directory, made if missing.
         view: the training transform.
         run: uint8 [B, H, W, C] -> tokens [B, 1 + N, D].
         about: {"weights", "boundary", "views", "seed", "view"} of the manifest.
         batch_size: views per call of `run`.
-        show: gets lines of progress.
 
     Raises:
         UsageError: there is a store already.
@@ -172,8 +184,7 @@ def write(root, source, view, run, *, about, batch_size=64, show=print) -> Store
     return open(root)
 
 
-def _view(source, view, seed, i, v):
-    """Return the pixels [H, W, C] of one view."""
+def _view(source, view, seed, i, v):  # -> [H, W, C]
     example = dict(source.at(i, 0), epoch=0, step=0)
     if int(example["index"]) != i:
         raise errors.DataError(

@@ -8,20 +8,89 @@ hvit/training/pretrainer.py (HViT as the backbone).
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import sizes
+from vitssl import ranges, sizes
 from vitssl.data import resolution as resolutions
 from vitssl.data import views
-from vitssl.methods import backbone, base
-from vitssl.methods.simclr import objective as sections
-from vitssl.methods.simclr import projector as projectors
+from vitssl.losses import contrastive
+from vitssl.methods import base
 from vitssl.methods.simclr import views as augments
-from vitssl.models import hvit, patches, vit
+from vitssl.models import head, hvit, patches, vit
 from vitssl.ops import jitter
+
+
+@dataclasses.dataclass(frozen=True)
+class Projector:
+    """Config section `projector`: linear, ReLU, linear; thrown away after training.
+
+    Attributes:
+        width: of the projections.
+        hidden: width in between; 0 = that of the features.
+        batchnorm: batch normalisation with gain and bias before the ReLU; its averages
+            are not trained.
+
+    Source: Chen et al. 2020 (SimCLR), arXiv:2002.05709, section 2.1;
+    w2sg-arnav/HierarchialViT scripts/pretrain.py (none) and
+    phase3_pretraining/models/projection_head.py (4096, 256, with batchnorm).
+    """
+
+    width: ranges.Count = 128
+    hidden: ranges.OrNone = 0
+    batchnorm: bool = False
+
+    def init(self, rng, features: int):
+        """Return (params, stats) for features [B, features]; stats is {} without BN.
+
+        Weights and biases are uniform in +-1 / sqrt(fan in), PyTorch's default.
+        """
+        hidden = self.hidden or features
+        keys = jax.random.split(rng)
+        params = {
+            "fc1": _linear(keys[0], features, hidden),
+            "fc2": _linear(keys[1], hidden, self.width),
+        }
+        if not self.batchnorm:
+            return params, {}
+        params["norm"] = {"scale": jnp.ones(hidden), "bias": jnp.zeros(hidden)}
+        return params, {"mean": jnp.zeros(hidden), "var": jnp.ones(hidden)}
+
+    def __call__(self, params, stats, x, *, train=False):
+        """Return (projections [B, width] float32, stats after the batch) of [B, D].
+
+        In training the statistics of the batch are used, and enter `stats`.
+        """
+        x = _apply(params["fc1"], x.astype(jnp.float32))
+        if self.batchnorm:
+            x, stats = head.batch_norm(x, stats, train, eps=1e-5)
+            x = x * params["norm"]["scale"] + params["norm"]["bias"]
+        return _apply(params["fc2"], jax.nn.relu(x)), stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Config section `objective`.
+
+    Attributes:
+        loss: "nt_xent": SimCLR's, with 2 B - 2 negatives per anchor; "infonce": across
+            the views alone, with B - 1 (what the released HViT computes).
+        temperature: divides the similarities; 0.07 in the HViT guide, 0.1 in its runs,
+            0.5 in its supplement and in SimCLR.
+        pool: the feature that is projected, one of the backbone's poolings.
+    """
+
+    loss: Literal["nt_xent", "infonce"] = "nt_xent"
+    temperature: ranges.Positive = 0.07
+    pool: Literal["mean", "gap", "cls"] = "mean"
+
+    def __call__(self, a, b):
+        """Return (loss [], metrics) of the projections [B, P] of both views."""
+        function = getattr(contrastive, self.loss)
+        return function(a, b, temperature=self.temperature, eps=1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +103,8 @@ class SimCLR(base.Method):
     run: base.Run
     model: vit.ViT | hvit.HViT
     augment: augments.Views
-    projector: projectors.Projector = projectors.Projector()
-    objective: sections.Objective = sections.Objective()
+    projector: Projector = Projector()
+    objective: Objective = Objective()
     resolution: resolutions.Resolution = resolutions.Resolution()
     couples_batch = True
     rectangles = True
@@ -67,9 +136,9 @@ class SimCLR(base.Method):
         image = jnp.zeros((1, *batch["global"].shape[2:]))
         encoder = self.model.init(keys[0], image)["params"]
         feature = jax.eval_shape(lambda: self._pooled({"encoder": encoder}, image))
-        head, stats = self.projector.init(keys[1], feature.shape[-1])
+        projector, stats = self.projector.init(keys[1], feature.shape[-1])
         extra = {"stats": stats} if stats else {}
-        return {"encoder": encoder, "projector": head}, extra
+        return {"encoder": encoder, "projector": projector}, extra
 
     def _pooled(self, params, image, rng=None):
         """Return the features [B, D] of normalised images; in training with a key."""
@@ -125,8 +194,7 @@ class SimCLR(base.Method):
     def pictures(self, params, extra, batch, image) -> dict:
         """Return fields of `pictures.drawing.Material`."""
         del extra, batch
-        own = params["encoder"]
-        return backbone.arrays(self.model, own, self.run, image)
+        return self.attention(params["encoder"], image)
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the encoder's; the projector never freezes."""
@@ -145,3 +213,16 @@ class SimCLR(base.Method):
             yield f"objective.pool={self.objective.pool}: this model has {known}"
         if self.run.batch_size < 2:
             yield f"batch_size={self.run.batch_size}: 2 or more, for negatives"
+
+
+def _linear(rng, inputs, outputs):
+    keys, bound = jax.random.split(rng), inputs**-0.5
+    shapes = {"kernel": (inputs, outputs), "bias": (outputs,)}
+    return {
+        name: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def _apply(params, x):
+    return x @ params["kernel"] + params["bias"]

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from vitssl import sizes
+from vitssl import ranges, sizes
 from vitssl.data import colour, crops, resample
+
+Pair = tuple[ranges.Positive, ranges.Positive]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,6 @@ class Views:
         flip: probability that a view is mirrored.
         jitter: brightness, contrast, saturation (factors in 1 +- x, not below 0) and
             hue (turn in +- x); the four in random order.
-        jitter_prob, grayscale_prob, blur_prob: probabilities.
         blur_sigma: least and largest, in pixels.
         blur_kernel: odd width in pixels; 0: max(3, 2 (size // 20) + 1), about a tenth
             of the shorter side.
@@ -32,17 +33,22 @@ class Views:
     Source: Chen et al. 2020, arXiv:2002.05709, appendix A.
     """
 
-    size: sizes.Size
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2)
-    jitter_prob: float = 0.8
-    grayscale_prob: float = 0.2
-    blur_prob: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int = 0
-    interpolation: str = "bilinear"
+    size: ranges.Count | tuple[ranges.Count, ranges.Count]
+    scale: tuple[ranges.Share, ranges.Share] = (0.2, 1.0)
+    ratio: Pair = (3 / 4, 4 / 3)
+    flip: ranges.Probability = 0.5
+    jitter: tuple[
+        ranges.NotNegative,
+        ranges.NotNegative,
+        ranges.NotNegative,
+        Annotated[float, ranges.Range(0, 0.5)],
+    ] = (0.8, 0.8, 0.8, 0.2)
+    jitter_prob: ranges.Probability = 0.8
+    grayscale_prob: ranges.Probability = 0.2
+    blur_prob: ranges.Probability = 0.5
+    blur_sigma: Pair = (0.1, 2.0)
+    blur_kernel: ranges.OrNone = 0
+    interpolation: Literal["bilinear", "bicubic", "fast"] = "bilinear"
     colour: Literal["host", "device"] = "host"
 
     @property
@@ -64,25 +70,13 @@ class Views:
         )
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if min(sizes.pair(self.size)) < 1:
-            yield f"size={self.size}: 1 or more pixels"
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            yield f"scale={self.scale}: 0 < smallest <= largest <= 1"
-        for key in ("ratio", "blur_sigma"):
+        """Yield what does not fit together."""
+        for key in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, key)
-            if not 0 < low <= high:
-                yield f"{key}={getattr(self, key)}: 0 < smallest <= largest"
-        for key in ("flip", "jitter_prob", "grayscale_prob", "blur_prob"):
-            if not 0 <= getattr(self, key) <= 1:
-                yield f"{key}={getattr(self, key)}: a probability"
-        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            yield f"jitter={self.jitter}: four numbers from 0.0, the last at most 0.5"
+            if low > high:
+                yield f"{key}={(low, high)}: smallest <= largest"
         if self.blur_kernel and self.blur_kernel % 2 == 0:
             yield f"blur_kernel={self.blur_kernel}: odd, or 0 (by the size)"
-        if self.interpolation not in ("bilinear", "bicubic", "fast"):
-            yield f"interpolation={self.interpolation!r}: bilinear, bicubic or fast"
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Return {global uint8 [2, h, w, C], label, index int32 []}."""

@@ -1,7 +1,7 @@
 """The hierarchical transformer with its heads: a whole model, as its authors built it.
 
-The methods here put their own heads on `hvit.HViT`; this module is for weights of the
-original, for what only it has, and for its other modes in one forward pass.
+The methods put their own heads on `hvit.HViT`; this is for weights of the original, for
+what only it has, and for its other modes in one forward pass.
 """
 
 import einops
