@@ -94,7 +94,7 @@ def _tuple_fault(annotation, args, value) -> str:
     found = [text for a, v in zip(each, value, strict=True) if (text := fault(a, v))]
     if any(text.startswith("want ") for text in found):
         return _want(annotation)
-    return f"every value {found[0]}" if found else ""
+    return f"every value {found[0].removeprefix('every value ')}" if found else ""
 
 
 def _want(annotation) -> str:
@@ -129,7 +129,7 @@ def describe(annotation) -> str:
     if origin is Annotated:
         return describe(args[0]) + "".join(f" {r}" for r in args[1:])
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
+        return "one of " + ", ".join(str(a) or "''" for a in args)
     if origin in _UNIONS:
         return " or ".join(map(describe, args))
     if origin is tuple:
