@@ -73,24 +73,19 @@ def _clipped(case):
 def _knn(case):
     c, i = case.config, case.inputs
     for k in c["k"]:
-        found = knn.evaluate(
-            i["train_features"],
-            i["train_labels"],
-            i["test_features"],
-            i["test_labels"],
-            classes=c["num_classes"],
-            k=(k,),
-            temperature=(c["temperature"],),
-            metric="cosine",
+        bank, query = (
+            {"vector": i[f"{name}_features"], "label": i[f"{name}_labels"]}
+            for name in ("train", "test")
         )
-        scores = next(iter(found.values()))
+        evaluator = knn.KNN((k,), (c["temperature"],))
+        scores = evaluator(bank, query, c["num_classes"])
         for key in ("top1", "top5"):
             case.close(f"k{k}/{key}", 100 * scores[key])
         case.close(f"k{k}/votes", _votes(i, k, c))
 
 
 def _votes(i, k, c):
-    """Votes of the first test rows, through the search that `knn.evaluate` uses."""
+    """Votes of the first test rows, through the search that `knn.KNN` uses."""
     query = i["test_features"][:20]
     similarity, index = knn.search(i["train_features"], query, k, metric="cosine")
     weight = np.exp(np.asarray(similarity) / c["temperature"])

@@ -11,10 +11,10 @@ from tests import layouts
 from tests.methods.parts import test_method
 from vitssl.data import dataset
 from vitssl.data.sources import in9
-from vitssl.evals import evaluation, suite
+from vitssl.evals import suite
 from vitssl.methods.parts import scores
 from vitssl.pictures import overlays, sheets
-from vitssl.run import devices
+from vitssl.run import devices, evaluation
 
 SHARES = (0.05, 0.5)
 

@@ -10,7 +10,7 @@ import numpy as np
 from vitssl import errors
 from vitssl.data import pipeline
 from vitssl.data.sources import wrappers
-from vitssl.evals import features, suite
+from vitssl.evals import extraction, suite
 from vitssl.run import devices
 
 logger = logging.getLogger(__name__)
@@ -89,12 +89,12 @@ class Evaluation:
 
     def _images(self, counts):
         parts = [
-            wrappers.Subset(source, features.subset(len(source), count))
+            wrappers.Subset(source, extraction.subset(len(source), count))
             for source, count in zip(self._sources, counts, strict=True)
         ]
         keep = self._section.cache_bytes
         return [
-            features.Cached(functools.partial(self._batches, part), keep)
+            extraction.Cached(functools.partial(self._batches, part), keep)
             for part in parts
         ]
 
@@ -146,7 +146,7 @@ class Evaluation:
         return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
 
     def _outputs(self, state, images, function, *arguments):
-        return features.outputs(
+        return extraction.outputs(
             function,
             (state.params, state.extra, *arguments),
             images,
