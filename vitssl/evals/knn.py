@@ -288,6 +288,9 @@ def vote(weight, label, classes: int):  # [Q, k], int [Q, k] -> [Q, C]
 class KNN(evaluator.Evaluator):
     """Classifies by the k nearest images of the bank, for every k and temperature.
 
+    A class without a vote is never among the five of top-5; utkutpcgl/ViTFreeze counts
+    such classes, too.
+
     Attributes:
         k, temperature: to try; the first of each is reported. A k beyond the size of
             the bank means the whole bank.
