@@ -15,7 +15,6 @@ from vitssl.run import devices
 
 logger = logging.getLogger(__name__)
 
-
 _NONE = "no final evaluation (evals.final is empty)"
 LEAST = 2  # Images that an evaluation needs.
 
@@ -50,17 +49,14 @@ class Evaluation:
     """Online and final evaluation with images read once and kept if they fit.
 
     Args:
-        section: `evals` of the config.
-        data: `data` of the config; its bank_split teaches, its test_split is scored.
-        method: features come from `method.features`.
-        mesh: devices of the run.
+        section, data: `evals` and `data` of the config; the bank_split teaches, the
+            test_split is scored.
         workdir: where snapshots of the test split go.
-        seed: of the run.
     """
 
     def __init__(self, section: suite.Evals, data, method, mesh, workdir="", seed=0):
-        self._section, self._data = section, data
-        self._method, self._mesh = method, mesh
+        self._section, self._data, self._method = section, data, method
+        self._sharding = devices.batch_sharding(mesh)
         self._workdir, self._seed = pathlib.Path(workdir), seed
         self.arrays = {}  # Of the last scores: what is no number.
 
@@ -79,15 +75,14 @@ class Evaluation:
     @functools.cached_property
     def _online_images(self):
         s = self._section
-        counts = (s.online_samples_train, s.online_samples_test)
-        return self._images(counts)
+        return self._images(s.online_samples_train, s.online_samples_test)
 
     @functools.cached_property
     def _final_images(self):
         s = self._section
-        return self._images((s.final_samples_train, s.final_samples_test))
+        return self._images(s.final_samples_train, s.final_samples_test)
 
-    def _images(self, counts):
+    def _images(self, *counts):
         parts = [
             wrappers.Subset(source, extraction.subset(len(source), count))
             for source, count in zip(self._sources, counts, strict=True)
@@ -132,7 +127,7 @@ class Evaluation:
                 (state.params, state.extra),
                 *self._online_images,
                 classes=self._classes,
-                sharding=devices.batch_sharding(self._mesh),
+                sharding=self._sharding,
             )
         return {k: float(v) for k, v in values.items()}
 
@@ -141,8 +136,12 @@ class Evaluation:
         if not self._method.scored:
             return {}
         rows = self._outputs(state, images, self._method.outputs)
-        found = self._method.scores(rows)
-        self.arrays = {k: v for k, v in found.items() if np.ndim(v)}
+        self.arrays = {}
+        return self._kept(self._method.scores(rows))
+
+    def _kept(self, found) -> dict[str, float]:
+        """Return the numbers as metrics; the arrays are kept aside."""
+        self.arrays |= {k: v for k, v in found.items() if np.ndim(v)}
         return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
 
     def _outputs(self, state, images, function, *arguments):
@@ -150,7 +149,7 @@ class Evaluation:
             function,
             (state.params, state.extra, *arguments),
             images,
-            sharding=devices.batch_sharding(self._mesh),
+            sharding=self._sharding,
         )
 
     def _final_scores(self, state) -> dict[str, float]:
@@ -162,9 +161,7 @@ class Evaluation:
                 images = self._batches(source)
             return self._outputs(state, images, function, *arguments)
 
-        found = self._method.final_scores(rows)
-        self.arrays |= {k: v for k, v in found.items() if np.ndim(v)}
-        return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
+        return self._kept(self._method.final_scores(rows))
 
     def _snapshots(self, state, images):
         """Draw some batches of the test split, if the method does that now."""
@@ -185,11 +182,6 @@ class Evaluation:
             if rng.random() < share and batch["valid"].any():
                 path = folder / f"{at:06d}_{number:04d}_{name}.jpg"
                 self._method.snapshot(params, extra, batch, path)
-
-    def _written(self, scores) -> str:
-        """Return the scores of the test split as text."""
-        bare = {k[5:]: v for k, v in scores.items()}
-        return self._method.written(bare)
 
     def line(self, at: int, values: dict) -> str:
         """Return the line of an online evaluation, with a warning on low rank.
@@ -225,7 +217,7 @@ class Evaluation:
         scores = self._scores(state, self._final_images[1])
         scores |= self._final_scores(state)
         self._snapshots(state, self._final_images[1])
-        text = self._written(scores)
+        text = self._method.written({k[5:]: v for k, v in scores.items()})
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
             return scores, f"test split:{_gap(text)}{text}" if text else _NONE
@@ -238,7 +230,7 @@ class Evaluation:
             },
             *self._final_images,
             classes=self._classes,
-            sharding=devices.batch_sharding(self._mesh),
+            sharding=self._sharding,
         )
         values = suite.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
