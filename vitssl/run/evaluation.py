@@ -55,8 +55,8 @@ class Evaluation:
     """
 
     def __init__(self, section: suite.Evals, data, method, mesh, workdir="", seed=0):
-        self._section, self._data, self._method = section, data, method
-        self._sharding = devices.batch_sharding(mesh)
+        self._section, self._data = section, data
+        self._method, self._mesh = method, mesh
         self._workdir, self._seed = pathlib.Path(workdir), seed
         self.arrays = {}  # Of the last scores: what is no number.
 
@@ -95,20 +95,19 @@ class Evaluation:
 
     def _batches(self, source):
         """Return the evaluation batches of a source, read anew."""
-        s, data = self._section, self._data
+        s, data, count = self._section, self._data, jax.device_count()
         return pipeline.evaluate(
             source,
             self._method.evaluation_transform(s.image_size),
-            batch_size=self._rows(),
+            batch_size=-(-s.batch_size // count) * count,  # Splits over the devices.
             threads=data.threads,
             process=(jax.process_index(), jax.process_count()),
             on_bad_image=data.on_bad_image,
         )
 
-    def _rows(self):
-        """Return the evaluation batch, rounded up to split over the devices."""
-        count = jax.device_count()
-        return -(-self._section.batch_size // count) * count
+    @property
+    def _sharding(self):
+        return devices.batch_sharding(self._mesh)
 
     @property
     def _classes(self):
@@ -218,9 +217,10 @@ class Evaluation:
         scores |= self._final_scores(state)
         self._snapshots(state, self._final_images[1])
         text = self._method.written({k[5:]: v for k, v in scores.items()})
+        text = text and f"test split:{_gap(text)}{text}"
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
-            return scores, f"test split:{_gap(text)}{text}" if text else _NONE
+            return scores, text or _NONE
         rows = suite.final(
             section,
             self._method.features,
@@ -235,7 +235,7 @@ class Evaluation:
         values = suite.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = suite.format_table(rows, section.protocol())
-        return values, f"{table}\ntest split:{_gap(text)}{text}" if text else table
+        return values, f"{table}\n{text}" if text else table
 
 
 def _gap(text) -> str:
