@@ -186,7 +186,7 @@ def out_of_memory(_):
 
 def broken_evaluation(_):
     """Every online evaluation raises."""
-    from vitssl.evals import evaluation
+    from vitssl.run import evaluation
 
     def broken(self, state):
         raise RuntimeError("an evaluator has a bug")

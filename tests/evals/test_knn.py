@@ -202,12 +202,15 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="leave_one_out needs"):
         knn.search(bank, query, 1, leave_one_out=True)
     with pytest.raises(ValueError, match="no row has a label"):
-        knn.evaluate(
-            bank, -np.ones(517), query, np.ones(53), classes=3, k=(1,), temperature=(1,)
-        )
+        _sweep((bank, -np.ones(517)), (query, np.ones(53)), 3, (1,), (1,))
     bank[3, 3] = np.nan
     with pytest.raises(errors.NonFiniteError):
         knn.search(bank, query, 517)
+
+
+def _sweep(bank, query, classes, k, temperature, **options):
+    pair = (dict(vector=x, label=np.asarray(y)) for x, y in (bank, query))
+    return knn.KNN(k, temperature, **options).sweep(*pair, classes)
 
 
 def _evaluate_by_loops(bank, bank_label, query, label, classes, k, tau, metric):
@@ -220,7 +223,7 @@ def _evaluate_by_loops(bank, bank_label, query, label, classes, k, tau, metric):
             votes[bank_label[j]] += np.exp(score[i, j] / tau)
         ranked = np.argsort(-votes, kind="stable")
         top1 += ranked[0] == label[i]
-        top5 += label[i] in ranked[:5]
+        top5 += label[i] in ranked[:5] and votes[label[i]] > 0
     return top1 / len(query), top5 / len(query)
 
 
@@ -230,17 +233,9 @@ def test_a_sweep_is_every_pair_on_its_own(metric, max_bytes):
     bank, query = _data(rows=120, width=5)
     rng = np.random.default_rng(1)
     bank_label, label = rng.integers(0, 7, 120), rng.integers(0, 7, 53)
-    found = knn.evaluate(
-        bank,
-        bank_label,
-        query,
-        label,
-        classes=7,
-        k=(20, 1, 500),
-        temperature=(0.07, 0.5),
-        metric=metric,
-        max_bytes=max_bytes,
-    )
+    options = dict(metric=metric, max_bytes=max_bytes)
+    pair = (bank, bank_label), (query, label)
+    found = _sweep(*pair, 7, (20, 1, 500), (0.07, 0.5), **options)
     # 500 neighbours of 120 are all 120.
     assert list(found) == [(k, t) for k in (20, 1, 120) for t in (0.07, 0.5)]
     for (k, tau), scores in found.items():
@@ -252,10 +247,10 @@ def test_images_without_a_label_take_no_part():
     bank, query = _data(rows=60)
     rng = np.random.default_rng(1)
     bank_label, label = rng.integers(-1, 3, 60), rng.integers(-1, 3, 53)
-    options = dict(classes=3, k=(5,), temperature=(0.07,))
-    found = knn.evaluate(bank, bank_label, query, label, **options)
+    options = 3, (5,), (0.07,)
+    found = _sweep((bank, bank_label), (query, label), *options)
     b, q = bank_label >= 0, label >= 0
-    again = knn.evaluate(bank[b], bank_label[b], query[q], label[q], **options)
+    again = _sweep((bank[b], bank_label[b]), (query[q], label[q]), *options)
     assert found == again and 0 < found[5, 0.07]["top1"] < 1
 
 
@@ -270,9 +265,23 @@ def test_the_weights_are_a_softmax_of_cosine_over_temperature():
 
 def test_an_undecided_vote_goes_to_the_lower_class():
     bank, query = np.eye(4, dtype=np.float32), np.ones((1, 4), np.float32)
-    options = dict(classes=4, k=(2,), temperature=(1.0,))
     # The four are equally near; the first two are taken, with half a vote each.
     for labels, right in (([3, 1, 0, 0], 1), ([2, 3, 0, 0], 2)):
         for truth in range(4):
-            found = knn.evaluate(bank, labels, query, [truth], **options)
+            found = _sweep((bank, labels), (query, [truth]), 4, (2,), (1.0,))
             assert found[2, 1.0]["top1"] == (truth == right)
+
+
+def test_a_class_without_a_vote_is_never_among_the_five():
+    bank, query = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)[:2]
+    # The nearest is always the image itself, of class 7 of 9; the truth is class 0.
+    found = _sweep((bank, [7] * 4), (query, [0, 0]), 9, (1,), (0.07,))
+    assert found[1, 0.07] == {"top1": 0.0, "top5": 0.0}
+    # A vote too small for a float is a vote: of classes 7 and 8, 7 comes first.
+    near = np.array([[1.0, 0.0]], np.float32), np.array([[-1.0, 0.0], [1.0, 0.0]])
+    for truth, five in ((7, 1.0), (8, 1.0), (0, 0.0)):
+        found = _sweep((near[1], [8, 7]), (near[0], [truth]), 9, (2,), (1e-4,))
+        assert found[2, 1e-4]["top5"] == five
+    # With few classes, too.
+    found = _sweep((bank, [2] * 4), (query, [0, 2]), 3, (1,), (0.07,))
+    assert found[1, 0.07] == {"top1": 0.5, "top5": 0.5}

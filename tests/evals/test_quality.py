@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from vitssl.evals import evaluation, quality
+from vitssl.evals import quality
+from vitssl.run import evaluation
 
 # Compiled whole: operation by operation is ten times slower on a first run.
 COLLAPSE = jax.jit(quality.collapse_metrics, static_argnames=("centre", "rows"))
@@ -152,20 +153,6 @@ def test_metrics_do_not_depend_on_the_order_of_samples():
 def test_unusable_features_are_refused(bad):
     with pytest.raises(ValueError, match="feature_quality"):
         quality.feature_quality(bad)
-
-
-def test_pca_finds_the_axes_and_their_share():
-    rng = np.random.default_rng(0)
-    q, _ = np.linalg.qr(rng.normal(size=(4, 4)))
-    x = rng.normal(size=(500, 4)) * [9, 3, 0.1, 0.1] @ q + 5
-    scores, axes, share = quality.pca(x, 2)
-    assert scores.shape == (500, 2) and axes.shape == (2, 4)
-    np.testing.assert_allclose(np.abs(axes @ q.T), np.eye(2, 4), atol=0.05)
-    np.testing.assert_allclose(scores, (x - x.mean(0)) @ axes.T, atol=1e-9)
-    np.testing.assert_allclose(share, scores.var(0) / x.var(0).sum(), rtol=1e-9)
-    flipped, _, _ = quality.pca(x[::-1].copy(), 2)
-    np.testing.assert_allclose(flipped[::-1], scores, atol=1e-9)
-    assert quality.pca(x[:3], 50)[0].shape == (3, 3)
 
 
 def test_collapse_metrics_are_the_centred_ones_of_the_evaluator():

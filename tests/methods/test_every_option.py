@@ -16,9 +16,8 @@ import pytest
 
 from tests import runs
 from vitssl import errors, tree
-from vitssl.evals import evaluation
 from vitssl.methods import table
-from vitssl.run import build, devices, experiment, loop
+from vitssl.run import build, devices, evaluation, experiment, loop
 
 # Method: its config, and what makes the smoke run smaller and the same every time.
 SMALL = {

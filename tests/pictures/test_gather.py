@@ -110,7 +110,7 @@ def test_the_landscape_is_of_the_mean_loss_over_the_first_batches(network, monke
 
 def test_a_folder_that_is_no_workdir_is_one_line(tmp_path, capsys):
     assert command.main([str(tmp_path)]) == 4
-    assert "no complete checkpoint" in capsys.readouterr().err
+    assert "no complete checkpoint; want WORKDIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--images=0", "--points=3", "--nonsense"])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vitssl.pictures import panels, space
+from vitssl.pictures import confusion, panels, space
 
 
 def clusters(each=15, width=6):
@@ -9,13 +9,6 @@ def clusters(each=15, width=6):
     rng = np.random.default_rng(0)
     labels = np.tile(np.arange(3), each)
     return 20 * np.eye(3, width)[labels] + rng.normal(size=(3 * each, width)), labels
-
-
-def test_neighbours_are_the_most_similar_by_angle_not_length():
-    bank = np.array([[1.0, 0.0], [100.0, 100.0], [0.0, 3.0], [-1.0, 0.0]])
-    found, similarity = space.nearest(np.array([[0.1, 0.09]]), bank, 3)
-    assert found.tolist() == [[1, 0, 2]]
-    np.testing.assert_allclose(similarity[0, 0], 0.19 / np.sqrt(2 * 0.0181))
 
 
 def test_neighbours_of_the_same_class_have_solid_frames():
@@ -101,6 +94,6 @@ def test_confusions_count_what_neighbours_vote_for():
 
 
 def test_the_confusion_matrix_shows_counts_and_accuracy():
-    figure = space.confusion(np.array([[3, 1], [0, 4]]), ("cat", "dog"))
+    figure = confusion.neighbours(np.array([[3, 1], [0, 4]]), ("cat", "dog"))
     texts = {t.get_text() for t in figure.axes[0].texts}
     assert texts == {"3", "1", "4"} and "87.5%" in figure.get_suptitle()

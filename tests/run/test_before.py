@@ -9,8 +9,7 @@ from tests import runs
 from vitssl import errors, main
 from vitssl.data import dataset
 from vitssl.data.sources import wrappers
-from vitssl.evals import evaluation
-from vitssl.run import build, experiment, guard
+from vitssl.run import build, evaluation, experiment, guard
 from vitssl.run import loop as train
 from vitssl.tools import study
 

@@ -3,28 +3,25 @@
 import numpy as np
 
 
-def rank(score, label):
-    """Return how many classes come before the true one, int [Q].
+def rank(score, label):  # [Q, C], int [Q] in 0..C-1 -> int [Q]
+    """Return how many classes come before the true one.
 
     Classes are ordered by falling score; of equal scores the lower class is first, so
-    that the answer does not depend on a sorting routine.
-
-    Args:
-        score: [Q, C] larger is more likely.
-        label: int [Q] in 0..C-1.
+    that the answer does not depend on a sorting routine. A class scored -inf was not
+    named at all: its rank is C, which is among no best.
     """
     label = np.asarray(label)
     true = np.take_along_axis(score, label[:, None], 1)  # [Q, 1]
     ahead = score > true  # [Q, C]
     ahead |= (score == true) & (np.arange(score.shape[1]) < label[:, None])
-    return ahead.sum(1)
+    return np.where(np.isneginf(true[:, 0]), score.shape[1], ahead.sum(1))
 
 
 def top(position, classes: int) -> dict[str, float]:
     """Return {"top1": share, "top5": share} from the `rank` of every sample.
 
     With two classes or fewer top-5 says nothing and is left out; with three or four it
-    means all of them.
+    means all of them that were named.
     """
     position = np.asarray(position)
     if not position.size:
@@ -41,12 +38,10 @@ def confusion(label, predicted, classes: int):
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
-def measure(score, label) -> dict:
-    """Return what is reported of logits [M, C] against labels [M].
+def measure(score, label) -> dict:  # Logits [M, C], int [M]
+    """Return "top1", "top5" (see `top`), "loss" and "confusion" (see `confusion`).
 
-    Returns:
-        "top1", "top5" (see `top`), "loss" the mean cross-entropy in nats,
-        "confusion" int [C, C] with the true class in the row.
+    The loss is the mean cross-entropy in nats.
     """
     score = np.asarray(score, np.float64)
     label = np.asarray(label)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors
-from vitssl.evals import accuracy
+from vitssl.evals import accuracy, evaluator
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -54,7 +54,6 @@ def blocks(
     """Return the largest blocks whose search stays within `max_bytes` on the device.
 
     Args:
-        queries, rows, width: sizes of the problem.
         keep: candidates held for each query.
         max_bytes: limit on arguments, results and temporaries of the search.
         fewest: rows of the bank below which rather the queries are cut.
@@ -266,8 +265,8 @@ def _compare(bank, query, near, k, metric):
     return (np.concatenate(a) for a in zip(*parts, strict=True))
 
 
-def weights(score, *, temperature: float):
-    """Return the votes [Q, k] of neighbours by their scores; each row sums to 1.
+def weights(score, *, temperature: float):  # [Q, k] -> [Q, k]
+    """Return the votes of neighbours by their scores; each row sums to 1.
 
     exp(cos / temperature) with "cosine" (Wu et al. 2018, arXiv:1805.01978, section
     3.4, where it is 0.07), exp(-distance / temperature) with "euclidean".
@@ -277,78 +276,86 @@ def weights(score, *, temperature: float):
     return share / share.sum(1, keepdims=True)
 
 
-def vote(weight, label, classes: int):
-    """Return class probabilities [Q, C]: the summed weights of the neighbours.
-
-    Args:
-        weight: [Q, k].
-        label: int [Q, k] classes of the neighbours.
-        classes: C.
-    """
+def vote(weight, label, classes: int):  # [Q, k], int [Q, k] -> [Q, C]
+    """Return class probabilities: the summed weights of the neighbours by label."""
     q = len(weight)
     cell = np.arange(q)[:, None] * classes + np.asarray(label, np.int64)
     total = np.bincount(cell.ravel(), np.ravel(weight), minlength=q * classes)
     return einops.rearrange(total, "(q c) -> q c", c=classes)
 
 
-def evaluate(
-    bank,
-    bank_label,
-    query,
-    query_label,
-    *,
-    classes: int,
-    k: tuple[int, ...],
-    temperature: tuple[float, ...],
-    metric: Metric = "cosine",
-    max_bytes: int = 2**28,
-    leave_one_out: bool = False,
-) -> dict[tuple[int, float], dict[str, float]]:
-    """Classify the queries by their neighbours, for every k and temperature.
+@dataclasses.dataclass(frozen=True)
+class KNN(evaluator.Evaluator):
+    """Classifies by the k nearest images of the bank, for every k and temperature.
 
-    The neighbours are searched once, for the largest k; rows without a label (below 0)
-    take no part. A k beyond the size of the bank means the whole bank.
+    A class without a vote is never among the five of top-5; utkutpcgl/ViTFreeze counts
+    such classes, too.
 
-    Args:
-        bank: [M, D] with labels int [M]; query: [Q, D] with labels int [Q].
-        classes: C.
-        k, temperature: values to try.
-        metric, max_bytes, leave_one_out: as in `search`; max_bytes also bounds the
-            class votes on the host.
-
-    Returns:
-        {(k, temperature): {"top1": share, "top5": share}}, in the order given.
+    Attributes:
+        k, temperature: to try; the first of each is reported. A k beyond the size of
+            the bank means the whole bank.
+        metric, max_bytes: as in `search`; max_bytes also bounds the class votes on the
+            host.
     """
-    bank, bank_label = _labelled(bank, bank_label)
-    query, query_label = _labelled(query, query_label)
-    most = len(bank) - leave_one_out
-    ks = tuple(dict.fromkeys(min(value, most) for value in k))
-    score, index = search(
-        bank,
-        query,
-        max(ks),
-        metric=metric,
-        max_bytes=max_bytes,
-        leave_one_out=leave_one_out,
-    )
-    label = bank_label[index]  # [Q, k]
-    size = max(1, max_bytes // (16 * (classes + max(ks))))
-    found = {}
-    for value in ks:
-        for tau in temperature:
-            position = []
-            for start in range(0, len(query), size):
-                part = slice(start, start + size)
-                weight = weights(score[part, :value], temperature=tau)
-                chance = vote(weight, label[part, :value], classes)
-                position.append(accuracy.rank(chance, query_label[part]))
-            found[value, tau] = accuracy.top(np.concatenate(position), classes)
-    return found
+
+    k: tuple[int, ...]
+    temperature: tuple[float, ...]
+    metric: Metric = "cosine"
+    max_bytes: int = 2**28
+
+    prefix = "knn_"
+    columns = {"top1": ("k-NN top-1", "{:.1%}")}
+
+    def __str__(self) -> str:
+        """Return "k-NN: k=20, cosine, temperature 0.07"."""
+        first = f"k={self.k[0]}, {self.metric}, temperature {self.temperature[0]:g}"
+        return f"k-NN: {first}"
+
+    def __call__(self, bank, query, classes) -> dict[str, float]:
+        """Return "top1", "top5" of the first pair; of several also "k<k>_t<t>/..."."""
+        found = self.sweep(bank, query, classes)
+        values = dict(next(iter(found.values())))
+        if len(found) > 1:
+            for (k, t), each in found.items():
+                values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}
+        return values
+
+    def sweep(self, bank, query, classes) -> dict[tuple[int, float], dict[str, float]]:
+        """Return {(k, temperature): {"top1": share, "top5": share}}, in their order.
+
+        The neighbours are searched once, for the largest k; rows without a label take
+        no part.
+        """
+        bank, bank_label = _labelled(bank)
+        query, query_label = _labelled(query)
+        ks = tuple(dict.fromkeys(min(k, len(bank)) for k in self.k))
+        score, index = search(
+            bank, query, max(ks), metric=self.metric, max_bytes=self.max_bytes
+        )
+        label = bank_label[index]  # [Q, k]
+        size = max(1, self.max_bytes // (32 * (classes + max(ks))))
+        found = {}
+        for k in ks:
+            for tau in self.temperature:
+                position = []
+                for start in range(0, len(query), size):
+                    part = slice(start, start + size)
+                    weight = weights(score[part, :k], temperature=tau)
+                    chance = _ranked(weight, label[part, :k], classes)
+                    position.append(accuracy.rank(chance, query_label[part]))
+                found[k, tau] = accuracy.top(np.concatenate(position), classes)
+        return found
 
 
-def _labelled(features, label):
-    """Return the rows that have a label; without a copy if all have one."""
-    label = np.asarray(label)
+def _ranked(weight, label, classes):
+    """Return the `vote`, -inf for a class of no neighbour: it was not named."""
+    named = vote(np.ones_like(weight), label, classes) > 0
+    return np.where(named, vote(weight, label, classes), -np.inf)
+
+
+def _labelled(images):
+    """Return (vectors, labels) of the rows that have a label; no copy if all have."""
+    features, label = images["vector"], np.asarray(images["label"])
     has = label >= 0
     if not has.any():
         raise ValueError("knn: no row has a label")

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import scipy.optimize
 
-from vitssl.evals import accuracy
+from vitssl.evals import accuracy, evaluator, metrics
 from vitssl.optim import schedules
 
 Pooling = Literal["mean", "max", "attention", "cls"]
@@ -87,7 +87,6 @@ class SGD:
     """How the probe is trained.
 
     Attributes:
-        epochs: passes over the features.
         lr: of the first epoch; constant within one.
         schedule: cosine: half a cosine over the epochs, towards 0. step: a tenth after
             every third of them. constant: none.
@@ -128,10 +127,8 @@ def train(probe: LinearProbe, params, features, label, *, recipe: SGD, seed: int
     """Train a probe by SGD on the cross-entropy; all of it is one compiled loop.
 
     Args:
-        probe, params: the module and where it starts.
         features: [M, D] or [M, N, D], on the device as a whole.
         label: int [M] in 0..C-1.
-        recipe: see `SGD`.
         seed: of the order of the samples.
 
     Returns:
@@ -207,50 +204,22 @@ def logits(probe: LinearProbe, params, features, *, rows: int = 4096):
     return np.concatenate(parts)
 
 
-def folds(count: int, parts: int = 5, *, seed: int = 42):
-    """Return [(rows to train on, rows held out)], a random split into equal parts.
-
-    The same split as scikit-learn's KFold(parts, shuffle=True, random_state=seed).
-    """
-    if not 2 <= parts <= count:
-        raise ValueError(f"folds: {parts} parts of {count} samples; 2 to {count}")
-    order = np.arange(count)
-    np.random.RandomState(seed).shuffle(order)
-    found = []
-    for held in np.array_split(order, parts):
-        out = np.zeros(count, bool)
-        out[held] = True
-        found.append((np.flatnonzero(~out), np.flatnonzero(out)))
-    return found
-
-
 def cross_validate(
     probe: LinearProbe, features, label, *, recipe: SGD, parts: int = 5, seed: int = 42
-) -> dict:
-    """Train and test a fresh probe on every fold.
+):
+    """Return the top-1 [parts] of a fresh probe trained and tested on every fold."""
+    from sklearn.model_selection import KFold  # It takes a second to import.
 
-    Returns:
-        "top1" and "loss": mean over the folds; "top1_std", "loss_std": the spread
-        between them (of the population); "folds": top-1 of each.
-    """
-    results = []
-    for rows, held in folds(len(label), parts, seed=seed):
+    split = KFold(parts, shuffle=True, random_state=seed).split(label)
+    found = []
+    for rows, held in split:
         params = init(probe, features, seed)
         params, _ = train(
             probe, params, features[rows], label[rows], recipe=recipe, seed=seed
         )
-        results.append(
-            accuracy.measure(logits(probe, params, features[held]), label[held])
-        )
-    top1 = np.array([r["top1"] for r in results])
-    loss = np.array([r["loss"] for r in results])
-    return {
-        "top1": float(top1.mean()),
-        "top1_std": float(top1.std()),
-        "loss": float(loss.mean()),
-        "loss_std": float(loss.std()),
-        "folds": top1.tolist(),
-    }
+        score = logits(probe, params, features[held])
+        found.append(accuracy.measure(score, label[held])["top1"])
+    return np.array(found)
 
 
 # Weights of the penalty that `logistic` chooses from, strongest first.
@@ -274,9 +243,7 @@ def logistic(
     cross-entropy on `held_out` of the samples; then all of them are fitted with it.
 
     Args:
-        features: [M, D], on the device as a whole.
-        label: int [M].
-        classes: C.
+        features, label: [M, D], on the device as a whole, and int [M].
         penalties: values of lambda to try; each starts from the solution of the last.
         held_out: share of the samples that chooses, if there are several penalties.
         iterations: of L-BFGS for each penalty, at most.
@@ -343,3 +310,85 @@ def _objective(w, features, label, penalty):
     score = jnp.matmul(features, kernel, precision="highest") + bias  # [M, C]
     fit = optax.softmax_cross_entropy_with_integer_labels(score, label).mean()
     return fit + 0.5 * penalty * (kernel**2).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(evaluator.Evaluator):
+    """A linear classifier of the frozen features.
+
+    Attributes:
+        solver: lbfgs: `logistic`; sgd: `train` by `recipe`.
+        recipe: of sgd, and of the folds.
+        pooling: of the tokens; "" takes one vector per image.
+        normalise: see `LinearProbe`; of sgd.
+        folds: parts of the bank in `cross_validate`; 0 = none.
+    """
+
+    solver: Literal["lbfgs", "sgd"]
+    recipe: SGD
+    pooling: Literal["", "mean", "max", "attention"] = ""
+    normalise: bool = False
+    folds: int = 0
+
+    columns = {"top1": ("linear top-1", "{:.1%}")}
+
+    @classmethod
+    def of(cls, section) -> "Linear":
+        """Return the probe of the keys `probe` and `probe_...`."""
+        recipe = SGD(
+            section.probe_epochs,
+            lr=section.probe_lr,
+            schedule=section.probe_schedule,
+            batch_size=section.probe_batch,
+        )
+        return cls(
+            section.probe,
+            recipe,
+            section.probe_pooling,
+            section.probe_normalise,
+            section.probe_folds,
+        )
+
+    def __str__(self) -> str:
+        """Return "linear of max tokens: sgd, 90 epochs, lr 0.1", "linear: lbfgs"."""
+        what = f" of {self.pooling} tokens" if self.pooling else ""
+        sgd = f"sgd, {self.recipe.epochs} epochs, lr {self.recipe.lr:g}"
+        return f"linear{what}: {'lbfgs' if self.solver == 'lbfgs' else sgd}"
+
+    def __call__(self, bank, query, classes) -> dict[str, float]:
+        """Return "top1", "top5", "loss", "f1_macro"; "penalty" of lbfgs; folds'."""
+        train, test = self._labelled(bank), self._labelled(query)
+        values = getattr(self, f"_{self.solver}")(train, test, classes)
+        if self.folds:
+            probe = self._probe(classes)
+            top1 = cross_validate(probe, *train, recipe=self.recipe, parts=self.folds)
+            values |= {"folds_top1": float(top1.mean())}
+            values |= {"folds_top1_std": float(top1.std())}  # Of the population.
+        counts = values.pop("confusion")
+        return values | {"f1_macro": metrics.summary(counts)["f1_macro"]}
+
+    def _probe(self, classes):
+        return LinearProbe(classes, self.pooling or "mean", self.normalise)
+
+    def _labelled(self, images):
+        """Return (features, labels) of the images that have a label."""
+        has = images["label"] >= 0
+        pooled = self.pooling and "tokens" in images
+        x = images["tokens" if pooled else "vector"]
+        return x[has], images["label"][has]
+
+    def _sgd(self, train_on, test, classes):
+        probe = self._probe(classes)
+        start = init(probe, train_on[0])
+        params, _ = train(probe, start, *train_on, recipe=self.recipe)
+        return accuracy.measure(logits(probe, params, test[0]), test[1])
+
+    def _lbfgs(self, train_on, test, classes):
+        def pooled(x):
+            if x.ndim == 2:
+                return x
+            return x.max(1) if self.pooling == "max" else x.mean(1)
+
+        params, penalty = logistic(pooled(train_on[0]), train_on[1], classes)
+        score = logits(LinearProbe(classes), params, pooled(test[0]))
+        return accuracy.measure(score, test[1]) | {"penalty": penalty}

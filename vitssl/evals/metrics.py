@@ -4,7 +4,7 @@ Everything is numpy in float64, from the confusion matrix or from the scores.
 """
 
 import numpy as np
-import scipy.optimize
+from scipy import optimize, special
 
 BINS = 15  # Of confidence, in the calibration error.
 
@@ -14,18 +14,18 @@ def per_class(confusion) -> dict:
 
     What would be 0 / 0 is 0: a class without images or without predictions.
     """
-    confusion = np.asarray(confusion, np.float64)
-    hit, truth, named = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    # It takes a second to import.
+    from sklearn.metrics import precision_recall_fscore_support
 
-    def share(a, b):
-        return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
-
-    return {
-        "precision": share(hit, named),
-        "recall": share(hit, truth),
-        "f1": share(2 * hit, truth + named),
-        "support": truth,
-    }
+    truth, named = np.indices(np.shape(confusion)).reshape(2, -1)
+    found = precision_recall_fscore_support(
+        truth,
+        named,
+        labels=range(len(confusion)),
+        sample_weight=np.ravel(confusion).astype(float),
+        zero_division=0,
+    )
+    return dict(zip(("precision", "recall", "f1", "support"), found, strict=True))
 
 
 def summary(confusion) -> dict[str, float]:
@@ -44,13 +44,6 @@ def summary(confusion) -> dict[str, float]:
     return found
 
 
-def log_softmax(logits):
-    """Return log p float64 [M, C] of logits."""
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
-
 def calibration_error(logits, label, bins: int = BINS) -> float:
     """Return the expected calibration error: mean |accuracy - confidence| of bins.
 
@@ -65,7 +58,7 @@ def calibration_error(logits, label, bins: int = BINS) -> float:
 
 def reliability(logits, label, bins: int = BINS):
     """Return (images, how many are right, sum of confidences) of every bin, [bins]."""
-    p = np.exp(log_softmax(logits))
+    p = np.exp(special.log_softmax(np.asarray(logits, np.float64), axis=1))
     sure, right = p.max(1), p.argmax(1) == np.asarray(label)
     place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
     each = (np.ones(len(sure)), right.astype(float), sure)
@@ -77,12 +70,12 @@ def temperature(logits, label) -> float:
 
     Source: Guo et al. 2017, arXiv:1706.04599, section 4.2.
     """
-    rows = np.arange(len(label))
+    logits, rows = np.asarray(logits, np.float64), np.arange(len(label))
 
     def loss(log_t):
-        return -log_softmax(np.asarray(logits) / np.exp(log_t))[rows, label].mean()
+        return -special.log_softmax(logits / np.exp(log_t), axis=1)[rows, label].mean()
 
-    found = scipy.optimize.minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
+    found = optimize.minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
     return float(np.exp(found.x))
 
 

@@ -1,12 +1,16 @@
 """How much of their space features use: rank, variance, angles, signs of collapse.
 
-Everything here is numpy in float64 on features a caller has extracted, except
+Everything here is numpy in float64 on features [N, D] a caller has extracted, except
 `collapse_metrics`, which runs on the device inside the training step.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from vitssl.evals import evaluator
 
 # Share of the variance that `n_components_99` explains.
 VARIANCE = 0.99
@@ -24,10 +28,6 @@ def singular_values(features, *, centre=True):
 
     From the eigenvalues of the smaller Gram matrix: ten times faster than an SVD,
     and a direction below 1e-7 of the largest counts as zero.
-
-    Args:
-        features: [N, D].
-        centre: subtract the mean of each dimension first.
     """
     features = np.asarray(features, np.float64)
     x = features - features.mean(0) if centre else features
@@ -42,13 +42,9 @@ def singular_values(features, *, centre=True):
 
 
 def effective_rank(values):
-    """exp of the entropy of singular values over their sum: 1 to their number.
+    """exp of the entropy of singular values [K] over their sum: 1 to their number.
 
-    Args:
-        values: [K] singular values of the centred features.
-
-    Returns:
-        float; 0 if all values are 0 (constant features).
+    0 if all values are 0 (constant features).
 
     Source: Roy, Vetterli 2007, "The effective rank".
     """
@@ -134,8 +130,7 @@ def angle_metrics(features, *, rows=1024):
     """Cosine similarities over all pairs of different rows of [N, D], N >= 2.
 
     Args:
-        features: [N, D].
-        rows: rows compared at a time; memory is rows x N numbers.
+        rows: compared at a time; memory is rows x N numbers.
 
     Returns:
         "mean_similarity", "std_similarity", "min_similarity", "max_similarity",
@@ -199,16 +194,10 @@ def collapse_flags(metrics, *, rank_ratio=0.1, variance=0.01, components=0.1):
 
 
 def feature_quality(features, *, most=10_000, variance_threshold=VARIANCE, **flags):
-    """All metrics of this file on at most `most` rows of [N, D].
+    """All metrics of this file on at most `most` rows of [N, D], {name: float}.
 
     Args:
-        features: [N, D], N >= 2.
-        most: see `subsample`.
-        variance_threshold: see `rank_metrics`.
         **flags: thresholds of `collapse_flags`.
-
-    Returns:
-        dict name -> float.
 
     Raises:
         ValueError: not [N, D] with N >= 2, or not finite.
@@ -225,31 +214,44 @@ def feature_quality(features, *, most=10_000, variance_threshold=VARIANCE, **fla
     return out | collapse_flags(out, **flags)
 
 
-def pca(features, components=50):
-    """Principal components of [N, D].
+def spread(features) -> dict[str, float]:
+    """Return how far and in how many directions features [N, D] spread.
 
-    Returns:
-        scores: [N, K] with K = min(components, N, D), largest variance first, the
-            largest entry of each axis positive.
-        axes: [K, D] unit rows.
-        share: [K] of the variance.
+    "std" (mean over dimensions), "rankme", "effective_rank", and "collapsed": 1.0 if
+    any of `collapse_flags` is set.
     """
-    x = np.asarray(features, np.float64)
-    x = x - x.mean(0)
-    u, s, axes = np.linalg.svd(x, full_matrices=False)
-    # An SVD leaves the signs open; pictures of two runs should not flip.
-    sign = np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])
-    keep = slice(min(components, len(s)))
-    total = np.square(s).sum()
-    share = np.square(s) / (total if total > 0 else 1.0)
-    return (u * s * sign)[:, keep], (axes * sign[:, None])[keep], share[keep]
+    x = subsample(np.asarray(features, np.float64))
+    variance = x.var(0)
+    found = rank_metrics(x) | {"mean_variance": float(variance.mean())}
+    # A few images cannot span many dimensions, which is no collapse.
+    room = max(1, min(x.shape[1], len(x) - 1))
+    shares = {"rank_ratio": found["effective_rank"] / room, "feature_dim": room}
+    return {
+        "std": float(np.sqrt(variance).mean()),
+        "rankme": found["rankme"],
+        "effective_rank": found["effective_rank"],
+        "collapsed": collapse_flags(found | shares)["any_collapse"],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality(evaluator.Evaluator):
+    """Measures how the features spread, by `feature_quality` and `spread`."""
+
+    labelled = False
+    columns = {"rankme": ("RankMe", "{:.1f}"), "std": ("std", "{:.3g}")}
+
+    def __call__(self, bank, query, classes) -> dict[str, float]:
+        """Return the metrics of the query's vectors."""
+        del bank, classes
+        return feature_quality(query["vector"]) | spread(query["vector"])
 
 
 def collapse_metrics(features, *, centre=True, rows=100):
     """Signs of collapse cheap enough for every training log, in jnp.
 
     Args:
-        features: [B, D] pooled features, or [B, ..., D] whose tokens are columns.
+        features: [B, D], or [B, ..., D] whose tokens are columns.
         centre: measure spread and rank about the batch mean. False is the original:
             the deviation of all entries from their one mean, rank not centred.
         rows: at most this many samples enter the rank.

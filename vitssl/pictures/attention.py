@@ -2,7 +2,8 @@
 
 Attention is float [layers, heads, T, T], rows (queries) summing to 1, as the encoder
 sows it. The T tokens are the prefix (the class token first, then registers) and the
-h * w patches of the grid in raster order.
+h * w patches of the grid in raster order; a grid of None is the largest square that
+fits. Images are [H, W, C].
 """
 
 import numpy as np
@@ -13,14 +14,11 @@ from vitssl.pictures import panels
 HEAT = "magma"
 
 
-def rollout(attention):
-    """Return [T, T]: how much of each input token reaches each output token.
+def rollout(attention):  # [layers, heads, T, T] -> [T, T]
+    """Return how much of each input token reaches each output token.
 
     The product of the layers, last to first, of the head-averaged attention mixed half
     and half with the identity (the residual branch), rows normalised to 1.
-
-    Args:
-        attention: [layers, heads, T, T].
 
     Source: Abnar and Zuidema 2020, arXiv:2005.00928; H-JEPA (jonwiggins/H-JEPA
     src/visualization/attention_viz.py).
@@ -34,15 +32,11 @@ def rollout(attention):
     return rolled
 
 
-def on_patches(matrix, count):
-    """Return [..., N]: how the image as a whole looks at its N = `count` patches.
+def on_patches(matrix, count):  # [..., T, T] -> [..., N]
+    """Return how the image as a whole looks at its N = `count` patches.
 
     That is the row of the class token, or, if there is no prefix, the mean over all
-    rows.
-
-    Args:
-        matrix: [..., T, T], attention or its rollout.
-        count: number of patches N; the other T - N tokens are the prefix.
+    rows. `matrix` is attention or its rollout.
     """
     prefix = matrix.shape[-1] - count
     row = matrix[..., 0, :] if prefix else matrix.mean(-2)
@@ -64,11 +58,8 @@ def _heat(axis, values, grid, title="", low=0.0):
     panels.show(axis, values.reshape(grid), title, cmap=HEAT, vmin=low, vmax=top)
 
 
-def overlay(image, values, grid, low=0.0):
-    """Return [H, W, 3]: an image [H, W, 3], darkened where `values` [N] are low.
-
-    Values of `low` are darkest, the largest is as bright as the image.
-    """
+def overlay(image, values, grid, low=0.0):  # [H, W, 3], [N] -> [H, W, 3]
+    """Return an image darkened by values: most at `low`, not at all at the largest."""
     light = (values.reshape(grid) - low) / max(float(values.max()) - low, 1e-12)
     return image * (0.12 + 0.88 * panels.enlarge(light, image.shape)[..., None])
 
@@ -77,12 +68,7 @@ def overlay(image, values, grid, low=0.0):
 def heads(image, attention, grid=None, *, layers=6, most=16):
     """Draw one map per layer (rows) and head (columns) of an image.
 
-    Args:
-        image: [H, W, C].
-        attention: [layers, heads, T, T].
-        grid: (h, w) of the patches; None: the largest square that T - 1 can be.
-        layers, most: draw at most so many layers and heads, evenly spread from the
-            first to the last.
+    At most `layers` layers and `most` heads, evenly spread from the first to the last.
     """
     grid = grid or infer_grid(attention.shape[-1])
     chosen, shown = (
@@ -117,16 +103,11 @@ def infer_grid(tokens):
 
 
 @panels.picture
-def layers(images, attention, grid=None):
+def layers(images, attention, grid=None):  # [B, ...], [B, layers, heads, T, T]
     """Draw a row per image: early, middle and last layer, and the rollout.
 
     Without a class token every patch looks at itself in half of the rollout: that is
     as much for all, so the rollout is then drawn from its minimum up.
-
-    Args:
-        images: [B, H, W, C].
-        attention: [B, layers, heads, T, T].
-        grid: (h, w) of the patches; None: the largest square that fits.
     """
     grid = grid or infer_grid(attention.shape[-1])
     count, where = grid[0] * grid[1], depths(attention.shape[1])
@@ -148,14 +129,7 @@ def layers(images, attention, grid=None):
 
 @panels.picture
 def patch(image, attention, position, grid=None):
-    """Draw what one patch attends to, at three depths and rolled out.
-
-    Args:
-        image: [H, W, C].
-        attention: [layers, heads, T, T].
-        position: (y, x) of the patch on the grid.
-        grid: (h, w) of the patches; None: the largest square that fits.
-    """
+    """Draw what the patch at (y, x) of the grid attends to, by depth and rolled out."""
     grid = grid or infer_grid(attention.shape[-1])
     prefix = attention.shape[-1] - grid[0] * grid[1]
     query = prefix + position[0] * grid[1] + position[1]

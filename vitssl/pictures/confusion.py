@@ -1,6 +1,6 @@
-"""The report of a classifier on one page, and the same numbers as JSON.
+"""Confusion matrices, and the report of a classifier: on one page, and as JSON.
 
-Both come from the arrays that a run leaves in WORKDIR/scores.npz.
+The report comes from the arrays that a run leaves in WORKDIR/scores.npz.
 """
 
 import json
@@ -31,19 +31,12 @@ def chosen(found: dict):
 
 
 def numbers(found: dict, classes=()) -> dict:
-    """Return the report as plain data: means, one row per class, the matrix.
-
-    Args:
-        found: see `chosen`.
-        classes: names.
-    """
+    """Return the report as plain data: means, one row per class, the matrix."""
     prefix, own = chosen(found)
     each = metrics.per_class(own["confusion"])
-    count = len(own["confusion"])
-    names = [classes[i] if i < len(classes) else str(i) for i in range(count)]
     rows = {
         name: {key: float(values[i]) for key, values in each.items()}
-        for i, name in enumerate(names)
+        for i, name in enumerate(_names(len(own["confusion"]), classes))
     }
     report = {
         "scored": prefix.rstrip("_") or "parameters as they are",
@@ -66,12 +59,7 @@ def write(found: dict, classes=(), *, path) -> None:
 
 @panels.picture
 def page(found: dict, classes=()):
-    """Draw the report: confusion matrix, table of the classes, calibration.
-
-    Args:
-        found: see `chosen`.
-        classes: names.
-    """
+    """Draw the report of `chosen`: confusion matrix, table of classes, calibration."""
     report = numbers(found, classes)
     _, own = chosen(found)
     title = (
@@ -80,6 +68,7 @@ def page(found: dict, classes=()):
     )
     figure, axes = panels.charts(4, title, columns=2, size=(4.6, 3.9))
     matrix, table, curve, bars = axes
+    matrix.set_title("Confusion matrix")
     _matrix(matrix, own["confusion"], list(report["classes"]))
     _table(table, report)
     _calibration(curve, own.get("reliability"), report.get("ece"))
@@ -87,12 +76,30 @@ def page(found: dict, classes=()):
     return figure
 
 
+@panels.picture
+def neighbours(matrix, classes=()):  # Counts [C, C], rows truth.
+    """Draw what k-NN takes the images of each class for."""
+    matrix = np.asarray(matrix)
+    names = _names(len(matrix), classes)
+    right = np.trace(matrix) / max(1, matrix.sum())
+    side = min(9.0, 2.2 + 0.32 * len(matrix))
+    title = f"Confusions of k-NN ({right:.1%} right)"
+    figure, (axis,) = panels.charts(1, title, size=(side, side))
+    _matrix(axis, matrix, names)
+    return figure
+
+
+def _names(count, classes):
+    return [classes[i] if i < len(classes) else str(i) for i in range(count)]
+
+
 def _matrix(axis, confusion, names):
+    """Draw every row as shares of its class, with the counts if they are readable."""
     confusion = np.asarray(confusion)
     shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axis.grid(False)
-    axis.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    axis.set(xlabel="predicted", ylabel="true")
     if len(names) > MOST:
         return
     small = dict(fontsize=6)

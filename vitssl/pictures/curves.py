@@ -37,15 +37,11 @@ def read(path):
     return curves
 
 
-def smooth(values, width):
-    """Return the mean [n] of the values [n] around each, weighted by a Gaussian.
+def smooth(values, width):  # [n] -> [n]
+    """Return the mean of the values around each, weighted by a Gaussian.
 
-    It does not lag behind, as a moving average over the past would. Non-finite values
-    are passed over.
-
-    Args:
-        values: [n].
-        width: standard deviation of the Gaussian, in entries; 0 returns the values.
+    Its standard deviation is `width` entries; 0 returns the values. It does not lag
+    behind, as a moving average over the past would. Non-finite values are passed over.
     """
     values = np.asarray(values, np.float64)
     if width <= 0 or not len(values):
@@ -72,11 +68,9 @@ def _draw(axis, curve, label="", *, colour=None):
 
 @panels.picture
 def training(metrics, *, keys=()):
-    """Draw a chart for each metric: raw values pale, smoothed ones strong.
+    """Draw a chart for each metric of `read`: raw values pale, smoothed ones strong.
 
-    Args:
-        metrics: from `read`.
-        keys: which; () is all of the run, without times, memory and other plumbing.
+    No keys: all of the run, without times, memory and other plumbing.
     """
     chosen = keys or [k for k in sorted(metrics) if not _PLUMBING.search(k)]
     # What everybody looks at first comes first.
@@ -91,37 +85,35 @@ def training(metrics, *, keys=()):
 
 @panels.picture
 def levels(metrics):
-    """Draw the losses of all levels, `loss_h<k>`, on one logarithmic scale.
+    """Draw the losses of all levels, `loss_h<k>`, on one logarithmic scale."""
+    return _together(metrics, LEVELS, "Loss by level", ylabel="loss")
 
-    Raises:
-        ValueError: no such metric was logged.
-    """
-    keys = matching(metrics, LEVELS)
-    if not keys:
-        raise ValueError(f"no metric loss_h<k>; there is {sorted(metrics)}")
-    figure, axes = panels.charts(1, "Loss by level", size=(5.0, 3.0))
-    for key in keys:
+
+def _together(metrics, pattern, title, **labels):
+    """Draw the metrics of a pattern in one chart, on a logarithmic scale."""
+    figure, axes = panels.charts(1, title, size=(5.0, 3.0))
+    for key in _some(metrics, pattern):
         _draw(axes[0], metrics[key], key)
-    axes[0].set(yscale="log", xlabel="step", ylabel="loss")
+    axes[0].set(yscale="log", xlabel="step", **labels)
     axes[0].legend()
     return figure
 
 
-def matching(metrics, pattern):
+def matching(metrics, pattern) -> list[str]:
     """Return the sorted keys of `metrics` in which the regex is found."""
     return sorted(k for k in metrics if re.search(pattern, k))
 
 
+def _some(metrics, pattern):
+    if keys := matching(metrics, pattern):
+        return keys
+    raise ValueError(f"no metric like {pattern}; there is {sorted(metrics)}")
+
+
 @panels.picture
 def momentum(metrics):
-    """Draw the momentum of the EMA target and, below it, how far it is from 1.
-
-    Raises:
-        ValueError: no metric is named momentum or ema.
-    """
-    keys = matching(metrics, MOMENTUM)
-    if not keys:
-        raise ValueError(f"no metric momentum; there is {sorted(metrics)}")
+    """Draw the momentum of the EMA target and, beside it, how far it is from 1."""
+    keys = _some(metrics, MOMENTUM)
     figure, axes = panels.charts(2, "EMA target", columns=2)
     steps, values = metrics[keys[0]]
     axes[0].plot(steps, values, color=panels.COLOURS[5])
@@ -136,20 +128,8 @@ def momentum(metrics):
 
 @panels.picture
 def gradients(metrics):
-    """Draw all gradient norms, of the whole and of parts, on a logarithmic scale.
-
-    Raises:
-        ValueError: no metric has "grad" in its name.
-    """
-    keys = matching(metrics, GRADIENTS)
-    if not keys:
-        raise ValueError(f"no metric of gradients; there is {sorted(metrics)}")
-    figure, axes = panels.charts(1, "Gradient norms", size=(5.0, 3.0))
-    for key in keys:
-        _draw(axes[0], metrics[key], key)
-    axes[0].set(yscale="log", xlabel="step")
-    axes[0].legend()
-    return figure
+    """Draw all gradient norms, of the whole and of parts, on a logarithmic scale."""
+    return _together(metrics, GRADIENTS, "Gradient norms")
 
 
 # Not every cosine is a bad sign: that of predictions and their targets is a good one.
@@ -164,10 +144,8 @@ COLLAPSE = {
 def collapse(metrics, width):
     """Draw the signs of a collapse, with the zone that means one shaded.
 
-    Args:
-        metrics: from `read`; standard deviations, ranks and similarities of features
-            are found by their names.
-        width: number of features D: a rank below D / 10 counts as collapsed.
+    Deviations, ranks and similarities of features are found by the metrics' names; of
+    `width` features a rank below width / 10 counts as collapsed.
     """
     zones = {
         "deviation": (0.0, LOW_DEVIATION, "standard deviation of features"),

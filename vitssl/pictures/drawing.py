@@ -75,9 +75,7 @@ class Material:
 def write_all(directory, material: Material) -> list[pathlib.Path]:
     """Write every picture there is material for; return the files, in order.
 
-    Args:
-        directory: made if it is missing; files of the same names are replaced.
-        material: the arrays.
+    The directory is made if it is missing; files of the same names are replaced.
     """
     written = []
     for group in (_of_batch, _of_masks, _of_images, _of_features, _of_run):
@@ -96,16 +94,8 @@ def _of_batch(m: Material):
     boxes = None
     if m.originals is not None and "global_box" in m.batch:
         boxes = m.batch["global_box"], m.batch.get("local_box")
-    yield (
-        "crops.png",
-        partial(
-            multicrop.crops,
-            m.batch["global"],
-            local,
-            original=m.originals,
-            boxes=boxes,
-        ),
-    )
+    origin = dict(original=m.originals, boxes=boxes)
+    yield "crops.png", partial(multicrop.crops, m.batch["global"], local, **origin)
     if "global_context" not in m.batch:
         return
     first = {k: v[0] for k, v in m.batch.items() if "context" in k or "targets" in k}
@@ -137,10 +127,8 @@ def _of_images(m: Material):
         h, w = m.grid or attention.infer_grid(m.attention.shape[-1])
         middle = partial(attention.patch, *first, (h // 2, w // 2), m.grid)
         yield "attention_heads.png", partial(attention.heads, *first, m.grid)
-        yield (
-            "attention_layers.png",
-            partial(attention.layers, m.images, m.attention, m.grid),
-        )
+        every = partial(attention.layers, m.images, m.attention, m.grid)
+        yield "attention_layers.png", every
         yield "attention_patch.png", middle
     if m.tokens is not None and m.tokens.shape[-1] >= 3:
         yield "tokens_pca.png", partial(tokens.principal, m.images, m.tokens, m.grid)
@@ -148,10 +136,8 @@ def _of_images(m: Material):
         yield "parts.png", partial(overlays.overlay, m.images, m.parts)
     if m.prediction is not None:
         yield "prediction.png", partial(tokens.prediction, *m.prediction)
-        yield (
-            "prediction_levels.png",
-            partial(tokens.level_statistics, *m.prediction[1:]),
-        )
+        levels = partial(tokens.level_statistics, *m.prediction[1:])
+        yield "prediction_levels.png", levels
 
 
 def _of_features(m: Material):
@@ -165,9 +151,9 @@ def _of_features(m: Material):
     names = {"classes": m.classes}
     yield "feature_space.png", partial(space.feature_space, chosen, m.labels, **names)
     known = len(m.classes) if m.labels is not None else 0
-    if 1 < known <= 200:
+    if 1 < known <= 200 and (m.labels >= 0).sum() > 1:
         matrix = space.confusions(chosen, m.labels, known)
-        yield "confusion.png", partial(space.confusion, matrix, m.classes)
+        yield "confusion.png", partial(confusion.neighbours, matrix, m.classes)
     if m.bank is not None:
         cut = min(m.queries, len(chosen) // 2)
         if m.labels is not None:

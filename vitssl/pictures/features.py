@@ -1,18 +1,19 @@
-"""Pictures of patch tokens: principal components as colours, errors of predictions."""
+"""Pictures of patch tokens: principal components as colours, errors of predictions.
+
+Images are [B, H, W, C]. `predicted` and `target` hold one [B, n_k, D] per level k, of
+the cells of a square grid; `valid`, bool [B, n_k], says which were predicted.
+"""
 
 import numpy as np
 
 from vitssl.pictures import panels
 
 
-def components(tokens, count=3):
-    """Return [B, N, count] in [0, 1]: principal components of all tokens together.
+def components(tokens, count=3):  # [B, N, D >= count] -> [B, N, count]
+    """Return the principal components of all tokens together, in [0, 1].
 
     Each component runs from its 1st to its 99th percentile, so that one odd token does
     not take all the contrast; its sign makes its largest weight positive.
-
-    Args:
-        tokens: [B, N, D] with D >= count.
     """
     flat = np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])  # [BN, D]
     flat = flat - flat.mean(0)
@@ -31,11 +32,7 @@ def principal(images, tokens, grid=None):
     """Draw every image over the first three principal components of its tokens.
 
     The components are those of all images together: equal colours are equal features.
-
-    Args:
-        images: [B, H, W, C].
-        tokens: [B, N, D], patches only.
-        grid: (h, w) of the patches; None for a square.
+    Tokens [B, N, D] are patches only, of a grid (h, w); None for a square.
     """
     grid = grid or panels.square(tokens.shape[1])
     colours = components(tokens).reshape(len(images), *grid, 3)
@@ -47,13 +44,13 @@ def principal(images, tokens, grid=None):
     return figure
 
 
-def errors(predicted, target):
-    """Return [..., N]: mean squared difference over the D features of each patch."""
+def errors(predicted, target):  # [..., N, D] -> [..., N]
+    """Return the mean squared difference over the D features of each patch."""
     return np.square(np.asarray(predicted, np.float64) - target).mean(-1)
 
 
-def cosines(predicted, target):
-    """Return [..., N]: cosine of predicted and target features; 0 for zero vectors."""
+def cosines(predicted, target):  # [..., N, D] -> [..., N]
+    """Return the cosine of predicted and target features; 0 for zero vectors."""
     a, b = np.asarray(predicted, np.float64), np.asarray(target, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return (a * b).sum(-1) / np.maximum(norms, 1e-12)
@@ -63,10 +60,7 @@ def cosines(predicted, target):
 def prediction(images, predicted, target, valid):
     """Draw where the predictor is wrong: error and cosine of every level, by image.
 
-    Args:
-        images: [B, H, W, C].
-        predicted, target: one [B, n_k, D] per level k, of the cells of a square grid.
-        valid: one bool [B, n_k] per level: cells that were predicted; the others grey.
+    Cells that were not predicted are grey.
     """
     levels = len(predicted)
     figure, axes = panels.tiles(
@@ -108,7 +102,7 @@ def prediction(images, predicted, target, valid):
 def level_statistics(predicted, target, valid):
     """Draw the distribution of error and cosine over all predicted cells, by level.
 
-    Arguments as `prediction`. Levels with nothing to predict stay empty.
+    Levels with nothing to predict stay empty.
     """
     figure, axes = panels.charts(
         2, "Prediction by level (the number is the mean)", columns=2

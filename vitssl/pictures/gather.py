@@ -9,7 +9,7 @@ import numpy as np
 
 from vitssl.data import pipeline, views
 from vitssl.data.sources import wrappers
-from vitssl.evals import features
+from vitssl.evals import extraction
 from vitssl.pictures import drawing, landscape
 
 
@@ -29,12 +29,10 @@ def gather(
     """Run the network on a few images and return the arrays to draw, on the host.
 
     Args:
-        method: see `vitssl.methods`. If it has a function `pictures(params, extra,
-            batch, image)`, that returns further fields of `Material`.
+        method: its `pictures` returns further fields of `Material`.
         state: (params, extra) of the trained network.
-        data: config section `data`.
-        evals: config section `evals`: the size of the images, and which features.
-        seed: of the run.
+        data, evals: config sections; of the latter the size of the images, and which
+            features.
         images: how many images to draw one by one (4 of them as training crops).
         points: how many images of the test split to draw as points.
         landscape_batches: batches of 32 images whose mean loss makes the landscape, up
@@ -82,20 +80,13 @@ def _scores(metrics_path):
 
 
 def evaluation(data, size, points, seed):
-    """Return up to `points` images of the test split, as the evaluators see them.
+    """Return up to `points` images of the test split (0: all), as evaluators see them.
 
-    Args:
-        data: config section `data`.
-        size: side of the images, in pixels.
-        points: how many; 0 is all.
-        seed: which.
-
-    Returns:
-        {"image": uint8 [M, s, s, C], "label", "index": int32 [M]}, in random order, so
-        that any first few are of all classes.
+    {"image": uint8 [M, size, size, C], "label", "index": int32 [M]}, in random order,
+    so that any first few are of all classes.
     """
     source = wrappers.Tolerant(data.open(data.test_split), data.on_bad_image)
-    chosen = features.subset(len(source), points, seed=seed)
+    chosen = extraction.subset(len(source), points, seed=seed)
     view = views.Evaluate(size)
     rows = []
     for i in np.random.default_rng(seed).permutation(chosen):
@@ -115,7 +106,7 @@ def _chunks(bank, size=64):
 
 def _vectors(method, state, bank, name):
     """Return one vector per image [M, D] of a state; of tokens their mean."""
-    found = features.extract(method.features, state, _chunks(bank), names=(name,))
+    found = extraction.extract(method.features, state, _chunks(bank), names=(name,))
     return found[name].mean(1) if found[name].ndim == 3 else found[name]
 
 

@@ -23,16 +23,12 @@ def directions(params, seed):
 def plane(loss, params, *, points=21, span=1.0, seed=0):
     """Return (offsets [points], losses [points, points]) around `params`.
 
+    losses[i, j] is loss(params + offsets[i] first + offsets[j] second).
+
     Args:
         loss: params -> scalar; jitted, and a mean over a few fixed batches.
-        params: tree of float arrays.
         points: per direction; with an odd number one of them is `params` itself.
         span: offsets run from -span to span.
-        seed: of the directions.
-
-    Returns:
-        offsets: float [points].
-        losses: losses[i, j] = loss(params + offsets[i] first + offsets[j] second).
     """
     first, second = directions(params, seed)
     offsets = np.linspace(-span, span, points)
@@ -51,10 +47,9 @@ def plane(loss, params, *, points=21, span=1.0, seed=0):
 
 @panels.picture
 def landscape(offsets, losses):
-    """Draw the plane as a map with contours, and both lines through the middle.
+    """Draw the `plane` as a map with contours, and both lines through the middle.
 
-    Args:
-        offsets, losses: from `plane`. Non-finite losses stay white.
+    Non-finite losses stay white.
     """
     figure, axes = panels.charts(2, "Loss around the solution", size=(3.6, 3.0))
     values = np.ma.masked_invalid(losses.T)  # The first direction to the right.

@@ -2,7 +2,8 @@
 
 Masks are bool, patches in raster order, as in `hjepa.masks`: `context` True =
 visible, `targets` True = to predict. Targets are either blocks [..., T, N], each drawn
-in a colour of its own, or their union [..., N].
+in a colour of its own, or their union [..., N]. Images are [H, W, C]; a grid is (h, w)
+of the patches, None for a square.
 """
 
 import pathlib
@@ -50,15 +51,8 @@ def _percent(mask):
 
 
 @panels.picture
-def hierarchical(image, context, targets, grid=None):
-    """Draw the masks of one crop: 2 rows, context and targets, by H levels.
-
-    Args:
-        image: [H, W, C].
-        context: bool [H, N].
-        targets: bool [H, T, N] or [H, N].
-        grid: (h, w) of the patches; None for a square.
-    """
+def hierarchical(image, context, targets, grid=None):  # Of masks [H, ...].
+    """Draw the masks of one crop: 2 rows, context and targets, by H levels."""
     image, context = panels.rgb(image), np.asarray(context, bool)
     grid = grid or panels.square(context.shape[-1])
     blocks = _blocks(targets, 1)
@@ -73,16 +67,11 @@ def hierarchical(image, context, targets, grid=None):
     return figure
 
 
-def combined_view(context, targets, grid):
-    """Return [h, w, 3]: each patch a blend of what its levels do with it.
+def combined_view(context, targets, grid):  # [H, N], [H, N] -> [h, w, 3]
+    """Return each patch as a blend of what its levels do with it.
 
     The share of levels that predict the patch is in orange, of those that see it in
     blue, of those that do neither in grey.
-
-    Args:
-        context: bool [H, N].
-        targets: bool [H, N], unions of the blocks.
-        grid: (h, w).
     """
     shares = np.stack([targets, context & ~targets, ~(targets | context)])
     weights = shares.mean(1).T.reshape(*grid, 3)  # [h, w, 3]
@@ -90,11 +79,8 @@ def combined_view(context, targets, grid):
 
 
 @panels.picture
-def combined(image, context, targets, grid=None):
-    """Draw all levels in one: the image, and each patch coloured by its use.
-
-    Arguments as `hierarchical`.
-    """
+def combined(image, context, targets, grid=None):  # Of masks [H, ...].
+    """Draw all levels in one: the image, and each patch coloured by its use."""
     context = np.asarray(context, bool)
     grid = grid or panels.square(context.shape[-1])
     view = combined_view(context, _blocks(targets, 1).any(-2), grid)
@@ -120,11 +106,9 @@ def multicrop(global_crops, local_crops, masks):
     nothing of it is predicted.
 
     Args:
-        global_crops: [G, s, s, C].
-        local_crops: [L, l, l, C], or None.
-        masks: dict of bool arrays as in a batch: "global_context" [G, H, N] and
-            "global_targets" [G, H, N] or [G, H, T, N]; the same with "local" if the
-            strategy uses local crops.
+        global_crops, local_crops: [G, s, s, C]; [L, l, l, C] or None.
+        masks: as in a batch: "global_context" [G, H, N] and "global_targets"; the same
+            with "local" if the strategy uses local crops.
     """
     columns = []
     for name, crops in (("global", global_crops), ("local", local_crops)):
@@ -160,15 +144,8 @@ def multicrop(global_crops, local_crops, masks):
 
 
 @panels.picture
-def single(image, context, targets, grid=None):
-    """Draw one pair of masks: image, mask, masked image, context and target regions.
-
-    Args:
-        image: [H, W, C].
-        context: bool [N].
-        targets: bool [T, N] or [N].
-        grid: (h, w) of the patches; None for a square.
-    """
+def single(image, context, targets, grid=None):  # Of masks [N], [T, N].
+    """Draw a pair of masks: image, mask, masked image, context and target regions."""
     image, context = panels.rgb(image), np.asarray(context, bool)
     grid = grid or panels.square(context.shape[-1])
     blocks = _blocks(targets, 0)
@@ -187,13 +164,7 @@ def single(image, context, targets, grid=None):
 
 @panels.picture
 def strategies(image, masks, grid=None):
-    """Compare ways to draw masks: a column for each, context over targets.
-
-    Args:
-        image: [H, W, C].
-        masks: {name: (context bool [N], targets bool [T, N] or [N])}.
-        grid: (h, w) of the patches; None for a square.
-    """
+    """Compare ways to draw masks, {name: (context, targets)}: a column for each."""
     image = panels.rgb(image)
     figure, axes = panels.tiles(2, len(masks), "Masking compared", size=1.7)
     for c, (name, (context, targets)) in enumerate(masks.items()):
@@ -209,17 +180,11 @@ def strategies(image, masks, grid=None):
 
 
 @panels.picture
-def statistics(context, targets, grid=None):
+def statistics(context, targets, grid=None):  # Of masks [draws, H, ...].
     """Draw how much, and where, many draws of a mask generator see and predict.
 
-    Args:
-        context: bool [S, H, N] of S draws.
-        targets: bool [S, H, N] (or [S, H, T, N]).
-        grid: (h, w) of the patches; None for a square.
-
-    Returns:
-        The figure: a row per level; a histogram of both shares, and how often each
-        patch is visible and predicted.
+    A row per level: a histogram of both shares, and how often each patch is visible
+    and predicted.
     """
     context = np.asarray(context, bool)
     targets = _blocks(targets, 2).any(-2)
@@ -253,13 +218,7 @@ def statistics(context, targets, grid=None):
 def animation(image, context, targets, path, grid=None, *, fps=2):
     """Write a GIF: the image, then for each level its context and block by block.
 
-    Args:
-        image, context, targets, grid: as `hierarchical`.
-        path: file to write, ".gif".
-        fps: frames per second.
-
-    Returns:
-        Number of frames.
+    Returns the number of frames.
     """
     image, context = panels.rgb(image), np.asarray(context, bool)
     grid = grid or panels.square(context.shape[-1])

@@ -11,15 +11,11 @@ def crops(global_crops, local_crops=None, *, original=None, boxes=None):
     """Draw one row per image: the image with its crop boxes, then every crop.
 
     Args:
-        global_crops: [B, G, s, s, C].
-        local_crops: [B, L, l, l, C]; None if there are none.
-        original: list of B images [H, W, C] that were cropped; None leaves them out.
+        global_crops, local_crops: [B, G, s, s, C]; [B, L, l, l, C] or None.
+        original: B images [H, W, C] that were cropped; None leaves them out.
         boxes: (global [B, G, 5], local [B, L, 5] or None): (y0, x0, h, w) relative to
             the image, flipped 0 or 1. Needs `original`. A mirrored crop's heading has
             an arrow.
-
-    Returns:
-        The figure; tile [b, 0] is the original if there is one.
     """
     sets = [("global", global_crops, panels.COLOURS[4])]
     if local_crops is not None and local_crops.shape[1]:

@@ -1,17 +1,21 @@
 """Pictures of the parts that a network found: one colour per part over the image."""
 
+import pathlib
+
+import cv2
+import einops
 import matplotlib
 import numpy as np
 
 from vitssl.pictures import panels
 
+SIDE = 256  # Pixels of a tile.
 
-def labels(maps, size):
-    """Return which part is strongest at every pixel: int [B, H, W]; K = background.
 
-    Args:
-        maps: [B, h, w, K+1]; enlarged bilinearly between centres of pixels first.
-        size: (H, W).
+def labels(maps, size):  # [B, h, w, K+1] -> int [B, *size]
+    """Return which part is strongest at every pixel; K is the background.
+
+    Maps are enlarged bilinearly between centres of pixels first.
     """
     x = np.asarray(maps, np.float64)
     for axis, n in ((1, size[0]), (2, size[1])):
@@ -37,17 +41,17 @@ def palette(parts):
     )
 
 
-@panels.picture
-def overlay(images, maps):
-    """Draw every image with its parts over it; the background stays as it is.
+def _colours(parts):
+    """Return the palette and black for the background, [K+1, 3]."""
+    return np.vstack([palette(parts), np.zeros((1, 3))])
 
-    Args:
-        images: uint8 [B, H, W, C].
-        maps: [B, h, w, K+1].
-    """
+
+@panels.picture
+def overlay(images, maps):  # uint8 [B, H, W, C], [B, h, w, K+1]
+    """Draw every image with its parts over it; the background stays as it is."""
     where = labels(maps, images.shape[1:3])
     parts = maps.shape[-1] - 1
-    colours = np.vstack([palette(parts), np.zeros((1, 3))])
+    colours = _colours(parts)
     title = f"Parts found: {parts} colours, the background left as it is"
     figure, axes = panels.tiles(2, len(images), title, headings="none", label=False)
     for b, image in enumerate(panels.rgb(images)):
@@ -55,3 +59,28 @@ def overlay(images, maps):
         panels.show(axes[0, b], image)
         panels.show(axes[1, b], image * (1 - half) + colours[where[b]] * half)
     return figure
+
+
+def write(path, images, maps, *, side=SIDE):
+    """Write a `sheet` into a file whose name says the format; folders are made."""
+    pixels = np.rint(255 * sheet(images, maps, side=side)).astype(np.uint8)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), pixels[..., ::-1])
+
+
+def sheet(images, maps, *, side=SIDE):  # uint8 [B, H, W, C], [B, h, w, K+1]
+    """Return the pixels [rows side, columns side, 3] in [0, 1] of a sheet, no axes.
+
+    Images and maps are enlarged bilinearly to tiles; a tile shows half the image and
+    half the colour of its strongest part, and the image alone where the background is
+    strongest. Columns and rows are the most square pair of factors.
+
+    Source: ananthu-aniraj/ifam utils/visualize_att_maps.py.
+    """
+    count = maps.shape[-1] - 1
+    where = labels(maps, (side, side))[..., None]  # [B, s, s, 1]
+    tiles = np.stack([cv2.resize(x, (side, side)) for x in panels.rgb(images)])
+    colours = _colours(count)[where[..., 0]]
+    tiles = np.where(where < count, 0.5 * (tiles + colours), tiles)
+    columns, rows = layout(len(tiles))
+    return einops.rearrange(tiles, "(r c) h w d -> (r h) (c w) d", r=rows, c=columns)

@@ -60,12 +60,11 @@ def picture(draw):
     return drawn
 
 
-def rgb(image):
-    """Return float32 [..., H, W, 3] in [0, 1] of an image of any number of channels.
+def rgb(image):  # uint8, or float in [0, 1], [..., H, W, C] -> float32 [..., H, W, 3]
+    """Return an image of any number of channels in colour, in [0, 1].
 
-    Args:
-        image: [..., H, W, C], uint8, or float in [0, 1]. One channel becomes grey; of
-            more than three the first three are shown; two leave blue black.
+    One channel becomes grey; of more than three the first three are shown; two leave
+    blue black.
     """
     x = np.asarray(image)
     x = x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1)
@@ -84,23 +83,16 @@ def square(count):
     return side, side
 
 
-def enlarge(grid, shape):
-    """Return [H, W, ...] of a value per patch [h, w, ...]: nearest, any H and W."""
+def enlarge(grid, shape):  # [h, w, ...] -> [H, W, ...]
+    """Return a value per patch as pixels of any shape: nearest."""
     grid = np.asarray(grid)
     rows = np.arange(shape[0]) * grid.shape[0] // shape[0]
     columns = np.arange(shape[1]) * grid.shape[1] // shape[1]
     return grid[rows][:, columns]
 
 
-def paint(image, mask, colour, alpha):
-    """Return [H, W, 3] with `colour` laid over the patches of `mask`.
-
-    Args:
-        image: [H, W, 3] in [0, 1].
-        mask: bool [h, w].
-        colour: anything matplotlib takes for a colour.
-        alpha: 1 hides the image, 0 the colour.
-    """
+def paint(image, mask, colour, alpha):  # [H, W, 3], bool [h, w] -> [H, W, 3]
+    """Return an image with `colour` over the patches of `mask`; alpha 1 hides it."""
     over = np.asarray(matplotlib.colors.to_rgb(colour), np.float32)
     where = enlarge(mask, image.shape)[..., None]
     return np.where(where, (1 - alpha) * image + alpha * over, image)
@@ -129,8 +121,6 @@ def tiles(
     """Return (figure, axes [rows, columns]): equal squares with hardly a gap.
 
     Args:
-        rows, columns: numbers of tiles.
-        title: of the figure, at its top left.
         size: side of a tile, in inches.
         headings: leave room for titles over the tiles of "every" row, of the "first"
             one, or of "none".

@@ -3,25 +3,8 @@
 import matplotlib
 import numpy as np
 
+from vitssl.evals import accuracy, knn
 from vitssl.pictures import panels
-
-
-def nearest(queries, bank, count=5):
-    """Return (indices [Q, count], cosines [Q, count]), the most similar first.
-
-    Args:
-        queries: [Q, D].
-        bank: [M, D].
-        count: neighbours per query, at most M.
-    """
-    similarity = _unit(queries) @ _unit(bank).T  # [Q, M]
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, :count]
-    return order, np.take_along_axis(similarity, order, 1)
-
-
-def _unit(features):
-    x = np.asarray(features, np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 @panels.picture
@@ -33,10 +16,9 @@ def neighbours(queries, bank, features, *, labels=None, classes=(), count=5):
         features: ([Q, D], [M, D]).
         labels: (int [Q], int [M]) or None; a neighbour of the same class gets a green
             frame, one of another class a red, dashed one.
-        classes: names of the classes.
         count: neighbours per image.
     """
-    found, similarity = nearest(*features, count)
+    similarity, found = knn.search(*features[::-1], min(count, len(bank)))
     title = f"Nearest of {len(bank)} images, with cosine similarity"
     figure, axes = panels.tiles(
         len(queries), 1 + found.shape[1], title, size=1.1, label=False
@@ -64,13 +46,10 @@ def _name(label, classes):
     return classes[label] if 0 <= label < len(classes) else str(label)
 
 
-def embed(features, method, *, seed=42):
-    """Return [M, 2]: features [M, D] in two dimensions.
+def embed(features, method, *, seed=42):  # [M >= 3, D] -> [M, 2]
+    """Return features in two dimensions by "pca", or by "tsne".
 
-    Args:
-        features: [M, D], at least 3 rows.
-        method: "pca", or "tsne" (perplexity 30, less for few rows, after PCA to 50).
-        seed: of t-SNE.
+    t-SNE is of perplexity 30, less for few rows, after PCA to 50.
     """
     # Nobody else here needs scikit-learn, which takes a second to import.
     from sklearn.decomposition import PCA
@@ -95,8 +74,7 @@ def feature_space(features, labels=None, *, classes=(), seed=42):
     Args:
         features: [M, D]; a few thousand rows at most, since t-SNE is slow.
         labels: int [M], -1 unknown; or None.
-        classes: names of the classes; the legend has at most 14.
-        seed: of t-SNE.
+        classes: names; the legend has at most 14.
     """
     title = f"Features of {len(features)} images"
     figure, axes = panels.charts(2, title, columns=2, size=(3.6, 3.4))
@@ -120,62 +98,18 @@ def feature_space(features, labels=None, *, classes=(), seed=42):
     return figure
 
 
-def confusions(features, labels, count, k=20):
-    """Return how often k-NN takes one class for another, [count, count], rows truth.
+def confusions(features, labels, count, k=20):  # [M, D], int [M] -> [count, count]
+    """Return how often k-NN takes one class for another, rows truth.
 
-    Every image is classified by the k images nearest to it among the others, each
-    with the vote exp(cosine / 0.07) (Wu et al. 2018, arXiv:1805.01978). Images of
-    unknown class (-1) are left out.
-
-    Args:
-        features: [M, D].
-        labels: int [M].
-        count: number of classes.
-        k: neighbours, or all others if they are fewer.
+    Every image is classified by the k images nearest to it among the others (all of
+    them, if they are fewer), each with the vote exp(cosine / 0.07) (Wu et al. 2018,
+    arXiv:1805.01978). Images of unknown class (-1) are left out.
     """
     labels = np.asarray(labels)
-    x, labels = _unit(features)[labels >= 0], labels[labels >= 0]
-    similarity = x @ x.T  # [M, M]
-    np.fill_diagonal(similarity, -np.inf)
-    order = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(x) - 1)]
-    votes = np.exp(np.take_along_axis(similarity, order, 1) / 0.07)
-    scores = np.zeros((len(x), count))
-    np.add.at(scores, (np.arange(len(x))[:, None], labels[order]), votes)
-    matrix = np.zeros((count, count), int)
-    np.add.at(matrix, (labels, scores.argmax(1)), 1)
-    return matrix
-
-
-@panels.picture
-def confusion(matrix, classes=()):
-    """Draw a confusion matrix, every row as shares of its class.
-
-    Args:
-        matrix: counts [C, C], rows truth, columns prediction; written into the cells
-            if there are at most 20 classes.
-        classes: names of the classes.
-    """
-    matrix = np.asarray(matrix)
-    count = len(matrix)
-    right = np.trace(matrix) / max(1, matrix.sum())
-    side = min(9.0, 2.2 + 0.32 * count)
-    title = f"Confusions of k-NN ({right:.1%} right)"
-    figure, (axis,) = panels.charts(1, title, size=(side, side))
-    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axis.grid(False)
-    axis.set(xlabel="predicted", ylabel="true")
-    if count <= 20:
-        names = [_name(i, classes) for i in range(count)]
-        axis.set_xticks(
-            range(count), names, rotation=45 if max(map(len, names)) > 2 else 0
-        )
-        axis.set_yticks(range(count), names)
-        for (i, j), n in np.ndenumerate(matrix):
-            if n:
-                ink = "white" if shares[i, j] > 0.5 else panels.INK
-                axis.text(j, i, n, ha="center", va="center", color=ink, fontsize=7)
-    return figure
+    x, labels = np.asarray(features)[labels >= 0], labels[labels >= 0]
+    score, near = knn.search(x, x, min(k, len(x) - 1), leave_one_out=True)
+    votes = knn.vote(knn.weights(score, temperature=0.07), labels[near], count)
+    return accuracy.confusion(labels, votes.argmax(1), count)
 
 
 @panels.picture
@@ -183,9 +117,7 @@ def distributions(features):
     """Draw how features are spread: norms, deviation per dimension, spectrum.
 
     A collapse shows as a low curve in the middle, or a steep one at the right.
-
-    Args:
-        features: {name: [M, D]}, for example the trained network and the untrained.
+    `features` is {name: [M, D]}, such as of the trained network and the untrained.
     """
     figure, axes = panels.charts(3, "Distribution of features")
     norms = {k: np.linalg.norm(np.asarray(x), axis=1) for k, x in features.items()}

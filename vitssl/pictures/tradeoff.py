@@ -10,9 +10,8 @@ from vitssl.pictures import panels
 def arms(found: dict, cost: str, score: str) -> Figure:
     """Draw one point per arm with its spread over seeds, and one dot per seed.
 
-    Args:
-        found: {arm: {column: [value of each seed, or None]}}, see `study.run`.
-        cost, score: columns of the axes.
+    `found` is {arm: {column: [value of each seed, or None]}}, see `study.run`; `cost`
+    and `score` are the columns of the axes.
     """
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axis = figure.subplots()

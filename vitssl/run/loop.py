@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from vitssl import config, errors
-from vitssl.evals import evaluation
 from vitssl.run import (
     build,
     checkpoint,
     devices,
+    evaluation,
     guard,
     log,
     memory,

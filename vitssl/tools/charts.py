@@ -16,17 +16,8 @@ _MOST = 400  # Points of a curve that are drawn; more are not seen at this width
 
 def importance(key: str):
     """Return a sort key: the loss, then evaluations, then the plumbing."""
-    order = (
-        "loss",
-        "test/",
-        "knn/",
-        "probe/",
-        "quality/",
-        "final/",
-        "lr",
-        "grad",
-        "time/",
-    )
+    evals = ("test/", "knn/", "probe/", "quality/", "final/")
+    order = ("loss", *evals, "lr", "grad", "time/")
     for i, start in enumerate(order):
         if key.startswith(start):
             return i, key
@@ -34,12 +25,10 @@ def importance(key: str):
 
 
 def lines(title: str, series) -> html.Safe:
-    """Return a chart of one metric.
+    """Return a chart of one metric: series are [(name, steps [n], values [n])].
 
-    Args:
-        title: name of the metric.
-        series: [(name, steps [n], values [n])], a colour each in this order; curves
-            of 30 points and more are drawn pale, and smoothed over it.
+    Each has a colour, in this order; curves of 30 points and more are drawn pale, and
+    smoothed over it.
     """
     series = [(n, *_finite(steps, values)) for n, steps, values in series]
     series = [one for one in series if len(one[1])]
@@ -72,23 +61,16 @@ def lines(title: str, series) -> html.Safe:
     for i, (name, steps, values) in enumerate(series):
         parts.append(_curve(place, name, steps, values, COLOURS[i % len(COLOURS)]))
     label = text_html.escape(title)
-    return html.Safe(
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}"'
+    return html.Safe(f"<svg {box}>{''.join(parts)}</svg>")
 
 
 def legend(names) -> html.Safe:
     """Return which colour is which run."""
-    each = [
-        html.element(
-            "span",
-            html.element("i", style=f"background:{COLOURS[i % len(COLOURS)]}"),
-            name,
-        )
-        for i, name in enumerate(names)
-    ]
+    each = []
+    for i, name in enumerate(names):
+        mark = html.element("i", style=f"background:{COLOURS[i % len(COLOURS)]}")
+        each.append(html.element("span", mark, name))
     return html.element("div", *each, class_="legend")
 
 

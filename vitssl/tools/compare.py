@@ -1,5 +1,6 @@
 """`vitssl compare A B ...`: what differs between runs, and what came of it."""
 
+import collections
 import itertools
 
 from vitssl.tools import charts, html, listing
@@ -8,18 +9,11 @@ _TIMES = ("time/", "compile/", "memory/", "freeze/")
 
 
 def differing(runs) -> list[tuple[str, list]]:
-    """Return [(key path, [value of each run])] of the config values that differ.
-
-    A value that a run lacks is None.
-    """
+    """Return [(key path, [value of each run, or None])] where configs differ."""
     flat = [dict(leaves(run.config)) for run in runs]
     keys = dict.fromkeys(itertools.chain.from_iterable(flat))
-    found = []
-    for key in keys:
-        values = [one.get(key) for one in flat]
-        if any(value != values[0] for value in values):
-            found.append((key, values))
-    return found
+    found = [(key, [one.get(key) for one in flat]) for key in keys]
+    return [(key, v) for key, v in found if any(value != v[0] for value in v)]
 
 
 def leaves(config, path=""):
@@ -33,10 +27,7 @@ def leaves(config, path=""):
 
 def shared(runs) -> list[str]:
     """Return the metrics that at least two runs have, what is looked at first first."""
-    counts = {}
-    for run in runs:
-        for key in run.metrics:
-            counts[key] = counts.get(key, 0) + 1
+    counts = collections.Counter(key for run in runs for key in run.metrics)
     keys = [key for key, count in counts.items() if count > 1]
     return sorted(keys, key=charts.importance)
 
@@ -44,19 +35,13 @@ def shared(runs) -> list[str]:
 def text(runs) -> str:
     """Return both tables for the terminal."""
     names = short_names(runs)
-    differences = [
-        [key, *map(_written, values)] for key, values in differing(runs)
-    ] or [["(none)", *("" for _ in runs)]]
-    numbers = [
-        [key, *(_number(run.last(key)) for run in runs)]
-        for key in shared(runs)
-        if not key.startswith(_TIMES[1:])
-    ]
+    differences = _differences(runs) or [["(none)", *("" for _ in runs)]]
+    numbers = _numbers(runs, _TIMES[1:]) or [["(none)", *names]]
     parts = [
         "Values of the config that differ:",
         listing.text(["key", *names], differences),
         "\nLast value of every shared metric:",
-        listing.text(["metric", *names], numbers or [["(none)", *names]]),
+        listing.text(["metric", *names], numbers),
     ]
     return "\n".join(parts)
 
@@ -64,7 +49,6 @@ def text(runs) -> str:
 def page(runs) -> str:
     """Return one self-contained HTML page: the tables, and curves over each other."""
     names = short_names(runs)
-    rows = [[key, *map(_written, values)] for key, values in differing(runs)]
     plots = []
     for key in shared(runs):
         series = [
@@ -74,24 +58,33 @@ def page(runs) -> str:
         ]
         if max(len(steps) for _, steps, _ in series) > 1:
             plots.append(charts.lines(key, series))
-    numbers = [
-        [key, *(_number(run.last(key)) for run in runs)]
-        for key in shared(runs)
-        if not key.startswith(_TIMES)
-    ]
+    numbers = html.table(["metric", *names], _numbers(runs, _TIMES))
+    rows = _differences(runs)
+    found = html.table(["key", *names], rows)
+    # Folded where it would hide the curves.
+    found = html.folded(f"{len(rows)} values", found, opened=len(rows) <= 15)
     body = [
         html.element("h1", "Comparison of " + " and ".join(names)),
-        html.section("What differs", _differences(names, rows)),
+        html.section("What differs", found),
         html.section("Curves", html.grid([charts.legend(names)], plots)),
-        html.section("Last values", html.table(["metric", *names], numbers)),
+        html.section("Last values", numbers),
     ]
     return html.document("vitssl: " + " / ".join(names), body)
 
 
-def _differences(names, rows):
-    """Return the table of differences, folded if it would hide the curves."""
-    found = html.table(["key", *names], rows)
-    return html.folded(f"{len(rows)} values", found, opened=len(rows) <= 15)
+def _differences(runs):
+    def written(value):
+        return "(absent)" if value is None else str(value)
+
+    return [[key, *map(written, values)] for key, values in differing(runs)]
+
+
+def _numbers(runs, without):
+    def written(value):
+        return "-" if value is None else f"{value:.5g}"
+
+    keys = [key for key in shared(runs) if not key.startswith(without)]
+    return [[key, *(written(run.last(key)) for run in runs)] for key in keys]
 
 
 def short_names(runs) -> list[str]:
@@ -101,11 +94,3 @@ def short_names(runs) -> list[str]:
     while all(len(p) > cut + 1 and p[cut] == parts[0][cut] for p in parts):
         cut += 1
     return ["/".join(p[cut:]) for p in parts]
-
-
-def _written(value) -> str:
-    return "(absent)" if value is None else str(value)
-
-
-def _number(value) -> str:
-    return "-" if value is None else f"{value:.5g}"

@@ -22,7 +22,7 @@ import numpy as np
 from vitssl import errors
 from vitssl.data import pipeline, views
 from vitssl.data.sources import folder
-from vitssl.evals import features as extraction
+from vitssl.evals import extraction
 from vitssl.run import inference
 
 KINDS = (".npz", ".parquet")

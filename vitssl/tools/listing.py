@@ -24,8 +24,7 @@ def rows(runs, metrics=(), sort="") -> tuple[list[str], list[list[str]]]:
     """Return (headings, rows of text) of a table of runs.
 
     Args:
-        runs: workdirs, see `read.below`.
-        metrics: which metrics to show; () is those of `COLUMNS` that any run has.
+        metrics: () is those of `COLUMNS` that any run has.
         sort: metric by which to sort, the highest first; "" keeps the order.
 
     Raises:
@@ -51,11 +50,8 @@ def _rank(value):
 
 def _row(run, shown):
     total, eta = run.status.get("total_steps"), run.status.get("eta_seconds")
-    cells = [
-        str(run.path),
-        run.state,
-        f"{run.step}/{total}" if total else f"{run.step}",
-    ]
+    step = f"{run.step}/{total}" if total else f"{run.step}"
+    cells = [str(run.path), run.state, step]
     for key, _, form in shown:
         value = run.last(key)
         cells.append("-" if value is None else form.format(value))
@@ -69,16 +65,12 @@ def _row(run, shown):
 def text(headings, body) -> str:
     """Return a table for the terminal that is Markdown as well."""
     width = [max(map(len, column)) for column in zip(headings, *body, strict=True)]
-    lines = [headings, ["-" * n for n in width], *body]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(n) if i < 2 else cell.rjust(n)
-            for i, (cell, n) in enumerate(zip(line, width, strict=True))
-        )
-        + " |"
-        for line in lines
-    )
+    lines = []
+    for line in (headings, ["-" * n for n in width], *body):
+        cells = [c.rjust(n) for c, n in zip(line, width, strict=True)]
+        cells[:2] = [c.ljust(n) for c, n in zip(line[:2], width, strict=False)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def as_json(runs) -> str:

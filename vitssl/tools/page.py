@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 
 from vitssl import errors
-from vitssl.evals import table
+from vitssl.evals import suite
 from vitssl.run import log
 from vitssl.tools import charts, html, workdir
 
@@ -21,17 +21,9 @@ MOST_CLASSES = 30
 # What a picture shows: the start of its file name, the heading, the sentence.
 CAPTIONS = (
     ("neighbours", "Neighbours", "Test images and those with the nearest features."),
-    (
-        "confusion",
-        "Neighbours",
-        "What k-NN takes the images of each class for.",
-    ),
+    ("confusion", "Neighbours", "What k-NN takes the images of each class for."),
     ("feature", "Features", "The features of test images."),
-    (
-        "tokens",
-        "What it sees",
-        "Tokens in three principal components.",
-    ),
+    ("tokens", "What it sees", "Tokens in three principal components."),
     ("attention", "What it sees", "Where the tokens look."),
     ("part", "What it sees", "Parts found in single images."),
     ("segment", "What it sees", "Segmentation of single images."),
@@ -118,9 +110,8 @@ def _results(run):
         yield html.element("pre", run.status["error"])
     rows = final_rows(run)
     if rows:
-        lines = table.format_table(rows).splitlines()
-        cells = [[c.strip() for c in line.strip("| ").split("|")] for line in lines]
-        yield html.table(cells[0], cells[2:])
+        headings, *body = suite.cells(rows)
+        yield html.table(headings, body)
         yield html.element("p", _protocol(run), class_="note")
     else:
         text = "The final evaluation has not run yet, or the config asks for none."
@@ -138,7 +129,7 @@ def _protocol(run) -> str:
 
 
 def final_rows(run) -> list[dict]:
-    """Return the rows of the final evaluation: the inverse of `evals.flat`."""
+    """Return the rows of the final evaluation: the inverse of `suite.flat`."""
     rows = {}
     for key in run.metrics:
         if key.startswith("final/"):
@@ -159,9 +150,8 @@ def _curves(run):
         # A flat line says no more than its value.
         moving = [key for key in keys if len(set(run.metrics[key][1])) > 1]
         plots = [charts.lines(key, [(key, *run.metrics[key])]) for key in moving]
-        still = [key for key in keys if key not in moving]
-        if heading == "Timing and memory":
-            still = keys
+        all_values = heading == "Timing and memory"
+        still = [key for key in keys if all_values or key not in moving]
         rows = [[key, f"{run.last(key):.5g}"] for key in still]
         if keys:
             values = html.table(["metric", "last value"], rows) if rows else html.Safe()
@@ -185,9 +175,8 @@ def figure(path: pathlib.Path, caption: str) -> html.Safe:
     text = html.element("figcaption", f"{caption} ({path.name})")
     if path.stat().st_size > MOST_BYTES:
         size = path.stat().st_size / 1e6
-        return html.element(
-            "p", f"{path}: {size:.0f} MB, open it itself", class_="note"
-        )
+        text = f"{path}: {size:.0f} MB, open it itself"
+        return html.element("p", text, class_="note")
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     source = f"data:image/{_KINDS[path.suffix.lower()]};base64,{data}"
     image = html.Safe(f'<img src="{source}" alt="{html.escape(caption)}">')

@@ -17,20 +17,12 @@ SILENCE = 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """What a run has written so far.
-
-    Attributes:
-        path: the directory.
-        config: the resolved config, nested dicts.
-        status: status.json, {} if there is none.
-        metrics: {metric: (steps [n], values [n])}.
-        versions: versions.json, {} if there is none.
-    """
+    """What a run has written so far; status and versions are {} if they are absent."""
 
     path: pathlib.Path
-    config: dict
+    config: dict  # The resolved one, nested dicts.
     status: dict
-    metrics: dict
+    metrics: dict  # {metric: (steps [n], values [n])}
     versions: dict
 
     @property

@@ -75,24 +75,20 @@ def nearest_neighbours(case):
         if what == "probs":
             case.close(name, probs)
             continue
-        found = knn.evaluate(
-            bank,
-            bank_label,
-            query,
-            label,
-            classes=classes,
-            k=(int(k),),
-            temperature=(tau,),
-            metric=ours,
+        pair = (
+            {"vector": bank, "label": bank_label},
+            {"vector": query, "label": label},
         )
-        case.close(name, 100 * found[int(k), tau]["top1"])
+        found = knn.KNN((int(k),), (tau,), ours)(*pair, classes)
+        case.close(name, 100 * found["top1"])
 
 
 def few_shot(case):
     """Centroids of the support set and the class of every query."""
     classes = case.config["num_classes"]
     label = case.inputs["support_labels"].astype(int)
-    centre = fewshot.centroids(case.inputs["support"], label, classes)
+    support = fewshot.unit(case.inputs["support"])
+    centre = np.stack([support[label == c].mean(0) for c in range(classes)])
     case.close("centroids", centre)
     for name in case.out:
         if name.startswith("pred_"):

@@ -11,10 +11,10 @@ from tests import layouts
 from tests.methods.parts import test_method
 from vitssl.data import dataset
 from vitssl.data.sources import in9
-from vitssl.evals import evaluation, suite
+from vitssl.evals import suite
 from vitssl.methods.parts import scores
-from vitssl.pictures import overlays, sheets
-from vitssl.run import devices
+from vitssl.pictures import overlays
+from vitssl.run import devices, evaluation
 
 SHARES = (0.05, 0.5)
 
@@ -114,7 +114,7 @@ def test_a_sheet_colours_parts_and_leaves_the_background():
     maps = np.zeros((6, 4, 4, 3))
     maps[..., 2] = 1.0  # Background ...
     maps[5, :, :, 1] = 2.0  # ... but for the last image.
-    got = sheets.sheet(images, maps, side=4)
+    got = overlays.sheet(images, maps, side=4)
     assert got.shape == (12, 8, 3)  # Six tiles: three rows of two.
     np.testing.assert_allclose(got[:8], 100 / 255, atol=1e-6)
     want = (100 / 255 + overlays.palette(2)[1]) / 2

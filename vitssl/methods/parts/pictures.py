@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from vitssl.models import patches
-from vitssl.pictures import sheets
+from vitssl.pictures import overlays
 
 
 def arrays(method, params, extra, batch, image) -> dict:
@@ -50,7 +50,7 @@ def snapshot(method, params, extra, batch, path):
     """
     maps = np.asarray(_maps(params, extra, batch["image"], method=method))
     valid = batch["valid"]
-    sheets.write(path, batch["image"][valid], maps[valid])
+    overlays.write(path, batch["image"][valid], maps[valid])
 
 
 @functools.partial(jax.jit, static_argnames="method")

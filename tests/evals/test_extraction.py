@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vitssl import errors
-from vitssl.evals import features
+from vitssl.evals import extraction
 from vitssl.run import devices
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 3)).astype(np.uint8)
@@ -50,7 +50,7 @@ def _state(scale, shift):
 
 def test_every_valid_image_comes_back_once_in_the_order_of_its_index():
     network, mixed = Network(), np.random.default_rng(1).permutation(11)
-    found = features.extract(
+    found = extraction.extract(
         network.features,
         _state(2, 1),
         _batches(order=mixed),
@@ -66,7 +66,7 @@ def test_every_valid_image_comes_back_once_in_the_order_of_its_index():
 def test_other_states_and_other_passes_share_one_compilation():
     network = Network()
     for scale in (1, 2, 3):
-        found = features.extract(network.features, _state(scale, 0), _batches())
+        found = extraction.extract(network.features, _state(scale, 0), _batches())
         np.testing.assert_allclose(found["pooled"], _truth(scale, 0), rtol=1e-5)
     assert network.traces == 1
 
@@ -74,7 +74,7 @@ def test_other_states_and_other_passes_share_one_compilation():
 def test_it_moves_nothing_between_host_and_device_implicitly():
     network, state = Network(), _state(1, 0)
     with jax.transfer_guard("disallow"):
-        found = features.extract(network.features, state, _batches())
+        found = extraction.extract(network.features, state, _batches())
     assert len(found["pooled"]) == 11
 
 
@@ -82,7 +82,7 @@ def test_it_moves_nothing_between_host_and_device_implicitly():
 def test_four_devices_give_the_rows_of_one(size):
     mesh = devices.mesh(devices.Mesh(), 4)
     state = jax.device_put(_state(2, 1), devices.replicated(mesh))
-    found = features.extract(
+    found = extraction.extract(
         Network().features,
         state,
         _batches(size),
@@ -97,7 +97,7 @@ def test_every_device_gets_all_rows_as_every_process_needs_them():
     sharding = devices.batch_sharding(mesh)
     batch = next(_batches(8))
     batch.pop("box")
-    found = features._apply(
+    found = extraction._apply(
         jax.device_put(_state(2, 1), devices.replicated(mesh)),
         jax.device_put(batch, sharding),
         features=Network().features,
@@ -110,11 +110,11 @@ def test_every_device_gets_all_rows_as_every_process_needs_them():
 def test_what_cannot_be_extracted_is_said():
     state = _state(1, 0)
     with pytest.raises(ValueError, match=r"no \['cls'\]; there is \['pooled', 'tok"):
-        features.extract(Network().features, state, _batches(), names=("cls",))
+        extraction.extract(Network().features, state, _batches(), names=("cls",))
     with pytest.raises(ValueError, match="no valid image"):
-        features.extract(Network().features, state, [])
+        extraction.extract(Network().features, state, [])
     with pytest.raises(errors.NonFiniteError, match="pooled"):
-        features.extract(Network().features, _state(np.nan, 0), _batches())
+        extraction.extract(Network().features, _state(np.nan, 0), _batches())
 
 
 class Loader:
@@ -138,7 +138,7 @@ class Loader:
 
 def test_a_cache_reads_once_what_fits():
     loader = Loader()
-    cached = features.Cached(loader, 3 * (96 + 16))
+    cached = extraction.Cached(loader, 3 * (96 + 16))
     for _ in range(3):
         assert [b["image"][0, 0, 0, 0] for b in list(cached)] == [0, 1, 2]
     assert loader.passes == loader.closed == 1
@@ -146,7 +146,7 @@ def test_a_cache_reads_once_what_fits():
 
 def test_a_cache_reads_again_what_does_not_fit():
     loader = Loader()
-    cached = features.Cached(loader, 3 * (96 + 16) - 1)
+    cached = extraction.Cached(loader, 3 * (96 + 16) - 1)
     for _ in range(3):
         assert [int(b["label"][0]) for b in cached] == [0, 1, 2]
     assert loader.passes == loader.closed == 3
@@ -154,7 +154,7 @@ def test_a_cache_reads_again_what_does_not_fit():
 
 def test_a_pass_broken_off_is_not_cached():
     loader = Loader()
-    cached = features.Cached(loader, 2**20)
+    cached = extraction.Cached(loader, 2**20)
     iterator = iter(cached)
     next(iterator)
     iterator.close()
@@ -167,7 +167,7 @@ def test_a_pass_broken_off_is_not_cached():
 def test_pixels_are_the_image_in_units_of_one(channels):
     image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels))
     image = image.astype(np.uint8)
-    found = features.Pixels(8)(image)["pooled"]
+    found = extraction.Pixels(8)(image)["pooled"]
     np.testing.assert_allclose(found, image.reshape(2, -1) / 255, rtol=1e-6)
 
 
@@ -175,22 +175,24 @@ def test_large_pixels_are_averaged_down():
     # Squares of 2 x 2 equal pixels, in a picture that varies slowly.
     ramp = np.repeat(np.repeat(np.arange(16).reshape(4, 4), 2, 0), 2, 1)
     image = np.broadcast_to(ramp[None, :, :, None], (1, 8, 8, 3)).astype(np.uint8)
-    found = features.Pixels(4)(image)["pooled"].reshape(4, 4, 3)
+    found = extraction.Pixels(4)(image)["pooled"].reshape(4, 4, 3)
     np.testing.assert_allclose(found[1:3, 1:3, 0] * 255, ramp[2:6:2, 2:6:2], atol=0.1)
-    assert features.Pixels(4)(np.zeros((1, 8, 16, 1), np.uint8))["pooled"].shape == (
+    assert extraction.Pixels(4)(np.zeros((1, 8, 16, 1), np.uint8))["pooled"].shape == (
         1,
         2 * 4,
     )
 
 
 def test_a_subset_is_drawn_from_everywhere_and_always_the_same():
-    drawn = features.subset(1000, 100)
+    drawn = extraction.subset(1000, 100)
     assert len(set(drawn.tolist())) == 100
     assert (np.diff(drawn) > 0).all()
     # The mean of 100 of 0..999 has a standard error of 29.
     assert 380 < drawn.mean() < 620
-    np.testing.assert_array_equal(drawn, features.subset(1000, 100))
-    assert features.subset(1000, 100, seed=1).tolist() != drawn.tolist()
+    np.testing.assert_array_equal(drawn, extraction.subset(1000, 100))
+    assert extraction.subset(1000, 100, seed=1).tolist() != drawn.tolist()
     assert (
-        features.subset(5, 0).tolist() == features.subset(5, 9).tolist() == [*range(5)]
+        extraction.subset(5, 0).tolist()
+        == extraction.subset(5, 9).tolist()
+        == [*range(5)]
     )

@@ -1,9 +1,9 @@
 """Run a network over evaluation batches and collect its features on the host.
 
 An evaluator never sees a method: it gets a callable `features(*state, image)` that
-returns {"pooled": [B, D], "tokens": [B, N, D], ...}. `state` is handed to the compiled
-function as an argument, so that the trained network, the untrained one and every later
-step of a run share one program.
+returns {"pooled": [B, D], "tokens": [B, N, D], ...}. `state` is an argument of the
+compiled function, so that the trained network, the untrained one and every later step
+of a run share one program.
 """
 
 import collections
@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import errors
-from vitssl.run import devices
+
+_KEYS = ("image", "label", "index", "valid")
 
 
 def extract(
@@ -35,15 +36,15 @@ def extract(
     result two batches are held at a time: one is computed while the last is copied.
 
     Args:
-        features: hashable; features(*state, image [B, H, W, C]) -> dict of arrays. A
-            bound method of the same object counts as the same function. See `picture`.
+        features: hashable; a bound method of the same object counts as the same
+            function. It is given what `picture` returns.
         state: leading arguments of `features`, such as (params, extra).
         batches: {"image": uint8 [B, H, W, C], "label", "index": int32 [B], "valid":
             bool [B]}; rows that are not valid (padding) are dropped.
-        names: which entries of the dict to keep.
-        sharding: how to split a batch over devices (`devices.batch_sharding`); each of
-            several processes then passes its own part of every batch, and all of them
-            get all rows. None: the default device.
+        names: which entries of the features to keep.
+        sharding: of a batch over devices; each of several processes then passes its
+            own part of every batch, and all of them get all rows. None: the default
+            device.
 
     Returns:
         {name: float32 [M, ...] for each of names, "label": int32 [M], "index"}.
@@ -81,9 +82,6 @@ def outputs(
     return _all(run, batches)
 
 
-_KEYS = ("image", "label", "index", "valid")
-
-
 def _all(run, batches):
     """Return the rows of all batches, on the host, one batch ahead on the devices."""
     parts = collections.defaultdict(list)
@@ -94,7 +92,7 @@ def _all(run, batches):
         ahead = now
     _collect(ahead, parts)
     if not sum(map(len, parts["index"])):
-        raise ValueError("features.extract: the batches hold no valid image")
+        raise ValueError("extraction: the batches hold no valid image")
     order = np.argsort(np.concatenate(parts["index"]), kind="stable")
     # One name at a time, so that at most one of them is held twice.
     return {key: np.concatenate(parts.pop(key))[order] for key in list(parts)}
@@ -118,7 +116,7 @@ def _put(rows, sharding):
             key: np.pad(value, [(0, pad)] + [(0, 0)] * (np.ndim(value) - 1))
             for key, value in rows.items()
         }
-    return devices.put(rows, sharding)
+    return jax.make_array_from_process_local_data(sharding, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("features", "names", "sharding"))
@@ -149,7 +147,7 @@ def _collect(rows, parts):
     """Append the valid rows of one batch to `parts`, on the host."""
     if rows is None:
         return
-    rows = devices.get(rows)
+    rows = jax.device_get(rows)
     valid = rows.pop("valid")
     for key, value in rows.items():
         value = np.asarray(value)[valid]

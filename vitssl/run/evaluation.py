@@ -10,11 +10,10 @@ import numpy as np
 from vitssl import errors
 from vitssl.data import pipeline
 from vitssl.data.sources import wrappers
-from vitssl.evals import features, suite
+from vitssl.evals import extraction, suite
 from vitssl.run import devices
 
 logger = logging.getLogger(__name__)
-
 
 _NONE = "no final evaluation (evals.final is empty)"
 LEAST = 2  # Images that an evaluation needs.
@@ -50,12 +49,9 @@ class Evaluation:
     """Online and final evaluation with images read once and kept if they fit.
 
     Args:
-        section: `evals` of the config.
-        data: `data` of the config; its bank_split teaches, its test_split is scored.
-        method: features come from `method.features`.
-        mesh: devices of the run.
+        section, data: `evals` and `data` of the config; the bank_split teaches, the
+            test_split is scored.
         workdir: where snapshots of the test split go.
-        seed: of the run.
     """
 
     def __init__(self, section: suite.Evals, data, method, mesh, workdir="", seed=0):
@@ -79,41 +75,39 @@ class Evaluation:
     @functools.cached_property
     def _online_images(self):
         s = self._section
-        counts = (s.online_samples_train, s.online_samples_test)
-        return self._images(counts)
+        return self._images(s.online_samples_train, s.online_samples_test)
 
     @functools.cached_property
     def _final_images(self):
         s = self._section
-        return self._images((s.final_samples_train, s.final_samples_test))
+        return self._images(s.final_samples_train, s.final_samples_test)
 
-    def _images(self, counts):
+    def _images(self, *counts):
         parts = [
-            wrappers.Subset(source, features.subset(len(source), count))
+            wrappers.Subset(source, extraction.subset(len(source), count))
             for source, count in zip(self._sources, counts, strict=True)
         ]
         keep = self._section.cache_bytes
         return [
-            features.Cached(functools.partial(self._batches, part), keep)
+            extraction.Cached(functools.partial(self._batches, part), keep)
             for part in parts
         ]
 
     def _batches(self, source):
         """Return the evaluation batches of a source, read anew."""
-        s, data = self._section, self._data
+        s, data, count = self._section, self._data, jax.device_count()
         return pipeline.evaluate(
             source,
             self._method.evaluation_transform(s.image_size),
-            batch_size=self._rows(),
+            batch_size=-(-s.batch_size // count) * count,  # Splits over the devices.
             threads=data.threads,
             process=(jax.process_index(), jax.process_count()),
             on_bad_image=data.on_bad_image,
         )
 
-    def _rows(self):
-        """Return the evaluation batch, rounded up to split over the devices."""
-        count = jax.device_count()
-        return -(-self._section.batch_size // count) * count
+    @property
+    def _sharding(self):
+        return devices.batch_sharding(self._mesh)
 
     @property
     def _classes(self):
@@ -132,7 +126,7 @@ class Evaluation:
                 (state.params, state.extra),
                 *self._online_images,
                 classes=self._classes,
-                sharding=devices.batch_sharding(self._mesh),
+                sharding=self._sharding,
             )
         return {k: float(v) for k, v in values.items()}
 
@@ -141,16 +135,20 @@ class Evaluation:
         if not self._method.scored:
             return {}
         rows = self._outputs(state, images, self._method.outputs)
-        found = self._method.scores(rows)
-        self.arrays = {k: v for k, v in found.items() if np.ndim(v)}
+        self.arrays = {}
+        return self._kept(self._method.scores(rows))
+
+    def _kept(self, found) -> dict[str, float]:
+        """Return the numbers as metrics; the arrays are kept aside."""
+        self.arrays |= {k: v for k, v in found.items() if np.ndim(v)}
         return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
 
     def _outputs(self, state, images, function, *arguments):
-        return features.outputs(
+        return extraction.outputs(
             function,
             (state.params, state.extra, *arguments),
             images,
-            sharding=devices.batch_sharding(self._mesh),
+            sharding=self._sharding,
         )
 
     def _final_scores(self, state) -> dict[str, float]:
@@ -162,9 +160,7 @@ class Evaluation:
                 images = self._batches(source)
             return self._outputs(state, images, function, *arguments)
 
-        found = self._method.final_scores(rows)
-        self.arrays |= {k: v for k, v in found.items() if np.ndim(v)}
-        return {f"test/{k}": float(v) for k, v in found.items() if not np.ndim(v)}
+        return self._kept(self._method.final_scores(rows))
 
     def _snapshots(self, state, images):
         """Draw some batches of the test split, if the method does that now."""
@@ -185,11 +181,6 @@ class Evaluation:
             if rng.random() < share and batch["valid"].any():
                 path = folder / f"{at:06d}_{number:04d}_{name}.jpg"
                 self._method.snapshot(params, extra, batch, path)
-
-    def _written(self, scores) -> str:
-        """Return the scores of the test split as text."""
-        bare = {k[5:]: v for k, v in scores.items()}
-        return self._method.written(bare)
 
     def line(self, at: int, values: dict) -> str:
         """Return the line of an online evaluation, with a warning on low rank.
@@ -225,10 +216,11 @@ class Evaluation:
         scores = self._scores(state, self._final_images[1])
         scores |= self._final_scores(state)
         self._snapshots(state, self._final_images[1])
-        text = self._written(scores)
+        text = self._method.written({k[5:]: v for k, v in scores.items()})
+        text = text and f"test split:{_gap(text)}{text}"
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
-            return scores, f"test split:{_gap(text)}{text}" if text else _NONE
+            return scores, text or _NONE
         rows = suite.final(
             section,
             self._method.features,
@@ -238,12 +230,12 @@ class Evaluation:
             },
             *self._final_images,
             classes=self._classes,
-            sharding=devices.batch_sharding(self._mesh),
+            sharding=self._sharding,
         )
         values = suite.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = suite.format_table(rows, section.protocol())
-        return values, f"{table}\ntest split:{_gap(text)}{text}" if text else table
+        return values, f"{table}\n{text}" if text else table
 
 
 def _gap(text) -> str:

@@ -299,7 +299,7 @@ def test_each_fault_is_named_with_its_key(key, value):
 def test_the_histogram_of_colours_counts_pixels_and_is_a_row():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (3, 5, 4, 3)).astype(np.uint8)
-    got = np.asarray(suite.features.Colours(4)(image)["pooled"])
+    got = np.asarray(suite.extraction.Colours(4)(image)["pooled"])
     want = np.zeros((3, 64))
     for b in range(3):
         for pixel in image[b].reshape(-1, 3).tolist():
