@@ -8,7 +8,7 @@ from vitssl import convert
 from vitssl.convert import family, hvit_names
 from vitssl.methods.classify import streams
 from vitssl.methods.simclr import projector
-from vitssl.models import hvit, hvit_blocks, hvit_fusion, layers, posemb
+from vitssl.models import hvit, layers, posemb, pyramid
 from vitssl.pictures import attention
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -157,7 +157,7 @@ def _blocks(case):
     case.close("mlp", mlp.apply(_part(case, mlp, hvit_names.MLP, "mlp", x), x))
 
     block = layers.Block(hidden=hidden, eps=EPS, **shape)
-    merge = hvit_blocks.PatchMerging(EPS)
+    merge = pyramid.PatchMerging(EPS)
     for name, net, rules, args in (
         ("block", block, hvit_names.BLOCK, ()),
         ("merging", merge, hvit_names.MERGE, (grid,)),
@@ -186,12 +186,10 @@ def _dfca(case):
     rgb, spectral = (
         jnp.asarray(case.inputs[k]).swapaxes(0, 1) for k in ("rgb", "spectral")
     )
-    net = hvit_fusion.DFCA(
-        heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True)
-    )
+    net = hvit.DFCA(heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True))
     weights = _part(case, net, hvit_names.DFCA, "", rgb, spectral)
     case.close("fused", net.apply(weights, rgb, spectral).swapaxes(0, 1))
-    attn = hvit_fusion.CrossAttention(c["num_heads"])
+    attn = hvit.CrossAttention(c["num_heads"])
     inner = {"params": weights["params"]["attn"]}
     mask = weights["params"].get("disease_mask", 0.0)
     case.close("attn_out", attn.apply(inner, rgb, spectral + mask).swapaxes(0, 1))
