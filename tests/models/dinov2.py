@@ -14,7 +14,7 @@ _SIZES = {  # Width, depth, heads.
 
 
 def reg4(size, image_size=518):
-    """With four registers (timm's vit_*_patch14_reg4_dinov2), which have no position."""
+    """With four registers without position (timm's vit_*_patch14_reg4_dinov2)."""
     return _sized(size, image_size, registers=4, class_position=False)
 
 
