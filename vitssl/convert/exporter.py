@@ -17,14 +17,12 @@ from vitssl.convert import (
     Table,
     backbone,
     bigvision,
-    card,
-    dinov2,
     dinov3,
+    families,
     huggingface,
     hvit_names,
     safetensors,
     vit_names,
-    wholes,
 )
 from vitssl.models import posemb
 
@@ -63,7 +61,7 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         raise errors.UsageError(f"--layout={layout}: one of {names}")
     if layout == "vitssl":
         file = backbone.write(to, source)
-        card.write(file, source, layout, OURS)
+        backbone.write_card(file, source, layout, OURS)
         return file
     fitting = _fitting(source)
     if layout not in fitting:
@@ -78,13 +76,13 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     if layout == "bigvision":
         np.savez(file, **made.arrays)
-        card.write(file, source, layout, made.snippet)
+        backbone.write_card(file, source, layout, made.snippet)
         return file
     metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
     safetensors.write(file, made.arrays, metadata)
     if layout == "hf":
         (file.parent / "config.json").write_text(json.dumps(made.recipe, indent=1))
-    card.write(file, source, layout, made.snippet)
+    backbone.write_card(file, source, layout, made.snippet)
     return file
 
 
@@ -237,20 +235,20 @@ def _hf_dinov2(source, module, hidden):
         ones = np.ones(module.width, np.float32)
         blocks = range(module.depth)
         leaves |= {f"block_{i}/ls{k}": ones for i in blocks for k in (1, 2)}
-    state = convert.export(tree.nest(leaves), huggingface.dinov2_table())
+    state = convert.export(tree.nest(leaves), huggingface.table())
     more = dict(mlp_ratio=hidden // module.width, layerscale_value=1.0)
     state["embeddings.mask_token"] = np.zeros((1, module.width), np.float32)
     if module.registers:
         more["num_register_tokens"] = module.registers
-        return "Dinov2WithRegistersModel", more, dinov2.split(state)
-    return "Dinov2Model", more, dinov2.split(state)
+        return "Dinov2WithRegistersModel", more, huggingface.split(state)
+    return "Dinov2Model", more, huggingface.split(state)
 
 
 def _hf_vit(source, module, hidden):
     leaves = _class_row(_encoder(source), module)
-    state = convert.export(tree.nest(leaves), huggingface.vit_table())
+    state = convert.export(tree.nest(leaves), huggingface.table(of_vit=True))
     kind = "ViTModel" if module.cls else "IJepaModel"
-    return kind, dict(intermediate_size=hidden), dinov2.split(state)
+    return kind, dict(intermediate_size=hidden), huggingface.split(state)
 
 
 def big_vision(source: backbone.Backbone) -> Export:
@@ -319,7 +317,7 @@ def part_discovery(source: backbone.Backbone, hf: bool = False) -> Export:
     Raises:
         UsageError: weights of another method.
     """
-    return Export(wholes.to_parts(_copied(source), hf), {}, _STATE)
+    return Export(families.to_parts(_copied(source), hf), {}, _STATE)
 
 
 def olmo_earth(source: backbone.Backbone) -> Export:
@@ -328,7 +326,7 @@ def olmo_earth(source: backbone.Backbone) -> Export:
     Raises:
         UsageError: weights of another method.
     """
-    return Export(wholes.to_olmoearth(_copied(source)), {}, _STATE)
+    return Export(families.to_olmoearth(_copied(source)), {}, _STATE)
 
 
 def _copied(source) -> dict:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import convert
-from vitssl.convert import family, hvit_names
+from vitssl.convert import Rule, Table, family, hvit_names, vit_names
 from vitssl.methods.classify import streams
 from vitssl.methods.simclr import projector
 from vitssl.models import hvit, layers, posemb, pyramid
@@ -66,6 +66,30 @@ def model(config):
     )
 
 
+def original(state, like):
+    """Parameters like those of `HViTModel` with an original's weights."""
+    return convert.convert(state, like, hvit_names.table(hvit_names.depths(state)))
+
+
+def projections(batchnorm):
+    """The table of `simclr.projector.Projector`, into {"params", "stats"}.
+
+    With batchnorm that of the logged runs, phase3_pretraining/models; else that of
+    scripts/pretrain.py.
+    """
+    if not batchnorm:
+        one = vit_names.linear("0", "params/fc1")
+        return Table((*one, *vit_names.linear("2", "params/fc2")))
+    rules = (
+        *vit_names.linear("head.0", "params/fc1"),
+        *vit_names.norm("head.1", "params/norm"),
+        Rule("head.1.running_mean", "stats/mean"),
+        Rule("head.1.running_var", "stats/var"),
+        *vit_names.linear("head.3", "params/fc2"),
+    )
+    return Table(rules, ("head.1.num_batches_tracked",))
+
+
 def load(case):
     """(model, its variables, its images) through the table a user's weights take."""
     net = model(case.config)
@@ -76,7 +100,7 @@ def load(case):
     channels = net.backbone.spectral_channels
     like = {"spectral": jnp.zeros((*built.shape[:3], channels))} if channels else {}
     like = jax.eval_shape(net.init, jax.random.key(0), built, **like)["params"]
-    return net, {"params": hvit_names.load(case.param, like)}, images
+    return net, {"params": original(case.param, like)}, images
 
 
 def _forward(case):
@@ -238,7 +262,7 @@ def _projectors(case):
         like = jax.eval_shape(lambda: head.init(rng, c["in_dim"]))  # noqa: B023
         like = {k: v for k, v in zip(("params", "stats"), like, strict=True) if v}
         state = {k: v for k, v in case.param.items() if k.startswith(f"{name}.")}
-        rules = hvit_names.projector(head.batchnorm).under(f"{name}.")
+        rules = projections(head.batchnorm).under(f"{name}.")
         found = convert.convert(state, like, rules)
         params, stats = found["params"], found.get("stats", {})
         y, _ = head(params, stats, x)

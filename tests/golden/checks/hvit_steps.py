@@ -20,6 +20,8 @@ from vitssl.models import head, hvit
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
+from . import hvit_model
+
 # The rules of configs/finetune_hvit.py and configs/simclr_hvit.py.
 HEAD = r"(head|aux_\w+)/.*"
 NO_DECAY = r".*/(bias|scale|pos_embed|disease_mask)"
@@ -217,7 +219,7 @@ def _pretrain(case):
     like, _ = jax.eval_shape(method.init, jax.random.key(0), batches[0])
     depths = tuple(c["hvt_params"]["depths"])
     names = hvit_names.encoder(depths).under("backbone.", "encoder/")
-    head_names = hvit_names.projector(False).under("projection_head.", "")
+    head_names = hvit_model.projections(False).under("projection_head.", "")
     # The classifier is not on the path: it is no parameter of this method.
     mine = {k: v for k, v in case.param.items() if ".classifier_head" not in k}
     flat = {"encoder": like["encoder"], "params": like["projector"]}
