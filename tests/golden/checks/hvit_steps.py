@@ -263,11 +263,8 @@ def _groups(case):
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     sizes = {k: v.size for k, v in tree.flat(shapes).items()}
     case.close("num_params_total", sum(sizes.values()))
-    rules = [(convert._compile(r.torch), r) for r in hvit_names.table(depths).rules]
-    ours = {}
-    for name in case.meta["all_names"]:
-        rule, values = convert._first(rules, name)
-        ours[name] = rule.flax.format_map(values)
+    table = hvit_names.table(depths)
+    ours = {name: table.forward(name)[1] for name in case.meta["all_names"]}
     assert set(ours.values()) == set(sizes)
     # By module, not by a piece of its name, which also finds every mlp.fc1.
     found = {k for k in ours if re.fullmatch(HEAD, ours[k])}

@@ -192,6 +192,8 @@ def _folded(state, prefix):
     tokens have a row.
     """
     first, table = int("cls_token" in state), state["pos_embed"]
+    if prefix == first:
+        return state
     registers = state["reg_token"] + table[:, first:prefix]
     rest = np.delete(table, slice(first, prefix), axis=1)
     return dict(state) | {"reg_token": registers, "pos_embed": rest}
