@@ -67,10 +67,10 @@ def test_import_then_export_from_the_command_line(tmp_path, capsys):
     for name, x in state.items():
         np.testing.assert_array_equal(again[name], x)
     card = file.with_suffix(".md").read_text()
-    for part in (importer.digest(file), "VisionTransformer(", "num_classes=3"):
+    for part in (backbone.digest(file), "VisionTransformer(", "num_classes=3"):
         assert part in card
     about = backbone.read(folder).about
-    assert about.sha256 == importer.digest(tmp_path / "a.pth") and about.sha256 in card
+    assert about.sha256 == backbone.digest(tmp_path / "a.pth") and about.sha256 in card
 
 
 def test_faults_of_the_command_line_are_one_line_and_exit_codes(tmp_path, capsys):

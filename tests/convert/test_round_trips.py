@@ -93,7 +93,7 @@ def test_every_key_is_used_or_named(kind, tmp_path):
     lost = {k for k in state if f"{k}.".replace("/", ".").startswith(aside)}
     assert len(lost) == sum(told.values())
     kept = sum(x.size for key, x in state.items() if key not in lost)
-    assert importer.size(found) == kept
+    assert found.size == kept
     assert bool(place) == any(n.startswith("read from") for n in notes)
 
 

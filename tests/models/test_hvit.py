@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests import whole_hvit
-from vitssl import errors, tree
-from vitssl.models import hvit, hvit_blocks, hvit_fusion, layers
+from vitssl import config, models, tree
+from vitssl.models import hvit, layers, pyramid
 from vitssl.optim import freezeout
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -55,12 +55,23 @@ def _run(net, variables, image, spectral=None, method=None):
     return _compiled(net, method, variables, image, spectral)
 
 
+SIZES = {  # The original's; "small" is its default.
+    "tiny": ((2, 2, 4, 2), (2, 4, 8, 16), 16, 256),
+    "small": ((2, 2, 6, 2), (3, 6, 12, 24), 16, 256),
+    "base": ((2, 2, 18, 2), (4, 8, 16, 32), 16, 256),
+    "xl": ((3, 6, 24, 3), (6, 12, 24, 48), 14, 448),
+}
 MEASURED = {
     "tiny": 10_723_399,
     "small": 27_596_647,
     "base": 86_813_831,
     "xl": 273_615_751,
 }
+
+
+def _published(size, **options):
+    depths, heads, patch, image_size = SIZES[size]
+    return hvit.HViT(32 * heads[0], depths, heads, patch, image_size, **options)
 
 
 def _count(width, depths, patch, image, classes):
@@ -75,7 +86,7 @@ def _count(width, depths, patch, image, classes):
 
 @pytest.mark.parametrize("size", MEASURED)
 def test_published_sizes_have_the_parameters_measured(size):
-    net = whole_hvit.HViTModel(hvit.variant(size), 7)
+    net = whole_hvit.HViTModel(_published(size), 7)
     b = net.backbone
     image = jax.ShapeDtypeStruct((1, b.image_size, b.image_size, 3), jnp.float32)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
@@ -89,7 +100,7 @@ def test_published_sizes_have_the_parameters_measured(size):
     "fusion, count", [("dfca", 62_299_591), ("concat", 56_391_367)]
 )
 def test_a_spectral_stream_has_the_parameters_measured(fusion, count):
-    backbone = hvit.variant("small", spectral_channels=4, fusion=fusion)
+    backbone = _published("small", spectral_channels=4, fusion=fusion)
     net = whole_hvit.HViTModel(backbone, 7)
     image = jax.ShapeDtypeStruct((1, 256, 256, 7), jnp.float32)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
@@ -99,16 +110,11 @@ def test_a_spectral_stream_has_the_parameters_measured(fusion, count):
     assert not list(backbone.check())
 
 
-def test_there_is_no_other_size():
-    with pytest.raises(errors.UsageError, match="'huge': one of tiny, small"):
-        hvit.variant("huge")
-
-
 @pytest.mark.parametrize("grid", [(4, 4), (3, 4), (4, 5), (5, 3), (1, 1)])
 def test_merging_is_the_loop_over_groups_of_a_padded_grid(grid):
     h, w = grid
     x = _draw(0, 2, h * w, 3)
-    net = hvit_blocks.PatchMerging(1e-5)
+    net = pyramid.PatchMerging(1e-5)
     like = jax.eval_shape(lambda r: net.init(r, x, grid), jax.random.key(0))
     variables = _random(like["params"])
     got, new = net.apply(variables, x, grid)
@@ -307,7 +313,7 @@ def test_concatenation_needs_one_grid():
 
 
 def test_the_disease_mask_cannot_direct_attention():
-    net = hvit_fusion.DFCA(heads=2)
+    net = hvit.DFCA(heads=2)
     rgb, spectral = _draw(0, 2, 5, 8), _draw(1, 2, 3, 8)
     like = jax.eval_shape(lambda r: net.init(r, rgb, spectral), jax.random.key(0))
     params = _random(like["params"])["params"]
@@ -411,5 +417,10 @@ def test_layers_freeze_from_the_input_on_and_nothing_is_left_without_a_rule():
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(fields, words):
-    lines = list(_net(**fields).check())
-    assert any(words in line for line in lines), lines
+    problems = config.Problems()
+    config.section(hvit.HViT, SIZE | fields, "", problems)
+    assert any(words in line for line in problems), problems
+
+
+def test_it_is_what_methods_ask_of_a_backbone():
+    assert isinstance(_net(), models.Backbone)

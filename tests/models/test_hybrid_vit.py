@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl.models import dinov2, hybrid_vit, posemb, upsample, vit
+from tests.models import dinov2
+from vitssl.models import hybrid_vit, posemb, upsample, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
 

@@ -43,13 +43,6 @@ def test_patchify_lists_patches_in_raster_order():
         np.testing.assert_array_equal(patch, image[0, top : top + 2, left : left + 2])
 
 
-def test_unpatchify_is_the_inverse_of_patchify():
-    image = _draw(0, 2, 3, 6, 9, 4)
-    flat = patches.patchify(image, 3)
-    assert flat.shape == (2, 3, 6, 36)
-    np.testing.assert_array_equal(patches.unpatchify(flat, (2, 3), 3), image)
-
-
 def test_a_patch_that_does_not_divide_the_image_is_named():
     with pytest.raises(ValueError, match="patch=4 does not divide .* 8x10 pixels"):
         patches.patchify(np.zeros((1, 8, 10, 3)), 4)

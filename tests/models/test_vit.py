@@ -2,13 +2,14 @@
 
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vitssl import tree
+from vitssl import config, models, tree
 from vitssl.models import layers, patches, vit
 
 SIZE = dict(width=16, depth=2, heads=2, patch=4, image_size=16)
@@ -96,7 +97,8 @@ def test_zeroed_patches_stay_in_the_sequence_without_content():
     got = _run(net, variables, image, dict(hide=hide))
     assert got.shape == (2, 17, 16)
     noise = np.where(hide[..., None], 9.0, 0.0) * _draw(2, 2, 16, 48)
-    other = image + patches.unpatchify(noise, (4, 4), 4)
+    cells = "b (h w) (p q c) -> b (h p) (w q) c"
+    other = image + einops.rearrange(noise, cells, h=4, w=4, p=4, q=4, c=3)
     same = _run(net, variables, other, dict(hide=hide))
     np.testing.assert_allclose(same, got, atol=1e-5)
     # Zeroing is not dropping: hidden tokens are attended to.
@@ -348,22 +350,30 @@ def test_a_batch_over_several_devices_gives_the_same_tokens_and_gradients():
 @pytest.mark.parametrize(
     "fields, said",
     [
-        (dict(width=0), "width=0: must be at least 1"),
+        (dict(width=0), "width=0: 1 or more"),
         (dict(heads=3), "heads=3: must divide width=16; nearest that do: 2, 4"),
         (dict(image_size=18), "image_size=18: must be a multiple of patch=4.* 16 and"),
+        (dict(image_size=0), "image_size=0: 1 or more"),
         (dict(rope=True, heads=8), "rope=True: .* divisible by 4, it is 2"),
-        (dict(drop_path=1.0), r"drop_path=1.0: must be in \[0, 1\)"),
-        (dict(layerscale=-1e-5), "layerscale=-1e-05: must be 0"),
-        (dict(registers=-1), "registers=-1"),
-        (dict(mlp_ratio=0.0), "mlp_ratio=0.0: must be positive"),
-        (dict(norm_eps=-1.0), "norm_eps=-1.0: must be positive"),
+        (dict(drop_path=1.0), r"drop_path=1.0: in \[0, 1\)"),
+        (dict(layerscale=-1e-5), "layerscale=-1e-05: 0 or more"),
+        (dict(registers=-1), "registers=-1: 0 or more"),
+        (dict(mlp_ratio=0.0), "mlp_ratio=0.0: above 0"),
+        (dict(norm_eps=-1.0), "norm_eps=-1.0: above 0"),
     ],
 )
-def test_check_names_the_field_and_the_way_out(fields, said):
-    (line,) = _net(**fields).check()
-    with pytest.raises(ValueError, match=said):
+def test_a_section_names_the_field_and_the_way_out(fields, said):
+    problems = config.Problems()
+    config.section(vit.ViT, SIZE | fields, "", problems)
+    (line,) = problems
+    with pytest.raises(ValueError, match=f"^{said}"):
         raise ValueError(line)
 
 
 def test_check_has_nothing_to_say_about_a_sound_model():
     assert not list(_net(**EVERYTHING, drop_path=0.1).check())
+
+
+def test_a_backbone_is_what_methods_ask_for():
+    assert isinstance(_net(), models.Backbone)
+    assert not isinstance(layers.Block(2, 8), models.Backbone)

@@ -10,7 +10,7 @@ once, or named in the error.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import einops
@@ -62,7 +62,6 @@ class Table:
     The first rule that fits a name wins; rules for parts a model lacks do no harm.
 
     Attributes:
-        rules: tuple of `Rule`.
         ignore: templates of keys to skip; `{*}` stands for any text.
     """
 
@@ -84,17 +83,27 @@ class Table:
         )
         return Table(rules, tuple(torch + name for name in self.ignore))
 
+    def forward(self, key: str) -> tuple[Rule | None, str | None]:
+        """Return (rule, leaf) of a key of a state dict."""
+        for rule in self.rules:
+            if match := _compile(rule.torch).fullmatch(key):
+                return rule, rule.flax.format_map(match.groupdict())
+        return None, None
+
+    def backward(self, leaf: str) -> tuple[Rule | None, str | None]:
+        """Return (rule, key) of a leaf."""
+        for rule in self.rules:
+            if match := _compile(rule.flax).fullmatch(leaf):
+                return rule, rule.torch.format_map(match.groupdict())
+        return None, None
+
+    def ignores(self, key: str) -> bool:
+        """Return whether a key is skipped."""
+        return any(_compile(name).fullmatch(key) for name in self.ignore)
+
 
 def convert(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> Tree:
-    """Fill a tree like `like` with the tensors of a PyTorch state dict.
-
-    Args:
-        state: {key: array}.
-        like: nested dicts of arrays or `jax.ShapeDtypeStruct`.
-        table: what belongs where.
-
-    Returns:
-        Nested dicts of numpy arrays with the shapes and dtypes of `like`.
+    """Fill a tree like `like`, of arrays or shapes, with the tensors of a state dict.
 
     Raises:
         CheckpointError: naming every key no rule knows, every leaf left unfilled or
@@ -115,23 +124,22 @@ def views(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> dict:
     Raises:
         CheckpointError: as `convert`.
     """
-    want = tree.flat(like)
-    forward = [(_compile(r.torch), r) for r in table.rules]
-    ignored = [_compile(name) for name in table.ignore]
-    filled, origin, faults = {}, {}, _Faults()
+    want, filled, origin, faults = tree.flat(like), {}, {}, _Faults()
     for key in state:
-        found = _first(forward, key)
-        name = None if found is None else found[0].flax.format_map(found[1])
+        rule, name = table.forward(key)
         if name not in want:  # Known to the table is not enough.
-            if not any(p.fullmatch(key) for p in ignored):
+            if not table.ignores(key):
                 faults.surplus.append(key if name is None else f"{key} (-> {name})")
-            continue
-        if name in filled:
+        elif name in filled:
             faults.twice.append(f"{name}: {origin[name]} and {key}")
-            continue
-        filled[name] = _fit(key, state[key], found[0], name, want[name], faults)
-        origin[name] = key
-    faults.missing = [_expect(name, table.rules) for name in want if name not in filled]
+        else:
+            filled[name] = _fit(key, state[key], rule, name, want[name], faults)
+            origin[name] = key
+    for name in [name for name in want if name not in filled]:
+        _, key = table.backward(name)
+        faults.missing.append(
+            f"{name} (no rule)" if key is None else f"{name} (<- {key})"
+        )
     faults.raise_if_any()
     return {name: filled[name] for name in want}
 
@@ -142,38 +150,23 @@ def by_name(state: Mapping[str, np.ndarray], table: Table) -> dict:
     Raises:
         CheckpointError: naming every key no rule knows, and leaves filled twice.
     """
-    forward = [(_compile(r.torch), r) for r in table.rules]
-    ignored = [_compile(name) for name in table.ignore]
     made, origin, faults = {}, {}, _Faults()
     for key, value in state.items():
-        found = _first(forward, key)
-        if found is None:
-            if not any(p.fullmatch(key) for p in ignored):
+        rule, name = table.forward(key)
+        if rule is None:
+            if not table.ignores(key):
                 faults.surplus.append(key)
             continue
-        name = found[0].flax.format_map(found[1])
         if name in made:
             faults.twice.append(f"{name}: {origin[name]} and {key}")
-        made[name], origin[name] = found[0].to_flax(value), key
+        made[name], origin[name] = rule.to_flax(value), key
     faults.raise_if_any()
     return made
 
 
-def leaf_of(key: str, table: Table) -> str | None:
-    """Return the leaf that a key of a state dict belongs to, or None."""
-    found = _first([(_compile(r.torch), r) for r in table.rules], key)
-    return None if found is None else found[0].flax.format_map(found[1])
-
-
 def left_aside(state: Mapping, table: Table) -> list[str]:
     """Return the keys of a state dict that a table knows and leaves aside."""
-    forward = [(_compile(r.torch), r) for r in table.rules]
-    ignored = [_compile(name) for name in table.ignore]
-    return [
-        key
-        for key in state
-        if _first(forward, key) is None and any(p.fullmatch(key) for p in ignored)
-    ]
+    return [k for k in state if table.forward(k)[0] is None and table.ignores(k)]
 
 
 def export(params: Tree, table: Table) -> dict[str, np.ndarray]:
@@ -184,16 +177,13 @@ def export(params: Tree, table: Table) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: naming every leaf no rule knows.
     """
-    backward = [(_compile(r.flax), r) for r in table.rules]
     state, faults = {}, _Faults()
     for name, leaf in tree.flat(params).items():
-        found = _first(backward, name)
-        if found is None:
+        rule, key = table.backward(name)
+        if rule is None:
             faults.nameless.append(name)
-            continue
-        rule, fields = found
-        value = rule.to_torch(np.asarray(leaf))
-        state[rule.torch.format_map(fields)] = np.ascontiguousarray(value)
+        else:
+            state[key] = np.ascontiguousarray(rule.to_torch(np.asarray(leaf)))
     faults.raise_if_any()
     return state
 
@@ -215,14 +205,6 @@ def _compile(template):
     return re.compile("".join(parts))
 
 
-def _first(patterns, name):
-    """Return (rule, fields) of the first pattern that matches the whole name."""
-    for pattern, rule in patterns:
-        if match := pattern.fullmatch(name):
-            return rule, match.groupdict()
-    return None
-
-
 def _fit(key, value, rule, name, leaf, faults):
     """Return the tensor in our layout, or note that its shape is wrong."""
     value = np.asarray(value)
@@ -237,14 +219,6 @@ def _fit(key, value, rule, name, leaf, faults):
         faults.misshapen.append(f"{name} {tuple(leaf.shape)}: {got}")
         return None
     return ours
-
-
-def _expect(name, rules):
-    """Return a leaf's name with the key the table would have filled it from."""
-    found = _first([(_compile(r.flax), r) for r in rules], name)
-    if found is None:
-        return f"{name} (no rule)"
-    return f"{name} (<- {found[0].torch.format_map(found[1])})"
 
 
 @dataclasses.dataclass
@@ -266,11 +240,9 @@ class _Faults:
             "shapes that differ (model: checkpoint)": self.misshapen,
             "parameters without a PyTorch name": self.nameless,
         }
-        lines = [f"{what}:\n{_list(names)}" for what, names in told.items() if names]
+        lines = [
+            "\n  ".join([f"{what}:", *names]) for what, names in told.items() if names
+        ]
         if lines:
             message = "the weights do not fit.\n" + "\n".join(lines)
             raise errors.CheckpointError(message)
-
-
-def _list(names: Iterable[str]) -> str:
-    return "\n".join(f"  {name}" for name in names)

@@ -64,20 +64,20 @@ def main(argv: list[str]) -> int:
 
 
 def _import(flags) -> int:
-    from vitssl.convert import backbone, card, exporter, family, importer
+    from vitssl.convert import backbone, exporter, family, importer
 
     options = family.Options(flags.heads, flags.image_size, flags.channels)
     found = importer.read(
         flags.file, name=flags.family, part=flags.part, options=options
     )
     with futures.ThreadPoolExecutor(1) as pool:  # Both take a while.
-        digest = pool.submit(importer.digest, flags.file)
+        digest = pool.submit(backbone.digest, flags.file)
         file = backbone.write(flags.to, found, digest.result)
     signed = dataclasses.replace(found.about, sha256=digest.result())
     found = dataclasses.replace(found, about=signed)
-    card.write(file, found, "vitssl", exporter.OURS, digest=False)
+    backbone.write_card(file, found, "vitssl", exporter.OURS, digested=False)
     about = found.about
-    print(f"{flags.file}: {about.family}, {importer.size(found):,} parameters")
+    print(f"{flags.file}: {about.family}, {found.size:,} parameters")
     print("  " + ", ".join(f"{k}={v}" for k, v in about.model.items()))
     print(f"  mean={about.mean} std={about.std} pool={about.pool}")
     for note in about.notes:

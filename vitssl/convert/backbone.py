@@ -2,10 +2,12 @@
 
 FOLDER/weights.safetensors holds leaves by name ("encoder/block_0/attn/qkv/kernel") and,
 in its header under "vitssl", a JSON text that says which model they are of and how
-pixels are normalised. The file alone is enough.
+pixels are normalised. The file alone is enough; the model card beside it says the same
+to people.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -57,19 +59,16 @@ class About:
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """Weights and what they are of.
+    """Weights {"encoder/...": array, "head/kernel": ...}, and what they are of.
 
-    Attributes:
-        about: see `About`.
-        leaves: {"encoder/...": array [...], "head/kernel": ...}; arrays may be views
-            of a file, in any float dtype.
+    Arrays may be views of a file, in any float dtype.
     """
 
     about: About
     leaves: Mapping[str, np.ndarray]
 
     def module(self, **fields):
-        """Return the linen module, with some fields changed.
+        """Return the linen module, with some fields changed (a `models.Backbone`).
 
         Raises:
             CheckpointError: the description fits no model of this version.
@@ -101,6 +100,11 @@ class Backbone:
                 if name.startswith(head)
             }
         )
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return tree.size(dict(self.leaves))
 
 
 def is_backbone(path) -> bool:
@@ -143,7 +147,7 @@ def write(path, backbone: Backbone, sha256=None) -> pathlib.Path:
 
     Args:
         path: a folder (made if need be) or a `.safetensors` file.
-        backbone: what to write; bfloat16 and float16 become float32.
+        backbone: bfloat16 and float16 become float32.
         sha256: () -> digest to describe the weights by instead of their own, asked
             last, so that it may be computed meanwhile.
     """
@@ -176,6 +180,66 @@ def _ahead(pool, make, names):
         waiting = one
     if waiting:
         yield waiting[0], waiting[1].result()
+
+
+def digest(path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with pathlib.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=True):
+    """Write the model card of a file beside it, as NAME.md.
+
+    Args:
+        file: the exported file.
+        source: what was exported.
+        layout: its layout.
+        snippet: lines that load it; {file} and {folder} are filled in.
+        digested: read the file for its sha256; of an import that of its source is
+            enough.
+    """
+    about = source.about
+    code = snippet.replace("{file}", file.name).replace("{folder}", ".")
+    data = about.config.get("data", {})
+    facts = {
+        "Parameters": f"{source.size:,}",
+        "Model": _inline(about.model),
+        "Normalisation": f"mean {about.mean}, std {about.std} of pixels in [0, 1]",
+        "Feature of an image": _POOLS[about.pool],
+        "Family": about.family,
+        "Source": about.source or "unknown",
+        "sha256 of the source": about.sha256,
+        "sha256 of this file": digest(file) if digested else "",
+        "Training data": _inline(
+            {k: data[k] for k in ("source", "split") if k in data}
+        ),
+        "Scores": _inline(about.metrics),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
+    notes = "\n".join(f"- {note}" for note in about.notes)
+    parts = [
+        f"# {file.stem}",
+        f"Weights in the layout `{layout}`, written by vitssl.",
+        f"| | |\n|---|---|\n{rows}",
+        f"```python\n{code}```",
+    ]
+    if notes:
+        parts.append(f"## What the conversion did\n\n{notes}")
+    if about.config:
+        settings = json.dumps(about.config, indent=1)
+        parts.append(f"## Config of the run\n\n```json\n{settings}\n```")
+    file.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+_POOLS = {
+    "cls": "the class token after the last norm",
+    "mean": "the mean of the patch tokens after the last norm",
+}
+
+
+def _inline(values) -> str:
+    return ", ".join(f"{key}={value}" for key, value in dict(values).items())
 
 
 def describe(about: About) -> str:

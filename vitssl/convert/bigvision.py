@@ -87,12 +87,7 @@ def prepare(state: Mapping, notes: list) -> dict:
 
 
 def export(state: Mapping, heads: int) -> dict:
-    """Return the state with query, key and value apart; `prepare` backwards.
-
-    Args:
-        state: of `convert.export` with `table`.
-        heads: of the model, to shape [D, heads, c].
-    """
+    """Return a state of `table` with query, key and value apart: [D, heads, c]."""
     found = {}
     for key, value in state.items():
         head, qkv, kind = key.rpartition("/qkv/")

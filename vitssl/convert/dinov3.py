@@ -134,9 +134,7 @@ def _prepare(state: Mapping, notes: list) -> dict:
             f"{len(lacking)} biases the model does without: zeros ({lacking[0]})"
         )
     biases = [f"blocks.{i}.attn.qkv.bias" for i in blocks]
-    family.add_zero_bias(
-        found, biases, lambda key: key.replace(".bias", ".weight"), notes
-    )
+    family.add_zero_bias(found, biases, notes)
     for i in blocks:
         mask = found.get(f"blocks.{i}.attn.qkv.bias_mask")
         if mask is not None:  # It is nan in the place of 1 in checkpoints of training.

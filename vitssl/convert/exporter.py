@@ -14,17 +14,15 @@ import numpy as np
 
 from vitssl import convert, errors, tree
 from vitssl.convert import (
-    Table,
     backbone,
     bigvision,
-    card,
-    dinov2,
     dinov3,
+    families,
+    family,
     huggingface,
     hvit_names,
     safetensors,
     vit_names,
-    wholes,
 )
 from vitssl.models import posemb
 
@@ -34,7 +32,7 @@ class Export:
     """A network in someone else's layout.
 
     Attributes:
-        arrays: {name: array}.
+        arrays: by name.
         recipe: arguments of timm's VisionTransformer, or a transformers config.json.
         snippet: the lines that load it; {file} stands for the file's path.
     """
@@ -49,9 +47,8 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
 
     Args:
         source: what to write.
-        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder. For "hf" a
-            folder is best: it gets
-            `model.safetensors` and `config.json`, as from_pretrained expects.
+        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder, best for "hf":
+            it gets `model.safetensors` and `config.json`, as from_pretrained expects.
         layout: key of `LAYOUTS`, or "vitssl".
 
     Raises:
@@ -63,7 +60,7 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         raise errors.UsageError(f"--layout={layout}: one of {names}")
     if layout == "vitssl":
         file = backbone.write(to, source)
-        card.write(file, source, layout, OURS)
+        backbone.write_card(file, source, layout, OURS)
         return file
     fitting = _fitting(source)
     if layout not in fitting:
@@ -78,13 +75,12 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     if layout == "bigvision":
         np.savez(file, **made.arrays)
-        card.write(file, source, layout, made.snippet)
-        return file
-    metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
-    safetensors.write(file, made.arrays, metadata)
+    else:
+        metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
+        safetensors.write(file, made.arrays, metadata)
     if layout == "hf":
         (file.parent / "config.json").write_text(json.dumps(made.recipe, indent=1))
-    card.write(file, source, layout, made.snippet)
+    backbone.write_card(file, source, layout, made.snippet)
     return file
 
 
@@ -118,7 +114,9 @@ def timm(source: backbone.Backbone) -> Export:
             "--layout=hf for DINOv3, or vitssl"
         )
     leaves = _folded(source, module)
-    state = convert.export(tree.nest(leaves), _with_head(vit_names.table(), "head"))
+    state = convert.export(
+        tree.nest(leaves), family.encoder_and_head(vit_names.table())
+    )
     recipe = dict(
         img_size=module.image_size,
         patch_size=module.patch,
@@ -180,27 +178,27 @@ def hf(source: backbone.Backbone) -> Export:
     )
     hidden = int(module.width * module.mlp_ratio)
     if module.rope:
-        kind, more, state = _hf_dinov3(source, module, hidden)
-    elif module.layerscale or module.registers:
-        kind, more, state = _hf_dinov2(source, module, hidden)
+        make = _hf_dinov3
     else:
-        kind, more, state = _hf_vit(source, module, hidden)
-    model_type = {
-        "DINOv3ViTModel": "dinov3_vit",
-        "Dinov2Model": "dinov2",
-        "Dinov2WithRegistersModel": "dinov2_with_registers",
-        "ViTModel": "vit",
-        "IJepaModel": "ijepa",
-    }[kind]
-    recipe |= dict(architectures=[kind], model_type=model_type) | more
-    loader = "add_pooling_layer=False" if kind in ("ViTModel", "IJepaModel") else ""
-    comma = ", " if loader else ""
+        make = _hf_dinov2 if module.layerscale or module.registers else _hf_vit
+    kind, more, state = make(source, module, hidden)
+    recipe |= dict(architectures=[kind], model_type=_MODEL_TYPES[kind]) | more
+    option = ", add_pooling_layer=False" if kind in ("ViTModel", "IJepaModel") else ""
     snippet = (
         f"from transformers import {kind}\n"
-        f'model = {kind}.from_pretrained("{{folder}}"{comma}{loader})\n'
+        f'model = {kind}.from_pretrained("{{folder}}"{option})\n'
         "tokens = model.eval()(pixel_values=images).last_hidden_state\n"
     )
     return Export(state, recipe, snippet)
+
+
+_MODEL_TYPES = {
+    "DINOv3ViTModel": "dinov3_vit",
+    "Dinov2Model": "dinov2",
+    "Dinov2WithRegistersModel": "dinov2_with_registers",
+    "ViTModel": "vit",
+    "IJepaModel": "ijepa",
+}
 
 
 def _hf_dinov3(source, module, hidden):
@@ -209,8 +207,7 @@ def _hf_dinov3(source, module, hidden):
             "--layout=hf: rotary positions of transformers are DINOv3's, not these; "
             "use --layout=vitssl"
         )
-    leaves = _encoder(source)
-    state = convert.export(tree.nest(leaves), dinov3.table(module.heads))
+    state = convert.export(source.encoder(), dinov3.table(module.heads))
     more = dict(
         intermediate_size=hidden,
         num_register_tokens=module.registers,
@@ -232,25 +229,25 @@ def _hf_dinov2(source, module, hidden):
             "--layout=hf: Dinov2Model needs a class token and a whole mlp_ratio; use "
             "--layout=timm"
         )
-    leaves = _class_row(_encoder(source), module)
+    leaves = _class_row(tree.flat(source.encoder()), module)
     if not module.layerscale:
         ones = np.ones(module.width, np.float32)
         blocks = range(module.depth)
         leaves |= {f"block_{i}/ls{k}": ones for i in blocks for k in (1, 2)}
-    state = convert.export(tree.nest(leaves), huggingface.dinov2_table())
+    state = convert.export(tree.nest(leaves), huggingface.table())
     more = dict(mlp_ratio=hidden // module.width, layerscale_value=1.0)
     state["embeddings.mask_token"] = np.zeros((1, module.width), np.float32)
     if module.registers:
         more["num_register_tokens"] = module.registers
-        return "Dinov2WithRegistersModel", more, dinov2.split(state)
-    return "Dinov2Model", more, dinov2.split(state)
+        return "Dinov2WithRegistersModel", more, huggingface.split(state)
+    return "Dinov2Model", more, huggingface.split(state)
 
 
 def _hf_vit(source, module, hidden):
-    leaves = _class_row(_encoder(source), module)
-    state = convert.export(tree.nest(leaves), huggingface.vit_table())
+    leaves = _class_row(tree.flat(source.encoder()), module)
+    state = convert.export(tree.nest(leaves), huggingface.table(of_vit=True))
     kind = "ViTModel" if module.cls else "IJepaModel"
-    return kind, dict(intermediate_size=hidden), dinov2.split(state)
+    return kind, dict(intermediate_size=hidden), huggingface.split(state)
 
 
 def big_vision(source: backbone.Backbone) -> Export:
@@ -319,7 +316,7 @@ def part_discovery(source: backbone.Backbone, hf: bool = False) -> Export:
     Raises:
         UsageError: weights of another method.
     """
-    return Export(wholes.to_parts(_copied(source), hf), {}, _STATE)
+    return Export(families.to_parts(_copied(source), hf), {}, _STATE)
 
 
 def olmo_earth(source: backbone.Backbone) -> Export:
@@ -328,7 +325,7 @@ def olmo_earth(source: backbone.Backbone) -> Export:
     Raises:
         UsageError: weights of another method.
     """
-    return Export(wholes.to_olmoearth(_copied(source)), {}, _STATE)
+    return Export(families.to_olmoearth(_copied(source)), {}, _STATE)
 
 
 def _copied(source) -> dict:
@@ -368,15 +365,6 @@ def _settled(source: backbone.Backbone) -> backbone.Backbone:
     about = dataclasses.replace(source.about, model=model)
     leaves = dict(source.leaves) | {"encoder/pos_embed": table[None]}
     return backbone.Backbone(about, leaves)
-
-
-def _encoder(source) -> dict:
-    """Return {name: float32 array} of the encoder, without its prefix."""
-    return tree.flat(source.encoder())
-
-
-def _with_head(table: Table, head: str) -> Table:
-    return Table(vit_names.linear(head, "head")) + table.under(flax="encoder/")
 
 
 def _classes(source) -> int:

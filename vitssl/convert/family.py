@@ -30,9 +30,9 @@ class Options:
     """What the user says of a file, for what cannot be read off its tensors.
 
     Attributes:
-        heads: attention heads; 0 = those of the published model of this width.
+        heads: 0 = those of the published model of this width.
         image_size: side in pixels to resample the position table for; 0 = as stored.
-        channels: input channels to convert the patch embedding to; 0 = as stored.
+        channels: to convert the patch embedding to; 0 = as stored.
         config: what a Hugging Face config.json beside the file says of the model, or
             a training checkpoint itself; or {}.
     """
@@ -60,7 +60,7 @@ class Family:
         places: dicts of a training checkpoint to look into, best first.
         strip: prefixes to take off every key that has one.
         named: fits only the dicts of a training checkpoint that `places` names.
-        whole: not an encoder but all parameters of a method, see `wholes`.
+        whole: not an encoder but all parameters of a method, see `families`.
         kind: key of `models.MODELS`; `model` returns its fields.
         shapes: (fields, state) -> nested shapes of {"encoder", "head"}, where they are
             not those of a ViT and a linear layer.
@@ -90,11 +90,9 @@ class Family:
 
 
 def encoder_and_head(table: Table, head: str = "head") -> Table:
-    """Return a table with a classifier's linear layer, both under their names here.
+    """Return an encoder's table and that of a classifier's linear layer, of key `head`.
 
-    Args:
-        table: of the encoder; keys as in the state dict, leaves without prefix.
-        head: the classifier's key.
+    Both go under their names here, "encoder/" and "head/".
     """
     aside = tuple(name for name in table.ignore if name != "head.{*}")
     rules = Table(table.rules, aside).under(flax="encoder/")
@@ -119,7 +117,7 @@ def stripped(state: Mapping, prefixes) -> dict:
 
 
 def depth(state: Mapping, template: str) -> int:
-    """Return how many blocks there are: 1 + the largest integer {i} of a template."""
+    """Return the number of blocks: 1 + the largest integer {i} of a template."""
     pattern = re.compile(re.escape(template).replace(r"\{i\}", r"(\d+)"))
     found = [int(m[1]) for key in state if (m := pattern.match(key))]
     return 1 + max(found, default=-1)
@@ -143,11 +141,9 @@ def geometry(state: Mapping, names: Mapping[str, str], options: Options) -> dict
     """Return the fields of `models.vit.ViT` that tensors tell.
 
     Args:
-        state: as `Family.prepare` returns it.
         names: keys of "kernel" (patch embedding, O I H W), "fc1" (an MLP's first
             weight, out x in), "cls", "registers", "pos_embed", "ls1" and "block", the
             template of any key of a block.
-        options: from the user.
     """
     out, _, patch, _ = state[names["kernel"]].shape
     has_cls = names["cls"] in state
@@ -175,18 +171,15 @@ def geometry(state: Mapping, names: Mapping[str, str], options: Options) -> dict
     return fields
 
 
-def add_zero_bias(state: dict, keys, like: Callable[[str], str], notes: list) -> None:
+def add_zero_bias(state: dict, keys, notes: list) -> None:
     """Add biases that a model does without, as zeros: the same numbers.
 
-    Args:
-        state: changed in place.
-        keys: names of the biases.
-        like: bias -> key of the weight, whose first axis is the bias's.
-        notes: receives one line.
+    The state is changed in place, and `notes` told.
     """
     added = [key for key in keys if key not in state]
     for key in added:
-        state[key] = np.zeros(state[like(key)].shape[0], state[like(key)].dtype)
+        weight = state[key.replace(".bias", ".weight")]
+        state[key] = np.zeros(weight.shape[0], weight.dtype)
     if added:
         notes.append(f"{len(added)} biases the model does without: zeros ({added[0]})")
 

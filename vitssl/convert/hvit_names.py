@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert, errors
+from vitssl import errors
 from vitssl.convert import CONV, LINEAR, Rule, Table, family, positions, vit_names
 from vitssl.models import head as heads_
 from vitssl.models import hvit
@@ -45,12 +45,7 @@ DFCA = (
 
 
 def encoder(depths: tuple[int, ...], flax: str = "") -> Table:
-    """Return the table of `models.hvit.HViT`.
-
-    Args:
-        depths: blocks of every stage.
-        flax: prefix of the leaves, "encoder/".
-    """
+    """Return the table of `models.hvit.HViT`, of so many blocks per stage."""
     found = Table(DFCA).under("dfca_module.", "dfca/")
     for theirs, ours in STREAMS.items():
         found += Table(
@@ -110,33 +105,8 @@ def mae_head(torch: str = "", flax: str = "") -> tuple[Rule, ...]:
 
 
 def table(depths: tuple[int, ...], flax: str = "backbone/") -> Table:
-    """Return the table of the original's model: backbone and heads.
-
-    Args:
-        depths: blocks of every stage.
-        flax: prefix of the backbone's leaves.
-    """
+    """Return the table of the original's model: backbone and heads."""
     return encoder(depths, flax) + heads()
-
-
-def projector(batchnorm: bool) -> Table:
-    """Return the table of `simclr.method.Projector`, into {"params", "stats"}.
-
-    Args:
-        batchnorm: that of the logged runs, phase3_pretraining/models; else that of
-            scripts/pretrain.py.
-    """
-    if not batchnorm:
-        one = vit_names.linear("0", "params/fc1")
-        return Table((*one, *vit_names.linear("2", "params/fc2")))
-    rules = (
-        *vit_names.linear("head.0", "params/fc1"),
-        *vit_names.norm("head.1", "params/norm"),
-        Rule("head.1.running_mean", "stats/mean"),
-        Rule("head.1.running_var", "stats/var"),
-        *vit_names.linear("head.3", "params/fc2"),
-    )
-    return Table(rules, ("head.1.num_batches_tracked",))
 
 
 def depths(state: Mapping, stream: str = "rgb") -> tuple[int, ...]:
@@ -148,19 +118,6 @@ def depths(state: Mapping, stream: str = "rgb") -> tuple[int, ...]:
             stage, block = int(parts[1]), int(parts[3])
             found[stage] = max(found.get(stage, 0), block + 1)
     return tuple(found[s] for s in sorted(found))
-
-
-def load(state: Mapping, like) -> dict:
-    """Return parameters like those of `HViTModel` with an original's weights.
-
-    Args:
-        state: {key: array}.
-        like: nested arrays or shapes.
-
-    Raises:
-        CheckpointError: see `convert.convert`.
-    """
-    return convert.convert(state, like, table(depths(state)))
 
 
 def fields(state: Mapping, options: family.Options) -> dict:

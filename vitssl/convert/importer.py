@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import json
 import pathlib
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import convert, errors, tree
+from vitssl import config, convert, errors
 from vitssl.convert import backbone, families, family, positions, reader
 from vitssl.models import MODELS, vit
 
@@ -30,7 +29,7 @@ def read(
 
     Args:
         path: `.pth`, `.safetensors` or `.npz`; also a `.safetensors` of ours.
-        name: of the family, or "auto".
+        name: of the family.
         part: which dict of a training checkpoint; "" = the family's first choice.
         options: what the tensors do not tell.
 
@@ -45,17 +44,26 @@ def read(
     if backbone.KEY in found.metadata:
         return _own(path, name, part, options)
     one, raw, place = families.find(found.tree, name, part)
-    config, told = _config_beside(path)
-    config = config or one.told(found.tree)
-    options = dataclasses.replace(options, config=config)
+    beside, told = _config_beside(path)
+    options = dataclasses.replace(options, config=beside or one.told(found.tree))
     notes = [f"read from {place!r} of the file"] if place else []
     notes += [told] if told else []
     state = one.prepare(raw, notes)
     fields = one.model(state, options)
-    if one.whole:
-        return _whole(path, one, state, one.table(fields), notes)
-    _check(one, fields)
     table = one.table(fields)
+    about = backbone.About(
+        model={},
+        mean=one.mean,
+        std=one.std,
+        family=one.name,
+        rule=one.rule,
+        source=path.name,
+    )
+    if one.whole:
+        leaves = convert.by_name(state, table)
+        notes += _aside(state, table)
+        return _noted(about, leaves, notes)
+    _check(one, fields)
     shapes = one.shapes or (lambda f, s: _like(f, s, table))
     leaves = convert.views(state, shapes(fields, state), table)
     notes += _aside(state, table)
@@ -63,16 +71,13 @@ def read(
         one = dataclasses.replace(one, mean=pixels[0], std=pixels[1])
         notes.append("mean and std from the preprocessor_config.json beside the file")
     leaves, fields, mean, std = _adapt(leaves, fields, one, options, notes)
-    about = backbone.About(
-        model={"name": one.kind, **fields},
-        mean=mean,
-        std=std,
-        pool=one.pool if fields.get("cls") else "mean",
-        family=one.name,
-        rule=one.rule,
-        source=path.name,
-        notes=tuple(notes),
-    )
+    pool = one.pool if fields.get("cls") else "mean"
+    model = {"name": one.kind, **fields}
+    return _noted(about, leaves, notes, model=model, mean=mean, std=std, pool=pool)
+
+
+def _noted(about, leaves, notes, **more) -> backbone.Backbone:
+    about = dataclasses.replace(about, notes=tuple(notes), **more)
     return backbone.Backbone(about, leaves)
 
 
@@ -104,37 +109,15 @@ def _own(path, name, part, options):
     fields = {key: getattr(module, key) for key in keys if hasattr(module, key)}
     leaves, fields, mean, std = _adapt(found.leaves, fields, about, options, notes)
     model = dict(about.model) | {"image_size": fields["image_size"]}
-    about = dataclasses.replace(
-        about, model=model, mean=mean, std=std, notes=tuple(notes)
-    )
-    return backbone.Backbone(about, leaves)
+    return _noted(about, leaves, notes, model=model, mean=mean, std=std)
 
 
 def _check(one, fields):
     """Raise UsageError where fields fit no model."""
-    if one.kind == "vit":
-        if fields["depth"] < 1 or fields["width"] % fields["heads"]:
-            raise errors.UsageError(
-                f"--heads={fields['heads']}: must divide the width {fields['width']}"
-            )
-    elif faults := list(MODELS[one.kind](**fields).check()):
-        raise errors.UsageError(f"{one.name}: {'; '.join(faults)}; see --heads=N")
-
-
-def _whole(path, one, state, table, notes):
-    """Return all parameters of a method, by their names in it."""
-    leaves = convert.by_name(state, table)
-    notes += _aside(state, table)
-    about = backbone.About(
-        model={},
-        mean=one.mean,
-        std=one.std,
-        family=one.name,
-        rule=one.rule,
-        source=path.name,
-        notes=tuple(notes),
-    )
-    return backbone.Backbone(about, leaves)
+    problems = config.Problems()
+    config.section(MODELS[one.kind], fields, "", problems)
+    if problems:
+        raise errors.UsageError(f"{one.name}: {'; '.join(problems)}; see --heads=N")
 
 
 def _like(fields, state, table):
@@ -146,7 +129,7 @@ def _like(fields, state, table):
     kernel = next(
         np.shape(value)
         for key, value in state.items()
-        if convert.leaf_of(key, table) == _KERNEL
+        if table.forward(key)[1] == _KERNEL
     )
     # [O, I, H, W] of torch or [H, W, I, O] of Flax.
     channels = kernel[1] if kernel[0] == fields["width"] else kernel[2]
@@ -157,7 +140,7 @@ def _like(fields, state, table):
     shapes |= {f"block_{i}": block for i in range(fields["depth"])}
     like = {"encoder": shapes}
     for key, value in state.items():
-        if convert.leaf_of(key, table) == "head/kernel" and np.ndim(value) == 2:
+        if table.forward(key)[1] == "head/kernel" and np.ndim(value) == 2:
             out, width = value.shape if key.endswith("weight") else value.shape[::-1]
             like["head"] = {
                 "kernel": jax.ShapeDtypeStruct((width, out), jnp.float32),
@@ -282,14 +265,3 @@ def _json(file) -> dict:
     except (ValueError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def digest(path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with pathlib.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def size(found: backbone.Backbone) -> int:
-    """Return the number of parameters."""
-    return tree.size(dict(found.leaves))

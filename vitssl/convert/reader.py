@@ -2,12 +2,17 @@
 
 import dataclasses
 import pathlib
+import zipfile
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from vitssl import errors
-from vitssl.convert import reader_npz, reader_torch, safetensors
+from vitssl.convert import reader_torch, safetensors
+
+MAX_RATIO = 1000  # Unpacked over packed size of an .npz; weights do not compress.
+SMALL = 2**28  # Bytes that may unpack to this many at any ratio.
 
 TORCH = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 KINDS = (".safetensors", ".npz", *TORCH)
@@ -18,7 +23,6 @@ class Weights:
     """What a file holds.
 
     Attributes:
-        path: the file.
         tree: nested containers with numpy arrays as leaves; arrays of a `.pth` or
             `.safetensors` are read-only views of the file.
         metadata: texts of a safetensors header.
@@ -44,7 +48,7 @@ def read(path) -> Weights:
         arrays, metadata = safetensors.read(path)
         return Weights(path, arrays, metadata)
     if ending == ".npz":
-        return Weights(path, reader_npz.read(path))
+        return Weights(path, _npz(path))
     if ending in TORCH:
         return Weights(path, reader_torch.read(path))
     raise errors.CheckpointError(f"{path}: want a file that ends in {' '.join(KINDS)}")
@@ -65,3 +69,49 @@ def state_dicts(tree, path: str = "") -> dict[str, dict[str, np.ndarray]]:
         if isinstance(value, dict) and not str(key).startswith("optimizer"):
             found |= state_dicts(value, f"{path}.{key}" if path else str(key))
     return found
+
+
+def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return {name: array}, as big_vision and the first ViT release write them.
+
+    bfloat16, which numpy writes as two nameless bytes, comes back as
+    `ml_dtypes.bfloat16`.
+
+    Raises:
+        CheckpointError: no npz, truncated, an archive bomb, names that lead out of
+            the archive, or arrays of Python objects (pickles, never read).
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check(path, archive.infolist())
+        with np.load(path, allow_pickle=False) as file:
+            return {name: _typed(path, name, file[name]) for name in file.files}
+    except errors.CheckpointError:
+        raise
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError) as e:
+        raise errors.CheckpointError(f"{path}: not a sound .npz ({e})") from e
+
+
+def _check(path, infos):
+    for info in infos:
+        parts = info.filename.replace("\\", "/").split("/")
+        if info.filename.startswith("/") or ".." in parts:
+            raise errors.CheckpointError(
+                f"{path}: refused, {info.filename!r} leads out of the archive"
+            )
+        if not info.filename.endswith(".npy"):
+            raise errors.CheckpointError(f"{path}: {info.filename!r} is no array")
+    unpacked = sum(i.file_size for i in infos)
+    packed = sum(i.compress_size for i in infos)
+    if unpacked > SMALL and unpacked > MAX_RATIO * packed:
+        raise errors.CheckpointError(
+            f"{path}: refused, {packed} bytes claim to unpack to {unpacked}"
+        )
+
+
+def _typed(path, name, array):
+    if array.dtype == np.dtype("V2"):
+        return array.view(ml_dtypes.bfloat16)
+    if array.dtype.kind not in "fiub":
+        raise errors.CheckpointError(f"{path}: {name} holds {array.dtype}, no numbers")
+    return array

@@ -21,26 +21,20 @@ MAX_BYTES = 256 * 2**20  # Of a pickle: it holds names and numbers, tensors are 
 MAX_OBJECTS = 20_000_000
 
 DTYPES = {  # torch.FloatStorage and torch.float32 alike.
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-    "int16": np.dtype(np.int16),
-    "int8": np.dtype(np.int8),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
+    name: np.dtype(dtype)
+    for storage, dtype in {
+        "Float": np.float32,
+        "Double": np.float64,
+        "Half": np.float16,
+        "BFloat16": ml_dtypes.bfloat16,
+        "Long": np.int64,
+        "Int": np.int32,
+        "Short": np.int16,
+        "Char": np.int8,
+        "Byte": np.uint8,
+        "Bool": np.bool_,
+    }.items()
+    for name in (f"{storage}Storage", np.dtype(dtype).name)
 }
 
 
@@ -78,9 +72,7 @@ class _Plain(dict):
 def read(data: bytes, where: str) -> Any:
     """Return the object of a pickle as dicts, lists, tuples, numbers and `Tensor`s.
 
-    Args:
-        data: the pickle, protocol 2 to 5.
-        where: name of the file, for messages.
+    Protocols 2 to 5; `where` names the file in messages.
 
     Raises:
         CheckpointError: a name or an opcode that is not allowed, damage, more than
@@ -140,8 +132,7 @@ class _Machine:
     def _proto(self, _):
         pass
 
-    def _frame(self, _):
-        pass
+    _frame = _proto
 
     def _stop(self, _):
         self.done = True
@@ -236,7 +227,9 @@ class _Machine:
 
     def _reduce(self, _):
         arguments, name = self.stack.pop(), _want(self.stack.pop(), _Name)
-        self.stack.append(_built(name, _want(arguments, tuple)))
+        if name.path not in _BUILDERS:
+            raise ValueError(f"{name.path} is no function")
+        self.stack.append(_BUILDERS[name.path](*_want(arguments, tuple)))
 
     _newobj = _reduce
 
@@ -287,13 +280,6 @@ def _dtype(path):
     """Return the dtype that torch.<name> or torch.storage.<name> stands for."""
     module, _, name = path.rpartition(".")
     return DTYPES.get(name) if module in ("torch", "torch.storage") else None
-
-
-def _built(name: _Name, arguments: tuple):
-    """Return what a name of the allow-list makes of its arguments."""
-    if name.path not in _BUILDERS:
-        raise ValueError(f"{name.path} is no function")
-    return _BUILDERS[name.path](*arguments)
 
 
 def _tensor(storage, offset, shape, stride, *_):
@@ -366,15 +352,16 @@ _BUILDERS: dict[str, Callable] = {
 
 
 class _Plainer:
-    """Copies nested containers; counts, since a small pickle can share its way to a
-    tree of any size.
+    """Copies nested containers, our own kinds as Python's and names as text.
+
+    It counts, since a small pickle can share its way to a tree of any size.
     """
 
     def __init__(self):
         self.count = 0
 
     def plain(self, value):
-        """Return our own kinds as Python's, names as text."""
+        """Return a copy."""
         self.count += 1
         if self.count > MAX_OBJECTS:
             raise ValueError(f"more than {MAX_OBJECTS} objects")

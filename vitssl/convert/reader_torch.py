@@ -20,14 +20,10 @@ _LOCAL = struct.Struct("<4sHHHHHLLLHH")  # Header of a record, before its name.
 
 
 def read(path: pathlib.Path):
-    """Return the object of a file of `torch.save`, tensors as arrays.
+    """Return the object of a file of `torch.save` of PyTorch 1.6 or newer.
 
-    Args:
-        path: a zip file of PyTorch 1.6 or newer.
-
-    Returns:
-        Nested dicts, lists, tuples, numbers, texts and read-only numpy arrays;
-        bfloat16 as `ml_dtypes.bfloat16`.
+    Nested dicts, lists, tuples, numbers, texts and read-only numpy arrays; bfloat16 as
+    `ml_dtypes.bfloat16`.
 
     Raises:
         CheckpointError: not such a file, truncated, compressed, with names that lead

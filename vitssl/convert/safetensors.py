@@ -1,7 +1,9 @@
 """The safetensors format: a JSON header, then the raw bytes of every array.
 
-Source: github.com/huggingface/safetensors, "Format". Own code, because the package's
-numpy side knows no bfloat16 and does not map files into memory.
+The package reads and checks the header. Arrays are mapped here, as its own are copies
+in memory, and written here, as it wants all arrays at once.
+
+Source: github.com/huggingface/safetensors, "Format".
 """
 
 import json
@@ -14,10 +16,10 @@ from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from vitssl import errors
 
-MAX_HEADER = 100 * 10**6  # The limit of the reference implementation.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -42,76 +44,48 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Arrays are read-only views of the file: nothing is read until it is used.
 
     Raises:
-        CheckpointError: truncated, a header over `MAX_HEADER`, an unknown dtype, or
-            places and shapes that do not agree.
+        CheckpointError: the package refuses the file (truncated, a header that is too
+            long or whose places and shapes do not agree), or an unknown dtype.
     """
-    path = pathlib.Path(path)
-    size = path.stat().st_size
-    if size < 8:
-        raise errors.CheckpointError(f"{path}: truncated, no safetensors header")
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > MAX_HEADER:
-        raise errors.CheckpointError(
-            f"{path}: its header claims {length} bytes, at most {MAX_HEADER} are read; "
-            "it is no safetensors file or damaged"
-        )
-    if 8 + length > size:
-        raise errors.CheckpointError(f"{path}: truncated in its header")
     try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = header.pop("__metadata__", {})
-        entries = {name: _entry(e) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise errors.CheckpointError(f"{path}: damaged header ({e})") from e
-    base, found = 8 + length, {}
-    for name, (dtype, shape, first, last) in entries.items():
-        count = math.prod(shape)
-        if last - first != count * dtype.itemsize or first < 0:
-            raise errors.CheckpointError(
-                f"{path}: {name}: {last - first} bytes for {shape} of {dtype}"
-            )
-        if base + last > size:
-            raise errors.CheckpointError(f"{path}: truncated in {name}")
-        flat = np.frombuffer(data, dtype, count, base + first)
+        with safetensors.safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            kinds = [(n, p.get_dtype(), tuple(p.get_shape())) for n, p in parts]
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise errors.CheckpointError(f"{path}: no sound safetensors file ({e})") from e
+    with pathlib.Path(path).open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    at, found = 8 + struct.unpack("<Q", data[:8])[0], {}
+    for name, kind, shape in kinds:  # One after the other, without holes.
+        if kind not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise errors.CheckpointError(f"{path}: {name}: dtype {kind}; want {known}")
+        flat = np.frombuffer(data, DTYPES[kind], math.prod(shape), at)
         found[name] = flat.reshape(shape)
+        at += flat.nbytes
     return found, metadata
 
 
-def _entry(entry):
-    """Return (dtype, shape, first, last) of one entry of the header."""
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
-    first, last = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    numbers = (first, last, *shape)
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"sizes {numbers}")
-    return DTYPES[entry["dtype"]], shape, first, last
-
-
 def write(path, arrays: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Write {name: array}, whole or not at all.
-
-    Args:
-        path: the file; an existing one is replaced once the new one is complete.
-        arrays: {name: array}; a mapping that makes its arrays when asked needs the
-            memory of one.
-        metadata: texts to keep in the header.
+    """Write {name: array} and texts for the header, whole or not at all.
 
     Raises:
         CheckpointError: an array's dtype has no name in the format.
     """
-    shapes = {name: (np.shape(a), _dtype_of(name, a)) for name, a in arrays.items()}
-    write_lazily(path, shapes, ((n, arrays[n]) for n in _order(shapes)), metadata)
+    shapes = {name: (np.shape(a), np.dtype(a.dtype)) for name, a in arrays.items()}
+    for name, (_, dtype) in shapes.items():
+        if dtype not in _NAMES:
+            known = ", ".join(map(str, _NAMES))
+            raise errors.CheckpointError(f"{name}: dtype {dtype}; want {known}")
+    write_lazily(path, shapes, ((n, arrays[n]) for n in order(shapes)), metadata)
 
 
 def write_lazily(path, shapes, items: Iterable, metadata=None, last=None) -> None:
     """Write arrays one by one as an iterable makes them.
 
     Args:
-        path: as in `write`.
+        path: an existing file is replaced once the new one is complete.
         shapes: {name: (shape, dtype)} of all of them.
         items: (name, array) pairs in the order of `order(shapes)`.
         metadata: texts to keep in the header.
@@ -126,7 +100,7 @@ def write_lazily(path, shapes, items: Iterable, metadata=None, last=None) -> Non
     try:
         with temporary.open("wb") as file:
             file.write(_header(shapes, metadata or {}))
-            for (name, array), want in zip(items, _order(shapes), strict=True):
+            for (name, array), want in zip(items, order(shapes), strict=True):
                 shape, dtype = shapes[name]
                 array = np.ascontiguousarray(array).reshape(np.shape(array))
                 if name != want or array.shape != shape or array.dtype != dtype:
@@ -144,34 +118,19 @@ def write_lazily(path, shapes, items: Iterable, metadata=None, last=None) -> Non
 
 def order(shapes: Mapping) -> list[str]:
     """Return the names in the order of the file: wide dtypes first, then by name."""
-    return _order(shapes)
-
-
-def _order(shapes):
     return sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name))
-
-
-def _dtype_of(name, array):
-    dtype = np.dtype(array.dtype)
-    if dtype not in _NAMES:
-        known = ", ".join(str(d) for d in _NAMES)
-        raise errors.CheckpointError(f"{name}: dtype {dtype}; safetensors has {known}")
-    return dtype
 
 
 def _header(shapes, metadata) -> bytes:
     header, at = {}, 0
     if metadata:
         header["__metadata__"] = dict(metadata)
-    for name in _order(shapes):
+    for name in order(shapes):
         shape, dtype = shapes[name]
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
+        end = at + math.prod(shape) * dtype.itemsize
+        place = {"shape": list(shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": _NAMES[dtype]} | place
+        at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # Arrays start aligned.
     return struct.pack("<Q", len(text)) + text

@@ -56,9 +56,7 @@ def _prepare(state: Mapping, notes: list) -> dict:
         )
     blocks = range(family.depth(state, "blocks.{i}."))
     biases = [f"blocks.{i}.attn.qkv.bias" for i in blocks]
-    family.add_zero_bias(
-        state, biases, lambda key: key.replace(".bias", ".weight"), notes
-    )
+    family.add_zero_bias(state, biases, notes)
     if "register_tokens" in state:  # DINOv2's spelling.
         state["reg_token"] = state.pop("register_tokens")
     _fold_registers(state, notes)

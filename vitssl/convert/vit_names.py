@@ -1,7 +1,5 @@
 """The vision transformer: timm's names, and the spellings of code built on timm."""
 
-import numpy as np
-
 from vitssl import convert
 
 
@@ -50,40 +48,11 @@ _STEM = (
 
 
 def table(torch: str = "", flax: str = "") -> convert.Table:
-    """Return the table of `models.vit.ViT`.
+    """Return the table of `models.vit.ViT`, under prefixes of either side.
 
-    Args:
-        torch: prefix of the keys, for example "context_encoder.vit.".
-        flax: prefix of the leaves, for example "encoder/".
-
-    Returns:
-        A `Table`; a classifier's head and the second name that H-JEPA's wrapper for
-        rotary positions gives its attention are left aside.
+    A classifier's head is left aside.
     """
-    # The wrapper of rotary attention holds the wrapped module beside its parts.
+    # H-JEPA's wrapper of rotary attention holds the wrapped module beside its parts.
     aside = ("head.{*}", "blocks.{i}.attn.attn.{*}")
     blocks = convert.Table(_BLOCK).under("blocks.{i}.", "block_{i}/")
     return (convert.Table(_STEM, aside) + blocks).under(torch, flax)
-
-
-def fold_positions(state, prefix: int) -> dict:
-    """Return a timm state dict whose registers hold their positions themselves.
-
-    Where a position table has rows for the class token and the registers (timm's
-    no_embed_class=False), those of the registers are added to their tokens, which is
-    the same network; `models.vit.ViT` knows positions of patches and a class token.
-
-    Args:
-        state: {key: array} with cls_token, reg_token and pos_embed.
-        prefix: class token and registers, all of which have a row.
-    """
-    first = int("cls_token" in state)
-    if prefix == first:
-        return dict(state)
-    table = state["pos_embed"]
-    registers = state["reg_token"] + table[:, first:prefix]
-    kept = [table[:, :first], table[:, prefix:]]
-    return dict(state) | {
-        "reg_token": registers,
-        "pos_embed": np.concatenate(kept, axis=1),
-    }

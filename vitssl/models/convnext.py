@@ -10,16 +10,12 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vitssl import ranges
 from vitssl.models import layers, resnet
 
 
 class Block(nn.Module):
-    """Depthwise 7x7 convolution, LayerNorm, MLP, gain; added to the input.
-
-    Attributes:
-        dilation: of the convolution.
-        layerscale: initial gain; 0 = no gain.
-    """
+    """Depthwise 7x7 convolution, LayerNorm, MLP, gain if not 0; added to the input."""
 
     dilation: int
     layerscale: float
@@ -47,10 +43,10 @@ class ConvNeXt(nn.Module):
         output_stride: 32, 16 or 8; later strides become dilation.
     """
 
-    depths: tuple[int, ...] = (3, 3, 9, 3)
-    widths: tuple[int, ...] = (96, 192, 384, 768)
-    layerscale: float = 1e-6
-    output_stride: int = 32
+    depths: resnet.Four = (3, 3, 9, 3)
+    widths: resnet.Four = (96, 192, 384, 768)
+    layerscale: ranges.NotNegative = 1e-6
+    output_stride: resnet.Stride = 32
 
     @property
     def width(self):
@@ -101,7 +97,3 @@ class ConvNeXt(nn.Module):
         """Return `FreezeOut.layers`: the stem 0, stage s of 0 to 3 layer s + 1."""
         stages = tuple((rf"{prefix}stage{s}_.*", s + 1) for s in range(4))
         return ((rf"{prefix}(stem|stem_norm)/.*", 0), *stages)
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        yield from resnet.check_stages(self)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from vitssl.data import modalities as sensors
-from vitssl.models import fieldblock, layers, patches, tokens, vit
+from vitssl.models import fieldblock, layers, patches, tokens
 from vitssl.ops import resize
 
 Resize = Literal["input", "weights"]
@@ -42,7 +42,7 @@ class FlexiPatchEmbed(nn.Module):
     def setup(self):
         """Declare the kernel [base, base, C, D] and the bias, torch's convolution."""
         shape = (self.base, self.base, self.channels, self.width)
-        init = vit.uniform_fan_in(self.base**2 * self.channels)
+        init = layers.uniform_fan_in(self.base**2 * self.channels)
         self.kernel = self.param("kernel", init, shape)
         self.bias = self.param("bias", init, (self.width,))
 
@@ -151,7 +151,7 @@ class FlexiPatchReconstruction(nn.Module):
     def __call__(self, x, patch):  # [..., h, w, D] -> [..., h patch, w patch, C]
         p, d = self.base, x.shape[-1]
         # What torch's transposed convolution takes for its fan-in.
-        init = vit.uniform_fan_in(self.channels * p * p)
+        init = layers.uniform_fan_in(self.channels * p * p)
         kernel = self.param("kernel", init, (d, p, p, self.channels))
         bias = self.param("bias", init, (self.channels,))
         flat = einops.rearrange(kernel, "d p q c -> d (p q c)")

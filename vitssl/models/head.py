@@ -1,11 +1,13 @@
 """The classifier on top of a backbone: normalise, drop, project."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from vitssl import ranges
+from vitssl.models import layers
 
 EPS = 1e-6
 
@@ -27,23 +29,14 @@ class Head:
 
     pool: Literal["gap", "mean", "cls", "mean_norm"] = "gap"
     batchnorm: bool = False
-    init_std: float = 2e-5
-    dropout: float = 0.0
-    norm_eps: float = EPS
+    init_std: ranges.NotNegative = 2e-5
+    dropout: ranges.BelowOne = 0.0
+    norm_eps: ranges.Positive = EPS
 
     @property
     def feature(self) -> str:
         """What the head wants of a backbone: "gap", "mean" or "cls"."""
         return self.pool.removesuffix("_norm")
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.init_std < 0:
-            yield f"init_std={self.init_std}: 0 or more"
-        if not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout}: in [0, 1)"
-        if not self.norm_eps > 0:
-            yield f"norm_eps={self.norm_eps}: must be positive"
 
     def init(self, rng, width: int, classes: int):
         """Return (params, stats) for features [B, width]; stats is {} without BN."""
@@ -62,13 +55,12 @@ class Head:
         Args:
             params, stats: from `init`.
             x: features [B, D].
-            train: use, and update, the statistics of the batch; drop.
-            rng: for dropout.
+            train: use, and update, the statistics of the batch; drop, by `rng`.
         """
         x = x.astype(jnp.float32)
         if "norm" in params:
             norm = params["norm"]
-            x = layer_norm(x, norm["scale"], norm["bias"], self.norm_eps)
+            x = layers.layer_norm(x, norm["scale"], norm["bias"], self.norm_eps)
         if self.batchnorm:
             x, stats = batch_norm(x, stats, train)
         features = x
@@ -78,25 +70,11 @@ class Head:
         return x @ params["kernel"] + params["bias"], stats, features
 
 
-def layer_norm(x, scale, bias, eps=EPS):
-    """Return the LayerNorm of the last axis, float32."""
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
-    return x * scale + bias
-
-
 def batch_norm(x, stats, train, *, momentum=0.1, eps=EPS):
-    """Normalise the rows [B, D] without gain and bias, with PyTorch's conventions.
+    """Return (normalised rows [B, D], new stats), by PyTorch's conventions.
 
-    The biased variance of the batch normalises, the unbiased one enters the average.
-
-    Args:
-        x: [B, D] float32, B of 2 or more in training.
-        stats: {"mean", "var"} [D] running averages.
-        train: use the statistics of the batch.
-
-    Returns:
-        normalised x, new stats.
+    Without gain and bias. In training the biased variance of the batch, of 2 or more,
+    normalises and the unbiased one enters the running averages {"mean", "var"} [D].
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167; facebookresearch/mae
     main_linprobe.py (affine=False, eps=1e-6).

@@ -9,20 +9,71 @@ from typing import Literal
 
 import jax.numpy as jnp
 from absl import logging
+from flax import linen as nn
 
-from vitssl import errors, sizes
-from vitssl.models import hvit_blocks, hvit_fusion, layers
+from vitssl import ranges, sizes
+from vitssl.models import layers, pyramid
 from vitssl.optim import freezeout
 
-SIZES = {  # name: width, depths, heads, patch, image size
-    "tiny": (64, (2, 2, 4, 2), (2, 4, 8, 16), 16, 256),
-    "small": (96, (2, 2, 6, 2), (3, 6, 12, 24), 16, 256),
-    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 16, 256),
-    "xl": (192, (3, 6, 24, 3), (6, 12, 24, 48), 14, 448),
-}
+
+class CrossAttention(layers.Attention):
+    """Attention of one sequence to another; the products are packed as in PyTorch."""
+
+    @nn.compact
+    def __call__(self, x, y, train=False):  # [B, N, D], [B, M, D] -> [B, N, D]
+        d = x.shape[-1]
+        # As one matrix: Xavier's bound comes from its whole shape, as in PyTorch.
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (d, 3 * d))
+        bias = self.param("bias", nn.initializers.zeros, (3 * d,))
+        q = layers.linear(x, kernel[:, :d], bias[:d], self.dtype)
+        kv = layers.linear(y, kernel[:, d:], bias[d:], self.dtype)
+        return self.mix(q, *jnp.split(kv, 2, axis=-1), train=train)
 
 
-class HViT(hvit_blocks.Pyramid):
+class DFCA(nn.Module):
+    """Tokens of one stream enriched by what they attend to in the other.
+
+    x = norm1(rgb + attention(rgb, spectral + m)), then norm2(x + mlp(x)): norms come
+    after. The "disease mask" m is one learned vector added to every key and value. As
+    a summand common to all keys it adds the same number to all scores of a query, and
+    the softmax takes no notice: it cannot direct attention at anything. All it does is
+    to add the constant W_o W_v m to every token.
+
+    Attributes:
+        dropout: of the attention map, its output and in and after the MLP.
+        disease_mask: whether there is m.
+
+    Source: w2sg-arnav/HierarchialViT hvit/models/dfca.py.
+    """
+
+    heads: int
+    dropout: float = 0.1
+    disease_mask: bool = True
+    eps: float = 1e-5
+    dtype: str = "float32"
+    attention: layers.Implementation = "auto"
+
+    @nn.compact
+    def __call__(self, rgb, spectral, train=False):  # [B, N, D], [B, M, D] -> [B, N, D]
+        d = rgb.shape[-1]
+        if self.disease_mask:
+            m = self.param("disease_mask", nn.initializers.zeros, (1, 1, d))
+            spectral = spectral + m.astype(spectral.dtype)
+        attend = CrossAttention(
+            self.heads,
+            dtype=self.dtype,
+            attention=self.attention,
+            map_dropout=self.dropout,
+            name="attn",
+        )
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        x = rgb + drop(attend(rgb, spectral, train))
+        x = layers.LayerNorm(self.eps, self.dtype, name="norm1")(x)
+        mlp = layers.MLP(4 * d, self.dtype, self.dropout, name="mlp")
+        return layers.LayerNorm(self.eps, self.dtype, name="norm2")(x + mlp(x, train))
+
+
+class HViT(pyramid.Pyramid):
     """Hierarchical ViT; a backbone like `vit.ViT`.
 
     Names of the RGB stream's parameters are those of a ViT (patch_embed, pos_embed,
@@ -39,22 +90,21 @@ class HViT(hvit_blocks.Pyramid):
             needs the same widths and grids, else the RGB tokens are handed on. none:
             the RGB tokens.
         dfca_width: the stream whose width DFCA works in, and hands on.
-        dfca_heads, dfca_dropout, disease_mask: see `hvit_fusion.DFCA`.
+        dfca_heads, dfca_dropout, disease_mask: see `DFCA`.
 
     Source: w2sg-arnav/HierarchialViT hvit/models/hvt.py.
     """
 
-    spectral_channels: int = 0
-    rgb_channels: int = 3
-    spectral_width: int = 0
+    spectral_channels: ranges.OrNone = 0
+    rgb_channels: ranges.Count = 3
+    spectral_width: ranges.OrNone = 0
     fusion: Literal["dfca", "concat", "none"] = "dfca"
     dfca_width: Literal["rgb", "spectral"] = "rgb"
-    dfca_heads: int = 12
-    dfca_dropout: float = 0.1
+    dfca_heads: ranges.Count = 12
+    dfca_dropout: ranges.BelowOne = 0.1
     disease_mask: bool = True
 
-    # What backbones are asked about their tokens: there is nothing before the patches.
-    prefix = 0
+    prefix = 0  # Tokens before the patches.
     cls = False
 
     @property
@@ -81,17 +131,17 @@ class HViT(hvit_blocks.Pyramid):
             return
         shared = {
             name: getattr(self, name)
-            for name in hvit_blocks.Pyramid.__dataclass_fields__
+            for name in pyramid.Pyramid.__dataclass_fields__
             if name not in ("width", "parent", "name")
         }
         width = self.spectral_width or self.width
-        self.spectral = hvit_blocks.Pyramid(width=width, **shared)
+        self.spectral = pyramid.Pyramid(width=width, **shared)
         if self.fusion == "dfca":
             for name in ("rgb", "spectral"):
                 if self._last(name == "spectral") != self.fused_width:
                     dense = layers.Dense(self.fused_width, self.dtype)
                     setattr(self, f"{name}_to_dfca", dense)
-            self.dfca = hvit_fusion.DFCA(
+            self.dfca = DFCA(
                 heads=self.dfca_heads,
                 dropout=self.dfca_dropout,
                 disease_mask=self.disease_mask,
@@ -119,7 +169,7 @@ class HViT(hvit_blocks.Pyramid):
             {"tokens": [B, N, D] of the last stage, joined if there are two streams,
             "pooled": [B, D] float32, their mean, which a head normalises once more,
             "stages": the RGB stream's maps [B, h, w, D_s], before patch merging,
-            "grids": their (h, w), "merged": see `hvit_blocks.Pyramid.encode`,
+            "grids": their (h, w), "merged": see `pyramid.Pyramid.encode`,
             "rgb": [B, N, D], "rgb_pooled": before the streams are joined; "spectral",
             "spectral_pooled", "spectral_stages", "spectral_merged" if there is one}.
 
@@ -199,11 +249,7 @@ class HViT(hvit_blocks.Pyramid):
     def pooled(self, image, how="mean", train=False):
         """Return one vector per image: [B, D].
 
-        Args:
-            image: as in `__call__`.
-            how: "mean": of the tokens; "gap": of the RGB stream's, before its last
-                norm.
-            train: dropout and drop path.
+        "mean" is that of the tokens, "gap" of the RGB stream's before its last norm.
 
         Raises:
             ValueError: any other `how`: there is no class token.
@@ -255,39 +301,18 @@ class HViT(hvit_blocks.Pyramid):
         return freezeout.hvit_layers(self.depths, prefix)
 
     def check(self) -> Iterator[str]:
-        """Yield one line per impossible value or combination of the fields."""
+        """Yield one line per impossible combination of the fields."""
         yield from super().check()
-        for key in ("spectral_channels", "spectral_width"):
-            if getattr(self, key) < 0:
-                yield f"{key}={getattr(self, key)}: must be 0 or more"
         if not self.spectral_channels:
             return
         other, heads = self.spectral_width or self.width, self.heads
         for s, n in enumerate(heads[: len(self.depths)]):
-            if n >= 1 and other * 2**s % n:
+            if other * 2**s % n:
                 yield f"spectral_width={other}: heads={heads} does not divide stage {s}"
-        if not 0.0 <= self.dfca_dropout < 1.0:
-            yield f"dfca_dropout={self.dfca_dropout}: must be in [0, 1)"
-        if self.fusion == "dfca" and self.fused_width % max(1, self.dfca_heads):
+        if self.fusion == "dfca" and self.fused_width % self.dfca_heads:
             yield (
                 f"dfca_heads={self.dfca_heads}: does not divide {self.fused_width}, "
                 "the width of the last stage"
             )
         if self.fusion == "concat" and other != self.width:
             yield f"fusion=concat: spectral_width={other} must be width={self.width}"
-
-
-def variant(size: str, **options) -> HViT:
-    """Return one of the published sizes.
-
-    Args:
-        size: "tiny", "small" (the default of the original), "base" or "xl".
-        **options: further fields, or other values of these.
-
-    Raises:
-        UsageError: unknown size.
-    """
-    if size not in SIZES:
-        raise errors.UsageError(f"HViT size={size!r}: one of {', '.join(SIZES)}")
-    names = ("width", "depths", "heads", "patch", "image_size")
-    return HViT(**dict(zip(names, SIZES[size], strict=True)) | options)

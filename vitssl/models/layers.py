@@ -4,6 +4,7 @@ Parameters are float32. Matrix products run in `dtype`; the softmax, the statist
 of LayerNorm and the rotary embedding in float32.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import einops
@@ -22,33 +23,44 @@ Implementation = Literal["auto", "xla", "cudnn"]
 normal = nn.initializers.normal(0.02)
 
 
-class Dense(nn.Module):
-    """Linear layer of the last axis; weights normal(0.02), bias 0, as in timm's ViT.
+def uniform_fan_in(fan_in):
+    """PyTorch's default, also of a bias: uniform in +-1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
 
-    Leading axes are merged: of a product over several axes XLA transposes the
-    activations to get the gradient of the weights, of a plain matrix product not.
-    """
+    def init(key, shape, dtype=jnp.float32):
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
+
+
+class Dense(nn.Module):
+    """Linear layer of the last axis; weights normal(0.02), bias 0, as in timm's ViT."""
 
     features: int
     dtype: str = "float32"
     use_bias: bool = True
+    init_by: Callable = normal
 
     @nn.compact
     def __call__(self, x):  # [..., C] -> [..., features]
-        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.init_by, (x.shape[-1], self.features))
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return linear(x, kernel, bias, self.dtype)
 
 
-def dense(features, dtype, name, use_bias=True):
+def dense(features, dtype, name, use_bias=True, init_by=normal):
     """Return a named `Dense`."""
-    return Dense(features, dtype, use_bias, name=name)
+    return Dense(features, dtype, use_bias, init_by, name=name)
 
 
 def linear(x, kernel, bias, dtype):
-    """Return x kernel + bias: [..., C], [C, D], [D] or None -> [..., D] in `dtype`."""
+    """Return x kernel + bias: [..., C], [C, D], [D] or None -> [..., D] in `dtype`.
+
+    Leading axes are merged: of a product over several axes XLA transposes the
+    activations to get the gradient of the weights, of a plain matrix product not.
+    """
     y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel.astype(dtype)
     if bias is not None:
         y = y + bias.astype(dtype)
@@ -56,7 +68,6 @@ def linear(x, kernel, bias, dtype):
 
 
 def _on_cpu():
-    """Whether to trace the forms that suit a CPU."""
     return jax.default_backend() == "cpu"
 
 
@@ -65,8 +76,16 @@ def gelu(x):
     return cpu.gelu(x) if _on_cpu() else nn.gelu(x, approximate=False)
 
 
+def layer_norm(x, scale, bias, eps):
+    """Normalise the last axis in float32: [..., D], [D], [D] -> [..., D]."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return x * scale + bias
+
+
 class LayerNorm(nn.Module):
-    """Normalise the last axis; statistics in float32, output in `dtype`.
+    """`layer_norm` with parameters; output in `dtype`.
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
@@ -79,12 +98,8 @@ class LayerNorm(nn.Module):
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,))
         bias = self.param("bias", nn.initializers.zeros, (d,))
-        if _on_cpu():
-            return cpu.layer_norm(x, scale, bias, self.eps).astype(self.dtype)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.eps)
-        return (x * scale + bias).astype(self.dtype)
+        form = cpu.layer_norm if _on_cpu() else layer_norm
+        return form(x, scale, bias, self.eps).astype(self.dtype)
 
 
 def softmax_attention(q, k, v, length=None, drop=None):
@@ -96,7 +111,7 @@ def softmax_attention(q, k, v, length=None, drop=None):
         drop: dropout of the map before it weighs the values; None = none.
 
     Returns:
-        (output [B, T, heads, c], softmax [B, heads, T, T] float32).
+        Output [B, T, heads, c], map [B, heads, T, T] float32.
     """
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -115,15 +130,12 @@ def attend(q, k, v, length=None, implementation="auto"):
     """Multi-head softmax attention over a prefix of the keys.
 
     Args:
-        q, k, v: [B, T, heads, c].
+        q, k, v: [B, T, heads, c], which the output is too, in the dtype of q; rows of
+            padded queries are finite and meaningless.
         length: [B] int32, how many leading keys are valid; None = all. A prefix
             length is all cuDNN's fused kernel understands of padding.
         implementation: "cudnn", "xla", or "auto": cuDNN on a GPU in half precision,
             with XLA in its place, after one warning, where cuDNN refuses.
-
-    Returns:
-        [B, T, heads, c] in the dtype of q; rows of padded queries are finite and
-        meaningless.
     """
     if implementation == "auto":
         if _on_cpu():
@@ -159,7 +171,7 @@ def weighted_attention(q, k, v, weight):
         weight: [B, T] not negative, at least one of each row above 0.
 
     Returns:
-        (output [B, T, heads, c] in the dtype of v, map [B, heads, T, T] float32).
+        Output [B, T, heads, c] in the dtype of v, map [B, heads, T, T] float32.
 
     Source: ananthu-aniraj/ifam layers/transformer_layers.py (boolean and additive
     masks), rewritten as one multiplication.
@@ -179,11 +191,12 @@ def weighted_attention(q, k, v, weight):
 class Attention(nn.Module):
     """Multi-head self-attention with one packed query-key-value product.
 
+    Attention to other tokens, or with other products, is a subclass that calls `mix`.
     With a mutable collection "intermediates" the softmax is computed explicitly and
     sown as "attention" [B, heads, T, T].
 
     Attributes:
-        heads: number of heads, a divisor of the width.
+        heads: a divisor of the width.
         qk_norm: LayerNorm of every head's queries and keys.
         eps: of those LayerNorms.
         dtype: of the matrix products.
@@ -191,6 +204,7 @@ class Attention(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         dropout: of the output.
         map_dropout: of the attention map, which is then computed explicitly.
+        init_by: initial values of the weights; the packed product is one matrix.
     """
 
     heads: int
@@ -201,45 +215,46 @@ class Attention(nn.Module):
     qkv_bias: bool = True
     dropout: float = 0.0
     map_dropout: float = 0.0
+    init_by: Callable = normal
 
     @nn.compact
     def __call__(self, x, length=None, rope=None, weight=None, train=False):
-        """Mix the tokens.
+        """Mix the tokens x [B, T, D] -> [B, T, D]; for the rest see `mix`."""
+        qkv = dense(3 * x.shape[-1], self.dtype, "qkv", self.qkv_bias, self.init_by)(x)
+        # Splitting, whose gradient is one concatenation, not indexing.
+        return self.mix(*jnp.split(qkv, 3, axis=-1), length, rope, weight, train)
+
+    def mix(self, q, k, v, length=None, rope=None, weight=None, train=False):
+        """Attend and project the result: [B, T, D], twice [B, S, D] -> [B, T, D].
 
         Args:
-            x: [B, T, D].
+            q, k, v: queries, and the keys and values they look at.
             length: [B] int32 valid leading keys, or None.
             rope: (cos, sin) [1 or B, T, D / heads] of `posemb.rotation`, or None.
-            weight: [B, T] how much every key counts, see `weighted_attention`; None =
+            weight: [B, S] how much every key counts, see `weighted_attention`; None =
                 all alike. Not together with length, nor with map_dropout.
             train: drop, from the stream "dropout".
-
-        Returns:
-            [B, T, D] in `dtype`.
 
         Raises:
             ValueError: heads does not divide the width.
         """
-        d = x.shape[-1]
+        d = q.shape[-1]
         if d % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {d}")
-        qkv = dense(3 * d, self.dtype, "qkv", self.qkv_bias)(x)  # [B, T, 3 D]
-        # Splitting, whose gradient is one concatenation, not indexing.
         q, k, v = (
-            einops.rearrange(x, "b n (h c) -> b n h c", h=self.heads)
-            for x in jnp.split(qkv, 3, axis=-1)
+            einops.rearrange(x, "b n (h c) -> b n h c", h=self.heads) for x in (q, k, v)
         )
         if self.qk_norm:
             q = LayerNorm(self.eps, self.dtype, name="q_norm")(q)
             k = LayerNorm(self.eps, self.dtype, name="k_norm")(k)
         if rope is not None:
             q, k = posemb.rotate(q, *rope), posemb.rotate(k, *rope)
-        y = self._mix(q, k, v, length, weight, train)  # [B, T, heads, c]
+        y = self._attend(q, k, v, length, weight, train)  # [B, T, heads, c]
         y = einops.rearrange(y, "b n h c -> b n (h c)")
-        y = dense(d, self.dtype, "proj")(y)
+        y = dense(d, self.dtype, "proj", init_by=self.init_by)(y)
         return nn.Dropout(self.dropout, deterministic=not train)(y)
 
-    def _mix(self, q, k, v, length, weight, train):
+    def _attend(self, q, k, v, length, weight, train):
         """Return the attended values [B, T, heads, c]; sow the map where it exists."""
         drop = train and self.map_dropout > 0.0
         if weight is not None:
@@ -259,23 +274,21 @@ class MLP(nn.Module):
     hidden: int
     dtype: str = "float32"
     dropout: float = 0.0
+    init_by: Callable = normal
 
     @nn.compact
     def __call__(self, x, train=False):  # [..., D] -> [..., D]
-        y = dense(self.hidden, self.dtype, "fc1")(x)
+        y = dense(self.hidden, self.dtype, "fc1", init_by=self.init_by)(x)
         y = gelu(y)
         y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        y = dense(x.shape[-1], self.dtype, "fc2")(y)
+        y = dense(x.shape[-1], self.dtype, "fc2", init_by=self.init_by)(y)
         return nn.Dropout(self.dropout, deterministic=not train)(y)
 
 
 def drop_path(x, draw, rate):
-    """Drop whole samples of x [B, ...] whose draw is below the rate; scale the rest.
+    """Drop whole samples of x [B, ...] whose draw [B, 1, ...] is below the rate.
 
-    Args:
-        x: the residual branch.
-        draw: [B, 1, ...] uniform in [0, 1].
-        rate: share that is dropped, below 1.
+    The others are scaled up by 1 / (1 - rate).
     """
     return x * ((draw >= rate) / (1.0 - rate)).astype(x.dtype)
 
@@ -301,12 +314,11 @@ class Block(nn.Module):
     """Pre-norm transformer block: x + g1 attn(norm(x)), then x + g2 mlp(norm(x)).
 
     Attributes:
-        heads: of the attention.
         hidden: width inside the MLP.
         drop_path: probability that a sample skips a branch.
         layerscale: initial value of the per-channel gains g1, g2; 0 = no gains.
-        qk_norm, eps, dtype, attention: see `Attention`; eps is every LayerNorm's.
-        qkv_bias, map_dropout: see `Attention`.
+        eps: of every LayerNorm.
+        heads, qk_norm, dtype, attention, qkv_bias, map_dropout: see `Attention`.
         dropout: of the outputs of both branches and inside the MLP.
     """
 

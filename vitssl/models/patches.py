@@ -9,17 +9,11 @@ import jax.numpy as jnp
 
 
 def normalise(image, mean, std):
-    """Turn the pixels a loader ships into what a model takes.
+    """Turn the pixels [..., C] a loader ships into what a model takes, float32.
 
     Integers are taken as 8-bit pixels and standardised on the device, where that is
-    free. Floats are taken as standardised already.
-
-    Args:
-        image: [..., C] uint8 in [0, 255], or float.
-        mean, std: C numbers each, in units of [0, 1] pixel values.
-
-    Returns:
-        [..., C] float32.
+    free; mean and std are of pixels in [0, 1]. Floats are taken as standardised
+    already.
 
     Raises:
         ValueError: mean or std has not one entry per channel.
@@ -64,20 +58,8 @@ def patchify(image, patch):
     )
 
 
-def unpatchify(patches, grid, patch):
-    """Put [..., h w, patch patch C] back into [..., H, W, C], for grid = (h, w)."""
-    h, w = grid
-    return einops.rearrange(
-        patches, "... (h w) (p q c) -> ... (h p) (w q) c", h=h, w=w, p=patch, q=patch
-    )
-
-
 def pack(mask, slots):
-    """List the members of a set in a fixed number of slots.
-
-    Args:
-        mask: [..., N] bool, True = member.
-        slots: length of the list, at most N.
+    """List the members of sets [..., N] bool in a fixed number of slots, at most N.
 
     Returns:
         keep: [..., slots] int32, the members in ascending order, then (padding) the
@@ -117,10 +99,7 @@ def put(tokens, keep, count, into):
         tokens: [B, K, D].
         keep: [B, K] int32 indices into N.
         count: [B] int32 filled slots, or None for all K.
-        into: [B, N, D] what stays where nothing is put.
-
-    Returns:
-        [B, N, D] in the dtype of `into`.
+        into: [B, N, D] what stays where nothing is put; its dtype is the result's.
     """
     slots, n = keep.shape[-1], into.shape[-2]
     if count is not None:

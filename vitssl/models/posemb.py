@@ -11,40 +11,33 @@ Resampling = Literal["antialias", "plain"]
 
 
 def resample(table, old, new, resampling="antialias"):
-    """Resample a position table from one patch grid to another.
+    """Resample a position table [..., h w, D] from one patch grid (h, w) to another.
 
     Args:
-        table: [..., h w, D] of grid `old` = (h, w); itself where the grids agree.
+        table: itself where the grids agree; its dtype is the result's.
         old, new: grids (h, w).
         resampling: "antialias": bicubic with a = -0.5, widened when shrinking, weights
             renormalised at the border, as in timm; "plain": bicubic with a = -0.75 and
             repeated border, as torch interpolates and DINOv2 and its Hugging Face
             port do.
-
-    Returns:
-        [..., h' w', D] of grid `new`, in the table's dtype.
     """
     if tuple(old) == tuple(new):
         return table
+    x = einops.rearrange(table, "... (h w) d -> ... h w d", h=old[0], w=old[1])
     if resampling == "plain":
         rows, columns = (cubic_matrix(a, b) for a, b in zip(old, new, strict=True))
-        x = einops.rearrange(table, "... (h w) d -> ... h w d", h=old[0], w=old[1])
         x = jnp.einsum("ah,bw,...hwd->...abd", rows, columns, x)
-        return einops.rearrange(x, "... h w d -> ... (h w) d").astype(table.dtype)
-    x = einops.rearrange(table, "... (h w) d -> ... h w d", h=old[0], w=old[1])
-    shape = x.shape[:-3] + (new[0], new[1], x.shape[-1])
-    x = jax.image.resize(x, shape, "cubic", antialias=True)
-    return einops.rearrange(x, "... h w d -> ... (h w) d")
+    else:
+        shape = (*x.shape[:-3], *new, x.shape[-1])
+        x = jax.image.resize(x, shape, "cubic", antialias=True)
+    return einops.rearrange(x, "... h w d -> ... (h w) d").astype(table.dtype)
 
 
 def cubic_matrix(old, new, step=None):
-    """Weights of bicubic interpolation with a = -0.75 along one axis.
+    """Weights [new, old] of bicubic interpolation with a = -0.75 along one axis.
 
     Sample i of `new` lies at (i + 1/2) step - 1/2 of `old`, where step is old / new
-    unless given; taps beyond the border repeat its value.
-
-    Returns:
-        [new, old] float32 numpy, rows summing to 1.
+    unless given; taps beyond the border repeat its value. Rows sum to 1.
 
     Source: Keys 1981, Eq. 4, with the constant of torch.nn.functional.interpolate.
     """
@@ -76,16 +69,11 @@ def sincos(grid, width, spacing: Spacing = (1.0, 0.0)):
     With w_i = 10000^(-i / (D / 4)), the patch at row y and column x has
     [sin(x w), cos(x w), sin(y w), cos(y w)]: the column comes first.
 
-    Args:
-        grid: (h, w).
-        width: D, divisible by 4.
-        spacing: see `Spacing`.
-
     Returns:
         [h w, D] float32 numpy, computed in float64.
 
     Raises:
-        ValueError: 4 does not divide the width.
+        ValueError: 4 does not divide the width D.
 
     Source: facebookresearch/mae util/pos_embed.py (MoCo v3).
     """
@@ -107,7 +95,7 @@ def rope_angles(grid, head_dim, theta, unit=False, spacing: Spacing = (1.0, 0.0)
 
     Args:
         grid: (h, w).
-        head_dim: channels per head, divisible by 4.
+        head_dim: channels per head.
         theta: base of the frequencies.
         unit: rows and columns are patch centres scaled to [-1, 1], and frequencies
             count full turns, as in DINOv3 (arXiv:2508.10104): an image of any size
@@ -118,7 +106,7 @@ def rope_angles(grid, head_dim, theta, unit=False, spacing: Spacing = (1.0, 0.0)
         [h w, head_dim / 2] float32 numpy, a constant of the compiled step.
 
     Raises:
-        ValueError: head_dim is not divisible by 4.
+        ValueError: 4 does not divide head_dim.
 
     Source: Su et al. 2021, arXiv:2104.09864, Eq. 15, per image axis as in H-JEPA
     (VisionRoPE2D).
@@ -146,11 +134,8 @@ def rotate(x, cos, sin):
     """Turn the channel pairs (2j, 2j + 1): (a, b) -> (a cos - b sin, a sin + b cos).
 
     Args:
-        x: [B, T, heads, head_dim].
+        x: [B, T, heads, head_dim]; the arithmetic is done in float32.
         cos, sin: [1 or B, T, head_dim] from `rotation`.
-
-    Returns:
-        Like x; the arithmetic is done in float32.
     """
     pairs = einops.rearrange(x.astype(jnp.float32), "... (c t) -> ... c t", t=2)
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1)

@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vitssl import ranges
+
+Four = tuple[ranges.Count, ranges.Count, ranges.Count, ranges.Count]
+Stride = Literal[8, 16, 32]
 _he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -41,11 +45,7 @@ def batch_norm(train, name):
 def join(last, previous):
     """Enlarge the last stage to the grid of the one before, and join the channels.
 
-    Args:
-        last: [B, h', w', C'], previous: [B, h, w, C].
-
-    Returns:
-        [B, h, w, C' + C]; bilinear between pixel centres.
+    [B, h', w', C'], [B, h, w, C] -> [B, h, w, C' + C]; bilinear between pixel centres.
     """
     shape = (*previous.shape[:3], last.shape[-1])
     if shape != last.shape:
@@ -57,12 +57,10 @@ class Block(nn.Module):
     """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with 4 times the width.
 
     Attributes:
-        width: channels inside.
         stride: of the first 3x3 convolution.
         first_dilation, dilation: of the first and the second 3x3 convolution
             ("basic"), or first_dilation of the only one ("bottleneck").
         shortcut: the skip connection needs a convolution.
-        kind: "basic" or "bottleneck".
     """
 
     width: int
@@ -98,15 +96,14 @@ class ResNet(nn.Module):
         depths: blocks of the four stages, (3, 4, 6, 3) in ResNet-50.
         widths: channels inside the blocks of the stages.
         stem: channels of the first convolution.
-        kind: of the blocks.
         output_stride: 32, 16 or 8; later strides become dilation.
     """
 
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    stem: int = 64
+    depths: Four = (3, 4, 6, 3)
+    widths: Four = (64, 128, 256, 512)
+    stem: ranges.Count = 64
     kind: Literal["basic", "bottleneck"] = "bottleneck"
-    output_stride: int = 32
+    output_stride: Stride = 32
 
     @property
     def width(self):
@@ -149,17 +146,3 @@ class ResNet(nn.Module):
         """Return `FreezeOut.layers`: the stem 0, stage s of 1 to 4 layer s."""
         stages = tuple((rf"{prefix}layer{s}_.*", s) for s in range(1, 5))
         return ((rf"{prefix}(conv1|bn1)/.*", 0), *stages)
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        yield from check_stages(self)
-
-
-def check_stages(net) -> Iterator[str]:
-    """Yield what is out of range in a network of four stages."""
-    for key in ("depths", "widths"):
-        value = getattr(net, key)
-        if len(value) != 4 or min(value, default=0) < 1:
-            yield f"{key}={value}: four numbers, each at least 1"
-    if net.output_stride not in (8, 16, 32):
-        yield f"output_stride={net.output_stride}: 8, 16 or 32"

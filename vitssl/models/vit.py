@@ -8,19 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vitssl import sizes
+from vitssl import ranges, sizes
 from vitssl.models import layers, patches, posemb
 from vitssl.optim import freezeout
-
-
-def uniform_fan_in(fan_in):
-    """PyTorch's default of a convolution: uniform in +-1 / sqrt(fan_in)."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
-
-    return init
 
 
 class PatchEmbed(nn.Module):
@@ -29,12 +19,8 @@ class PatchEmbed(nn.Module):
     The kernel is stored as a convolution's, [patch, patch, C, D], and applied as one
     matrix product to flattened patches, hidden ones left out.
 
-    Attributes:
-        width: D.
-        patch: side of a patch, in pixels.
-        dtype: of the product.
-        init_by: initial values: PyTorch's, or those of He et al. 2015,
-            arXiv:1502.01852, by fan out, with bias 0.
+    Initial values are PyTorch's, or those of He et al. 2015, arXiv:1502.01852, by fan
+    out, with bias 0.
     """
 
     width: int
@@ -45,7 +31,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, image, keep=None):  # [B, H, W, C] -> [B, N or K, D]
         p, channels = self.patch, image.shape[-1]
-        init = start = uniform_fan_in(p * p * channels)
+        init = start = layers.uniform_fan_in(p * p * channels)
         if self.init_by == "he":
             init = nn.initializers.normal((2 / (self.width * p * p)) ** 0.5)
             start = nn.initializers.zeros
@@ -62,9 +48,7 @@ class ViT(nn.Module):
     """Vision transformer with learned positions, for images of any size.
 
     Attributes:
-        width: channels of a token.
-        depth: number of blocks.
-        heads: attention heads, a divisor of width.
+        width: channels of a token, a multiple of heads.
         patch: side of a patch in pixels.
         image_size: size in pixels of the image the position table is for: a side, or
             (height, width).
@@ -95,25 +79,25 @@ class ViT(nn.Module):
     Darcet et al. 2023, arXiv:2309.16588.
     """
 
-    width: int
-    depth: int
-    heads: int
-    patch: int
+    width: ranges.Count
+    depth: ranges.Count
+    heads: ranges.Count
+    patch: ranges.Count
     image_size: sizes.Size
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-    layerscale: float = 0.0
+    mlp_ratio: ranges.Positive = 4.0
+    drop_path: ranges.BelowOne = 0.0
+    layerscale: ranges.NotNegative = 0.0
     rope: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: ranges.Positive = 10000.0
     rope_unit: bool = False
     cls: bool = True
     positions: Literal["learned", "sincos", "learned_sincos", "none"] = "learned"
     class_position: bool = True
-    registers: int = 0
+    registers: ranges.OrNone = 0
     resampling: posemb.Resampling = "antialias"
     spacing: tuple[float, float] = (1.0, 0.0)
     qk_norm: bool = False
-    norm_eps: float = 1e-6
+    norm_eps: ranges.Positive = 1e-6
     remat: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: layers.Implementation = "auto"
@@ -171,10 +155,7 @@ class ViT(nn.Module):
         return jnp.pad(table, ((0, 0), (shape[1] - table.shape[1], 0), (0, 0)))
 
     def position_table(self, grid):
-        """Return the position table of the patches of `grid` = (h, w): [h w, D].
-
-        All zeros without one.
-        """
+        """Return the table of the patches of `grid` = (h, w): [h w, D], 0 without."""
         if self.positions == "none":
             return jnp.zeros((grid[0] * grid[1], self.width))
         if self.positions == "sincos":
@@ -188,7 +169,7 @@ class ViT(nn.Module):
         """Encode images.
 
         Args:
-            image: [B, H, W, C] float, normalised; the patch divides both sides.
+            image: [B, H, W, C], normalised; the patch divides both sides.
             keep: [B, K] int32 raster indices of the patches that exist ("drop"
                 masking, packed by `models.patches.pack`); None = all.
             count: [B] int32, how many leading entries of keep are meant; the others
@@ -244,12 +225,9 @@ class ViT(nn.Module):
     def pooled(self, image, how="gap", train=False):
         """Return one vector per image: [B, D].
 
-        Args:
-            image: as in `__call__`.
-            how: "gap": the mean of the last block's patch tokens, before any norm (a
-                head normalises it, as MAE's fine-tuning does); "mean": of the tokens
-                after the last norm; "cls": the class token after it.
-            train: drop paths.
+        "gap" is the mean of the last block's patch tokens, before any norm (a head
+        normalises it, as MAE's fine-tuning does), "mean" that of the tokens after the
+        last norm, "cls" the class token after it.
         """
         return self._pool(*self(image, train=train), how)
 
@@ -271,10 +249,7 @@ class ViT(nn.Module):
         return found | {how: self._pool(tokens, out, how) for how in self.poolings}
 
     def attention_maps(self, image):
-        """Return (maps [B, depth, heads, T, T], grid (h, w) of the patches).
-
-        Apply with the mutable collection "intermediates", where they come from.
-        """
+        """Return (maps [B, depth, heads, T, T], grid (h, w)); see `models.Backbone`."""
         _, out = self(image)
         return layers.sown_maps(self.block), out["grid"]
 
@@ -336,32 +311,23 @@ class ViT(nn.Module):
         return posemb.rotation(jnp.pad(angles, ((0, 0), (self.prefix, 0), (0, 0))))
 
     def check(self) -> Iterator[str]:
-        """Yield one line per impossible value or combination of the fields."""
-        for key in ("width", "depth", "heads", "patch", "image_size"):
-            if min(sizes.pair(getattr(self, key))) < 1:
-                yield f"{key}={getattr(self, key)}: must be at least 1"
-        if self.heads >= 1 and self.width % self.heads:
+        """Yield one line per impossible combination of the fields."""
+        if self.width % self.heads:
             yield (
                 f"heads={self.heads}: must divide width={self.width}; "
                 f"{_divisors(self.width, self.heads)}"
             )
         elif "sincos" in self.positions and self.width % 4:
             yield f"width={self.width}: {self.positions} positions need a multiple of 4"
-        elif self.rope and self.heads >= 1 and self.width // self.heads % 4:
+        elif self.rope and self.width // self.heads % 4:
             yield (
                 f"rope=True: needs width / heads divisible by 4, it is "
                 f"{self.width // self.heads}"
             )
+        if min(sizes.pair(self.image_size)) < 1:
+            yield f"image_size={self.image_size}: 1 or more"
         for fault in sizes.faults(self.image_size, self.patch, "patch"):
             yield f"image_size={self.image_size}: {fault}"
-        if not 0.0 <= self.drop_path < 1.0:
-            yield f"drop_path={self.drop_path}: must be in [0, 1)"
-        for key in ("mlp_ratio", "norm_eps", "rope_theta"):
-            if not getattr(self, key) > 0.0:
-                yield f"{key}={getattr(self, key)}: must be positive"
-        for key in ("layerscale", "registers"):
-            if getattr(self, key) < 0:
-                yield f"{key}={getattr(self, key)}: must be 0 (off) or positive"
 
 
 def _divisors(width, heads):

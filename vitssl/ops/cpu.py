@@ -23,13 +23,8 @@ def compiler_options(dtype: str) -> dict:
     """Return the options of `jax.jit` under which a step runs fastest on a CPU.
 
     XLA hands float32 products to YNNPACK by default, which is slower at them than
-    its own kernels; in reductions it is faster.
-
-    Args:
-        dtype: compute dtype, "float32" or "bfloat16".
-
-    Returns:
-        {} on other devices and for other dtypes.
+    its own kernels; in reductions it is faster. {} on other devices and for other
+    dtypes.
     """
     if jax.default_backend() != "cpu" or dtype != "float32":
         return {}
@@ -65,16 +60,7 @@ gelu.defvjp(_gelu, _gelu_vjp)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x, scale, bias, eps):
-    """LayerNorm of the last axis in float32.
-
-    Args:
-        x: [..., D].
-        scale, bias: [D] float32.
-        eps: added to the variance.
-
-    Returns:
-        [..., D] float32.
-    """
+    """LayerNorm of the last axis in float32: [..., D], [D], [D] -> [..., D]."""
     return _layer_norm(x, scale, bias, eps)[0]
 
 
@@ -100,15 +86,7 @@ layer_norm.defvjp(_layer_norm, _layer_norm_vjp)
 
 @jax.custom_vjp
 def attention(q, k, v, length=None):
-    """Softmax attention over a prefix of the keys; see `models.layers.attend`.
-
-    Args:
-        q, k, v: [B, T, heads, c].
-        length: [B] int32 valid leading keys, at least 1; None = all.
-
-    Returns:
-        [B, T, heads, c] in the dtype of v.
-    """
+    """Softmax attention over a prefix of at least 1 key; see `models.layers.attend`."""
     return _attention(q, k, v, length)[0]
 
 

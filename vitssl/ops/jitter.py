@@ -33,18 +33,15 @@ def augment(
 
     Args:
         key: random key.
-        image: uint8 [..., H, W, C].
+        image: uint8 [..., H, W, C], as the result.
         strength: of the jitter: numbers, or arrays that broadcast against the leading
-            axes (say [G] for images [B, G, H, W, C]); so are all the following. An
+            axes (say [G] for images [B, G, H, W, C]); so are the probabilities. An
             operation that is 0 everywhere costs nothing.
         prob: probability of the jitter as a whole.
         grayscale_prob, blur_prob, solarize_prob: of the other three.
         spread: of brightness, contrast, saturation and hue at strength 1.
         blur_sigma: least and largest, in pixels.
         blur_kernel: odd width in pixels.
-
-    Returns:
-        uint8 [..., H, W, C].
     """
     lead = image.shape[:-3]
     chances = (prob, grayscale_prob, blur_prob, solarize_prob)
@@ -67,27 +64,13 @@ def augment(
 
 
 def augment_crops(key, crops, recipes):
-    """Augment stacked crops, each with its own settings.
-
-    Args:
-        key: random key.
-        crops: uint8 [B, G, H, W, C].
-        recipes: G dicts of keywords of `augment` (`MultiCrop.recipe` of each crop).
-
-    Returns:
-        uint8 [B, G, H, W, C].
-    """
+    """Augment uint8 crops [B, G, H, W, C] by G dicts of keywords of `augment`."""
     settings = {k: np.array([r[k] for r in recipes], np.float32) for k in recipes[0]}
     return augment(key, crops, **settings)
 
 
 def draw_jitter(key, strength, spread=SPREAD):
-    """Draw the factors and the order of the jitter of each image.
-
-    Args:
-        key: random key.
-        strength: [...] one number per image, see `data.colour.draw_jitter`.
-        spread: what it multiplies, per operation.
+    """Draw the factors and the order of the jitter of images of strength [...].
 
     Returns:
         factors: float32 [..., 4] brightness, contrast, saturation, turn of the hue.
@@ -105,15 +88,7 @@ def draw_jitter(key, strength, spread=SPREAD):
 
 
 def jitter(image, factors, order):
-    """Apply the four operations to float images, in an order of each image's own.
-
-    Args:
-        image: float32 [..., H, W, C].
-        factors, order: [..., 4], see `draw_jitter`.
-
-    Returns:
-        float32 [..., H, W, C].
-    """
+    """Apply the four operations to float images; order and factors: `draw_jitter`."""
     for place in range(len(OPERATIONS)):
         now = order[..., place, None, None, None]
         results = [
@@ -171,16 +146,7 @@ def grayscale(image):
 
 
 def blur(image, sigma, size=BLUR_KERNEL):
-    """Blur with a Gaussian, reflecting at the border.
-
-    Args:
-        image: float32 [..., H, W, C].
-        sigma: [...] in pixels.
-        size: odd width of the kernel, in pixels.
-
-    Returns:
-        float32 [..., H, W, C].
-    """
+    """Blur with a Gaussian of sigma [...] on `size` pixels; the border reflects."""
     half = size // 2
     offset = jnp.arange(-half, half + 1)
     weight = jnp.exp(-0.5 * (offset / sigma[..., None]) ** 2)  # [..., size]

@@ -21,19 +21,9 @@ def cubic(x):
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def triangle(x):
-    """Kernel of linear interpolation at distances x >= 0, any shape."""
-    return np.maximum(0.0, 1.0 - x)
-
-
 @functools.cache
 def matrix(old: int, new: int, kernel=cubic) -> np.ndarray:
-    """Return the weights that resize one axis: [new, old] float64, rows sum to 1.
-
-    Args:
-        old, new: lengths.
-        kernel: `cubic` or `triangle`.
-    """
+    """Return the weights that resize one axis: [new, old] float64, rows sum to 1."""
     at = (np.arange(new) + 0.5) * old / new - 0.5
     distance = np.abs(at[:, None] - np.arange(old)) / max(old / new, 1.0)
     weight = kernel(distance)
@@ -43,10 +33,9 @@ def matrix(old: int, new: int, kernel=cubic) -> np.ndarray:
 
 
 def image(x, height: int, width: int):
-    """Resize [..., H, W, C] to [..., height, width, C], bicubic; float32 inside.
+    """Resize [..., H, W, C] to [..., height, width, C], bicubic, float32 inside.
 
-    Returns:
-        In the dtype of x; x itself where the size is right.
+    x itself where the size is right.
     """
     if x.shape[-3:-1] == (height, width):
         return x
@@ -79,14 +68,11 @@ def windows(old: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def pseudo_inverse(old: int, new: int) -> np.ndarray:
-    """Return the matrix that carries a kernel of old^2 weights to new^2.
+    """Return the matrix [new^2, old^2] float32 that carries a kernel to another size.
 
     With R [new^2, old^2] the resizing of a patch, a kernel w over a patch x becomes
     pinv(R)^T w, so that its product with the resized patch is the old one as nearly as
     can be; exactly so when enlarging.
-
-    Returns:
-        [new^2, old^2] float32.
 
     Source: Beyer et al. 2022, arXiv:2212.08013 (FlexiViT), Eq. 4.
     """
@@ -95,11 +81,7 @@ def pseudo_inverse(old: int, new: int) -> np.ndarray:
 
 
 def kernel(weights, new: int):
-    """Resize the kernel of a patch embedding [P, P, C, D] to [new, new, C, D].
-
-    Returns:
-        `weights` itself where new = P.
-    """
+    """Resize the kernel of a patch embedding [P, P, C, D] to [new, new, C, D]."""
     old = weights.shape[0]
     if old == new:
         return weights

@@ -6,9 +6,9 @@ import numpy as np
 
 from tests import whole_hvit
 from vitssl import convert
-from vitssl.convert import family, hvit_names
+from vitssl.convert import Rule, Table, family, hvit_names, vit_names
 from vitssl.methods.simclr import method as simclr
-from vitssl.models import hvit, hvit_blocks, hvit_fusion, layers, posemb
+from vitssl.models import hvit, layers, posemb, pyramid
 from vitssl.pictures import attention
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -66,6 +66,30 @@ def model(config):
     )
 
 
+def original(state, like):
+    """Parameters like those of `HViTModel` with an original's weights."""
+    return convert.convert(state, like, hvit_names.table(hvit_names.depths(state)))
+
+
+def projections(batchnorm):
+    """The table of `simclr.method.Projector`, into {"params", "stats"}.
+
+    With batchnorm that of the logged runs, phase3_pretraining/models; else that of
+    scripts/pretrain.py.
+    """
+    if not batchnorm:
+        one = vit_names.linear("0", "params/fc1")
+        return Table((*one, *vit_names.linear("2", "params/fc2")))
+    rules = (
+        *vit_names.linear("head.0", "params/fc1"),
+        *vit_names.norm("head.1", "params/norm"),
+        Rule("head.1.running_mean", "stats/mean"),
+        Rule("head.1.running_var", "stats/var"),
+        *vit_names.linear("head.3", "params/fc2"),
+    )
+    return Table(rules, ("head.1.num_batches_tracked",))
+
+
 def load(case):
     """(model, its variables, its images) through the table a user's weights take."""
     net = model(case.config)
@@ -76,7 +100,7 @@ def load(case):
     channels = net.backbone.spectral_channels
     like = {"spectral": jnp.zeros((*built.shape[:3], channels))} if channels else {}
     like = jax.eval_shape(net.init, jax.random.key(0), built, **like)["params"]
-    return net, {"params": hvit_names.load(case.param, like)}, images
+    return net, {"params": original(case.param, like)}, images
 
 
 def _forward(case):
@@ -157,7 +181,7 @@ def _blocks(case):
     case.close("mlp", mlp.apply(_part(case, mlp, hvit_names.MLP, "mlp", x), x))
 
     block = layers.Block(hidden=hidden, eps=EPS, **shape)
-    merge = hvit_blocks.PatchMerging(EPS)
+    merge = pyramid.PatchMerging(EPS)
     for name, net, rules, args in (
         ("block", block, hvit_names.BLOCK, ()),
         ("merging", merge, hvit_names.MERGE, (grid,)),
@@ -186,12 +210,10 @@ def _dfca(case):
     rgb, spectral = (
         jnp.asarray(case.inputs[k]).swapaxes(0, 1) for k in ("rgb", "spectral")
     )
-    net = hvit_fusion.DFCA(
-        heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True)
-    )
+    net = hvit.DFCA(heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True))
     weights = _part(case, net, hvit_names.DFCA, "", rgb, spectral)
     case.close("fused", net.apply(weights, rgb, spectral).swapaxes(0, 1))
-    attn = hvit_fusion.CrossAttention(c["num_heads"])
+    attn = hvit.CrossAttention(c["num_heads"])
     inner = {"params": weights["params"]["attn"]}
     mask = weights["params"].get("disease_mask", 0.0)
     case.close("attn_out", attn.apply(inner, rgb, spectral + mask).swapaxes(0, 1))
@@ -240,7 +262,7 @@ def _projectors(case):
         like = jax.eval_shape(lambda: head.init(rng, c["in_dim"]))  # noqa: B023
         like = {k: v for k, v in zip(("params", "stats"), like, strict=True) if v}
         state = {k: v for k, v in case.param.items() if k.startswith(f"{name}.")}
-        rules = hvit_names.projector(head.batchnorm).under(f"{name}.")
+        rules = projections(head.batchnorm).under(f"{name}.")
         found = convert.convert(state, like, rules)
         params, stats = found["params"], found.get("stats", {})
         y, _ = head(params, stats, x)

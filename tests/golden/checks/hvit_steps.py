@@ -21,6 +21,8 @@ from vitssl.models import head, hvit
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
+from . import hvit_model
+
 # The rules of configs/finetune_hvit.py and configs/simclr_hvit.py.
 HEAD = r"(head|aux_\w+)/.*"
 NO_DECAY = r".*/(bias|scale|pos_embed|disease_mask)"
@@ -218,7 +220,7 @@ def _pretrain(case):
     like, _ = jax.eval_shape(method.init, jax.random.key(0), batches[0])
     depths = tuple(c["hvt_params"]["depths"])
     names = hvit_names.encoder(depths).under("backbone.", "encoder/")
-    head_names = hvit_names.projector(False).under("projection_head.", "")
+    head_names = hvit_model.projections(False).under("projection_head.", "")
     # The classifier is not on the path: it is no parameter of this method.
     mine = {k: v for k, v in case.param.items() if ".classifier_head" not in k}
     flat = {"encoder": like["encoder"], "params": like["projector"]}
@@ -260,11 +262,8 @@ def _groups(case):
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     sizes = {k: v.size for k, v in tree.flat(shapes).items()}
     case.close("num_params_total", sum(sizes.values()))
-    rules = [(convert._compile(r.torch), r) for r in hvit_names.table(depths).rules]
-    ours = {}
-    for name in case.meta["all_names"]:
-        rule, values = convert._first(rules, name)
-        ours[name] = rule.flax.format_map(values)
+    table = hvit_names.table(depths)
+    ours = {name: table.forward(name)[1] for name in case.meta["all_names"]}
     assert set(ours.values()) == set(sizes)
     # By module, not by a piece of its name, which also finds every mlp.fc1.
     found = {k for k in ours if re.fullmatch(HEAD, ours[k])}

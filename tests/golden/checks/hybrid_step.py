@@ -185,6 +185,20 @@ def _up(module, *args):
     return module.up(*args)
 
 
+def _folded(state, prefix):
+    """The state with the positions of its registers added to them: the same network.
+
+    `models.vit.ViT` knows positions of patches and a class token; here all `prefix`
+    tokens have a row.
+    """
+    first, table = int("cls_token" in state), state["pos_embed"]
+    if prefix == first:
+        return state
+    registers = state["reg_token"] + table[:, first:prefix]
+    rest = np.delete(table, slice(first, prefix), axis=1)
+    return dict(state) | {"reg_token": registers, "pos_embed": rest}
+
+
 def _vit(case):
     c = case.config
     # Whether the position table has rows for what precedes the patches.
@@ -203,7 +217,7 @@ def _vit(case):
     )
     image = jnp.moveaxis(jnp.asarray(case.inputs["x"]), 1, -1)
     like = jax.eval_shape(net.init, jax.random.key(0), image)["params"]
-    state = vit_names.fold_positions(case.param, net.prefix) if rows else case.param
+    state = _folded(case.param, net.prefix) if rows else case.param
     params = convert.convert(state, like, vit_names.table())
 
     def run(p, q, mode="bilinear"):

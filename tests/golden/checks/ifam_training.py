@@ -10,7 +10,7 @@ import optax
 
 from configs import parts as config
 from tests.golden.checks import ifam_losses, ifam_model
-from vitssl import convert, tree
+from vitssl import tree
 from vitssl.methods import base as methods
 from vitssl.methods.parts import baselines, sections, views
 from vitssl.methods.parts import method as parts
@@ -178,11 +178,8 @@ def _ours(names, rules, hf):
             joined = joined.replace(
                 f"attention.attention.{one}", "attention.attention.qkv"
             )
-        for rule in rules.rules:
-            match = convert._compile(rule.torch).fullmatch(joined)
-            if match:
-                found[name] = rule.flax.format_map(match.groupdict())
-                break
+        if leaf := rules.forward(joined)[1]:
+            found[name] = leaf
     return found
 
 

@@ -233,9 +233,7 @@ def _transfer(case):
 
 def _ours(keys, table):
     """Names here of the keys that a table knows."""
-    rules = [(convert._compile(r.torch), r) for r in table.rules]
-    found = (convert._first(rules, key) for key in keys)
-    return {f[0].flax.format_map(f[1]) for f in found if f is not None}
+    return {table.forward(key)[1] for key in keys} - {None}
 
 
 def _finetuned(case):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vitssl import errors
-from vitssl.convert import dinov2
+from vitssl.convert import huggingface
 from vitssl.methods.parts import heads, names, networks
 from vitssl.models import vit
 
@@ -42,7 +42,7 @@ def _random(net):
 def test_there_and_back_without_a_bit_lost(hf, head):
     params = _random(_net(hf, **head))
     state = names.export(params, hf=hf)
-    assert dinov2.is_hf(state) == hf
+    assert huggingface.is_hf(state) == hf
     again = names.load(state, params)
     jax.tree.map(np.testing.assert_array_equal, params, again)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vitssl import errors, tree
+from tests.models import dinov2
+from vitssl import tree
 from vitssl.methods.parts import baselines, heads, maps, networks
-from vitssl.models import dinov2, patches, vit
+from vitssl.models import patches, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
 SIDE, PATCH, CLASSES = 5, 4, 3
@@ -218,11 +219,6 @@ def test_rad_dino_has_its_number_of_parameters():
 )
 def test_dinov2_with_registers_has_its_number_of_parameters(size, want):
     assert _count(dinov2.reg4(size), 518) == want
-
-
-def test_unknown_size_of_dinov2():
-    with pytest.raises(errors.UsageError, match="size='huge'.*small, base, large"):
-        dinov2.reg4("huge")
 
 
 def test_the_patch_must_divide_the_image():

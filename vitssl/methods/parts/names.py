@@ -7,7 +7,7 @@ timm (or Hugging Face) under "stage_1." and "stage_2.".
 from collections.abc import Mapping
 
 from vitssl import convert
-from vitssl.convert import CONV, LINEAR, Rule, Table, dinov2, vit_names
+from vitssl.convert import CONV, LINEAR, Rule, Table, huggingface, vit_names
 
 # The originals' buffers that hold no weights.
 _ASIDE = ("{*}num_batches_tracked", "num_batches_tracked", "{*}prefix_attn_mask")
@@ -34,7 +34,7 @@ def head(torch: str = "", flax: str = "head/") -> Table:
 
 def backbone(torch: str = "", flax: str = "backbone/", *, hf: bool = False) -> Table:
     """Return the table of a ViT in timm's or Hugging Face's names."""
-    return (dinov2 if hf else vit_names).table(torch, flax)
+    return (huggingface if hf else vit_names).table(torch, flax)
 
 
 def classifier(torch: str = "", flax: str = "") -> Table:
@@ -83,15 +83,15 @@ def load(state: Mapping, like, table=two_stage) -> dict:
     Raises:
         CheckpointError: see `convert.convert`; also for a file of another width.
     """
-    hf = dinov2.is_hf(state)
-    state = dinov2.fuse(state) if hf else state
+    hf = huggingface.is_hf(state)
+    state = huggingface.fuse(state) if hf else state
     return convert.convert(state, like, table(hf=hf))
 
 
 def export(params, table=two_stage, *, hf: bool = False) -> dict:
     """Return the state dict of parameters; `load` backwards."""
     state = convert.export(params, table(hf=hf))
-    return dinov2.split(state) if hf else state
+    return huggingface.split(state) if hf else state
 
 
 def _batch_norm(torch, ours):

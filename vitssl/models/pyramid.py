@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 
-from vitssl import sizes
+from vitssl import ranges, sizes
 from vitssl.models import layers, posemb, vit
 
 
@@ -17,11 +17,8 @@ class PatchMerging(nn.Module):
     """Join each 2 x 2 group of tokens into one of twice the width.
 
     An odd grid gets a row or column of zeros at its end first. The order within a
-    group is column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
-
-    Attributes:
-        eps: of the LayerNorm, which comes before the linear layer.
-        dtype: of the product.
+    group is column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column). The
+    LayerNorm comes before the linear layer.
 
     Source: Liu et al. 2021 (Swin), arXiv:2103.14030, section 3.1.
     """
@@ -31,10 +28,7 @@ class PatchMerging(nn.Module):
 
     @nn.compact
     def __call__(self, x, grid):
-        """Return (tokens [B, h' w', 2 D], (h', w')) of [B, h w, D] and (h, w).
-
-        h' and w' are half of h and w, rounded up.
-        """
+        """[B, h w, D], (h, w) -> [B, h' w', 2 D], (h', w'): halves, rounded up."""
         h, w = grid
         x = einops.rearrange(x, "b (h w) d -> b h w d", h=h)
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
@@ -53,14 +47,12 @@ class Pyramid(nn.Module):
 
     Attributes:
         width: channels of a token in the first stage.
-        depths: blocks of every stage.
-        heads: attention heads of every stage.
+        depths, heads: blocks, and attention heads, of every stage.
         patch: side of a patch in pixels.
         image_size: side, or (height, width), in pixels, of the image the position
             table is for.
         image_width: its width, if image_size is but the height; 0 = as image_size says.
         mlp_ratio: hidden width of an MLP over its stage's width.
-        qkv_bias: whether queries, keys and values have a bias.
         dropout: after the positions, and in and after attention and MLP.
         map_dropout: of attention maps.
         drop_path: of the last block; grows linearly from 0 in the first of all.
@@ -70,18 +62,18 @@ class Pyramid(nn.Module):
         attention: implementation, see `layers.attend`.
     """
 
-    width: int
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    patch: int
+    width: ranges.Count
+    depths: tuple[ranges.Count, ...]
+    heads: tuple[ranges.Count, ...]
+    patch: ranges.Count
     image_size: sizes.Size
-    image_width: int = 0
-    mlp_ratio: float = 4.0
+    image_width: ranges.OrNone = 0
+    mlp_ratio: ranges.Positive = 4.0
     qkv_bias: bool = True
-    dropout: float = 0.0
-    map_dropout: float = 0.0
-    drop_path: float = 0.0
-    norm_eps: float = 1e-5
+    dropout: ranges.BelowOne = 0.0
+    map_dropout: ranges.BelowOne = 0.0
+    drop_path: ranges.BelowOne = 0.0
+    norm_eps: ranges.Positive = 1e-5
     remat: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: layers.Implementation = "auto"
@@ -154,11 +146,10 @@ class Pyramid(nn.Module):
         """Return (tokens [B, N, D], stages) of images [B, H, W, C], normalised.
 
         Args:
-            image: see above.
+            image: at least one patch.
             train: dropout and drop path, from the streams "dropout" and "drop_path".
             mask: [B, h w] bool, patches of the first stage whose content `fill` [D]
                 replaces, before positions are added; None = none.
-            fill: see mask.
 
         Returns:
             tokens: of the last stage, after the last LayerNorm.
@@ -209,28 +200,18 @@ class Pyramid(nn.Module):
         return self.patch_norm(self.patch_embed(image)), (h, w)
 
     def check(self) -> Iterator[str]:
-        """Yield one line per impossible value or combination of the fields."""
-        for key in ("width", "patch", "image_size"):
-            if min(sizes.pair(getattr(self, key))) < 1:
-                yield f"{key}={getattr(self, key)}: must be at least 1"
+        """Yield one line per impossible combination of the fields."""
         if self.image_width and not isinstance(self.image_size, int):
             yield f"image_width={self.image_width}: image_size has a width already"
-        if not self.depths or min(self.depths) < 1:
-            yield f"depths={self.depths}: one number of blocks per stage, 1 or more"
-        if len(self.heads) != len(self.depths) or min(self.heads, default=0) < 1:
+        if not self.depths:
+            yield "depths=(): one number of blocks per stage"
+        if len(self.heads) != len(self.depths):
             yield f"heads={self.heads}: one number per stage of depths={self.depths}"
-        else:
-            for s, (d, n) in enumerate(zip(self.widths, self.heads, strict=True)):
-                if d % n:
-                    yield (
-                        f"heads={self.heads}: {n} does not divide the width {d} of "
-                        f"stage {s} (width={self.width})"
-                    )
-        if self.patch >= 1 and min(self.table_grid) < 1:
+        for s, (d, n) in enumerate(zip(self.widths, self.heads, strict=False)):
+            if d % n:
+                yield (
+                    f"heads={self.heads}: {n} does not divide the width {d} of "
+                    f"stage {s} (width={self.width})"
+                )
+        if min(self.table_grid) < 1:
             yield f"image_size={self.image_size}: at least one patch={self.patch}"
-        for key in ("dropout", "map_dropout", "drop_path"):
-            if not 0.0 <= getattr(self, key) < 1.0:
-                yield f"{key}={getattr(self, key)}: must be in [0, 1)"
-        for key in ("mlp_ratio", "norm_eps"):
-            if not getattr(self, key) > 0.0:
-                yield f"{key}={getattr(self, key)}: must be positive"
