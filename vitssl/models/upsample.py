@@ -182,14 +182,12 @@ class Skip(nn.Module):
         mlp = xavier.MLP(2 * d, self.dtype, name="mlp")
         found = {}
         for m in self.modalities:
-            if m.name not in fine or not m.space:
-                continue
             x = clean(fields[m.name])
             at = None if index is None else index[m.name]
             y = self._everywhere(m, x, d) if at is None else self._at(m, x, at, d)
             y = fine[m.name] + y
             found[m.name] = y + mlp(norm(y))
-        return fine | found
+        return found
 
     def _layer(self, m, g, d):
         return xavier.Linear(d, self.dtype, name=f"{m.name}_{g}")
@@ -259,35 +257,30 @@ class Upsampler(nn.Module):
             ValueError: q does not divide p.
         """
         r = factor(self.p, self.q)
-        if index is not None:
-            return self._at(coarse, mask, fields, index, r)
-        if r == 1:
+        if r == 1 and index is None:
             return coarse, mask
-        placed = [m.name for m in self.modalities if m.space]
-        states = {k: upsample_mask(v, r) if k in placed else v for k, v in mask.items()}
-        if self.mode == "pixel_shuffle":
+        kinds = tuple(
+            m for m in self.modalities if m.space and (index is None or m.name in index)
+        )
+        at = {m.name: None for m in kinds} if index is None else index
+        if self.mode == "pixel_shuffle" and r > 1:
             shuffle = PixelShuffle(r, self.dtype, name="shuffle")
-            fine = {k: shuffle(coarse[k]) for k in placed}
+            fine = {k: shuffle(coarse[k], i) for k, i in at.items()}
         else:
             how = "nearest" if self.mode == "nearest" else "bilinear"
-            fine = {k: upsample(coarse[k], mask[k], r, how) for k in placed}
-        if self.mode == "skip":
-            fine = Skip(self.modalities, self.q, self.dtype, name="skip")(fine, fields)
+            fine = {
+                k: upsample(coarse[k], mask[k], r, how)
+                if i is None
+                else upsample_at(coarse[k], mask[k], i, r, how)
+                for k, i in at.items()
+            }
+        if self.mode == "skip" and r > 1:
+            fine = Skip(kinds, self.q, self.dtype, name="skip")(fine, fields, index)
+        if index is not None:
+            return fine
+        states = mask | {k: upsample_mask(mask[k], r) for k in fine}
         fine = {
             k: jnp.where((states[k] == ONLINE)[..., None], v, 0)
             for k, v in fine.items()
         }
         return coarse | fine, states
-
-    def _at(self, coarse, mask, fields, index, r):
-        """Return {name: [B, K, D]} of some fine tokens."""
-        if self.mode == "pixel_shuffle" and r > 1:
-            shuffle = PixelShuffle(r, self.dtype, name="shuffle")
-            return {k: shuffle(coarse[k], i) for k, i in index.items()}
-        how = "nearest" if self.mode == "nearest" else "bilinear"
-        fine = {k: upsample_at(coarse[k], mask[k], i, r, how) for k, i in index.items()}
-        if self.mode == "skip" and r > 1:
-            kinds = tuple(m for m in self.modalities if m.name in index)
-            skip = Skip(kinds, self.q, self.dtype, name="skip")
-            fine = skip(fine, fields, index)
-        return fine

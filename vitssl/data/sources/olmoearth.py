@@ -33,18 +33,13 @@ SPLITS = {"train": "train", "val": "test", "test": "test"}
 class Samples:
     """Samples of several modalities; `[i]` is what `read` returns, and a label -1."""
 
-    folder: str
+    root: str  # The folder of the files.
     indices: np.ndarray  # Numbers of the files.
     names: tuple[str, ...]  # Modalities of every sample, there or not.
     split: str
     channels: int
     classes: tuple[str, ...] = ()
     name: str = "olmoearth"
-
-    @property
-    def root(self) -> str:
-        """Return the folder of the files."""
-        return self.folder
 
     @property
     def labels(self) -> np.ndarray:
@@ -55,7 +50,7 @@ class Samples:
         return len(self.indices)
 
     def __getitem__(self, i):
-        path = f"{self.folder}/sample_{self.indices[i]}.h5"
+        path = f"{self.root}/sample_{self.indices[i]}.h5"
         return read(path, self.names) | {"label": -1}
 
 

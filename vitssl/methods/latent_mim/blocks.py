@@ -81,8 +81,3 @@ class Block(nn.Module):
 
 # `train` is position 4 counted from the module itself; it must be static.
 RematBlock = nn.remat(Block, static_argnums=(4,))
-
-
-def stack(depth: int, remat: bool, **fields):
-    """Return `depth` blocks; assign them to `self.block` in setup."""
-    return [(RematBlock if remat else Block)(**fields) for _ in range(depth)]

@@ -222,16 +222,13 @@ class HybridMIM(nn.Module):
         """Return what the predictor attends to."""
         dates, r = fields["timestamps"], self.factor
         shapes = tokens.shapes_of(seen.tokens)
-        if r == 1 or self.decoder == "processing":
-            codes = self.predictor.codes(shapes, dates, self.p)
-            return self.predictor.context(seen.packed, codes)
-        if self.decoder == "output":
+        if r > 1 and self.decoder == "output":
             codes = self.predictor.codes(tokens.shapes_of(fine), dates, self.q)
             return self.predictor.context(self._pack_fine(seen, fine, slots), codes)
-        if not self.sampled_keys:
-            codes = self.predictor.codes(shapes, dates, self.p)
-            return self.predictor.context(seen.packed, codes)
-        return self._children(seen, fields)
+        if r > 1 and self.decoder == "mixed" and self.sampled_keys:
+            return self._children(seen, fields)
+        codes = self.predictor.codes(shapes, dates, self.p)
+        return self.predictor.context(seen.packed, codes)
 
     def _children(self, seen, fields):
         """Return the context of one drawn fine child per coarse token."""

@@ -131,16 +131,9 @@ class Strategy:
         if step + 1 >= self.steps:
             return self.final_encode, self.final_decode
         along = (step + 1) / self.steps
-        return tuple(
-            start + (end - start) * along
-            for start, end in (
-                (self.encode_ratio, self.final_encode),
-                (self.decode_ratio, self.final_decode),
-            )
-        )
-
-
-# Drawing.
+        start = np.array([self.encode_ratio, self.decode_ratio])
+        end = np.array([self.final_encode, self.final_decode])
+        return tuple((start + (end - start) * along).tolist())
 
 
 def draw(
@@ -204,9 +197,13 @@ class _Draw:
     def space(self) -> Masks:
         grid = next(self.gone[k.name].shape[:2] for k in self.kinds if k.space)
         patches = scatter(self.rng, math.prod(grid), self.ratios).reshape(grid)
+        return self._spread(patches[..., None, None], lambda kind: kind.space)
+
+    def _spread(self, states, member):
+        """Return `states` in all that is a member, and random tokens elsewhere."""
         return {
-            k.name: np.broadcast_to(patches[..., None, None], self.gone[k.name].shape)
-            if k.space
+            k.name: np.broadcast_to(states, self.gone[k.name].shape)
+            if member(k)
             else self._tokens(k)
             for k in self.kinds
         }
@@ -218,12 +215,7 @@ class _Draw:
         times = next(self.gone[k.name].shape[-2] for k in self.kinds if k.time)
         line = np.full(times, TARGET_ONLY)
         line[steps] = scatter(self.rng, len(steps), self.ratios, least=1)
-        return {
-            k.name: np.broadcast_to(line[:, None], self.gone[k.name].shape)
-            if k.time
-            else self._tokens(k)
-            for k in self.kinds
-        }
+        return self._spread(line[:, None], lambda kind: kind.time)
 
     def space_time(self) -> Masks:
         if self.coin < 0.5 or not self._enough_times():
@@ -247,15 +239,14 @@ class _Draw:
         return choices[int(self.coin * len(choices))]()
 
     def random_range(self) -> Masks:
-        return {kind.name: self._range(kind) for kind in self.kinds}
-
-    def _range(self, kind):
-        s = self.s
-        encode = self.rng.uniform(s.min_encode, s.max_encode)
-        decode = 1 - encode
-        if s.max_decode:
-            decode = self.rng.uniform(s.min_decode, s.max_decode)
-        return self._tokens(kind, (encode, decode))
+        s, masks = self.s, {}
+        for kind in self.kinds:
+            encode = self.rng.uniform(s.min_encode, s.max_encode)
+            decode = 1 - encode
+            if s.max_decode:
+                decode = self.rng.uniform(s.min_decode, s.max_decode)
+            masks[kind.name] = self._tokens(kind, (encode, decode))
+        return masks
 
     # Whole modalities.
 

@@ -158,19 +158,15 @@ class LatentMIM(base.Method):
     def phase(self, step: int) -> shapes.Shape:
         """Return the patches and the size of a step's crops: one compilation each."""
         h = self.hybrid
-        return shapes.draw(
-            self.sampling,
-            self.kinds,
-            step,
-            h.processing_patch_size,
-            h.output_patch_size,
-        )
+        patches = (h.processing_patch_size, h.output_patch_size)
+        return shapes.draw(self.sampling, self.kinds, step, *patches)
 
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks."""
         shape = self.phase(0)
         module = self.module(self.kinds, shape.p, shape.q)
-        fields = self.fields(jax.tree.map(lambda x: x[:1], _zeros(batch)))
+        one = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+        fields = self.fields(one)
         keys = jax.random.split(rng, 2)
         params = module.init({"params": keys[0], "tokens": keys[1]}, fields)["params"]
         extra = {"target": tree.copy(self._followed(params))}
@@ -257,12 +253,10 @@ class LatentMIM(base.Method):
 
     def _goals(self, module, extra, fields, asked):
         """Return {modality: targets [B, Q, D]}, without gradient."""
-        encoder, depth = module.encoder, self.target.depth
-        params = jax.lax.stop_gradient(extra["target"])
-        given = (params, fields, asked, module.target_patch)
-        if depth:
-            return target.encoded(encoder, *given, depth)
-        return target.projected(target.projection(encoder), *given)
+        given = (extra["target"], fields, asked, module.target_patch)
+        if self.target.depth:
+            return target.encoded(module.encoder, *given, self.target.depth)
+        return target.projected(target.projection(module.encoder), *given)
 
     def after(self, params, extra, step):
         """Return `extra` after update `step`: a moving target follows."""
@@ -419,7 +413,3 @@ class LatentMIM(base.Method):
 def _announce(text: str) -> None:
     """Log a line once."""
     logger.info("%s", text)
-
-
-def _zeros(batch):
-    return {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}

@@ -65,6 +65,20 @@ class Aggregate(nn.Module):
         return x.astype(jnp.float32)
 
 
+def _encodings(module, width):
+    """Return the encodings of an encoder or predictor."""
+    own = (module.frequencies, module.anchor, module.channels, module.most_times)
+    return encodings.CompositeEncodings(module.modalities, width, *own)
+
+
+def _stack(module, width, drop_path=0.0):
+    """Return the blocks of an encoder or predictor; assign them to `self.block`."""
+    block = blocks.RematBlock if module.remat else blocks.Block
+    hidden = int(width * module.mlp_ratio)
+    own = (module.qk_norm, module.dtype, module.attention)
+    return [block(module.heads, hidden, drop_path, *own) for _ in range(module.depth)]
+
+
 class Encoder(nn.Module):
     """A transformer over the visible tokens of all modalities together.
 
@@ -93,7 +107,7 @@ class Encoder(nn.Module):
     frequencies: encodings.Frequencies = "legacy"
     anchor: Anchor = "corner"
     channels: encodings.Channels = "learnable"
-    most_times: int = 12
+    most_times: int = modalities.TIMES
     remat: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
@@ -103,27 +117,11 @@ class Encoder(nn.Module):
         self.patch_embed = embed.PatchEmbeddings(
             self.modalities, self.width, self.base, self.patch_resize, self.dtype
         )
-        self.encodings = encodings.CompositeEncodings(
-            self.modalities,
-            self.width,
-            self.frequencies,
-            self.anchor,
-            self.channels,
-            self.most_times,
-        )
+        self.encodings = _encodings(self, self.width)
         if self.registers:
             init = nn.initializers.xavier_uniform()
             self.register = self.param("registers", init, (self.registers, self.width))
-        self.block = blocks.stack(
-            self.depth,
-            self.remat,
-            heads=self.heads,
-            hidden=int(self.width * self.mlp_ratio),
-            drop_path=self.drop_path,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
+        self.block = _stack(self, self.width, self.drop_path)
         self.norm = xavier.norm(self.dtype)
         self.aggregate = Aggregate(self.projections, self.aggregate_first, self.dtype)
 
@@ -216,7 +214,7 @@ class Predictor(nn.Module):
     frequencies: encodings.Frequencies = "legacy"
     anchor: Anchor = "corner"
     channels: encodings.Channels = "learnable"
-    most_times: int = 12
+    most_times: int = modalities.TIMES
     remat: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
@@ -225,25 +223,10 @@ class Predictor(nn.Module):
         """Declare the parts; names do not depend on `remat`."""
         zeros = nn.initializers.zeros
         self.mask_token = self.param("mask_token", zeros, (self.inner,))
-        self.encodings = encodings.CompositeEncodings(
-            self.modalities,
-            self.inner,
-            self.frequencies,
-            self.anchor,
-            self.channels,
-            self.most_times,
-        )
+        self.encodings = _encodings(self, self.inner)
         self.norm_in = xavier.norm(self.dtype)
         self.embed = xavier.Linear(self.inner, self.dtype)
-        self.block = blocks.stack(
-            self.depth,
-            self.remat,
-            heads=self.heads,
-            hidden=int(self.inner * self.mlp_ratio),
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
+        self.block = _stack(self, self.inner)
         self.norm = xavier.norm(self.dtype)
         self.head = xavier.Linear(self.width, self.dtype)
 
@@ -348,17 +331,8 @@ class Network:
     def build(self, kinds, dtype: str):
         """Return (encoder, predictor)."""
         width, heads, depth, short = self.numbers
-        both = dict(
-            mlp_ratio=self.mlp_ratio,
-            qk_norm=self.qk_norm,
-            frequencies=self.frequencies,
-            anchor=self.anchor,
-            channels=self.channels,
-            most_times=modalities.TIMES,
-            remat=self.remat,
-            dtype=dtype,
-            attention=self.attention,
-        )
+        names = "mlp_ratio qk_norm frequencies anchor channels remat attention".split()
+        both = {name: getattr(self, name) for name in names} | dict(dtype=dtype)
         encoder = Encoder(
             kinds,
             width,
