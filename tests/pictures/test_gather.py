@@ -4,7 +4,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from vitssl.evals.pictures import __main__ as command
 
 from tests import toy
 from vitssl.data import dataset

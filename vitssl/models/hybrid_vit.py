@@ -77,14 +77,11 @@ class HybridViT:
         )
 
     @property
-    def _field(self):
-        names = tuple(f"band{i}" for i in range(self.channels))
-        return modalities.Modality("image", (names,))
-
-    @property
     def _upsampler(self):
         mode = "bilinear" if self.mode == "shift" else self.mode
-        return upsample.Upsampler((self._field,), self.p, self.q, mode, self.vit.dtype)
+        names = tuple(f"band{i}" for i in range(self.channels))
+        field = modalities.Modality("image", (names,))
+        return upsample.Upsampler((field,), self.p, self.q, mode, self.vit.dtype)
 
     def init(self, rng, image):
         """Return fresh parameters for images like `image` [B, H, W, C]."""

@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, ranges
 from vitssl.data import decode
 from vitssl.data.modalities import MISSING, TIMES, TRAINED, find
 from vitssl.data.sources import layout
@@ -30,7 +30,7 @@ SPLITS = {"train": "train", "val": "test", "test": "test"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Samples:
+class Samples(layout.Source):
     """Samples of several modalities; `[i]` is what `read` returns, and a label -1."""
 
     root: str  # The folder of the files.
@@ -44,12 +44,10 @@ class Samples:
     @property
     def labels(self) -> np.ndarray:
         """[N] int32 of -1: there are none."""
-        return np.full(len(self), -1, np.int32)
+        return np.full(len(self.indices), -1, np.int32)
 
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
+    def example(self, i):
+        """Return sample i, which exists."""
         path = f"{self.root}/sample_{self.indices[i]}.h5"
         return read(path, self.names) | {"label": -1}
 
@@ -58,13 +56,13 @@ def open(
     root,
     split,
     *,
-    modalities=TRAINED,
-    channels=1,
-    filter_file="",
-    max_samples=0,
-    share=1.0,
-    holdout=0,
-    seed=3622,
+    modalities: tuple[str, ...] = TRAINED,
+    channels: int = 1,
+    filter_file: str = "",
+    max_samples: ranges.OrNone = 0,
+    share: ranges.Share = 1.0,
+    holdout: ranges.OrNone = 0,
+    seed: int = 3622,
 ):
     """Samples that have at least one sensor of the modalities asked for.
 
@@ -82,21 +80,16 @@ def open(
 
     Raises:
         DataError: no such folder, or not of this layout.
-        UsageError: an unknown modality, a number out of range.
+        UsageError: an unknown modality.
     """
     split = layout.split_of("olmoearth", split, SPLITS)
     names = tuple(modalities)
-    if holdout < 0 or max_samples < 0 or not 0 < share <= 1:
-        raise errors.UsageError(
-            f"olmoearth: holdout={holdout}, max_samples={max_samples}: 0 or more; "
-            f"share={share}: above 0, at most 1"
-        )
-    sensors = [n for n in names if find(n).time and find(n).space]
     folder = directory(layout.root_of("olmoearth", root, EXPECTED))
     index, has = metadata(folder)
     keep = np.zeros(len(index), bool)
-    for name in sensors:
-        keep |= has.get(name, np.zeros(len(index), bool))
+    for kind in map(find, names):
+        if kind.time and kind.space and kind.name in has:
+            keep |= has[kind.name]
     if filter_file:
         keep &= np.isin(index, np.load(filter_file))
     index = index[keep]
@@ -156,7 +149,7 @@ def _filters():
 
 
 def complete(timestamps, arrays, masks, names) -> dict:
-    """Return a sample on one time line of 12 steps; see the module.
+    """Return a sample of the modalities `names` on one time line of 12 steps.
 
     Args:
         timestamps: [T, 3], T <= 12.
@@ -164,7 +157,6 @@ def complete(timestamps, arrays, masks, names) -> dict:
             left out.
         masks: {modality: bool [T]}, True where a time step is there; a modality
             without one is there all the time.
-        names: modalities the sample shall have, there or not.
 
     Raises:
         ValueError: an array has another number of steps than its mask.

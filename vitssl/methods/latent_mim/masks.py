@@ -148,7 +148,6 @@ def draw(
     """Return the masks of one sample.
 
     Args:
-        kinds: modalities of the sample, in the order of the run.
         gone: {modality: bool, the shape of its tokens}: what is missing.
         coin: number in [0, 1) that all samples of a batch share.
         step: of the run, for "random_increasing".
