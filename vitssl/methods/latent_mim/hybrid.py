@@ -211,12 +211,8 @@ class HybridMIM(nn.Module):
         return self.factor > 1 and fine
 
     def _fine_states(self, mask):
-        return {
-            m.name: upsample.upsample_mask(mask[m.name], self.factor)
-            if m.space
-            else mask[m.name]
-            for m in self.modalities
-        }
+        r, placed = self.factor, [m.name for m in self.modalities if m.space]
+        return mask | {k: upsample.upsample_mask(mask[k], r) for k in placed}
 
     def _context(self, seen, fine, fields, slots):
         """Return what the predictor attends to."""
@@ -323,13 +319,8 @@ class HybridMIM(nn.Module):
             fine, states = self._answers(seen, fields)
         else:
             fine, states = self.up(seen.tokens, seen.mask, fields)
-        return {
-            "pooled": seen.pooled,
-            "tokens_p": seen.tokens,
-            "features_q": fine,
-            "mask_p": seen.mask,
-            "mask_q": states,
-        }
+        found = {"pooled": seen.pooled, "tokens_p": seen.tokens, "mask_p": seen.mask}
+        return found | {"features_q": fine, "mask_q": states}
 
     def _answers(self, seen, fields):
         """Return the predictor's answers about all fine tokens, and their states."""
@@ -354,15 +345,8 @@ def draw(rng, member, count):
 def draw_children(rng, shapes, modalities, batch, r):
     """Draw one of the r x r children of every coarse token, uniformly.
 
-    Args:
-        rng: key.
-        shapes: {name: (h, w, T, S)} of the coarse grid.
-        modalities: tuple of `modalities.Modality`; those without places are left out.
-        batch: B.
-        r: children per side.
-
-    Returns:
-        {name: [B, h w T S] int32 places on the fine grid, flattened}.
+    Returns {name: [B, h w T S] int32 places on the fine grid, flattened}, of what has
+    places, for the shapes {name: (h, w, T, S)} of the coarse grid.
     """
     places = {}
     for i, m in enumerate(modalities):
