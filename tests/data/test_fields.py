@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from tests.layouts import earth
 from vitssl import errors
 from vitssl.data import modalities, sources
-from vitssl.data import samples as olmoearth
-from vitssl.data.sources import fields
+from vitssl.data.sources import fields, olmoearth
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_there_is_detail_below_a_patch(samples):
 
 
 def packed(sample):
-    """Return a sample as `samples.write` takes it: without what is missing."""
+    """Return a sample as `earth.write` takes it: without what is missing."""
     out = {"timestamps": sample["timestamps"], "masks": sample["present"]}
     for name, x in sample.items():
         if name in fields.SENSORS:
@@ -82,7 +82,7 @@ def packed(sample):
 
 
 def test_scenes_survive_the_file_format(tmp_path, samples):
-    folder = olmoearth.write(tmp_path, [packed(s) for s in samples[:2]])
+    folder = earth.write(tmp_path, [packed(s) for s in samples[:2]])
     names = (*fields.SENSORS, *fields.MAPS)
     for i, want in enumerate(samples[:2]):
         got = olmoearth.read(folder / f"sample_{i}.h5", names)

@@ -8,8 +8,8 @@ from tests.layouts import earth
 from tests.layouts.earth import SIDE, sample
 from vitssl import errors
 from vitssl.data import modalities, sources
-from vitssl.data import samples as olmoearth
-from vitssl.methods.latent_mim import shapes
+from vitssl.data.sources import olmoearth
+from vitssl.methods.latent_mim import shapes, views
 
 NAMES = ("sentinel2_l2a", "sentinel1", "worldcover", "era5_10", "latlon")
 
@@ -19,7 +19,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("earth")
     samples = [sample(0), sample(1, earth.GAPS), sample(2)]
     del samples[2]["worldcover"]
-    olmoearth.write(root, samples)
+    earth.write(root, samples)
     return root
 
 
@@ -44,7 +44,7 @@ def test_time_steps_come_back_where_they_were(root):
 
 def test_the_compression_of_the_published_files_is_read(tmp_path):
     raw = sample(3)
-    folder = olmoearth.write(tmp_path, [raw], compression="zstd")
+    folder = earth.write(tmp_path, [raw], compression="zstd")
     with h5py.File(folder / "sample_0.h5") as file:
         filters = file["sentinel2_l2a"].id.get_create_plist()
         assert filters.get_filter(0)[0] == 32015  # The registered number of zstd.
@@ -74,7 +74,7 @@ def test_what_is_drawn_and_held_out(root, tmp_path):
 
 
 def test_a_sample_without_timestamps_is_named(tmp_path):
-    folder = olmoearth.write(tmp_path, [sample()])
+    folder = earth.write(tmp_path, [sample()])
     with h5py.File(folder / "sample_0.h5", "a") as file:
         del file["timestamps"]
     source = sources.open("olmoearth", str(tmp_path), "train")
@@ -85,7 +85,7 @@ def test_a_sample_without_timestamps_is_named(tmp_path):
 def test_an_array_that_does_not_fit_its_mask_is_named(tmp_path):
     broken = sample()
     broken["masks"]["sentinel1"] = np.arange(12) < 3
-    folder = olmoearth.write(tmp_path, [broken])
+    folder = earth.write(tmp_path, [broken])
     match = "sentinel1 holds 4 time steps, its mask 3"
     with pytest.raises(errors.DataError, match=match):
         olmoearth.read(folder / "sample_0.h5", NAMES)
@@ -154,22 +154,20 @@ def test_shapes_are_a_function_of_the_step_alone():
 
 def test_turns_are_the_eight_symmetries_of_a_square():
     x = np.arange(9).reshape(3, 3, 1)
-    seen = {shapes.turn(x, k).tobytes() for k in range(8)}
+    seen = {views.turn(x, k).tobytes() for k in range(8)}
     assert len(seen) == 8
     # Every one of them undoes some other.
     for k in range(8):
-        undone = [
-            np.array_equal(shapes.turn(shapes.turn(x, k), j), x) for j in range(8)
-        ]
+        undone = [np.array_equal(views.turn(views.turn(x, k), j), x) for j in range(8)]
         assert sum(undone) == 1
 
 
 def test_cutmix_keeps_whole_patches():
     shape = shapes.Shape(4, 1, 3, 1)
-    rows, columns = shapes.spatial(np.random.default_rng(3), shape, 32, True)
+    rows, columns = views.spatial(np.random.default_rng(3), shape, 32, True)
     for pixels in (rows, columns):
         cells = pixels.reshape(3, 4)
         assert (cells[:, 0] % 4 == 0).all() and (np.diff(cells, axis=1) == 1).all()
         assert len(set(cells[:, 0])) == 3
     with pytest.raises(errors.DataError, match="holds no crop of 12"):
-        shapes.spatial(np.random.default_rng(0), shape, 8, False)
+        views.spatial(np.random.default_rng(0), shape, 8, False)

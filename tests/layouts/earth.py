@@ -1,9 +1,15 @@
 """OlmoEarth's pretraining set: HDF5 samples with absent sensors and time gaps."""
 
+import csv
+import json
+import os
+import pathlib
+
+import h5py
 import numpy as np
 
 from vitssl.data import modalities
-from vitssl.data import samples as olmoearth
+from vitssl.data.sources import olmoearth
 
 SIDE = 16
 FEW = ("sentinel2_l2a", "sentinel1", "worldcover")
@@ -65,5 +71,45 @@ def samples(*, count=SAMPLES, side=64):
 
 def earth(root, *, count=SAMPLES, side=64):
     """Write the samples, compressed as the published files are."""
-    olmoearth.write(root, samples(count=count, side=side), compression="zstd")
+    write(root, samples(count=count, side=side), compression="zstd")
     return root
+
+
+def write(root, samples, *, compression="gzip") -> pathlib.Path:
+    """Write samples in the layout of the published set; return their folder.
+
+    Args:
+        root: an existing folder.
+        samples: each a dict of "timestamps" [12, 3], "latlon" [2], arrays by modality
+            that hold the steps that are there, and "masks" {modality: bool [12]}.
+        compression: of HDF5 ("gzip", "lzf"), or "zstd" as the published files have it.
+    """
+    packed = dict(compression=compression)
+    if compression == "zstd":
+        import hdf5plugin
+
+        packed = dict(hdf5plugin.Zstd())
+    names = sorted({n for s in samples for n in s if n in modalities.MODALITIES})
+    names = [n for n in names if n != "latlon"]
+    side = next(
+        s[n].shape[0] for s in samples for n in names if n in s and s[n].ndim == 4
+    )
+    kind = f"h5py_data_w_missing_timesteps_{compression}_{side}_x_1"
+    folder = pathlib.Path(root) / kind / "_".join(names) / str(len(samples))
+    os.makedirs(folder)
+    rows = []
+    for i, sample in enumerate(samples):
+        with h5py.File(folder / f"sample_{i}.h5", "w") as file:
+            for key in ("timestamps", "latlon", *names):
+                if key in sample:
+                    file.create_dataset(key, data=sample[key], **packed)
+            for name, mask in sample.get("masks", {}).items():
+                file[f"{olmoearth.MASKS}/{name}"] = np.asarray(mask, bool)
+        rows.append([i, *(int(name in sample) for name in names)])
+    with (folder / "sample_metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["sample_index", *names], *rows])
+    where = [s.get("latlon", (0, 0)) for s in samples]
+    np.save(folder / "latlon_distribution.npy", np.array(where, np.float32))
+    settings = {"compression": compression}
+    (folder / "compression_settings.json").write_text(json.dumps(settings))
+    return folder

@@ -30,7 +30,7 @@ def batch(mods=ALL, p=4, seed=0, pixels=PIXELS, missing=True):
         flat = mask.reshape(BATCH, -1)
         flat[:, -1] = states.MISSING if missing else states.DECODER
         flat[:, 0] = states.ONLINE
-        found[f"{m.name}_mask"] = jnp.asarray(mask, jnp.int32)
+        found[m.mask_key] = jnp.asarray(mask, jnp.int32)
     return found
 
 

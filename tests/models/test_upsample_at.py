@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vitssl.data import modalities
-from vitssl.models import tokens, upsample
+from vitssl.models import upsample
 
 KINDS = (modalities.find("sentinel2_l2a"),)
 P, Q, SIDE, TIMES, D = 4, 2, 3, 2, 4
@@ -17,8 +17,8 @@ def made(seed=0):
     rng = np.random.default_rng(seed)
     fields, coarse, mask, index = {}, {}, {}, {}
     for kind in KINDS:
-        shape = tokens.shape(kind, SIDE, SIDE, TIMES)
-        fine = tokens.shape(kind, SIDE * P // Q, SIDE * P // Q, TIMES)
+        shape = kind.tokens(SIDE, TIMES)
+        fine = kind.tokens(SIDE * P // Q, TIMES)
         x = rng.normal(size=(2, *kind.shape(SIDE * P, TIMES))).astype(np.float32)
         fields[kind.name] = jnp.asarray(x)
         z = rng.normal(size=(2, *shape, D)).astype(np.float32)

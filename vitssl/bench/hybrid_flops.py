@@ -7,8 +7,7 @@ import dataclasses
 import math
 
 from vitssl.bench import flops
-from vitssl.methods.latent_mim import hybrid
-from vitssl.models import tokens
+from vitssl.methods.latent_mim import hybrid, tokens
 from vitssl.ops import resize
 
 

@@ -29,11 +29,10 @@ import optax
 
 from vitssl import errors
 from vitssl.bench import count, hybrid_flops
-from vitssl.data import modalities
+from vitssl.data import modalities, states
 from vitssl.losses import contrastive
-from vitssl.methods.latent_mim import discrimination, hybrid, network
-from vitssl.methods.latent_mim.discrimination import Pair
-from vitssl.models import tokens
+from vitssl.methods.latent_mim import hybrid, network, objective, target, tokens
+from vitssl.methods.latent_mim.objective import Pair
 from vitssl.ops import cpu
 from vitssl.run import notes
 
@@ -96,7 +95,7 @@ class Step:
         shapes = tokens.shapes(found, self.case.modalities, self.module.p)
         for m in self.case.modalities:
             shape = (batch, 2, *shapes[m.name])
-            found[tokens.mask_key(m)] = jax.ShapeDtypeStruct(shape, "int8")
+            found[m.mask_key] = jax.ShapeDtypeStruct(shape, "int8")
         return found
 
     def batch(self, rows: int, seed: int = 0) -> dict:
@@ -107,8 +106,8 @@ class Step:
                 found[key] = rng.integers(0, 12, s.shape)
             elif key.endswith("_mask"):
                 n = int(np.prod(s.shape[2:]))
-                state = np.full(n, tokens.DECODER)
-                state[: n // 2] = tokens.ONLINE
+                state = np.full(n, states.DECODER)
+                state[: n // 2] = states.ONLINE
                 state = [rng.permutation(state) for _ in range(2 * rows)]
                 found[key] = np.array(state).reshape(s.shape)
             else:
@@ -118,7 +117,7 @@ class Step:
 
     def view(self, batch, i):
         """Return view i of a batch."""
-        keys = {tokens.mask_key(m) for m in self.case.modalities}
+        keys = {m.mask_key for m in self.case.modalities}
         return {k: v[:, i] if k in keys else v for k, v in batch.items()}
 
     def init(self, rng, batch):
@@ -131,9 +130,9 @@ class Step:
     def _static(self):
         return {"slots": self.slots, "bounds": self.bounds}
 
-    def loss(self, params, target, batch, rng):
+    def loss(self, params, frozen, batch, rng):
         """Return the loss of a batch."""
-        frozen = hybrid.targets_of(self.module.encoder)
+        projection = target.projection(self.module.encoder)
         total, pooled = 0.0, []
         for i in range(2):
             fields, key = self.view(batch, i), jax.random.fold_in(rng, i)
@@ -144,39 +143,38 @@ class Step:
                 train=True,
                 rngs={"tokens": key, "drop_path": key},
             )
-            goal = hybrid.targets(
-                frozen, target, fields, seen.asked, self.module.target_patch
+            goal = target.projected(
+                projection, frozen, fields, seen.asked, self.module.target_patch
             )
             pairs = {
                 k: Pair(v.prediction, goal[k], v.valid) for k, v in seen.asked.items()
             }
-            total += discrimination.patch_discrimination(pairs)[0] / 2
+            total += objective.patch_discrimination(pairs)[0] / 2
             pooled.append(seen.pooled)
         return total + 0.1 * contrastive.infonce_one_way(*pooled)
 
     def update(self, state, batch, rng):
         """Return the state after one step of AdamW, and the loss."""
-        params, target, opt = state
-        value, grads = jax.value_and_grad(self.loss)(params, target, batch, rng)
+        params, frozen, opt = state
+        value, grads = jax.value_and_grad(self.loss)(params, frozen, batch, rng)
         move, opt = optax.adamw(1e-4).update(grads, opt, params)
-        return (optax.apply_updates(params, move), target, opt), value
+        return (optax.apply_updates(params, move), frozen, opt), value
 
     def start(self, batch, rng):
         """Return the first state."""
-        params, target = self.init(rng, batch)
+        params, frozen = self.init(rng, batch)
         # A copy: what is trained is donated, what is not must stay.
-        target = jax.tree.map(jnp.copy, target)
-        return params, target, optax.adamw(1e-4).init(params)
+        frozen = jax.tree.map(jnp.copy, frozen)
+        return params, frozen, optax.adamw(1e-4).init(params)
 
 
-def step(case: Case, mode: str, loss_tokens: int = 1024, **own) -> Step:
+def step(case: Case, mode: str, loss_tokens: int = 1024) -> Step:
     """Return the step of a mode on a case.
 
     Args:
         case: what it runs on.
         mode: one of `MODES`.
         loss_tokens: K of "mixed_k".
-        **own: fields of encoder and predictor.
 
     Raises:
         UsageError: unknown mode.
@@ -186,9 +184,9 @@ def step(case: Case, mode: str, loss_tokens: int = 1024, **own) -> Step:
     p, q = case.p, case.q
     p, q = {"all_p": (p, p), "all_q": (q, q)}.get(mode, (p, q))
     decoder = {"output": "output", "processing": "processing"}.get(mode, "mixed")
-    encoder, predictor = network.sized(
-        case.size, case.modalities, encoder={"base": case.p}, **own
-    )
+    width, heads, depth, short = network.SIZES[case.size]
+    encoder = network.Encoder(case.modalities, width, depth, heads, base=case.p)
+    predictor = network.Predictor(case.modalities, width, width, short, heads)
     module = hybrid.HybridMIM(
         encoder,
         predictor,

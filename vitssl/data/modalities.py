@@ -21,21 +21,13 @@ TIMES = 12  # Most time steps of a sample, one each 30 days.
 
 @dataclasses.dataclass(frozen=True)
 class Modality:
-    """One sensor or map.
+    """One sensor or map, an array [H, W, T, C], [T, C] or [C] (T = 1 without time)."""
 
-    Attributes:
-        name: key in files and batches.
-        bandsets: names of the bands in each set, in the order of the channels.
-        space: has rows and columns.
-        time: has a value for each time step.
-        factor: pixels per 10 m, along a side.
-    """
-
-    name: str
-    bandsets: tuple[tuple[str, ...], ...]
-    space: bool = True
-    time: bool = False
-    factor: int = 1
+    name: str  # Key in files and batches.
+    bandsets: tuple[tuple[str, ...], ...]  # In each set in the order of the channels.
+    space: bool = True  # Has rows and columns.
+    time: bool = False  # Has a value for each time step.
+    factor: int = 1  # Pixels per 10 m, along a side.
 
     @property
     def bands(self) -> tuple[str, ...]:
@@ -49,17 +41,23 @@ class Modality:
         index = {band: i for i, band in enumerate(self.bands)}
         return tuple(tuple(index[b] for b in group) for group in self.bandsets)
 
+    @property
+    def mask_key(self) -> str:
+        """Return the key of its mask in a batch."""
+        return f"{self.name}_mask"
+
     def shape(self, side: int, times: int) -> tuple[int, ...]:
         """Return the shape of a sample of `side` 10 m pixels and `times` steps."""
         space = (side * self.factor,) * 2 if self.space else ()
-        steps = (times,) if self.time else (1,) * self.space
-        return (*space, *steps, len(self.bands))
+        return (*space, *self._steps(times), len(self.bands))
 
-    def tokens(self, side: int, times: int) -> tuple[int, ...]:
-        """Return the shape of the tokens of `side` patches a side: [h, w, T, S]."""
-        space = (side, side) if self.space else ()
-        steps = (times,) if self.time else (1,) * self.space
-        return (*space, *steps, len(self.bandsets))
+    def tokens(self, rows: int, times: int, columns: int = 0) -> tuple[int, ...]:
+        """Return (h, w, T, S), (T, S) or (S,) of patches; a square without columns."""
+        space = (rows, columns or rows) if self.space else ()
+        return (*space, *self._steps(times), len(self.bandsets))
+
+    def _steps(self, times):
+        return (times,) if self.time else (1,) * self.space
 
 
 def _sets(*groups: str) -> tuple[tuple[str, ...], ...]:
@@ -185,12 +183,9 @@ _PREDEFINED = {
 
 
 def find(name: str, groups: Mapping[str, tuple] | None = None) -> Modality:
-    """Return a modality, with other bandsets if `groups` names it.
+    """Return a modality, with other bandsets if `groups` {modality: sets} names it.
 
-    Args:
-        name: a key of `MODALITIES`.
-        groups: {modality: ((band, ...), ...)}: overrides, as later releases of the
-            original do with one set for all bands.
+    Later releases of the original override them so, with one set for all bands.
 
     Raises:
         UsageError: no such modality; a band it does not have, or one given twice.
@@ -214,11 +209,7 @@ def find(name: str, groups: Mapping[str, tuple] | None = None) -> Modality:
 
 
 def scale(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offset, divisor) of a modality's channels: x' = (x - offset) / divisor.
-
-    Returns:
-        Two float64 [C].
-    """
+    """Return (offset, divisor) float64 [C]: x' = (x - offset) / divisor."""
     bands = MODALITIES[name].bands
     if name in _COMPUTED:
         mean, std = np.array([_COMPUTED[name][b] for b in bands]).T
@@ -228,11 +219,9 @@ def scale(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalise(name: str, x: np.ndarray) -> np.ndarray:
-    """Return float32 values that are mostly in [0, 1]; nothing is clipped.
+    """Return float32 [..., C] mostly in [0, 1], nothing clipped; `MISSING` stays.
 
-    Args:
-        name: of the modality; "rgb" must be normalised by its own mean and std.
-        x: [..., C] in physical or digital units; `MISSING` stays `MISSING`.
+    Not of "rgb", which is normalised by its own mean and std.
     """
     offset, divisor = scale(name)
     x = np.asarray(x)

@@ -31,8 +31,6 @@ def per_patch(kind: Modality, gone: np.ndarray, patch: int, whole: bool = True):
     """Return which tokens are missing: bool [h, w, T, S] of pixels [H, W, T, S].
 
     Args:
-        kind: modality.
-        gone: of `missing`.
         patch: side in 10 m pixels.
         whole: any missing pixel counts; False: the top left one alone.
     """
@@ -49,9 +47,7 @@ def per_patch(kind: Modality, gone: np.ndarray, patch: int, whole: bool = True):
 def present_times(kinds: Sequence[Modality], gone: Masks) -> np.ndarray:
     """Return the steps at which some modality lacks nothing: int [t].
 
-    Args:
-        kinds: modalities.
-        gone: {modality: bool [..., T, S]}; of a batch, it must be whole in all.
+    `gone` is {modality: bool [..., T, S]}; of a batch, it must be whole in all.
     """
     whole = [
         ~gone[k.name].any(axis=(*range(gone[k.name].ndim - 2), -1))

@@ -2,8 +2,8 @@
 
 Each token predicts the pixels it covers. Numbers are fractions.
 
-Source: allenai/olmoearth_pretrain@5411573 olmoearth_pretrain/evals/linear_probe.py,
-metrics.py and embedding_transforms.py.
+Source: allenai/olmoearth_pretrain@5411573 olmoearth_pretrain/evals/linear_probe.py and
+metrics.py.
 """
 
 import dataclasses
@@ -23,17 +23,10 @@ FLOOR = 1e-5  # Learning rate at the end.
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the probe is trained: AdamW, a warm-up, then half a cosine.
-
-    Attributes:
-        epochs: passes over the images.
-        lr: after the warm-up of a tenth of the epochs.
-        decay: weight decay.
-        batch_size: images a step.
-    """
+    """How the probe is trained: AdamW, a warm-up, then half a cosine."""
 
     epochs: int = 50
-    lr: float = 0.1
+    lr: float = 0.1  # After the warm-up of a tenth of the epochs.
     decay: float = 0.01
     batch_size: int = 8
 
@@ -49,7 +42,7 @@ class Recipe:
 
 
 def logits(params, features, pixels: int, size: tuple[int, int] | None = None):
-    """Return the classes' scores of every pixel.
+    """Return the classes' scores of every pixel: [B, H, W, C] float32.
 
     Args:
         params: {"kernel": [D, C s s], "bias": [C s s]}, ordered (class, row, column).
@@ -57,14 +50,9 @@ def logits(params, features, pixels: int, size: tuple[int, int] | None = None):
         pixels: s, side of the pixels that a token predicts.
         size: (H, W) of the labels; where h s, w s differ from it, scores are
             interpolated (corners on corners).
-
-    Returns:
-        [B, H, W, C] float32.
     """
     x = features.astype(jnp.float32) @ params["kernel"] + params["bias"]
-    x = einops.rearrange(
-        x, "b h w (c i j) -> b (h i) (w j) c", i=pixels, j=pixels
-    )  # [B, h s, w s, C]
+    x = einops.rearrange(x, "b h w (c i j) -> b (h i) (w j) c", i=pixels, j=pixels)
     if size is None or x.shape[1:3] == tuple(size):
         return x
     rows, columns = (_between(n, m) for n, m in zip(x.shape[1:3], size, strict=True))
@@ -79,17 +67,13 @@ def _between(n, m):
 
 
 def fit(features, labels, *, classes: int, pixels: int, recipe: Recipe, seed: int = 0):
-    """Train a probe on images, all of which are held on the device.
+    """Return the parameters of `logits`, trained on images held on the device.
 
     Args:
         features: [M, h, w, D].
         labels: int [M, H, W], `IGNORE` where a pixel does not count.
-        classes: C.
-        pixels, recipe: see `logits` and `Recipe`.
+        pixels: see `logits`.
         seed: of the start and of the order of the images.
-
-    Returns:
-        The parameters of `logits`.
     """
     m, d = len(features), features.shape[-1]
     batch = min(recipe.batch_size, m)
@@ -161,11 +145,7 @@ def predict(params, features, pixels: int, size: tuple[int, int], batch: int = 6
 
 
 def measure(predicted, labels, classes: int) -> dict:
-    """Return how well pixels were classified.
-
-    Args:
-        predicted, labels: int, of one shape; labels may be `IGNORE`.
-        classes: C.
+    """Return how well pixels were classified; labels may be `IGNORE`.
 
     Returns:
         "miou": mean over the classes that occur at all; "accuracy" over pixels;
@@ -189,19 +169,3 @@ def measure(predicted, labels, classes: int) -> dict:
         "macro_f1": float(f1[there].mean()),
         "iou": iou,
     }
-
-
-def compress(x):
-    """Return features as int8, finer near 0: a square root on each side."""
-    x = np.asarray(x, np.float32)
-    return (
-        np.clip(127.5 * np.sign(x) * np.sqrt(np.abs(x)), -127, 127)
-        .round(0)
-        .astype(np.int8)
-    )
-
-
-def restore(x):
-    """Return float32 features of `compress`."""
-    x = np.asarray(x, np.float32)
-    return np.sign(x) * (x / 127.5) ** 2

@@ -1,7 +1,6 @@
 """Any ViT with another patch size inside, and features on a finer grid outside."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import einops
@@ -9,27 +8,25 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import tree
-from vitssl.data import modalities
-from vitssl.models import encodings, tokens, upsample, vit
+from vitssl.data import modalities, states
+from vitssl.models import upsample, vit
 from vitssl.ops import resize
 
 Mode = Literal["bilinear", "nearest", "pixel_shuffle", "skip", "shift"]
 
 
 class Dense(NamedTuple):
-    """What a `HybridViT` makes of images.
+    """What a `HybridViT` makes of images, after the last norm.
 
     Attributes:
-        prefix: [B, P, D] class token and registers after the last norm; never
-            upsampled. Of "shift": their mean over the windows.
-        tokens_p: [B, h, w, D] patch tokens after the last norm; of "shift": of the
-            window at no offset but the padding's.
-        features_q: [B, h r, w r, D].
+        prefix: class token and registers, never upsampled; of "shift": their mean over
+            the windows.
+        tokens_p: of "shift": of the window at no offset but the padding's.
     """
 
-    prefix: jax.Array
-    tokens_p: jax.Array
-    features_q: jax.Array
+    prefix: jax.Array  # [B, P, D]
+    tokens_p: jax.Array  # [B, h, w, D]
+    features_q: jax.Array  # [B, h r, w r, D]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +41,11 @@ class HybridViT:
         vit: the network; its patch is the base of the kernel.
         p: side of the patches it processes.
         q: side of the patches of the features, a divisor of p.
-        mode: of `hybrid.Upsampler`; or "shift", which needs no training: the network
+        mode: of `upsample.Upsampler`; or "shift", which needs no training: the network
             runs on r x r shifted images, each giving every r-th row and column. Its
             features are real at every place, and cost r^2 forward passes.
         anchor: computed positions of another p are those of corners, or of centres,
-            see `encodings.space`.
+            see `methods.latent_mim.encodings.space`.
         channels: C of an image, for the "skip" upsampler.
     """
 
@@ -56,7 +53,7 @@ class HybridViT:
     p: int
     q: int
     mode: Mode = "bilinear"
-    anchor: encodings.Anchor = "center"
+    anchor: upsample.Anchor = "center"
     channels: int = 3
 
     @property
@@ -80,14 +77,11 @@ class HybridViT:
         )
 
     @property
-    def _field(self):
-        names = tuple(f"band{i}" for i in range(self.channels))
-        return modalities.Modality("image", (names,))
-
-    @property
     def _upsampler(self):
         mode = "bilinear" if self.mode == "shift" else self.mode
-        return upsample.Upsampler((self._field,), self.p, self.q, mode, self.vit.dtype)
+        names = tuple(f"band{i}" for i in range(self.channels))
+        field = modalities.Modality("image", (names,))
+        return upsample.Upsampler((field,), self.p, self.q, mode, self.vit.dtype)
 
     def init(self, rng, image):
         """Return fresh parameters for images like `image` [B, H, W, C]."""
@@ -101,7 +95,7 @@ class HybridViT:
         return params | ({"up": up["params"]} if "params" in up else {})
 
     def _fields(self, z, pixels):
-        mask = jnp.full(z.shape[:-1], tokens.ONLINE, jnp.int32)
+        mask = jnp.full(z.shape[:-1], states.ONLINE, jnp.int32)
         return {"image": z}, {"image": mask}, {"image": pixels}
 
     def fitted(self, params):
@@ -118,16 +112,10 @@ class HybridViT:
         return tree.nest(flat)
 
     def apply(self, params, image, *, train=False, rngs=None) -> Dense:
-        """Encode images.
+        """Encode normalised images [B, H, W, C]; p = q gives the patch tokens as such.
 
         Args:
-            params: {"vit": ..., "up": ...}.
-            image: [B, H, W, C], normalised; p divides both sides.
-            train: drop paths.
-            rngs: {"drop_path": key}.
-
-        Returns:
-            `Dense`; with p = q the patch tokens themselves.
+            train: drop paths, by rngs={"drop_path": key}.
 
         Raises:
             ValueError: q does not divide p, or p does not divide the image.
@@ -170,8 +158,3 @@ class HybridViT:
         prefix, y = jax.lax.map(window, offsets)  # [r r, B, ...]
         fine = einops.rearrange(y, "(a c) b h w d -> b (h a) (w c) d", a=r, c=r)
         return Dense(prefix.mean(0), y[0], fine)
-
-    def check(self) -> Iterator[str]:
-        """Yield one line per impossible combination of the fields."""
-        yield from self.vit.check()
-        yield from upsample.faults(self.p, self.q)

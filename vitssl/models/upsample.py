@@ -8,24 +8,22 @@ from collections.abc import Iterator
 from typing import Literal
 
 import einops
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vitssl.models import fieldblock, flexi, layers, patches, tokens
+from vitssl.data import modalities
+from vitssl.data.states import ONLINE
+from vitssl.models import layers, patches, xavier
 from vitssl.ops import resize
 
 Mode = Literal["bilinear", "nearest", "pixel_shuffle", "skip"]
-LEARNED = ("pixel_shuffle", "skip")
+Anchor = Literal["corner", "center"]  # Where in a cell its position is.
+LEARNED = ("pixel_shuffle", "skip")  # The modes with parameters.
 
 
 def factor(p: int, q: int) -> int:
-    """Return r = p / q.
-
-    Raises:
-        ValueError: q does not divide p, or is larger.
-    """
+    """Return r = p / q; ValueError where q does not divide p."""
     for line in faults(p, q):
         raise ValueError(line)
     return p // q
@@ -45,25 +43,21 @@ def faults(p: int, q: int) -> Iterator[str]:
         )
 
 
-def upsample(z, mask, r, how="bilinear"):
+def upsample(z, mask, r, how="bilinear"):  # -> [B, h r, w r, T, S, D]
     """Give every fine place the features of the coarse tokens around it.
 
     Tokens that are not ONLINE are no data: they take no part in the interpolation, and
     the weights of the others are renormalised to 1.
 
     Args:
-        z: [B, h, w, T, S, D] tokens.
-        mask: [B, h, w, T, S] states; None = all ONLINE.
+        z: [B, h, w, T, S, D] tokens; returned as they are if r = 1.
+        mask: [B, h, w, T, S] states; None = all ONLINE. Elsewhere the result is 0.
         r: fine tokens per coarse one, per side.
         how: "bilinear" between centres, or "nearest".
-
-    Returns:
-        [B, h r, w r, T, S, D] in the dtype of z, 0 where the coarse token is not
-        ONLINE; z itself if r = 1.
     """
     if r == 1:
         return z
-    seen = None if mask is None else (mask == tokens.ONLINE)[..., None]
+    seen = None if mask is None else (mask == ONLINE)[..., None]
     if seen is not None:
         z = jnp.where(seen, z, 0)
     if how == "nearest":
@@ -80,15 +74,13 @@ def upsample(z, mask, r, how="bilinear"):
 def upsample_at(z, mask, index, r, how="bilinear"):
     """Return some rows of `upsample`, without making the others: [B, K, D].
 
-    Args:
-        z, mask, r, how: as in `upsample`.
-        index: [B, K] int32 places on the fine grid (h r, w r, T, S), flattened.
+    `index` is int32 [B, K], places on the fine grid (h r, w r, T, S), flattened.
     """
     h, w, t, s = z.shape[1:5]
     row, column, *rest = jnp.unravel_index(index, (h * r, w * r, t, s))
     batch = jnp.arange(len(z))[:, None]
     parent = (batch, row // r, column // r, *rest)
-    here = True if mask is None else (mask[parent] == tokens.ONLINE)[..., None]
+    here = True if mask is None else (mask[parent] == ONLINE)[..., None]
     if how == "nearest" or r == 1:
         return jnp.where(here, z[parent], 0)
     total, weight = 0.0, 0.0
@@ -96,7 +88,7 @@ def upsample_at(z, mask, index, r, how="bilinear"):
         for x, wx in _neighbours(column, r, w):
             at, share = (batch, y, x, *rest), (wy * wx)[..., None]
             if mask is not None:
-                share = share * (mask[at] == tokens.ONLINE)[..., None]
+                share = share * (mask[at] == ONLINE)[..., None]
             total += share * jnp.where(share > 0, z[at].astype(jnp.float32), 0)
             weight += share
     return jnp.where(here, total / jnp.where(here, weight, 1), 0).astype(z.dtype)
@@ -116,16 +108,21 @@ def _neighbours(fine, r, count):
 
 
 def _between(x, r):
-    """Return the bilinear interpolation of [B, h, w, T, S, D], float32."""
+    """Interpolate [B, h, w, T, S, D] bilinearly, in float32."""
     flat = einops.rearrange(x.astype(jnp.float32), "b h w t s d -> b h w (t s d)")
     y = resize.bilinear(flat, r)
     t, s = x.shape[3:5]
     return einops.rearrange(y, "b h w (t s d) -> b h w t s d", t=t, s=s)
 
 
-def upsample_mask(mask, r):
-    """Return the states of the fine tokens: [B, h r, w r, T, S], exact."""
+def upsample_mask(mask, r):  # [B, h, w, T, S] -> [B, h r, w r, T, S]
+    """Return the states of the fine tokens, exact."""
     return mask if r == 1 else resize.nearest(mask, r)
+
+
+def clean(x):
+    """Return `x` with 0 where a value is missing."""
+    return jnp.where(x == modalities.MISSING, 0.0, x)
 
 
 class PixelShuffle(nn.Module):
@@ -138,11 +135,8 @@ class PixelShuffle(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, z, index=None):
-        """Return [B, h r, w r, T, S, D] of z [B, h, w, T, S, D].
-
-        With `index` [B, K], places on the fine grid, flattened: [B, K, D] of these.
-        """
+    def __call__(self, z, index=None):  # [B, h, w, T, S, D] -> [B, h r, w r, T, S, D]
+        """Return the children; with `index`, as in `upsample_at`, some: [B, K, D]."""
         r, d, child = self.factor, z.shape[-1], None
         if index is not None:
             grid = (z.shape[1] * r, z.shape[2] * r, *z.shape[3:5])
@@ -168,14 +162,10 @@ class Skip(nn.Module):
 
     y = z + embed(pixels), then y + MLP(norm(y)); every place by itself, so that nothing
     comes from pixels of other tokens. The only upsampler that adds information.
-
-    Attributes:
-        modalities: whose pixels are read.
-        patch: q.
     """
 
-    modalities: tuple[tokens.Modality, ...]
-    patch: int
+    modalities: tuple[modalities.Modality, ...]  # Whose pixels are read.
+    patch: int  # q
     dtype: str = "float32"
 
     @nn.compact
@@ -185,26 +175,22 @@ class Skip(nn.Module):
         Args:
             fine: {name: [B, h r, w r, T, S, D]} interpolated tokens, or some [B, K, D].
             fields: {name: [B, H, W, T, C]} pixels.
-            index: {name: [B, K]} which they are, on the fine grid, flattened; None =
-                all.
+            index: {name: [B, K]} which they are, see `upsample_at`; None = all.
         """
         d = next(iter(fine.values())).shape[-1]
-        norm = fieldblock.norm(self.dtype, "norm")
-        mlp = fieldblock.MLP(2 * d, self.dtype, name="mlp")
+        norm = xavier.norm(self.dtype, "norm")
+        mlp = xavier.MLP(2 * d, self.dtype, name="mlp")
         found = {}
         for m in self.modalities:
-            if m.name not in fine or not m.space:
-                continue
-            if index is None:
-                y = self._everywhere(m, flexi.clean(fields[m.name]), d)
-            else:
-                y = self._at(m, flexi.clean(fields[m.name]), index[m.name], d)
+            x = clean(fields[m.name])
+            at = None if index is None else index[m.name]
+            y = self._everywhere(m, x, d) if at is None else self._at(m, x, at, d)
             y = fine[m.name] + y
             found[m.name] = y + mlp(norm(y))
-        return fine | found
+        return found
 
     def _layer(self, m, g, d):
-        return fieldblock.Linear(d, self.dtype, name=f"{m.name}_{g}")
+        return xavier.Linear(d, self.dtype, name=f"{m.name}_{g}")
 
     def _everywhere(self, m, x, d):
         """Return the embedded pixels of every fine place: [B, h r, w r, T, S, D]."""
@@ -240,14 +226,12 @@ class Upsampler(nn.Module):
     """Upsamples the tokens of all modalities that have places.
 
     Attributes:
-        modalities: what a field consists of.
         p, q: sides of the coarse and the fine patches, in pixels of the field.
         mode: "bilinear" and "nearest" have no parameters; "pixel_shuffle" has a linear
             layer to the children, "skip" also reads the pixels, see `Skip`.
-        dtype: of the computation.
     """
 
-    modalities: tuple[tokens.Modality, ...]
+    modalities: tuple[modalities.Modality, ...]
     p: int
     q: int
     mode: Mode = "bilinear"
@@ -261,13 +245,13 @@ class Upsampler(nn.Module):
             coarse: {name: [B, h, w, T, S, D], or without places}.
             mask: {name: states of these}.
             fields: the batch.
-            index: {name: [B, K] int32}: which fine tokens, flattened, of modalities
+            index: {name: [B, K]}: which fine tokens, see `upsample_at`, of modalities
                 with places; the others are not made. None = all.
 
         Returns:
-            With `index` {name: [B, K, D]}; otherwise
-            (tokens, mask) on the grid of q; exactly the given ones where p = q, and
-            where a modality has no places. Tokens are 0 where not ONLINE.
+            With `index` {name: [B, K, D]}; otherwise (tokens, mask) on the grid of q,
+            0 where not ONLINE; exactly the given ones where p = q, and where a modality
+            has no places.
 
         Raises:
             ValueError: q does not divide p.
@@ -275,62 +259,28 @@ class Upsampler(nn.Module):
         r = factor(self.p, self.q)
         if r == 1 and index is None:
             return coarse, mask
-        if index is not None:
-            return self._at(coarse, mask, fields, index, r)
-        placed = [m.name for m in self.modalities if m.space]
-        states = {k: upsample_mask(v, r) if k in placed else v for k, v in mask.items()}
-        if self.mode == "pixel_shuffle":
+        kinds = tuple(
+            m for m in self.modalities if m.space and (index is None or m.name in index)
+        )
+        at = {m.name: None for m in kinds} if index is None else index
+        if self.mode == "pixel_shuffle" and r > 1:
             shuffle = PixelShuffle(r, self.dtype, name="shuffle")
-            fine = {k: shuffle(coarse[k]) for k in placed}
+            fine = {k: shuffle(coarse[k], i) for k, i in at.items()}
         else:
             how = "nearest" if self.mode == "nearest" else "bilinear"
-            fine = {k: upsample(coarse[k], mask[k], r, how) for k in placed}
-        if self.mode == "skip":
-            fine = Skip(self.modalities, self.q, self.dtype, name="skip")(fine, fields)
+            fine = {
+                k: upsample(coarse[k], mask[k], r, how)
+                if i is None
+                else upsample_at(coarse[k], mask[k], i, r, how)
+                for k, i in at.items()
+            }
+        if self.mode == "skip" and r > 1:
+            fine = Skip(kinds, self.q, self.dtype, name="skip")(fine, fields, index)
+        if index is not None:
+            return fine
+        states = mask | {k: upsample_mask(mask[k], r) for k in fine}
         fine = {
-            k: jnp.where((states[k] == tokens.ONLINE)[..., None], v, 0)
+            k: jnp.where((states[k] == ONLINE)[..., None], v, 0)
             for k, v in fine.items()
         }
         return coarse | fine, states
-
-    def _at(self, coarse, mask, fields, index, r):
-        """Return {name: [B, K, D]} of some fine tokens."""
-        if self.mode == "pixel_shuffle" and r > 1:
-            shuffle = PixelShuffle(r, self.dtype, name="shuffle")
-            return {k: shuffle(coarse[k], i) for k, i in index.items()}
-        how = "nearest" if self.mode == "nearest" else "bilinear"
-        fine = {k: upsample_at(coarse[k], mask[k], i, r, how) for k, i in index.items()}
-        if self.mode == "skip" and r > 1:
-            kinds = tuple(m for m in self.modalities if m.name in index)
-            skip = Skip(kinds, self.q, self.dtype, name="skip")
-            fine = skip(fine, fields, index)
-        return fine
-
-
-def draw_children(rng, shapes, modalities, batch, r):
-    """Draw one of the r x r children of every coarse token, uniformly.
-
-    Args:
-        rng: key.
-        shapes: {name: (h, w, T, S)} of the coarse grid.
-        modalities: tuple of `tokens.Modality`; those without places are left out.
-        batch: B.
-        r: children per side.
-
-    Returns:
-        {name: [B, h w T S] int32 places on the fine grid, flattened}.
-    """
-    places = {}
-    for i, m in enumerate(modalities):
-        if not m.space:
-            continue
-        h, w, *rest = shapes[m.name]
-        count = int(np.prod(shapes[m.name]))
-        index = jnp.broadcast_to(jnp.arange(count), (batch, count))
-        key = jax.random.fold_in(rng, i)
-        a, b = jax.random.randint(key, (2, batch, count), 0, r)
-        row, column, *more = jnp.unravel_index(index, shapes[m.name])
-        where, grid = (row * r + a, column * r + b, *more), (h * r, w * r, *rest)
-        found = jnp.ravel_multi_index(where, grid, mode="clip")
-        places[m.name] = found.astype(jnp.int32)
-    return places

@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import modalities, samples
-from vitssl.methods.latent_mim import shapes
+from vitssl.data import modalities
+from vitssl.data.sources import olmoearth
+from vitssl.methods.latent_mim import shapes, views
 
 
 def _dtype(name, dtypes):
@@ -16,7 +17,7 @@ def _dtype(name, dtypes):
         return dtypes["timestamps"]
     if name == "latlon":
         return dtypes["latlon"]
-    if name.startswith(samples.MASKS):
+    if name.startswith(olmoearth.MASKS):
         return dtypes["masks"]
     if name.startswith(("sentinel2", "landsat")):
         return dtypes["s2_landsat"]
@@ -33,17 +34,17 @@ def _reader(case):
             for key, value in case.inputs.items():
                 name = key.removeprefix("h5/")
                 file[name] = value.astype(_dtype(name, c["h5_dtypes"]).split()[0])
-        sample = samples.read(path, names)
+        sample = olmoearth.read(path, names)
     for key in ("timestamps", *names):
         if f"unsubset_raw/{key}" in case.out:
             case.close(f"unsubset_raw/{key}", sample[key])
     kinds = [modalities.find(name) for name in names]
     times = shapes.max_times(kinds, c["token_budget"], c["sampled_hw_p"])
-    starts = samples.valid_starts(sample["present"], times, sample["length"])
+    starts = views.valid_starts(sample["present"], times, sample["length"])
     assert starts.tolist() == [0]
     pixels = np.arange(c["sampled_hw_p"] * c["patch_size"])
-    crop = samples.subset(sample, names, 0, times, pixels, pixels)
-    crop = samples.normalise(crop)
+    crop = views.subset(sample, names, 0, times, pixels, pixels)
+    crop = views.normalise(crop)
     for key in ("timestamps", *names):
         case.close(key, crop[key])
 
@@ -65,34 +66,42 @@ def _budget(case):
             found = None
         assert found == one["max_t"], one
     for one in c["valid_starts"]:
-        starts = samples.valid_starts(one["masks"], one["max_t"], one["current_length"])
+        starts = views.valid_starts(one["masks"], one["max_t"], one["current_length"])
         assert starts.tolist() == one["valid_starts"], one
     for one in c["crop"]:
         masks = {k: np.array(v) for k, v in one["masks"].items()}
         rows = np.arange(len(next(iter(masks.values()))))
-        kept, cropped = samples.crop_times(rows, masks)
+        kept, cropped = olmoearth.crop_times(rows, masks)
         assert (kept[0], len(kept)) == (one["first_row"], one["length"])
         assert {k: v.tolist() for k, v in cropped.items()} == one["cropped"]
 
 
 def _turns(case):
-    order = [name for name, _, _ in shapes.TURNS]
+    order = [name for name, _, _ in views.TURNS]
     assert order == case.config["order"]
     for which, name in enumerate(order):
         for key, x in case.inputs.items():
-            turned = np.stack([shapes.turn(one, which) for one in x])
+            turned = np.stack([views.turn(one, which) for one in x])
             case.close(f"{name}/{key}", turned)
+
+
+def microbatches(batch: int, most: int) -> int:
+    """Into how many equal parts of at most `most` samples a batch splits."""
+    count = -(-batch // most)
+    while batch % count:
+        count += 1
+    return count
 
 
 def _microbatch(case):
     """Ours are of one size, the largest that divides the batch and fits.
 
-    The original's last one may be short, and then weighs too much.
+    The original's last one may be short, and then weighs like the others.
     """
     for one in case.config:
         sizes = one["sizes"]
         assert sum(sizes) == one["batch"] and max(sizes) <= one["microbatch"]
-        count = shapes.microbatches(one["batch"], one["microbatch"])
+        count = microbatches(one["batch"], one["microbatch"])
         assert one["batch"] % count == 0
         assert one["batch"] // count <= one["microbatch"]
         if len(set(sizes)) == 1:

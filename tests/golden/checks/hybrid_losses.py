@@ -1,13 +1,15 @@
 """Hybrid patch size: losses, optimizer, schedules of the pre-training."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl.losses import contrastive
-from vitssl.methods.latent_mim import discrimination as patch_discrimination
-from vitssl.methods.latent_mim.discrimination import Pair
-from vitssl.models import tokens
+from vitssl.data import modalities, states
+from vitssl.losses import contrastive, regression
+from vitssl.methods.latent_mim import objective, tokens
+from vitssl.methods.latent_mim.objective import Pair
 from vitssl.optim import optimizer, schedules
 
 # Names of the original's registry that are not ours.
@@ -16,6 +18,66 @@ KINDS = {
     "patch_discrimination_new": "patch_discrimination",
     "patch_discrimination": "patch_discrimination_batch",
 }
+
+
+# Losses of the original that no config of ours can choose.
+
+
+def adjusted(pairs: Mapping[str, Pair], *, tau=0.1, mu=0.7, sigma=1.0):
+    """Patch discrimination whose negatives count by how hard they are.
+
+    The logit of a negative is multiplied by a Gaussian of its cosine around mu, divided
+    by its mean over the negatives of the anchor; no gradient flows through it.
+
+    Source: allenai/olmoearth_pretrain train/loss.py (AdjustedPatchDiscriminationLoss).
+    """
+    p, t, valid = objective._clean(objective.join(pairs.values()))
+    p, t = regression.unit(p, 1e-12), regression.unit(t, 1e-12)
+    cosine = jnp.einsum("bnd,bmd->bnm", p, t, precision="highest")
+    own = jnp.eye(p.shape[1], dtype=bool)
+    negative = valid[:, None] & ~own
+    weight = jnp.exp(-jnp.square(cosine - mu) / (2 * sigma**2))
+    weight = jnp.where(negative, weight, 0)
+    count = jnp.maximum(negative.sum(-1, keepdims=True), 1)
+    mean = weight.sum(-1, keepdims=True) / count
+    weight = jax.lax.stop_gradient(weight / jnp.maximum(mean, 1e-12))
+    logits = cosine / tau * jnp.where(own, 1.0, weight)
+    logits = jnp.where(valid[:, None], logits, objective._HIDDEN)
+    positive = jnp.diagonal(logits, axis1=1, axis2=2)
+    each = 2 * tau * (jax.nn.logsumexp(logits, -1) - positive)
+    return objective._average(each, valid, "sample", len(valid))
+
+
+def distance(pairs: Mapping[str, Pair], kind: str):
+    """Mean distance of predictions from targets over all valid tokens together: [].
+
+    Args:
+        kind: "l1", "l2" (both over every number of D), or "cosine": minus the cosine.
+    """
+    p, t, valid = objective._clean(objective.join(pairs.values()))
+    if kind == "cosine":
+        each = -(regression.unit(p, 1e-12) * regression.unit(t, 1e-12)).sum(-1)
+    else:
+        d = p - t
+        each = (jnp.abs(d) if kind == "l1" else d * d).mean(-1)
+    return regression.masked_mean(each, valid)
+
+
+def pixels(pairs: Mapping[str, Pair], *, kind="mse", beta=1.0):
+    """Mean penalty of reconstructed values over all that are valid: [].
+
+    Args:
+        pairs: {modality: Pair} of values [B, N, C], valid [B, N, C] band by band.
+        kind, beta: see `regression.distance`; also "l1".
+
+    Source: allenai/olmoearth_pretrain train/loss.py (MAELoss).
+    """
+    total, count = 0.0, 0
+    for p, t, valid in pairs.values():
+        d = jnp.where(valid, p.astype(jnp.float32) - t.astype(jnp.float32), 0)
+        each = jnp.abs(d) if kind == "l1" else regression.distance(d, kind, beta=beta)
+        total, count = total + each.sum(), count + valid.sum()
+    return total / jnp.maximum(count, 1)
 
 
 def pairs(case):
@@ -27,7 +89,7 @@ def pairs(case):
             for kind in ("pred", "target", "mask")
         )
         flat = (len(prediction), -1, prediction.shape[-1])
-        valid = (mask == tokens.DECODER).reshape(len(mask), -1)
+        valid = (mask == states.DECODER).reshape(len(mask), -1)
         found[name] = Pair(prediction.reshape(flat), target.reshape(flat), valid)
     return found
 
@@ -53,7 +115,7 @@ def discrimination(case, name, s):
 
 def same():
     """Kinds whose names are the original's."""
-    return {k: k for k in patch_discrimination.KINDS}
+    return {k: k for k in objective.KINDS}
 
 
 def _graded(case, kind, given, weight):
@@ -62,7 +124,7 @@ def _graded(case, kind, given, weight):
     @jax.value_and_grad
     def loss(predictions):
         both = {k: v._replace(prediction=predictions[k]) for k, v in found.items()}
-        value, _ = patch_discrimination.patch_discrimination(both, kind=kind, **given)
+        value, _ = objective.patch_discrimination(both, kind=kind, **given)
         return weight * value
 
     return jax.jit(loss)({k: v.prediction for k, v in found.items()})
@@ -80,7 +142,7 @@ def _koleo(case, s):
     if s["mode"] == "instance":
         return s["weight"] * contrastive.koleo(tokens.pool(x, mask))
     flat = jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in x.values()])
-    seen = jnp.concatenate([v.ravel() == tokens.ONLINE for v in mask.values()])
+    seen = jnp.concatenate([v.ravel() == states.ONLINE for v in mask.values()])
     return s["weight"] * contrastive.koleo(flat, seen)
 
 
@@ -97,7 +159,7 @@ def _losses(case):
             )
             case.close(name, s["weight"] * got)
         elif name.startswith("adjusted"):
-            case.close(name, patch_discrimination.adjusted(pairs(case), **s))
+            case.close(name, adjusted(pairs(case), **s))
         else:
             value, grads = discrimination(case, name, s)
             case.close(name, value)
@@ -105,7 +167,7 @@ def _losses(case):
                 _close_grads(case, f"grad_{name}", grads)
     for kind in ("l1", "l2"):
         if kind in case.out:
-            case.close(kind, patch_discrimination.distance(pairs(case), kind))
+            case.close(kind, distance(pairs(case), kind))
 
 
 def _masked_negatives(case):
@@ -121,20 +183,18 @@ def _masked_negatives(case):
         case.close(name, value)
         if name == "loop":
             _close_grads(case, "grad", grads)
-    case.close("cosine", patch_discrimination.distance(pairs(case), "cosine"))
+    case.close("cosine", distance(pairs(case), "cosine"))
 
 
 def _mae(case):
-    from vitssl.data import modalities
-
     for name, s in case.config["settings"].items():
         found = {}
         for key in case.config["modalities"]:
             mask = case.inputs[f"mask/{key}"]
             if s.get("only_decode", True):
-                chosen = mask == tokens.DECODER
+                chosen = mask == states.DECODER
             else:
-                chosen = mask != tokens.MISSING
+                chosen = mask != states.MISSING
             groups = modalities.find(key).channels
             band = np.zeros(case.inputs[f"pred/{key}"].shape, bool)
             for g, channels in enumerate(groups):
@@ -146,7 +206,7 @@ def _mae(case):
             )
         theirs = s.get("loss_function", "MSELoss")
         kind = {"MSELoss": "mse", "L1Loss": "l1", "SmoothL1Loss": "smoothl1"}[theirs]
-        got = patch_discrimination.pixels(found, kind=kind, beta=s.get("beta", 1.0))
+        got = pixels(found, kind=kind, beta=s.get("beta", 1.0))
         case.close(name, s.get("weight", 1.0) * got)
 
 

@@ -6,12 +6,13 @@ import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from vitssl import convert
-from vitssl.data import modalities
+from vitssl.data import modalities, states
+from vitssl.methods.latent_mim import blocks, embed, encodings, network, tokens
 from vitssl.methods.latent_mim import names as olmoearth
-from vitssl.methods.latent_mim import network
-from vitssl.models import encodings, fieldblock, flexi, tokens
+from vitssl.models import layers, vit
 from vitssl.ops import resize
 
 # Compiling is most of the time of these checks: quicker without optimisation.
@@ -21,6 +22,33 @@ QUICK = {"xla_backend_optimization_level": 0}
 def quick(function):
     """Jit without optimisation."""
     return jax.jit(function, compiler_options=QUICK)
+
+
+class FlexiPatchReconstruction(nn.Module):
+    """Pixels from tokens, in patches of any size: `embed.FlexiPatchEmbed` backwards.
+
+    A transposed convolution makes patches of a base size, each of which is then resized
+    by itself, bicubic with antialiasing.
+
+    Source: allenai/olmoearth_pretrain nn/flexi_patch_embed.py.
+    """
+
+    channels: int
+    base: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x, patch):  # [..., h, w, D] -> [..., h patch, w patch, C]
+        p, d = self.base, x.shape[-1]
+        # What torch's transposed convolution takes for its fan-in.
+        init = vit.uniform_fan_in(self.channels * p * p)
+        kernel = self.param("kernel", init, (d, p, p, self.channels))
+        bias = self.param("bias", init, (self.channels,))
+        flat = einops.rearrange(kernel, "d p q c -> d (p q c)")
+        y = layers.linear(x, flat, jnp.tile(bias, p * p), self.dtype)
+        y = einops.rearrange(y, "... (p q c) -> ... p q c", p=p, q=p)
+        y = resize.image(y, patch, patch)
+        return einops.rearrange(y, "... h w p q c -> ... (h p) (w q) c")
 
 
 def fields_of(c):
@@ -77,7 +105,7 @@ def predictor_of(c, mods):
 @functools.cache
 def predictor_like(module, width):
     """Shapes of a predictor's parameters, for an encoder of `width`."""
-    shapes = {m.name: tokens.shape(m, 1, 1, 1) for m in module.modalities}
+    shapes = {m.name: m.tokens(1, 1) for m in module.modalities}
     dates = jnp.zeros((1, 1, 3), jnp.int32)
     count = sum(int(np.prod(s)) for s in shapes.values())
 
@@ -89,6 +117,18 @@ def predictor_like(module, width):
 
     init = functools.partial(module.init, method=touch)
     return jax.eval_shape(init, jax.random.key(0))["params"]
+
+
+def load(state, like, mods):
+    """{"encoder": ..., "predictor": ..., "target": ...} of a state dict.
+
+    Of `like`, the parameters' shapes, any of the three may be left out.
+    """
+    theirs = {"encoder": "encoder", "predictor": "decoder", "target": "target_encoder"}
+    aside = tuple(f"{key}.{{*}}" for k, key in theirs.items() if k not in like)
+    return convert.convert(
+        state, like, olmoearth.table(mods) + convert.Table((), aside)
+    )
 
 
 def split_masks(case, prefix=""):
@@ -103,7 +143,7 @@ def split_masks(case, prefix=""):
 def unmask(batch):
     """Everything is ONLINE except what is MISSING."""
     return {
-        k: jnp.where(v == tokens.MISSING, v, tokens.ONLINE)
+        k: jnp.where(v == states.MISSING, v, states.ONLINE)
         if k.endswith("_mask")
         else v
         for k, v in batch.items()
@@ -117,7 +157,7 @@ def without_masks(batch):
 def _flexi(case):
     c = case.config
     factor = c["image_tile_size_factor"]
-    module = flexi.FlexiPatchEmbed(
+    module = embed.FlexiPatchEmbed(
         c["embedding_size"], c["base_patch_size"] * factor, c["in_chans"]
     )
     rules = convert.Table(
@@ -154,7 +194,7 @@ def _some(case, module, params, name, patch):
 
 def _reconstruction(case):
     c = case.config
-    module = flexi.FlexiPatchReconstruction(c["out_chans"], c["max_patch_size"])
+    module = FlexiPatchReconstruction(c["out_chans"], c["max_patch_size"])
     rules = convert.Table(
         (
             convert.Rule("proj.weight", "kernel", "d c p q -> d p q c"),
@@ -175,7 +215,7 @@ def _pi_resize(case):
     kernel = einops.rearrange(case.param["weight"], "d c p q -> p q c d")
     x = einops.rearrange(case.inputs["x"], "b c h w -> b h w c")
     params = {"kernel": kernel, "bias": case.param["bias"]}
-    module = flexi.FlexiPatchEmbed(c["D"], c["base"], c["in_chans"], "weights")
+    module = embed.FlexiPatchEmbed(c["D"], c["base"], c["in_chans"], "weights")
     for n in c["sizes"]:
         got = resize.kernel(jnp.asarray(kernel), n)
         case.close(f"w{n}", einops.rearrange(got, "p q c d -> d c p q"))
@@ -205,7 +245,7 @@ def _resize(case):
 
 def _multi(case):
     c, mods = case.config, fields_of(case.config)
-    module = flexi.PatchEmbeddings(mods, c["embedding_size"], c["base_patch_size"])
+    module = embed.PatchEmbeddings(mods, c["embedding_size"], c["base_patch_size"])
     rules = olmoearth.patch_embeddings(mods)
     batch = split_masks(case)
     init = functools.partial(module.init, patch=16)
@@ -213,12 +253,12 @@ def _multi(case):
     params = convert.convert(case.param, like["params"], rules)
     found = module.apply({"params": params}, batch, c["patch_size"])
     for m in mods:
-        mask = flexi.token_mask(batch, m, c["patch_size"])
+        mask = embed.token_mask(batch, m, c["patch_size"])
         case.close(f"{m.name}_mask", mask)
         case.close(f"fast/{m.name}", found[m.name])
         # The original leaves a bandset that is nowhere visible at zero.
         axes = tuple(range(mask.ndim - 1))
-        seen = (mask == tokens.ONLINE).any(axes)[..., None]
+        seen = (mask == states.ONLINE).any(axes)[..., None]
         case.close(m.name, jnp.where(seen, found[m.name], 0.0))
 
 
@@ -272,7 +312,7 @@ def _block(case):
         }
         params = convert.by_name(state, olmoearth.block())
         params = convert.tree.nest(params)
-        module = fieldblock.Block(
+        module = blocks.Block(
             c["num_heads"], int(c["dim"] * c["mlp_ratio"]), qk_norm=qk_norm
         )
         x, y = (jnp.asarray(case.inputs[k]) for k in "xy")
@@ -291,6 +331,10 @@ def _block(case):
         case.close(f"{kind}_masked", got)
 
 
+def _embedded(module, fields, patch):
+    return module.patch_embed(fields, patch)
+
+
 def _encoder(case):
     c, mods = case.config, fields_of(case.config)
     module = encoder_of(c, mods)
@@ -300,7 +344,7 @@ def _encoder(case):
     resolution = float(c["input_res"])
     seen = max(
         sum(
-            int((np.asarray(flexi.token_mask(batch, m, patch))[b] == 0).sum())
+            int((np.asarray(embed.token_mask(batch, m, patch))[b] == 0).sum())
             for m in mods
         )
         for b in range(len(batch["timestamps"]))
@@ -315,7 +359,7 @@ def _encoder(case):
         left = apply(unmask(batch), patch, exits=exits) if exits else None
         return (
             apply(batch, patch, slots=seen),
-            module.apply(params, unmask(batch), patch, method="project"),
+            module.apply(params, unmask(batch), patch, method=_embedded),
             apply(without_masks(batch), patch),
             left,
         )
@@ -326,7 +370,7 @@ def _encoder(case):
             f"masked/{m.name}": masked.tokens[m.name],
             f"masked/{m.name}_mask": masked.mask[m.name],
             f"exit0/{m.name}": plain[m.name],
-            f"exit0/{m.name}_mask": flexi.token_mask(unmask(batch), m, patch),
+            f"exit0/{m.name}_mask": embed.token_mask(unmask(batch), m, patch),
             f"fast/{m.name}": fast.tokens[m.name],
             f"fast/{m.name}_mask": masked.mask[m.name],
         }
@@ -350,7 +394,7 @@ def _predictor(case):
     shapes, resolution = tokens.shapes_of(x), float(c["input_res"])
     whole = tokens.flatten(x, mods)
     state = tokens.flatten_mask(mask, mods)
-    packed = tokens.pack(whole, state == tokens.ONLINE, 0)
+    packed = tokens.pack(whole, state == states.ONLINE, 0)
 
     def run(module):
         codes = module.codes(shapes, dates, patch, resolution)
@@ -364,7 +408,7 @@ def _predictor(case):
     seen = tokens.split(seen, shapes, mods)
     for m in mods:
         got = jnp.where(
-            (mask[m.name] == tokens.DECODER)[..., None],
+            (mask[m.name] == states.DECODER)[..., None],
             found[m.name].reshape(seen[m.name].shape),
             seen[m.name],
         )
@@ -372,19 +416,52 @@ def _predictor(case):
         case.close(f"{m.name}_mask", mask[m.name])
 
 
+# Fields of the original's TokensAndMasks: the order in which it joins modalities.
+ORDER = (
+    *("sentinel2_l2a", "sentinel1", "worldcover", "latlon", "openstreetmap_raster"),
+    *("srtm", "landsat", "naip", "naip_10", "gse", "cdl", "worldpop", "worldcereal"),
+    *("wri_canopy_height_map", "era5_10"),
+)
+
+
+def pool_in_place(x, mask=None, how="mean"):
+    """One vector per place from what has places: [B, h, w, D] float32.
+
+    Args:
+        x: {name: [B, h, w, T, S, D]}; others are left out.
+        mask: {name: [B, h, w, T, S]}; a modality is left out unless all its tokens are
+            ONLINE. None = all are.
+        how: "mean" or "max" over times and bandsets of each modality, then over
+            modalities; "concat": [B, h, w, S of all, D], the mean over times alone.
+    """
+    places = {k: x[k] for k in ORDER if k in x and x[k].ndim == 6}
+    if mask is not None:
+        places = {k: v for k, v in places.items() if (mask[k] == states.ONLINE).all()}
+    if how == "concat":
+        return jnp.concatenate([v.mean(3) for v in places.values()], axis=3)
+    reduce = {"mean": jnp.mean, "max": jnp.max}[how]
+    each = [reduce(v, axis=(3, 4)) for v in places.values()]
+    return reduce(jnp.stack(each), axis=0)
+
+
 def _pooling(case):
     c, mods = case.config, fields_of(case.config)
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
-    for how in ("mean", "max"):
-        case.close(f"inst_{how}", tokens.pool(x, mask, how))
-        case.close(f"spatial_{how}", tokens.pool_in_place(x, None, how))
-    case.close("spatial_concat", tokens.pool_in_place(x, None, "concat"))
+    case.close("inst_mean", tokens.pool(x, mask))
+    flat = tokens.flatten(x, mods)
+    seen = tokens.flatten_mask(mask, mods)[..., None] == states.ONLINE
+    case.close("inst_max", jnp.where(seen, flat, -jnp.inf).max(1))
+    for how in ("mean", "max", "concat"):
+        case.close(f"spatial_{how}", pool_in_place(x, None, how))
+    # The order is the original's, whatever that of the dict.
+    turned = dict(reversed(x.items()))
+    case.close("spatial_concat", pool_in_place(turned, None, "concat"))
     kept = "worldcover" if "worldcover" in mask else mods[-1].name
     part = {k: v if k == kept else v * 0 for k, v in mask.items()}
-    case.close("spatial_mean_partial", tokens.pool_in_place(x, part, "mean"))
+    case.close("spatial_mean_partial", pool_in_place(x, part, "mean"))
     state = tokens.flatten_mask(mask, mods)
-    packed = tokens.pack(tokens.flatten(x, mods), state == tokens.ONLINE, 0)
+    packed = tokens.pack(tokens.flatten(x, mods), state == states.ONLINE, 0)
     for name, ours in (("agg_then_proj", "agg_first"), ("proj_then_agg", "proj_first")):
         module = network.Aggregate(c["num_layers"], ours == "agg_first")
         state = {
@@ -403,12 +480,10 @@ def _inventory(case):
         dims = want["dims"]
         if dims["encoder_depth"] == dims["decoder_depth"] and size != "nano":
             size += "_deep"
-        encoder, predictor = network.sized(
-            size,
-            mods,
-            mlp_ratio=dims["mlp_ratio"],
-            encoder=dict(base=c["base_patch_size"]),
+        section = network.Network(
+            size, mlp_ratio=dims["mlp_ratio"], base_patch=c["base_patch_size"]
         )
+        encoder, predictor = section.build(mods, "float32")
         assert encoder.depth == dims["encoder_depth"]
         assert predictor.depth == dims["decoder_depth"]
         found = {

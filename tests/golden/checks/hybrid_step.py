@@ -8,12 +8,14 @@ import numpy as np
 from vitssl import convert
 from vitssl.bench import flops, hybrid_flops
 from vitssl.convert import vit_names
+from vitssl.data import modalities
+from vitssl.data.states import MISSING, ONLINE
 from vitssl.losses import contrastive
-from vitssl.methods.latent_mim import discrimination
+from vitssl.methods.latent_mim import embed, objective, target
 from vitssl.methods.latent_mim import hybrid as hybrid_mim
 from vitssl.methods.latent_mim import names as olmoearth
-from vitssl.methods.latent_mim.discrimination import Pair
-from vitssl.models import flexi, hybrid_vit, tokens, upsample, vit
+from vitssl.methods.latent_mim.objective import Pair
+from vitssl.models import hybrid_vit, upsample, vit
 
 from . import hybrid_model as parts
 
@@ -33,7 +35,7 @@ def _upsampler(case):
         case.close(f"unmasked/{m.name}", got)
         # What the original's tokens came to: zeros of hidden tokens are data. Ours
         # times the share of visible weight is that, where anything is visible.
-        seen = (mask[m.name] == tokens.ONLINE)[..., None]
+        seen = (mask[m.name] == ONLINE)[..., None]
         plain = upsample.upsample(jnp.where(seen, x[m.name], 0), None, p // q)
         case.close(f"original/{m.name}", plain)
     shuffle = {"kernel": case.param["W"], "bias": case.param["b"]}
@@ -46,8 +48,6 @@ def _upsampler(case):
 
 
 def _skip(case):
-    from vitssl.data import modalities
-
     c = case.config
     names = tuple(f"band{i}" for i in range(c["C"]))
     groups = tuple(tuple(names[i] for i in g) for g in c["band_groups"])
@@ -95,19 +95,17 @@ def _views(case):
     return a, b
 
 
-def total_of(module, c, target, a, b):
+def total_of(module, c, frozen, a, b):
     """The function {"encoder", "predictor"} -> (loss, everything on the way)."""
-    frozen = hybrid_mim.targets_of(module.encoder)
+    projection = target.projection(module.encoder)
 
     def view(params, batch):
         seen = module.apply({"params": params}, batch)
-        goal = hybrid_mim.targets(
-            frozen, target, parts.unmask(batch), seen.asked, module.target_patch
+        goal = target.projected(
+            projection, frozen, parts.unmask(batch), seen.asked, module.target_patch
         )
         both = {k: Pair(v.prediction, goal[k], v.valid) for k, v in seen.asked.items()}
-        loss, _ = discrimination.patch_discrimination(
-            both, kind=c["loss"], tau=c["tau"]
-        )
+        loss, _ = objective.patch_discrimination(both, kind=c["loss"], tau=c["tau"])
         return loss, seen, goal
 
     def total(params):
@@ -131,9 +129,9 @@ def _step(case):
         "predictor": parts.predictor_like(module.predictor, c["embedding_size"]),
     }
     like["target"] = like["encoder"]["patch_embed"]
-    params = olmoearth.load(case.param, like, mods)
-    target = params.pop("target")
-    step = jax.value_and_grad(total_of(module, c, target, a, b), has_aux=True)
+    params = parts.load(case.param, like, mods)
+    frozen = params.pop("target")
+    step = jax.value_and_grad(total_of(module, c, frozen, a, b), has_aux=True)
     (total, found), grads = parts.quick(step)(params)
     la, lb, pull, va, vb, goal = found
     scalars = {"a/loss": la, "b/loss": lb, "infonce_weighted": pull, "total": total}
@@ -157,14 +155,14 @@ def _close_tokens(case, module, mods, views, va, goal):
     for m in mods:
         r = module.p // module.target_patch if m.space else 1
         for name, batch in zip("ab", views, strict=True):
-            mask = flexi.token_mask(batch, m, module.p)
+            mask = embed.token_mask(batch, m, module.p)
             states = upsample.upsample_mask(mask, r)
             case.close(f"{name}/mask/{m.name}", states)
             if name == "a":
                 asked, shape = va.asked[m.name], (*states.shape, -1)
                 kept = jnp.where(asked.valid[..., None], asked.prediction, 0)
                 case.close(f"a/pred/{m.name}", kept.reshape(shape))
-                there = (states != tokens.MISSING)[..., None]
+                there = (states != MISSING)[..., None]
                 got = jnp.where(there, goal[m.name].reshape(shape), 0)
                 case.close(f"a/target/{m.name}", got)
 

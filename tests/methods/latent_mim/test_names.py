@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.convert import pth
+from tests.golden.checks import hybrid_model as parts
 from tests.models import fields
 from vitssl import convert, errors, tree
 from vitssl.convert import importer
@@ -28,14 +29,14 @@ def test_weights_go_out_and_come_back():
     state = _state(params)
     theirs = "encoder.patch_embeddings.per_modality_embeddings.optical.optical__1"
     assert state[f"{theirs}.proj.weight"].shape == (16, 1, 4, 4)
-    back = olmoearth.load(state, params, fields.ALL)
+    back = parts.load(state, params, fields.ALL)
     for name, x in tree.flat(back).items():
         np.testing.assert_array_equal(x, tree.flat(params)[name])
-    only = olmoearth.load(state, {"encoder": params["encoder"]}, fields.ALL)
+    only = parts.load(state, {"encoder": params["encoder"]}, fields.ALL)
     assert set(only) == {"encoder"}
     del state["encoder.norm.bias"]
     with pytest.raises(errors.CheckpointError, match="encoder/norm/bias"):
-        olmoearth.load(state, params, fields.ALL)
+        parts.load(state, params, fields.ALL)
 
 
 def test_a_file_tells_its_modalities_and_comes_with_every_parameter(tmp_path):

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.models import fields
-from vitssl import errors, tree
+from vitssl import tree
 from vitssl.data import modalities, states
-from vitssl.methods.latent_mim import network
-from vitssl.models import encodings, flexi
+from vitssl.methods.latent_mim import embed, encodings
 from vitssl.ops import resize
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -22,7 +21,7 @@ def quick(function):
 
 
 def _embed(resizing, patch, base=8, side=16):
-    module = flexi.FlexiPatchEmbed(4, base, 2, resizing)
+    module = embed.FlexiPatchEmbed(4, base, 2, resizing)
     rng = np.random.default_rng(0)
     params = {
         "kernel": jnp.asarray(rng.normal(size=(base, base, 2, 4)), jnp.float32),
@@ -79,7 +78,7 @@ def test_the_matrix_of_resizing_is_what_jax_does():
 
 def test_missing_values_count_as_zero_and_reach_no_neighbour():
     mods = (fields.OPTICAL,)
-    module = flexi.PatchEmbeddings(mods, 8, 4)
+    module = embed.PatchEmbeddings(mods, 8, 4)
     data = fields.batch(mods)
     params = quick(functools.partial(module.init, patch=2))(jax.random.key(0), data)
     run = quick(functools.partial(module.apply, patch=2))
@@ -91,7 +90,7 @@ def test_missing_values_count_as_zero_and_reach_no_neighbour():
 
 
 def test_one_time_after_the_other_is_the_same_and_smaller():
-    module = flexi.PatchEmbeddings(fields.ALL, 8, 4)
+    module = embed.PatchEmbeddings(fields.ALL, 8, 4)
     data = fields.batch()
     params = quick(functools.partial(module.init, patch=2))(jax.random.key(0), data)
     want = quick(functools.partial(module.apply, patch=2))(params, data)
@@ -107,21 +106,21 @@ def test_a_pixel_mask_is_read_in_the_corner_of_a_patch():
     data = fields.batch((fields.HEIGHT,))
     rng = np.random.default_rng(0)
     pixels = jnp.asarray(rng.integers(0, 4, (2, 8, 8, 1, 1)))
-    got = flexi.token_mask(data | {"height_mask": pixels}, fields.HEIGHT, 4)
+    got = embed.token_mask(data | {"height_mask": pixels}, fields.HEIGHT, 4)
     np.testing.assert_array_equal(got, pixels[:, ::4, ::4])
-    absent = flexi.token_mask({"height": data["height"]}, fields.HEIGHT, 4)
+    absent = embed.token_mask({"height": data["height"]}, fields.HEIGHT, 4)
     assert (np.asarray(absent) == states.ONLINE).all()
 
 
 def test_a_mask_of_another_shape_is_refused():
     data = fields.batch((fields.HEIGHT,)) | {"height_mask": jnp.zeros((2, 3, 2, 1, 1))}
     with pytest.raises(ValueError, match=r"height_mask has shape \(2, 3, 2, 1, 1\)"):
-        flexi.token_mask(data, fields.HEIGHT, 4)
+        embed.token_mask(data, fields.HEIGHT, 4)
 
 
 def test_finer_pixels_make_the_same_tokens():
     fine = modalities.Modality("photo", (("r",),), factor=4)
-    module = flexi.PatchEmbeddings((fine,), 8, 2)
+    module = embed.PatchEmbeddings((fine,), 8, 2)
     x = {"photo": jnp.ones((1, 32, 32, 1, 1))}
     init = functools.partial(module.init, patch=2)
     like = jax.eval_shape(init, jax.random.key(0), x)["params"]
@@ -243,9 +242,8 @@ def test_drop_path_acts_in_training_alone():
     assert len({run(jax.random.key(i), True).tobytes() for i in range(4)}) > 1
 
 
-def test_an_unknown_size_is_refused():
-    with pytest.raises(errors.UsageError, match="size='huge': one of nano, tiny"):
-        network.sized("huge", fields.ALL)
+def _embedded(module, fields):
+    return module.patch_embed(fields, 4)
 
 
 def test_leaving_at_zero_everywhere_is_the_projection_alone():
@@ -257,7 +255,8 @@ def test_leaving_at_zero_everywhere_is_the_projection_alone():
 
     def run(params):
         apply = functools.partial(module.apply, {"params": params}, data, 4)
-        return apply(method="project"), *(apply(exits=e).tokens for e in (none, some))
+        plain = module.apply({"params": params}, data, method=_embedded)
+        return plain, *(apply(exits=e).tokens for e in (none, some))
 
     plain, left, mixed = quick(run)(params)
     for name, x in plain.items():

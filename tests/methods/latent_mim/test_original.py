@@ -9,7 +9,7 @@ import numpy as np
 from tests import runs
 from tests.golden.checks import hybrid_model as parts
 from vitssl.methods import base
-from vitssl.methods.latent_mim import masks, names, sections, shapes
+from vitssl.methods.latent_mim import hybrid, masks, network, objective, shapes
 from vitssl.methods.latent_mim import method as latent_mim
 from vitssl.run import step
 
@@ -20,8 +20,8 @@ def method(c):
     p, q = c["processing_patch_size"], c["output_patch_size"]
     return latent_mim.LatentMIM(
         run=base.Run(10, 2, 3, 0, 1, (0.0,), (1.0,)),
-        inputs=sections.Inputs(modalities=tuple(c["modalities"])),
-        network=sections.Network(
+        inputs=latent_mim.Inputs(modalities=tuple(c["modalities"])),
+        network=network.Network(
             size="",
             width=c["embedding_size"],
             heads=c["num_heads"],
@@ -33,7 +33,7 @@ def method(c):
             frequencies="legacy",
             anchor="corner",
         ),
-        hybrid=sections.Hybrid(
+        hybrid=hybrid.Hybrid(
             processing_patch_size=(p,),
             output_patch_size=q,
             decoder=c["mode"],
@@ -42,7 +42,7 @@ def method(c):
         ),
         # Its masks are given, and may have more tokens than random ones.
         mask=masks.Strategy(type="space"),
-        objective=sections.Objective(
+        objective=objective.Objective(
             type=c["loss"],
             tau=c["tau"],
             contrast_tau=c["infonce_tau"],
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_those_of_the_original_step(name="hybrid_step_mixe
     }
     like["target"] = like["encoder"]["patch_embed"]
     given = {k[6:]: v for k, v in arrays.items() if k.startswith("param/")}
-    params = names.load(given, like, m.kinds)
+    params = parts.load(given, like, m.kinds)
     extra = {"target": params.pop("target")}
     shape = shapes.Shape(module.p, module.q, 2, 2)
     phase = step.Phase(frozenset(), shape)

@@ -57,7 +57,7 @@ class Scene(NamedTuple):
 class Fields(drawn.Drawn):
     """Farmland seen by several sensors through a year, with its land cover.
 
-    Examples are those of `data.samples`, with "cover" uint8 [S, S]; the label is the
+    Examples are those of `olmoearth`, with "cover" uint8 [S, S]; the label is the
     landscape. They must not be changed in place: `held` of them are kept in memory.
 
     Attributes:

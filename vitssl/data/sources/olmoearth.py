@@ -1,62 +1,68 @@
-"""OlmoEarth's pretraining set: a folder of HDF5 samples; see `data.samples`."""
+"""OlmoEarth's pretraining set: a folder of HDF5 files, one for each sample.
 
+A sample as it is used is a dict: "timestamps" int32 [12, 3] (day 1-31, month 0-11,
+year), "length" (steps before padding), "present" {modality: bool [12]} and for each
+modality an array, [H, W, T, C] ([T, C] and [C] without space), in its own units, with
+`modalities.MISSING` where there is nothing. Static ones have T = 1.
+
+Source: arXiv:2511.13655; allenai/olmoearth_pretrain@5411573
+olmoearth_pretrain/data/dataset.py.
+"""
+
+import csv
 import dataclasses
+import functools
+import pathlib
 
 import numpy as np
 
-from vitssl import errors
-from vitssl.data import modalities, samples
+from vitssl import errors, ranges
+from vitssl.data import decode
+from vitssl.data.modalities import MISSING, TIMES, TRAINED, find
 from vitssl.data.sources import layout
 
+EXPECTED = (
+    "ROOT/sample_<i>.h5 for i below the number that names ROOT, and "
+    "ROOT/sample_metadata.csv (sample_index, then 0 or 1 for each modality)"
+)
+MASKS = "missing_timesteps_masks"  # Group of bool [12]; True is PRESENT.
 SPLITS = {"train": "train", "val": "test", "test": "test"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Samples:
-    """Samples of several modalities; `[i]` is what `olmoearth.read` returns.
+class Samples(layout.Source):
+    """Samples of several modalities; `[i]` is what `read` returns, and a label -1."""
 
-    Attributes:
-        indices: numbers of the files.
-        names: modalities of every sample, there or not.
-    """
-
-    folder: str
-    indices: np.ndarray
-    names: tuple[str, ...]
+    root: str  # The folder of the files.
+    indices: np.ndarray  # Numbers of the files.
+    names: tuple[str, ...]  # Modalities of every sample, there or not.
     split: str
     channels: int
     classes: tuple[str, ...] = ()
     name: str = "olmoearth"
 
     @property
-    def root(self) -> str:
-        """Return the folder of the files."""
-        return self.folder
-
-    @property
     def labels(self) -> np.ndarray:
         """[N] int32 of -1: there are none."""
-        return np.full(len(self), -1, np.int32)
+        return np.full(len(self.indices), -1, np.int32)
 
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        path = f"{self.folder}/sample_{self.indices[i]}.h5"
-        return samples.read(path, self.names) | {"label": -1}
+    def example(self, i):
+        """Return sample i, which exists."""
+        path = f"{self.root}/sample_{self.indices[i]}.h5"
+        return read(path, self.names) | {"label": -1}
 
 
 def open(
     root,
     split,
     *,
-    modalities=modalities.TRAINED,
-    channels=1,
-    filter_file="",
-    max_samples=0,
-    share=1.0,
-    holdout=0,
-    seed=3622,
+    modalities: tuple[str, ...] = TRAINED,
+    channels: int = 1,
+    filter_file: str = "",
+    max_samples: ranges.OrNone = 0,
+    share: ranges.Share = 1.0,
+    holdout: ranges.OrNone = 0,
+    seed: int = 3622,
 ):
     """Samples that have at least one sensor of the modalities asked for.
 
@@ -74,21 +80,16 @@ def open(
 
     Raises:
         DataError: no such folder, or not of this layout.
-        UsageError: an unknown modality, a number out of range.
+        UsageError: an unknown modality.
     """
     split = layout.split_of("olmoearth", split, SPLITS)
     names = tuple(modalities)
-    if holdout < 0 or max_samples < 0 or not 0 < share <= 1:
-        raise errors.UsageError(
-            f"olmoearth: holdout={holdout}, max_samples={max_samples}: 0 or more; "
-            f"share={share}: above 0, at most 1"
-        )
-    sensors = [n for n in names if _kind(n).time and _kind(n).space]
-    folder = samples.directory(layout.root_of("olmoearth", root, samples.EXPECTED))
-    index, has = samples.metadata(folder)
+    folder = directory(layout.root_of("olmoearth", root, EXPECTED))
+    index, has = metadata(folder)
     keep = np.zeros(len(index), bool)
-    for name in sensors:
-        keep |= has.get(name, np.zeros(len(index), bool))
+    for kind in map(find, names):
+        if kind.time and kind.space and kind.name in has:
+            keep |= has[kind.name]
     if filter_file:
         keep &= np.isin(index, np.load(filter_file))
     index = index[keep]
@@ -102,5 +103,167 @@ def open(
     return Samples(str(folder), index, names, split, channels)
 
 
-def _kind(name):
-    return modalities.find(name)
+# Files.
+
+
+def read(path, names) -> dict:
+    """Return one file's sample with the modalities `names`.
+
+    Raises:
+        DataError: no such file, damaged, without timestamps, an array that does not
+            fit its mask, or compressed by a filter that is not installed.
+    """
+    import h5py
+
+    _filters()
+    where = decode.printable(path)
+    try:
+        with h5py.File(path, "r") as file:
+            if "timestamps" not in file:
+                raise errors.DataError(
+                    f"olmoearth: {where} has no 'timestamps' int [12, 3] (day, month "
+                    f"0-11, year); it has: {', '.join(sorted(file)) or 'nothing'}"
+                )
+            timestamps = file["timestamps"][:]
+            arrays = {n: file[n][:] for n in names if n in file}
+            group = file.get(MASKS, {})
+            masks = {n: group[n][:].astype(bool) for n in names if n in group}
+    except OSError as e:
+        hint = ""
+        if "filter" in str(e) or "plugin" in str(e):
+            hint = "; its compression needs the package hdf5plugin (extra 'olmoearth')"
+        raise errors.DataError(f"olmoearth: {where}: {e}{hint}") from e
+    try:
+        return complete(timestamps, arrays, masks, names)
+    except ValueError as e:
+        raise errors.DataError(f"olmoearth: {where}: {e}") from e
+
+
+@functools.cache
+def _filters():
+    """Make the compression of the published files known to HDF5, if it is there."""
+    try:
+        import hdf5plugin  # noqa: F401
+    except ImportError:
+        pass
+
+
+def complete(timestamps, arrays, masks, names) -> dict:
+    """Return a sample of the modalities `names` on one time line of 12 steps.
+
+    Args:
+        timestamps: [T, 3], T <= 12.
+        arrays: {modality: array}: those that are there, time steps that are missing
+            left out.
+        masks: {modality: bool [T]}, True where a time step is there; a modality
+            without one is there all the time.
+
+    Raises:
+        ValueError: an array has another number of steps than its mask.
+    """
+    timestamps, masks = crop_times(np.asarray(timestamps), masks)
+    length = len(timestamps)
+    pad = TIMES - length
+    padded = np.concatenate([timestamps, np.repeat(timestamps[-1:], pad, axis=0)])
+    sample = {"timestamps": padded.astype(np.int32), "length": length}
+    present = {}
+    side = _side(arrays)
+    for name in names:
+        kind = find(name)
+        if name not in arrays:
+            shape = kind.shape(side, TIMES)
+            sample[name] = np.full(shape, MISSING, np.float32)
+            if kind.time:
+                present[name] = np.zeros(TIMES, bool)
+        elif kind.time:
+            there = masks.get(name, np.ones(length, bool))
+            sample[name], present[name] = _scatter(name, arrays[name], there)
+        else:
+            sample[name] = arrays[name]
+    return sample | {"present": present}
+
+
+def _side(arrays) -> int:
+    """Return the side in 10 m pixels of any array that has space."""
+    for name, x in arrays.items():
+        kind = find(name)
+        if kind.space:
+            return x.shape[0] // kind.factor
+    return 0
+
+
+def _scatter(name, x, there):
+    """Return (array of 12 steps, bool [12]) of the steps [..., t, C] that are there."""
+    if x.shape[-2] != there.sum():
+        raise ValueError(
+            f"{name} holds {x.shape[-2]} time steps, its mask {int(there.sum())}"
+        )
+    full = np.zeros(TIMES, bool)
+    full[: len(there)] = there
+    if full.all():
+        return x, full
+    shape = (*x.shape[:-2], TIMES, x.shape[-1])
+    out = np.full(shape, MISSING, np.float32)
+    out[..., full, :] = x
+    return out, full
+
+
+def crop_times(timestamps, masks):
+    """Return (timestamps, masks) from the first to the last step any modality has.
+
+    Masks are {modality: bool [T]}; {} leaves all steps.
+    """
+    if not masks:
+        return timestamps, masks
+    steps = np.flatnonzero(np.any(list(masks.values()), axis=0))
+    if not len(steps):
+        return timestamps, masks
+    cut = slice(int(steps[0]), int(steps[-1]) + 1)
+    return timestamps[cut], {name: mask[cut] for name, mask in masks.items()}
+
+
+# Directories.
+
+
+def directory(root) -> pathlib.Path:
+    """Return the folder of samples at or below `root`, if there is only one way down.
+
+    Raises:
+        DataError: it holds no sample_metadata.csv, with what is there.
+    """
+    path = pathlib.Path(root)
+    while not (path / "sample_metadata.csv").is_file():
+        inner = [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+        if len(inner) != 1:
+            layout.fail("olmoearth", "no sample_metadata.csv", path, EXPECTED)
+        path = inner[0]
+    return path
+
+
+def metadata(path: pathlib.Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return (sample indices [N], {modality: bool [N]}) of sample_metadata.csv.
+
+    Raises:
+        DataError: another number of rows than the folder's name says, or a row that
+            is not made of whole numbers.
+    """
+    file = path / "sample_metadata.csv"
+    with file.open(newline="") as lines:
+        head, *rows = csv.reader(lines)
+    try:
+        table = np.array(rows, np.float64).reshape(len(rows), len(head)).astype(int)
+    except ValueError as e:
+        raise errors.DataError(f"olmoearth: {decode.printable(file)}: {e}") from e
+    if path.name.isdigit() and int(path.name) != len(table):
+        raise errors.DataError(
+            f"olmoearth: {decode.printable(file)} lists {len(table)} samples; its "
+            f"folder says {path.name}"
+        )
+    columns = dict(zip(head, table.T, strict=True))
+    if "sample_index" not in columns:
+        raise errors.DataError(
+            f"olmoearth: {decode.printable(file)}: no column 'sample_index'; it has: "
+            f"{', '.join(head)}"
+        )
+    index = columns.pop("sample_index")
+    return index, {name: column > 0 for name, column in columns.items()}

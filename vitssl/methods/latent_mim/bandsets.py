@@ -4,18 +4,15 @@ Source: allenai/olmoearth_pretrain@5411573 olmoearth_pretrain/train/masking.py
 (ModalityCrossMaskingStrategy).
 """
 
-import typing
-
 import numpy as np
 
 from vitssl.data.states import DECODER, MISSING, ONLINE, TARGET_ONLY, Masks
 
-if typing.TYPE_CHECKING:
-    from vitssl.methods.latent_mim.masks import Strategy
+Bandset = tuple[str, int]  # Modality, number.
 
 
-def present(masks: Masks, decode_only=()) -> list[tuple[str, int]]:
-    """Return the bandsets (modality, number) that a choice can be made among.
+def present(masks: Masks, decode_only=()) -> list[Bandset]:
+    """Return the bandsets that a choice can be made among.
 
     Those with a token that is read; of a modality that is never read, those with
     anything.
@@ -30,41 +27,49 @@ def present(masks: Masks, decode_only=()) -> list[tuple[str, int]]:
     return found
 
 
-def choose(strategy: "Strategy", there: list, rng) -> tuple[set, set]:
+def choose(
+    there: list[Bandset],
+    rng,
+    *,
+    decode_only=(),
+    same: bool = True,
+    encoded: tuple[int, int] = (0, 0),
+    decoded: tuple[int, int] = (0, 0),
+) -> tuple[set, set]:
     """Return the bandsets that are read and that are predicted.
 
     One alone is read, none predicted; of two, one is read and the other predicted.
 
     Args:
-        strategy: see `Strategy`.
         there: of `present`.
-        rng: numpy Generator.
+        decode_only: modalities that are never read.
+        same: whether a bandset may be read and predicted.
+        encoded, decoded: (least, most) that are read and predicted; 0 = no bound.
     """
-    s = strategy
-    readable = [b for b in there if b[0] not in s.decode_only]
+    readable = [b for b in there if b[0] not in decode_only]
     if len(there) == 1:
         return set(there), set()
     if len(there) == 2:
         # The original takes the first, even one that is never to be read.
         first = readable[0] if readable else there[0]
         return {first}, set(there) - {first}
-    upper = len(readable) - (not s.same_bandset)
-    most = min(s.max_encoded or upper, upper)
-    least = min(s.min_encoded or len(readable), len(readable), most)
+    upper = len(readable) - (not same)
+    most = min(encoded[1] or upper, upper)
+    least = min(encoded[0] or len(readable), len(readable), most)
     count = int(rng.integers(least, most + 1)) if most > 0 else 0
-    encoded = {readable[i] for i in rng.permutation(len(readable))[:count]}
-    if not s.same_bandset:
-        return encoded, set(there) - encoded
-    least = min(s.min_decoded or 1, len(there))
-    most = min(s.max_decoded or len(there), len(there))
+    read = {readable[i] for i in rng.permutation(len(readable))[:count]}
+    if not same:
+        return read, set(there) - read
+    least = min(decoded[0] or 1, len(there))
+    most = min(decoded[1] or len(there), len(there))
     count = int(rng.integers(least, max(least, most) + 1))
-    return encoded, {there[i] for i in rng.permutation(len(there))[:count]}
+    return read, {there[i] for i in rng.permutation(len(there))[:count]}
 
 
 def apply_rules(
     name: str,
     mask: np.ndarray,
-    there: list,
+    there: list[Bandset],
     encoded: set,
     decoded: set,
     *,
@@ -78,11 +83,9 @@ def apply_rules(
     whether it was chosen or not, as in the original, unless `strict`.
 
     Args:
-        name: of the modality.
-        mask: int [..., S].
+        mask: int [..., S] of the modality.
         there: of `present`; a modality with none of them stays as it is.
         encoded, decoded: of `choose`.
-        strict: see above.
         whole: all of a chosen set becomes what it was chosen for, because the base
             strategy has no structure for this modality.
     """

@@ -7,6 +7,7 @@ patch size from its branch piperw/ps-exploration, with upsampling that is aware 
 masks and a predictor that is asked for fine tokens over coarse ones.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -16,41 +17,105 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vitssl import errors
-from vitssl.methods.latent_mim import network
-from vitssl.models import fieldblock, flexi, patches, tokens, upsample
+from vitssl import errors, ranges
+from vitssl.data.states import DECODER, ONLINE
+from vitssl.methods.latent_mim import network, tokens
+from vitssl.models import patches, upsample, xavier
 
 Decoder = Literal["mixed", "output", "processing"]
+PoolAt = Literal["processing", "output"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """Config section `hybrid`: patches that are processed, patches that come out.
+
+    Attributes:
+        processing_patch_size: p, in pixels; of several one is drawn per batch; () draws
+            from sampling.min_patch to max_patch.
+        output_patch_size: q; 0 = p, no hybrid.
+        upsampler: from p to q. "bilinear" and "nearest" have no parameters and add no
+            detail; "pixel_shuffle" is learned; "skip" is learned and reads the pixels
+            of what the encoder saw.
+        decoder: "mixed": what is read at p, what is asked for at q; "output": all at q;
+            "processing": all at p, upsampled for evaluation alone.
+        loss_tokens_per_modality: most tokens of a modality and sample in the loss.
+        sampled_keys: the decoder reads one fine child, drawn at random, of each coarse
+            token, which trains a learned upsampler.
+        visible_loss_weight: of the same loss on the upsampled tokens that were seen,
+            which trains a learned upsampler too.
+        pool_at: where the vectors that views are compared by are averaged.
+        max_output_tokens: most tokens of a sample at q with decoder "output".
+    """
+
+    processing_patch_size: tuple[ranges.Count, ...] = (8,)
+    output_patch_size: ranges.OrNone = 1
+    upsampler: upsample.Mode = "bilinear"
+    decoder: Decoder = "mixed"
+    loss_tokens_per_modality: ranges.Count = 1024
+    sampled_keys: bool = False
+    visible_loss_weight: ranges.NotNegative = 0.0
+    pool_at: PoolAt = "processing"
+    max_output_tokens: ranges.Count = 16384
+
+    @property
+    def learned(self) -> bool:
+        """Whether the upsampler has parameters."""
+        return self.upsampler in upsample.LEARNED and bool(self.output_patch_size)
+
+    @property
+    def trains_upsampler(self) -> bool:
+        """Whether the loss reaches the upsampler."""
+        fine = self.sampled_keys or self.pool_at == "output"
+        if self.decoder == "processing":
+            return False
+        return self.decoder == "output" or self.visible_loss_weight > 0 or fine
+
+    def check(self) -> Iterator[str]:
+        """Yield what cannot be combined."""
+        q, sizes = self.output_patch_size, self.processing_patch_size
+        for p in sizes:
+            if q and p % q:
+                fit = [d for d in range(1, p + 1) if p % d == 0]
+                yield (
+                    f"output_patch_size={q} does not divide processing_patch_size={p}; "
+                    f"one of {', '.join(map(str, fit))}, or 0 for no hybrid"
+                )
+        if q and not sizes:
+            yield f"output_patch_size={q}: needs processing_patch_size"
+        if self.learned and not self.trains_upsampler:
+            yield (
+                f"upsampler={self.upsampler}: nothing trains it with decoder="
+                f"{self.decoder}; set sampled_keys=True, visible_loss_weight above 0, "
+                "or decoder=output"
+            )
+        if self.sampled_keys and self.decoder != "mixed":
+            yield f"sampled_keys=True: of decoder=mixed, not {self.decoder}"
+        if self.visible_loss_weight and self.decoder == "processing":
+            yield "visible_loss_weight: needs tokens at q, decoder=mixed or output"
+        if self.upsampler == "pixel_shuffle" and len(set(sizes)) > 1:
+            yield f"upsampler=pixel_shuffle: of one processing_patch_size, not {sizes}"
 
 
 class Asked(NamedTuple):
-    """Tokens of one modality that a loss looks at.
+    """Tokens of one modality that a loss looks at."""
 
-    Attributes:
-        prediction: [B, Q, D].
-        index: [B, Q] int32 places on the grid of the targets; None = all of them.
-        valid: [B, Q] bool, which count.
-    """
-
-    prediction: jax.Array
-    index: jax.Array | None
-    valid: jax.Array
+    prediction: jax.Array  # [B, Q, D]
+    index: jax.Array | None  # [B, Q] int32 places among the targets; None = all.
+    valid: jax.Array  # [B, Q] bool: which count.
 
 
 class View(NamedTuple):
     """What a network makes of one masked view of a batch.
 
     Attributes:
-        asked: {name: Asked} of tokens to predict.
-        visible: {name: Asked} of tokens it saw, {} without that loss.
-        pooled: [B, D] float32.
         counts: {"encoder", "decoder_queries", "decoder_keys", "loss": [] float32},
             tokens per sample, means over the batch.
     """
 
-    asked: dict
-    visible: dict
-    pooled: jax.Array
+    asked: dict  # {name: Asked} of tokens to predict.
+    visible: dict  # {name: Asked} of tokens it saw, {} without that loss.
+    pooled: jax.Array  # [B, D] float32
     counts: dict
 
 
@@ -58,19 +123,11 @@ class HybridMIM(nn.Module):
     """Encoder, upsampler and predictor of one system.
 
     Attributes:
-        encoder, predictor: see `methods.latent_mim.network`.
         p, q: sides of the patches that are processed and put out, q divides p.
-        upsampler: see `hybrid.Upsampler`.
-        decoder: "mixed": the predictor is asked for fine tokens over coarse ones;
-            "output": the tokens are upsampled first and both are fine; "processing":
-            both are coarse, and q is for `features` alone.
+        upsampler, decoder, sampled_keys, pool_at, max_output_tokens: see `Hybrid`.
         loss_tokens: most tokens per sample and modality that are predicted, drawn
             uniformly; 0 = all.
-        sampled_keys: "mixed" attends to one fine child of every coarse token instead,
-            so that a learned upsampler gets a gradient.
         visible_loss: also predict fine tokens the encoder saw, through a linear layer.
-        pool_at: whether pooled vectors are means of coarse or of fine tokens.
-        max_output_tokens: most tokens per sample where all fine ones are made.
     """
 
     encoder: network.Encoder
@@ -82,7 +139,7 @@ class HybridMIM(nn.Module):
     loss_tokens: int = 0
     sampled_keys: bool = False
     visible_loss: bool = False
-    pool_at: Literal["processing", "output"] = "processing"
+    pool_at: PoolAt = "processing"
     max_output_tokens: int = 16384
 
     @property
@@ -106,29 +163,22 @@ class HybridMIM(nn.Module):
             self.modalities, self.p, self.q, self.upsampler, self.encoder.dtype
         )
         if self.visible_loss:
-            self.visible_head = fieldblock.Linear(
-                self.encoder.width, self.encoder.dtype
-            )
+            self.visible_head = xavier.Linear(self.encoder.width, self.encoder.dtype)
 
     def __call__(self, fields, *, slots=0, bounds=None, train=False):
-        """Encode one masked view and predict its DECODER tokens.
+        """Encode one masked view of a batch and predict its DECODER tokens: `View`.
 
         Random numbers: streams "drop_path" (train), "tokens" (which tokens the loss
         sees, which children stand for a key).
 
         Args:
-            fields: batch with masks, see `methods.latent_mim.network`.
             slots: bound on the ONLINE tokens of a sample, static; 0 = none.
             bounds: {name: bound on the DECODER tokens of a sample at p}, static; None =
                 none.
-            train: drop paths.
-
-        Returns:
-            `View`.
 
         Raises:
-            ValueError: p does not divide the field, q does not divide p, or all fine
-                tokens are made (output) and are more than max_output_tokens.
+            ValueError: p does not divide the field, or q not p.
+            UsageError: all fine tokens are made (output), more than max_output_tokens.
         """
         tokens.shapes(fields, self.modalities, self.p)
         seen = self.encoder(fields, self.p, slots=slots, train=train)
@@ -140,8 +190,7 @@ class HybridMIM(nn.Module):
         context = self._context(seen, fine, fields, slots)
         shapes = {k: v.shape[1:] for k, v in states.items()}
         chosen = {
-            m.name: self._choose(m, states, tokens.DECODER, bounds)
-            for m in self.modalities
+            m.name: self._choose(m, states, DECODER, bounds) for m in self.modalities
         }
         queries = {
             k: (index, shapes[k], self.target_patch) for k, (index, _) in chosen.items()
@@ -162,39 +211,34 @@ class HybridMIM(nn.Module):
         return self.factor > 1 and fine
 
     def _fine_states(self, mask):
-        return {
-            m.name: upsample.upsample_mask(mask[m.name], self.factor)
-            if m.space
-            else mask[m.name]
-            for m in self.modalities
-        }
+        r, placed = self.factor, [m.name for m in self.modalities if m.space]
+        return mask | {k: upsample.upsample_mask(mask[k], r) for k in placed}
 
     def _context(self, seen, fine, fields, slots):
         """Return what the predictor attends to."""
         dates, r = fields["timestamps"], self.factor
         shapes = tokens.shapes_of(seen.tokens)
-        if r == 1 or self.decoder == "processing":
-            codes = self.predictor.codes(shapes, dates, self.p)
-            return self.predictor.context(seen.packed, codes)
-        if self.decoder == "output":
+        if r > 1 and self.decoder == "output":
             codes = self.predictor.codes(tokens.shapes_of(fine), dates, self.q)
             return self.predictor.context(self._pack_fine(seen, fine, slots), codes)
-        if not self.sampled_keys:
-            codes = self.predictor.codes(shapes, dates, self.p)
-            return self.predictor.context(seen.packed, codes)
-        return self._children(seen, fields)
+        if r > 1 and self.decoder == "mixed" and self.sampled_keys:
+            return self._children(seen, fields)
+        codes = self.predictor.codes(shapes, dates, self.p)
+        return self.predictor.context(seen.packed, codes)
 
     def _children(self, seen, fields):
         """Return the context of one drawn fine child per coarse token."""
         dates, r, parts = fields["timestamps"], self.factor, []
         shapes, states = tokens.shapes_of(seen.tokens), self._fine_states(seen.mask)
         rng = self.make_rng("tokens")
-        places = upsample.draw_children(rng, shapes, self.modalities, len(dates), r)
+        places = draw_children(rng, shapes, self.modalities, len(dates), r)
         drawn = self.up(seen.tokens, seen.mask, fields, places)
         for m in self.modalities:
             shape, name = states[m.name].shape[1:], m.name
             if m.space:
-                code = self.predictor.codes_at(name, places[name], shape, dates, self.q)
+                code = self.predictor.encodings.at(
+                    name, places[name], shape, dates, self.q
+                )
             else:
                 drawn[name] = seen.tokens[name]
                 code = self.predictor.encodings({name: shape}, dates, self.q)[name]
@@ -219,7 +263,7 @@ class HybridMIM(nn.Module):
         if seen.packed.keep is None:
             return tokens.Packed(x)
         states = tokens.flatten_mask(self._fine_states(seen.mask), self.modalities)
-        return tokens.pack(x, states == tokens.ONLINE, slots * self.factor**2)
+        return tokens.pack(x, states == ONLINE, slots * self.factor**2)
 
     def _choose(self, m, states, state, bounds=None):
         """Return (index or None, valid [B, Q]) of tokens in a state."""
@@ -239,9 +283,7 @@ class HybridMIM(nn.Module):
     def _visible(self, seen, states, fields):
         """Return {name: Asked} of fine tokens that the encoder saw."""
         chosen = {
-            m.name: self._choose(m, states, tokens.ONLINE)
-            for m in self.modalities
-            if m.space
+            m.name: self._choose(m, states, ONLINE) for m in self.modalities if m.space
         }
         index = {
             k: jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
@@ -270,25 +312,15 @@ class HybridMIM(nn.Module):
         Returns:
             {"pooled": [B, D], "tokens_p": {name: [B, h, w, T, S, D]}, "features_q":
             {name: [B, h r, w r, T, S, D]}, "mask_p", "mask_q"}.
-
-        Raises:
-            ValueError: unknown mode, or p does not divide the field.
         """
         tokens.shapes(fields, self.modalities, self.p)
         seen = self.encoder(fields, self.p)
-        if mode == "upsampled":
-            fine, states = self.up(seen.tokens, seen.mask, fields)
-        elif mode == "decoder":
+        if mode == "decoder":
             fine, states = self._answers(seen, fields)
         else:
-            raise ValueError(f"features: mode={mode!r}: upsampled or decoder")
-        return {
-            "pooled": seen.pooled,
-            "tokens_p": seen.tokens,
-            "features_q": fine,
-            "mask_p": seen.mask,
-            "mask_q": states,
-        }
+            fine, states = self.up(seen.tokens, seen.mask, fields)
+        found = {"pooled": seen.pooled, "tokens_p": seen.tokens, "mask_p": seen.mask}
+        return found | {"features_q": fine, "mask_q": states}
 
     def _answers(self, seen, fields):
         """Return the predictor's answers about all fine tokens, and their states."""
@@ -299,43 +331,37 @@ class HybridMIM(nn.Module):
         found = self.predictor(context, queries, dates)
         return {k: v.reshape(*states[k].shape, -1) for k, v in found.items()}, states
 
-    def check(self) -> Iterator[str]:
-        """Yield one line per impossible combination of the fields."""
-        yield from upsample.faults(self.p, self.q)
-        learned = self.upsampler in upsample.LEARNED and self.p != self.q
-        trained = self.decoder == "output" or self.visible_loss
-        trained |= self.decoder == "mixed" and self.sampled_keys
-        trained |= self.decoder == "mixed" and self.pool_at == "output"
-        if learned and not trained:
-            yield (
-                f"upsampler={self.upsampler} gets no gradient with decoder="
-                f"{self.decoder}: set decoder=output, sampled_keys=True (mixed) or a "
-                "visible_loss_weight above 0"
-            )
-        fine = self.sampled_keys or self.visible_loss or self.pool_at == "output"
-        if self.decoder == "processing" and fine:
-            yield (
-                "decoder=processing: sampled_keys, the visible loss and pool_at=output "
-                "need tokens at q"
-            )
-        if self.loss_tokens < 0:
-            yield f"loss_tokens_per_modality={self.loss_tokens}: 0 (all) or positive"
-
 
 def draw(rng, member, count):
-    """Draw `count` members of each set uniformly, without replacement.
+    """Draw K = `count` < N of each set [B, N] uniformly, without replacement.
 
-    Args:
-        rng: key.
-        member: [B, N] bool.
-        count: static number of places K < N.
-
-    Returns:
-        (index [B, K] int32, valid [B, K] bool: fewer where a set has fewer members).
+    Returns (index [B, K] int32, valid [B, K]: fewer where a set has fewer members).
     """
     score = jnp.where(member, jax.random.uniform(rng, member.shape), -1.0)
     best, index = jax.lax.top_k(score, count)
     return index.astype(jnp.int32), best >= 0
+
+
+def draw_children(rng, shapes, modalities, batch, r):
+    """Draw one of the r x r children of every coarse token, uniformly.
+
+    Returns {name: [B, h w T S] int32 places on the fine grid, flattened}, of what has
+    places, for the shapes {name: (h, w, T, S)} of the coarse grid.
+    """
+    places = {}
+    for i, m in enumerate(modalities):
+        if not m.space:
+            continue
+        h, w, *rest = shapes[m.name]
+        count = int(np.prod(shapes[m.name]))
+        index = jnp.broadcast_to(jnp.arange(count), (batch, count))
+        key = jax.random.fold_in(rng, i)
+        a, b = jax.random.randint(key, (2, batch, count), 0, r)
+        row, column, *more = jnp.unravel_index(index, shapes[m.name])
+        where, grid = (row * r + a, column * r + b, *more), (h * r, w * r, *rest)
+        found = jnp.ravel_multi_index(where, grid, mode="clip")
+        places[m.name] = found.astype(jnp.int32)
+    return places
 
 
 def _counts(seen, context, asked):
@@ -355,53 +381,3 @@ def _counts(seen, context, asked):
         "decoder_queries": jnp.float32(queries),
         "loss": loss.astype(jnp.float32) / size,
     }
-
-
-def targets(module, params, fields, asked, patch):
-    """Return what a frozen projection makes of the pixels of the tokens asked for.
-
-    Args:
-        module: `targets_of` an encoder.
-        params: its parameters.
-        fields: batch.
-        asked: {name: Asked}.
-        patch: `HybridMIM.target_patch`.
-
-    Returns:
-        {name: [B, Q, D]} float32; no gradient flows back.
-    """
-    params, whole, found = {"params": jax.lax.stop_gradient(params)}, None, {}
-    for name, a in asked.items():
-        if a.index is None:
-            if whole is None:
-                whole = module.apply(params, fields, patch)
-            found[name] = einops.rearrange(whole[name], "b ... d -> b (...) d")
-        else:
-            found[name] = module.apply(
-                params, fields, name, a.index, patch, method="at"
-            )
-    return jax.tree.map(jax.lax.stop_gradient, found)
-
-
-def targets_of(encoder: network.Encoder) -> flexi.PatchEmbeddings:
-    """Return the module of the frozen random-projection target of an encoder.
-
-    Its parameters are a copy of the encoder's "patch_embed" at the start; computed in
-    float32.
-    """
-    return flexi.PatchEmbeddings(
-        encoder.modalities,
-        encoder.width,
-        encoder.base,
-        encoder.patch_resize,
-        by_time=True,
-    )
-
-
-def online_bound(shapes, modalities, ratio, decode_only=()) -> int:
-    """Return how many tokens of a sample random masking can make ONLINE at most."""
-    return sum(
-        int(int(np.prod(shapes[m.name])) * ratio)
-        for m in modalities
-        if m.name not in decode_only
-    )

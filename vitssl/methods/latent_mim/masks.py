@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from vitssl import ranges
 from vitssl.data import modalities
 from vitssl.data.modalities import Modality
 from vitssl.data.states import (
@@ -65,7 +66,7 @@ class Strategy:
             "random_with_decode", "random_time_with_decode": bandsets are read or
             predicted, never both.
         encode_ratio, decode_ratio: shares of tokens that are read and predicted.
-        same_bandset: a bandset may be read and predicted.
+        same_bandset: a bandset may be both.
         min_encoded, max_encoded: bandsets read; 0 = no bound.
         min_decoded, max_decoded: bandsets predicted; 0 = no bound.
         decode_only: modalities that are never read.
@@ -82,36 +83,33 @@ class Strategy:
     """
 
     type: Type = "modality_cross_random"
-    encode_ratio: float = 0.5
-    decode_ratio: float = 0.5
+    encode_ratio: ranges.Share = 0.5
+    decode_ratio: ranges.Share = 0.5
     same_bandset: bool = True
-    min_encoded: int = 2
-    max_encoded: int = 0
-    min_decoded: int = 0
-    max_decoded: int = 0
+    min_encoded: ranges.OrNone = 2
+    max_encoded: ranges.OrNone = 0
+    min_decoded: ranges.OrNone = 0
+    max_decoded: ranges.OrNone = 0
     decode_only: tuple[str, ...] = modalities.MAPS
     strict_bandset_rules: bool = False
-    min_encode: float = 0.1
-    max_encode: float = 0.5
-    min_decode: float = 0.0
-    max_decode: float = 0.0
-    final_encode: float = 0.1
-    final_decode: float = 0.9
+    min_encode: ranges.Probability = 0.1
+    max_encode: ranges.Probability = 0.5
+    min_decode: ranges.Probability = 0.0
+    max_decode: ranges.Probability = 0.0
+    final_encode: ranges.Probability = 0.1
+    final_decode: ranges.Probability = 0.9
     steps: int = 1000
     decodable: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
-    max_chosen: int = 1
+    max_chosen: ranges.OrNone = 1
     whole_patch: bool = True
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
+        """Yield what the keys do not agree on."""
         for name in ("encode", "decode"):
-            value = getattr(self, f"{name}_ratio")
-            if not 0 < value <= 1:
-                yield f"{name}_ratio={value}: above 0, at most 1"
             low, high = (getattr(self, f"{end}_{name}") for end in ("min", "max"))
-            if not 0 <= low <= high <= 1:
-                yield f"min_{name}={low}, max_{name}={high}: 0 <= min <= max <= 1"
+            if low > high:
+                yield f"min_{name}={low}, max_{name}={high}: min <= max"
         if self.encode_ratio + self.decode_ratio > 1 + 1e-9:
             yield (
                 f"encode_ratio={self.encode_ratio} and decode_ratio="
@@ -133,16 +131,9 @@ class Strategy:
         if step + 1 >= self.steps:
             return self.final_encode, self.final_decode
         along = (step + 1) / self.steps
-        return tuple(
-            start + (end - start) * along
-            for start, end in (
-                (self.encode_ratio, self.final_encode),
-                (self.decode_ratio, self.final_decode),
-            )
-        )
-
-
-# Drawing.
+        start = np.array([self.encode_ratio, self.decode_ratio])
+        end = np.array([self.final_encode, self.final_decode])
+        return tuple((start + (end - start) * along).tolist())
 
 
 def draw(
@@ -157,10 +148,7 @@ def draw(
     """Return the masks of one sample.
 
     Args:
-        strategy: see `Strategy`.
-        kinds: modalities of the sample, in the order of the run.
         gone: {modality: bool, the shape of its tokens}: what is missing.
-        rng: of this sample.
         coin: number in [0, 1) that all samples of a batch share.
         step: of the run, for "random_increasing".
     """
@@ -208,9 +196,13 @@ class _Draw:
     def space(self) -> Masks:
         grid = next(self.gone[k.name].shape[:2] for k in self.kinds if k.space)
         patches = scatter(self.rng, math.prod(grid), self.ratios).reshape(grid)
+        return self._spread(patches[..., None, None], lambda kind: kind.space)
+
+    def _spread(self, states, member):
+        """Return `states` in all that is a member, and random tokens elsewhere."""
         return {
-            k.name: np.broadcast_to(patches[..., None, None], self.gone[k.name].shape)
-            if k.space
+            k.name: np.broadcast_to(states, self.gone[k.name].shape)
+            if member(k)
             else self._tokens(k)
             for k in self.kinds
         }
@@ -222,12 +214,7 @@ class _Draw:
         times = next(self.gone[k.name].shape[-2] for k in self.kinds if k.time)
         line = np.full(times, TARGET_ONLY)
         line[steps] = scatter(self.rng, len(steps), self.ratios, least=1)
-        return {
-            k.name: np.broadcast_to(line[:, None], self.gone[k.name].shape)
-            if k.time
-            else self._tokens(k)
-            for k in self.kinds
-        }
+        return self._spread(line[:, None], lambda kind: kind.time)
 
     def space_time(self) -> Masks:
         if self.coin < 0.5 or not self._enough_times():
@@ -251,15 +238,14 @@ class _Draw:
         return choices[int(self.coin * len(choices))]()
 
     def random_range(self) -> Masks:
-        return {kind.name: self._range(kind) for kind in self.kinds}
-
-    def _range(self, kind):
-        s = self.s
-        encode = self.rng.uniform(s.min_encode, s.max_encode)
-        decode = 1 - encode
-        if s.max_decode:
-            decode = self.rng.uniform(s.min_decode, s.max_decode)
-        return self._tokens(kind, (encode, decode))
+        s, masks = self.s, {}
+        for kind in self.kinds:
+            encode = self.rng.uniform(s.min_encode, s.max_encode)
+            decode = 1 - encode
+            if s.max_decode:
+                decode = self.rng.uniform(s.min_decode, s.max_decode)
+            masks[kind.name] = self._tokens(kind, (encode, decode))
+        return masks
 
     # Whole modalities.
 
@@ -312,8 +298,16 @@ class _Draw:
 
     def _cross(self, masks, whole):
         masks = {name: self.filled(name, mask) for name, mask in masks.items()}
-        there = bandsets.present(masks, self.s.decode_only)
-        encoded, decoded = bandsets.choose(self.s, there, self.rng)
+        s = self.s
+        there = bandsets.present(masks, s.decode_only)
+        encoded, decoded = bandsets.choose(
+            there,
+            self.rng,
+            decode_only=s.decode_only,
+            same=s.same_bandset,
+            encoded=(s.min_encoded, s.max_encoded),
+            decoded=(s.min_decoded, s.max_decoded),
+        )
         for kind in self.kinds:
             masks[kind.name] = bandsets.apply_rules(
                 kind.name,
@@ -321,13 +315,14 @@ class _Draw:
                 there,
                 encoded,
                 decoded,
-                strict=self.s.strict_bandset_rules,
+                strict=s.strict_bandset_rules,
                 whole=whole(kind),
             )
-            if kind.name in self.s.decode_only:
+            if kind.name in s.decode_only:
                 mask = masks[kind.name]
                 mask[mask == ONLINE] = TARGET_ONLY
-        if all(any((m == s).any() for m in masks.values()) for s in (ONLINE, DECODER)):
+        used = (ONLINE, DECODER)
+        if all(any((m == u).any() for m in masks.values()) for u in used):
             return masks
         return self._refilled(masks)
 
@@ -385,13 +380,7 @@ def bounds(
 ) -> tuple[int, dict[str, int] | None]:
     """Return the most tokens of a sample that are read, and predicted by modality.
 
-    Args:
-        strategy: see `Strategy`.
-        kinds: modalities.
-        shape: `shapes.Shape` of the batch.
-
-    Returns:
-        (0, None) where the strategy knows no such bounds.
+    `shape` is the batch's `shapes.Shape`. (0, None): the strategy knows no bounds.
     """
     if strategy.type not in ("modality_cross_random", "random"):
         return 0, None

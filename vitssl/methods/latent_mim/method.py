@@ -19,39 +19,76 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import sizes, tree
+from vitssl import errors, sizes, tree
 from vitssl.data import modalities
+from vitssl.data.modalities import Modality
 from vitssl.methods import base
-from vitssl.methods.latent_mim import discrimination, masks, readout, sections, shapes
-from vitssl.methods.latent_mim import hybrid as hybrid_mim
-from vitssl.methods.latent_mim import scores as fieldscores
-from vitssl.methods.latent_mim import views as field_views
+from vitssl.methods.latent_mim import masks, readout, shapes, target, tokens, views
+from vitssl.methods.latent_mim.hybrid import Hybrid, HybridMIM
+from vitssl.methods.latent_mim.network import Network
+from vitssl.methods.latent_mim.objective import Objective, Pair
+from vitssl.methods.latent_mim.readout import Measures, Readout
+from vitssl.methods.latent_mim.target import Target
 from vitssl.models import patches
-from vitssl.models import tokens as states
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Config section `inputs`.
+
+    Attributes:
+        modalities: names, in the order of the sequence; ("rgb",) for pictures.
+        groups: ((modality, ((band, ...), ...)), ...): other bandsets than the table's.
+    """
+
+    modalities: tuple[str, ...] = modalities.TRAINED
+    groups: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+
+    def kinds(self, names=None) -> tuple[Modality, ...]:
+        """Return the modalities, or those of `names`, with their bandsets."""
+        groups = dict(self.groups)
+        chosen = self.modalities if names is None else names
+        return tuple(modalities.find(name, groups) for name in chosen)
+
+    def check(self) -> Iterator[str]:
+        """Yield unknown modalities and bands, and what cannot be combined."""
+        try:
+            kinds = self.kinds()
+            alien = set(dict(self.groups)) - set(self.modalities)
+        except errors.UsageError as e:
+            yield f"modalities, groups: {e}"
+            return
+        if alien:
+            yield f"groups: {sorted(alien)} not among the modalities"
+        if len(set(self.modalities)) < len(self.modalities):
+            yield f"modalities={self.modalities}: each once"
+        if not any(k.space for k in kinds):
+            yield f"modalities={self.modalities}: at least one with rows and columns"
+        if "rgb" in self.modalities and len(kinds) > 1:
+            yield "modalities: 'rgb' is alone"
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentMIM(base.Method):
     """The method; fields are the sections of its config.
 
-    Parameters: see `hybrid.HybridMIM`. Extra: "target", the parameters of
-    the target: a patch embedding, or a whole encoder with target.depth above 0; with
-    one that moves, "step".
+    Parameters: see `hybrid.HybridMIM`. Extra: "target", the parameters of the target:
+    a patch embedding, or a whole encoder with target.depth above 0.
     """
 
     run: base.Run
-    inputs: sections.Inputs = sections.Inputs()
-    network: sections.Network = sections.Network()
-    hybrid: sections.Hybrid = sections.Hybrid()
+    inputs: Inputs = Inputs()
+    network: Network = Network()
+    hybrid: Hybrid = Hybrid()
     mask: masks.Strategy = masks.Strategy()
     sampling: shapes.Sampling = shapes.Sampling()
-    augment: field_views.Augment = field_views.Augment()
-    objective: sections.Objective = sections.Objective()
-    target: sections.Target = sections.Target()
-    readout: sections.Readout = sections.Readout()
-    measures: fieldscores.Measures = fieldscores.Measures()
+    augment: views.Augment = views.Augment()
+    objective: Objective = Objective()
+    target: Target = Target()
+    readout: Readout = Readout()
+    measures: Measures = Measures()
 
     # Modules and sizes.
 
@@ -62,22 +99,22 @@ class LatentMIM(base.Method):
         return min(c.sampling.tile, c.sampling.max_side * max(drawn))
 
     @property
-    def kinds(self) -> tuple[modalities.Modality, ...]:
+    def kinds(self) -> tuple[Modality, ...]:
         """Return the modalities of training."""
         return self.inputs.kinds()
 
     @property
-    def read(self) -> tuple[modalities.Modality, ...]:
+    def read(self) -> tuple[Modality, ...]:
         """Return the modalities that evaluations read."""
         never = self.mask.decode_only
         names = [n for n in self.inputs.modalities if n not in never]
         return self.inputs.kinds(self.readout.modalities or names)
 
-    def module(self, kinds, p: int, q: int) -> hybrid_mim.HybridMIM:
+    def module(self, kinds, p: int, q: int) -> HybridMIM:
         """Return the network for these modalities and patches."""
         encoder, predictor = self.network.build(kinds, self.run.dtype)
         h = self.hybrid
-        return hybrid_mim.HybridMIM(
+        return HybridMIM(
             encoder,
             predictor,
             p,
@@ -98,10 +135,10 @@ class LatentMIM(base.Method):
 
     # The contract.
 
-    def transform(self) -> field_views.Training:
+    def transform(self) -> views.Training:
         """Return the training transform."""
         _announce(self._summary())
-        return field_views.Training(
+        return views.Training(
             self.kinds,
             self.sampling,
             self.mask,
@@ -112,28 +149,24 @@ class LatentMIM(base.Method):
             self.run.std,
         )
 
-    def evaluation_transform(self, size: int) -> field_views.Evaluation:
+    def evaluation_transform(self, size: int) -> views.Evaluation:
         """Return the transform of evaluation samples, `size` pixels a side."""
-        return field_views.Evaluation(
+        return views.Evaluation(
             self.read, size, self.readout.times, self.run.mean, self.run.std
         )
 
     def phase(self, step: int) -> shapes.Shape:
         """Return the patches and the size of a step's crops: one compilation each."""
         h = self.hybrid
-        return shapes.draw(
-            self.sampling,
-            self.kinds,
-            step,
-            h.processing_patch_size,
-            h.output_patch_size,
-        )
+        patches = (h.processing_patch_size, h.output_patch_size)
+        return shapes.draw(self.sampling, self.kinds, step, *patches)
 
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks."""
         shape = self.phase(0)
         module = self.module(self.kinds, shape.p, shape.q)
-        fields = self.views(jax.tree.map(lambda x: x[:1], _zeros(batch)))
+        one = {k: jnp.zeros((1, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+        fields = self.fields(one)
         keys = jax.random.split(rng, 2)
         params = module.init({"params": keys[0], "tokens": keys[1]}, fields)["params"]
         extra = {"target": tree.copy(self._followed(params))}
@@ -144,10 +177,10 @@ class LatentMIM(base.Method):
         encoder = params["encoder"]
         return encoder if self.target.depth else encoder["patch_embed"]
 
-    def views(self, batch) -> dict:
+    def fields(self, batch) -> dict:
         """Return all views of a batch as one, [B V, ...], those of a sample together.
 
-        It is what `methods.latent_mim.network` takes; rows stay on their device.
+        It is what `network` takes; rows stay on their device.
         """
         cut, stamps = len("view/"), batch["timestamps"]
         fields = {
@@ -162,7 +195,7 @@ class LatentMIM(base.Method):
         """Return (loss [], (extra, metrics)); see the module."""
         shape = phase.method
         parts, pooled, metrics = self.terms(
-            params, extra, self.views(batch), shape, rng
+            params, extra, self.fields(batch), shape, rng
         )
         parts |= self.objective.of_views(self._apart(pooled))
         metrics |= {f"loss_{k}": v for k, v in parts.items()}
@@ -171,15 +204,11 @@ class LatentMIM(base.Method):
             metrics["ema"] = self.target.momentum(step, self.run.total_steps)
         return sum(parts.values()), (extra, metrics)
 
-    def terms(self, params, extra, fields, shape, rng, train=True):
+    def terms(self, params, extra, fields, shape, rng):
         """Return ({name: weighted loss []}, pooled vectors [B V, D], metrics).
 
-        Args:
-            params, extra: of the method.
-            fields: of `views`.
-            shape: `shapes.Shape` of the batch.
-            rng: of dropped paths and of the tokens in the loss.
-            train: drop paths.
+        `fields` are those of `self.fields`; `rng` is of dropped paths and of the tokens
+        in the loss.
         """
         module = self.module(self.kinds, shape.p, shape.q)
         drop, draw = jax.random.split(rng)
@@ -189,7 +218,7 @@ class LatentMIM(base.Method):
             fields,
             slots=slots,
             bounds=bounds,
-            train=train,
+            train=True,
             rngs={"drop_path": drop, "tokens": draw},
         )
         total, each = self._compare(module, extra, fields, view.asked)
@@ -205,7 +234,7 @@ class LatentMIM(base.Method):
         """Return (loss [], {modality: []}): the mean over the views."""
         goals = self._goals(module, extra, fields, asked)
         if self.target.centre:
-            goals = {k: readout.centred(v, asked[k].valid) for k, v in goals.items()}
+            goals = {k: target.centred(v, asked[k].valid) for k, v in goals.items()}
         split = {
             name: [self._apart(x) for x in (a.prediction, goals[name], a.valid)]
             for name, a in asked.items()
@@ -213,8 +242,7 @@ class LatentMIM(base.Method):
         each = []
         for v in range(self.augment.views):
             pairs = {
-                name: discrimination.Pair(*(x[v] for x in parts))
-                for name, parts in split.items()
+                name: Pair(*(x[v] for x in parts)) for name, parts in split.items()
             }
             each.append(self.objective.of_tokens(pairs))
         return jax.tree.map(lambda *x: sum(x) / len(x), *each)
@@ -225,13 +253,10 @@ class LatentMIM(base.Method):
 
     def _goals(self, module, extra, fields, asked):
         """Return {modality: targets [B, Q, D]}, without gradient."""
-        patch, target = module.target_patch, jax.lax.stop_gradient(extra["target"])
-        if not self.target.depth:
-            projection = hybrid_mim.targets_of(module.encoder)
-            return hybrid_mim.targets(projection, target, fields, asked, patch)
-        return readout.encoded(
-            module.encoder, target, fields, asked, patch, self.target.depth
-        )
+        given = (extra["target"], fields, asked, module.target_patch)
+        if self.target.depth:
+            return target.encoded(module.encoder, *given, self.target.depth)
+        return target.projected(target.projection(module.encoder), *given)
 
     def after(self, params, extra, step):
         """Return `extra` after update `step`: a moving target follows."""
@@ -258,7 +283,6 @@ class LatentMIM(base.Method):
         """Return the features of whole samples.
 
         Args:
-            params, extra: of the method.
             image: {modality: [B, H, W, T, C], "timestamps": [B, T, 3]}, normalised,
                 `modalities.MISSING` where there is nothing; or pictures [B, H, W, 3].
 
@@ -271,7 +295,7 @@ class LatentMIM(base.Method):
         fields, (p, q) = self._fields(image), self.patches
         module = self.module(self.read, p, q)
         for kind in self.read:
-            fields[states.mask_key(kind)] = readout.online(kind, fields[kind.name], p)
+            fields[kind.mask_key] = readout.online(kind, fields[kind.name], p)
         found = module.apply(
             {"params": params}, fields, self.readout.mode, method="features"
         )
@@ -279,7 +303,7 @@ class LatentMIM(base.Method):
         coarse = readout.in_place(found["tokens_p"], found["mask_p"], pool)
         fine = readout.in_place(found["features_q"], found["mask_q"], pool)
         return {
-            "pooled": states.pool(found["tokens_p"], found["mask_p"]),
+            "pooled": tokens.pool(found["tokens_p"], found["mask_p"]),
             "tokens": einops.rearrange(fine, "b h w d -> b (h w) d"),
             "tokens_p": einops.rearrange(coarse, "b h w d -> b (h w) d"),
         }
@@ -324,8 +348,8 @@ class LatentMIM(base.Method):
         return rows
 
     def scores(self, rows) -> dict:
-        """Return the measures of a land cover probe, see `scores.scores`."""
-        return fieldscores.scores(rows, self.measures)
+        """Return the measures of a land cover probe, see `readout.scores`."""
+        return readout.scores(rows, self.measures)
 
     # Checks.
 
@@ -358,15 +382,6 @@ class LatentMIM(base.Method):
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
-        faults = []
-        for field in dataclasses.fields(self)[1:]:
-            for line in getattr(self, field.name).check():
-                faults.append(f"{field.name}.{line}")
-        yield from faults
-        if not faults:
-            yield from self._check_together()
-
-    def _check_together(self) -> Iterator[str]:
         names = self.inputs.modalities
         if all(n in self.mask.decode_only for n in names):
             yield f"mask.decode_only: leaves none of {names} to read"
@@ -398,7 +413,3 @@ class LatentMIM(base.Method):
 def _announce(text: str) -> None:
     """Log a line once."""
     logger.info("%s", text)
-
-
-def _zeros(batch):
-    return {k: jnp.zeros(v.shape, v.dtype) for k, v in batch.items()}

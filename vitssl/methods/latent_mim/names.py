@@ -2,9 +2,9 @@
 
 One table leads into {"encoder": ..., "predictor": ..., "target": ...}:
 
-    encoder.*                             encoder/  (models.latent_mim.Encoder)
-    decoder.*                             predictor/  (models.latent_mim.Predictor)
-    target_encoder.patch_embeddings.*     target/  (models.flexi.PatchEmbeddings)
+    encoder.*                             encoder/  (network.Encoder)
+    decoder.*                             predictor/  (network.Predictor)
+    target_encoder.patch_embeddings.*     target/  (embed.PatchEmbeddings)
 
 The tables of times and months are computed, not loaded; of a target encoder all but
 its patch embeddings is left aside.
@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vitssl import convert
 from vitssl.convert import CONV, LINEAR, Rule, Table, vit_names
 
 _BLOCK = (
@@ -33,8 +32,6 @@ _BLOCK = (
 )
 
 _TABLES = ("pos_embed", "month_embed.weight", "latlon_embed.weight")
-
-
 _EMBED = "patch_embeddings.per_modality_embeddings."
 
 
@@ -75,12 +72,12 @@ def _sensors(found) -> tuple[Sensor, ...]:
 
 
 def block(torch: str = "", flax: str = "") -> Table:
-    """Return the table of `models.fieldblock.Block` under two prefixes."""
+    """Return the table of `blocks.Block` under two prefixes."""
     return Table(_BLOCK).under(torch, flax)
 
 
 def patch_embeddings(modalities, torch: str = "", flax: str = "") -> Table:
-    """Return the table of `models.flexi.PatchEmbeddings` under two prefixes."""
+    """Return the table of `embed.PatchEmbeddings` under two prefixes."""
     rules = []
     for m in modalities:
         for g in range(len(m.channels)):
@@ -94,7 +91,7 @@ def patch_embeddings(modalities, torch: str = "", flax: str = "") -> Table:
 
 
 def encodings(modalities, torch: str = "", flax: str = "") -> Table:
-    """Return the table of `models.encodings.CompositeEncodings` under two prefixes."""
+    """Return the table of `encodings.CompositeEncodings` under two prefixes."""
     rules = tuple(
         Rule(f"per_modality_channel_embeddings.{m.name}", m.name) for m in modalities
     )
@@ -112,7 +109,7 @@ def aggregate(torch: str = "", flax: str = "", most: int = 8) -> Table:
 
 
 def encoder(modalities, torch: str = "", flax: str = "") -> Table:
-    """Return the table of `methods.latent_mim.network.Encoder` under two prefixes."""
+    """Return the table of `network.Encoder` under two prefixes."""
     own = (Rule("register_tokens", "registers"), *vit_names.norm("norm", "norm"))
     found = (
         Table(own)
@@ -125,7 +122,7 @@ def encoder(modalities, torch: str = "", flax: str = "") -> Table:
 
 
 def predictor(modalities, torch: str = "", flax: str = "") -> Table:
-    """Return the table of `methods.latent_mim.network.Predictor` under two prefixes."""
+    """Return the table of `network.Predictor` under two prefixes."""
     own = (
         Rule("mask_token", "mask_token"),
         *vit_names.norm("input_norm", "norm_in"),
@@ -154,19 +151,3 @@ def table(modalities) -> Table:
         + predictor(modalities, "decoder.", "predictor/")
         + target(modalities, "target_encoder.", "target/")
     )
-
-
-def load(state, like, modalities):
-    """Return {"encoder": ..., "predictor": ..., "target": ...} of a state dict.
-
-    Args:
-        state: {key: array}.
-        like: the parameters' shapes; any of the three may be left out.
-        modalities: tuple of `data.modalities.Modality`.
-
-    Raises:
-        CheckpointError: see `convert.convert`.
-    """
-    theirs = {"encoder": "encoder", "predictor": "decoder", "target": "target_encoder"}
-    aside = tuple(f"{key}.{{*}}" for k, key in theirs.items() if k not in like)
-    return convert.convert(state, like, table(modalities) + Table((), aside))

@@ -13,14 +13,20 @@ depend on which others it is asked about.
 Source: allenai/olmoearth_pretrain nn/flexi_vit.py, arXiv:2511.13655.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vitssl import errors
-from vitssl.models import encodings, fieldblock, flexi, layers, patches, tokens
+from vitssl import ranges
+from vitssl.data import modalities
+from vitssl.data.states import ONLINE
+from vitssl.methods.latent_mim import blocks, embed, encodings, tokens
+from vitssl.models import layers, patches, xavier
+from vitssl.models.upsample import Anchor
 
 SIZES = {  # name: width, heads, blocks of the encoder, blocks of the predictor
     "nano": (128, 8, 4, 4),
@@ -34,32 +40,19 @@ SIZES = {  # name: width, heads, blocks of the encoder, blocks of the predictor
 
 
 class Encoded(NamedTuple):
-    """What an encoder makes of a batch.
+    """What an encoder makes of a batch."""
 
-    Attributes:
-        packed: `tokens.Packed`, the tokens it saw, after the last norm.
-        tokens: {name: [B, h, w, T, S, D]} the same in place, zero where not ONLINE.
-        mask: {name: [B, h, w, T, S]} int32 states of the tokens.
-        pooled: [B, D] float32, the projected mean of what it saw.
-    """
-
-    packed: tokens.Packed
-    tokens: dict
-    mask: dict
-    pooled: jax.Array
+    packed: tokens.Packed  # The tokens it saw, after the last norm.
+    tokens: dict  # {name: [B, h, w, T, S, D]} in place, zero where not ONLINE.
+    mask: dict  # {name: [B, h, w, T, S]} int32 states of the tokens.
+    pooled: jax.Array  # [B, D] float32, the projected mean of what it saw.
 
 
 class Aggregate(nn.Module):
-    """One vector per sequence: the mean of its tokens and linear layers.
+    """One vector per sequence: the mean of its tokens and linear layers."""
 
-    Attributes:
-        layers: linear layers, ReLU between them.
-        first: the mean is taken before them; otherwise after.
-        dtype: of the layers.
-    """
-
-    layers: int = 1
-    first: bool = True
+    layers: int = 1  # With ReLU between them.
+    first: bool = True  # The mean is taken before them; otherwise after.
     dtype: str = "float32"
 
     @nn.compact
@@ -67,9 +60,23 @@ class Aggregate(nn.Module):
         x = tokens.mean(packed) if self.first else packed.tokens
         for i in range(self.layers):
             x = nn.relu(x) if i else x
-            x = fieldblock.Linear(x.shape[-1], self.dtype, name=f"linear_{i}")(x)
+            x = xavier.Linear(x.shape[-1], self.dtype, name=f"linear_{i}")(x)
         x = x if self.first else tokens.mean(packed._replace(tokens=x))
         return x.astype(jnp.float32)
+
+
+def _encodings(module, width):
+    """Return the encodings of an encoder or predictor."""
+    own = (module.frequencies, module.anchor, module.channels, module.most_times)
+    return encodings.CompositeEncodings(module.modalities, width, *own)
+
+
+def _stack(module, width, drop_path=0.0):
+    """Return the blocks of an encoder or predictor; assign them to `self.block`."""
+    block = blocks.RematBlock if module.remat else blocks.Block
+    hidden = int(width * module.mlp_ratio)
+    own = (module.qk_norm, module.dtype, module.attention)
+    return [block(module.heads, hidden, drop_path, *own) for _ in range(module.depth)]
 
 
 class Encoder(nn.Module):
@@ -77,19 +84,15 @@ class Encoder(nn.Module):
 
     Attributes:
         modalities: what a field consists of; also the order of the sequence.
-        width, depth, heads, mlp_ratio: of the blocks.
         base: patch side the kernels are for, in pixels of the field.
-        drop_path: of every block.
         registers: extra tokens at the front, dropped at the end.
-        qk_norm: LayerNorm of queries and keys, per head.
         projections, aggregate_first: see `Aggregate`.
-        patch_resize: see `flexi.FlexiPatchEmbed`.
+        patch_resize: see `embed.FlexiPatchEmbed`.
         frequencies, anchor, channels, most_times: see `encodings.CompositeEncodings`.
         remat: recompute every block in the backward pass instead of storing it.
-        dtype, attention: as in `models.vit.ViT`.
     """
 
-    modalities: tuple[tokens.Modality, ...]
+    modalities: tuple[modalities.Modality, ...]
     width: int
     depth: int
     heads: int
@@ -100,42 +103,26 @@ class Encoder(nn.Module):
     qk_norm: bool = False
     projections: int = 1
     aggregate_first: bool = True
-    patch_resize: flexi.Resize = "input"
+    patch_resize: embed.Resize = "input"
     frequencies: encodings.Frequencies = "legacy"
-    anchor: encodings.Anchor = "corner"
+    anchor: Anchor = "corner"
     channels: encodings.Channels = "learnable"
-    most_times: int = 12
+    most_times: int = modalities.TIMES
     remat: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
     def setup(self):
         """Declare the parts; names do not depend on `remat`."""
-        self.patch_embed = flexi.PatchEmbeddings(
+        self.patch_embed = embed.PatchEmbeddings(
             self.modalities, self.width, self.base, self.patch_resize, self.dtype
         )
-        self.encodings = encodings.CompositeEncodings(
-            self.modalities,
-            self.width,
-            self.frequencies,
-            self.anchor,
-            self.channels,
-            self.most_times,
-        )
+        self.encodings = _encodings(self, self.width)
         if self.registers:
             init = nn.initializers.xavier_uniform()
             self.register = self.param("registers", init, (self.registers, self.width))
-        self.block = fieldblock.stack(
-            self.depth,
-            self.remat,
-            heads=self.heads,
-            hidden=int(self.width * self.mlp_ratio),
-            drop_path=self.drop_path,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
-        self.norm = layers.LayerNorm(fieldblock.EPS, self.dtype)
+        self.block = _stack(self, self.width, self.drop_path)
+        self.norm = xavier.norm(self.dtype)
         self.aggregate = Aggregate(self.projections, self.aggregate_first, self.dtype)
 
     def __call__(
@@ -147,7 +134,7 @@ class Encoder(nn.Module):
         exits=None,
         resolution=encodings.GRID,
         train=False,
-    ):
+    ):  # -> Encoded
         """Encode a batch.
 
         Args:
@@ -156,17 +143,14 @@ class Encoder(nn.Module):
             slots: bound on the ONLINE tokens of a field, static; 0 = all tokens.
             exits: {name: depth}: tokens of that modality leave with what enters block
                 `depth` (0: without encodings either) and the last norm; all at 0:
-                without the norm too, see `project`. None: all leave at the end.
+                without the norm too, as patch embeddings. None: all leave at the end.
             resolution: metres per pixel.
             train: drop paths, from the stream "drop_path".
-
-        Returns:
-            `Encoded`.
 
         Raises:
             ValueError: a mask or a patch that does not fit the arrays.
         """
-        mask = {m.name: flexi.token_mask(fields, m, patch) for m in self.modalities}
+        mask = {m.name: embed.token_mask(fields, m, patch) for m in self.modalities}
         plain = self.patch_embed(fields, patch)
         shapes = tokens.shapes_of(plain)
         codes = self.encodings(shapes, fields["timestamps"], patch, resolution)
@@ -174,8 +158,8 @@ class Encoder(nn.Module):
         x = raw + tokens.flatten(codes, self.modalities).astype(self.dtype)
         leave = None if exits is None else _sequence(exits, shapes, self.modalities)
         packed = tokens.Packed(x)
-        if any(tokens.mask_key(m) in fields for m in self.modalities):
-            seen = tokens.flatten_mask(mask, self.modalities) == tokens.ONLINE
+        if any(m.mask_key in fields for m in self.modalities):
+            seen = tokens.flatten_mask(mask, self.modalities) == ONLINE
             packed = tokens.pack(x, seen, slots)
             if leave is not None:
                 raw, leave = patches.take(raw, packed.keep), leave[packed.keep]
@@ -204,13 +188,6 @@ class Encoder(nn.Module):
             x = jnp.where((leave == self.depth)[..., None], x, left)
         return self.norm(x)
 
-    def project(self, fields, patch):
-        """Return the patch embeddings alone: {name: [B, h, w, T, S, D]}.
-
-        What all exits at 0 come to: no encodings, no blocks, no norm.
-        """
-        return self.patch_embed(fields, patch)
-
 
 def _sequence(depths, shapes, modalities):
     """Return {name: depth} as one number per token of the sequence [N]."""
@@ -224,26 +201,20 @@ class Predictor(nn.Module):
     A query is one learned vector plus the encodings of a token. Its blocks attend to
     the context alone, never to other queries.
 
-    Attributes:
-        modalities: of queries and context.
-        width: D of the encoder's tokens and of the answers.
-        inner: of the blocks.
-        depth, heads, mlp_ratio: of the blocks.
-        qk_norm, frequencies, anchor, channels, most_times, remat, dtype, attention: as
-            in `Encoder`.
+    Attributes are those of `Encoder`.
     """
 
-    modalities: tuple[tokens.Modality, ...]
-    width: int
-    inner: int
+    modalities: tuple[modalities.Modality, ...]  # Of queries and context.
+    width: int  # Of the encoder's tokens and of the answers.
+    inner: int  # Of the blocks.
     depth: int
     heads: int
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     frequencies: encodings.Frequencies = "legacy"
-    anchor: encodings.Anchor = "corner"
+    anchor: Anchor = "corner"
     channels: encodings.Channels = "learnable"
-    most_times: int = 12
+    most_times: int = modalities.TIMES
     remat: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
@@ -252,44 +223,25 @@ class Predictor(nn.Module):
         """Declare the parts; names do not depend on `remat`."""
         zeros = nn.initializers.zeros
         self.mask_token = self.param("mask_token", zeros, (self.inner,))
-        self.encodings = encodings.CompositeEncodings(
-            self.modalities,
-            self.inner,
-            self.frequencies,
-            self.anchor,
-            self.channels,
-            self.most_times,
-        )
-        self.norm_in = layers.LayerNorm(fieldblock.EPS, self.dtype)
-        self.embed = fieldblock.Linear(self.inner, self.dtype)
-        self.block = fieldblock.stack(
-            self.depth,
-            self.remat,
-            heads=self.heads,
-            hidden=int(self.inner * self.mlp_ratio),
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
-        self.norm = layers.LayerNorm(fieldblock.EPS, self.dtype)
-        self.head = fieldblock.Linear(self.width, self.dtype)
+        self.encodings = _encodings(self, self.inner)
+        self.norm_in = xavier.norm(self.dtype)
+        self.embed = xavier.Linear(self.inner, self.dtype)
+        self.block = _stack(self, self.inner)
+        self.norm = xavier.norm(self.dtype)
+        self.head = xavier.Linear(self.width, self.dtype)
 
     def __call__(
         self, context, queries, timestamps, *, train=False, resolution=encodings.GRID
     ):
-        """Predict tokens.
+        """Predict tokens: {name: [B, Q, D]}.
 
         Args:
             context: what `context` returns.
             queries: {name: (index [B, Q] int32 or None, shape, patch)}: which tokens,
                 flattened in the order of `shape` = (h, w, T, S), of which grid; None =
                 all of them.
-            timestamps: [B, T, 3].
             train: not used; the blocks have no drop path.
             resolution: metres per pixel.
-
-        Returns:
-            {name: [B, Q, D]}.
         """
         asked = {}
         for name, (index, shape, patch) in queries.items():
@@ -315,45 +267,94 @@ class Predictor(nn.Module):
         found = self.encodings(shapes, timestamps, patch, resolution)
         return tokens.flatten(found, self.modalities)
 
-    def codes_at(self, *place):
-        """Return the encodings of some tokens, see `CompositeEncodings.at`."""
-        return self.encodings.at(*place)
+    def context(self, packed, codes):  # Packed [B, K, D] -> Packed [B, K, inner]
+        """Return what queries attend to, of the tokens an encoder saw.
 
-    def context(self, packed, codes):
-        """Return what queries attend to: `Packed` [B, K, inner].
-
-        Args:
-            packed: tokens an encoder saw.
-            codes: [B or 1, N, inner] encodings of the sequence they are packed from.
+        `codes` [B or 1, N, inner] encode the sequence that they are packed from.
         """
         if packed.keep is not None:
             codes = patches.take(codes, packed.keep)
         x = self.embed(self.norm_in(packed.tokens)) + codes.astype(self.dtype)
         return packed._replace(tokens=x)
 
-    def output(self, x):
-        """Return the last norm and layer of [..., inner]: [..., D]."""
+    def output(self, x):  # [..., inner] -> [..., D]
+        """Return the answers: the last norm and layer."""
         return self.head(self.norm(x))
 
 
-def sized(
-    size: str, modalities, *, encoder=None, **options
-) -> tuple[Encoder, Predictor]:
-    """Return the encoder and the predictor of a published size.
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Config section `network`: encoder and predictor.
 
-    Args:
-        size: a key of `SIZES`.
-        modalities: tuple of `tokens.Modality`.
-        encoder: {field: value} of the encoder alone, such as base and drop_path.
-        **options: fields that both have.
-
-    Raises:
-        UsageError: unknown size.
+    Attributes:
+        size: a published size, or "" for the four numbers after it.
+        width, heads, depth, decoder_depth: of size ""; the width a multiple of 16.
+        mlp_ratio: of the blocks.
+        base_patch: side of the patch that the kernels are for.
+        drop_path: of every block of the encoder.
+        registers: extra tokens of the encoder.
+        qk_norm: LayerNorm of queries and keys.
+        patch_resize, frequencies, anchor, channels: see `embed` and
+            `encodings`; "input", "legacy", "corner" are OlmoEarth's weights.
+        projections, aggregate_first: linear layers of the vector that views are
+            compared by, and whether tokens are averaged before them.
+        remat: recompute the blocks in the backward pass.
+        attention: see `models.layers`.
     """
-    if size not in SIZES:
-        raise errors.UsageError(f"size={size!r}: one of {', '.join(SIZES)}")
-    width, heads, depth, short = SIZES[size]
-    return (
-        Encoder(modalities, width, depth, heads, **options, **(encoder or {})),
-        Predictor(modalities, width, width, short, heads, **options),
-    )
+
+    size: Literal[("", *SIZES)] = "nano"
+    width: ranges.OrNone = 0
+    heads: ranges.OrNone = 0
+    depth: ranges.OrNone = 0
+    decoder_depth: ranges.OrNone = 0
+    mlp_ratio: ranges.Positive = 4.0
+    base_patch: ranges.Count = 8
+    drop_path: ranges.BelowOne = 0.1
+    registers: ranges.OrNone = 0
+    qk_norm: bool = False
+    patch_resize: embed.Resize = "weights"
+    frequencies: encodings.Frequencies = "standard"
+    anchor: Anchor = "center"
+    channels: encodings.Channels = "learnable"
+    projections: ranges.OrNone = 1
+    aggregate_first: bool = True
+    remat: bool = False
+    attention: layers.Implementation = "auto"
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Return (width, heads, depth, decoder depth)."""
+        if self.size:
+            return SIZES[self.size]
+        return self.width, self.heads, self.depth, self.decoder_depth
+
+    def build(self, kinds, dtype: str):
+        """Return (encoder, predictor)."""
+        width, heads, depth, short = self.numbers
+        names = "mlp_ratio qk_norm frequencies anchor channels remat attention".split()
+        both = {name: getattr(self, name) for name in names} | dict(dtype=dtype)
+        encoder = Encoder(
+            kinds,
+            width,
+            depth,
+            heads,
+            base=self.base_patch,
+            drop_path=self.drop_path,
+            registers=self.registers,
+            projections=self.projections,
+            aggregate_first=self.aggregate_first,
+            patch_resize=self.patch_resize,
+            **both,
+        )
+        return encoder, Predictor(kinds, width, width, short, heads, **both)
+
+    def check(self) -> Iterator[str]:
+        """Yield what the numbers of size "" do not agree on."""
+        width, heads, depth, short = self.numbers
+        if min(width, heads, depth, short) < 1:
+            yield "size='': set width, heads, depth and decoder_depth"
+            return
+        if width % 16:
+            yield f"width={width}: a multiple of 16 (four encodings of pairs of pairs)"
+        if width % heads:
+            yield f"heads={heads} does not divide width={width}"

@@ -1,21 +1,77 @@
-"""What latent masked modelling reads from whole samples: states, means in place."""
+"""What is read from whole samples: features of places, and probes of land cover.
+
+Probes tell the class of every pixel. They are trained on every other image of a test
+split and scored on the rest: one on the features, one on the pixels themselves, which
+says what the network adds.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import einops
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vitssl.data import modalities
-from vitssl.models import patches
-from vitssl.models import tokens as states
+from vitssl import ranges
+from vitssl.data import modalities, states
+from vitssl.evals import segmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """Config section `readout`: what evaluations read from the network.
+
+    Attributes:
+        p, q: patches that are processed and put out; 0 = those of training.
+        mode: "upsampled": tokens through the upsampler; "decoder": what the predictor
+            answers about every fine token.
+        times: most time steps of a sample.
+        modalities: names; () = those that training may read.
+        pool: of the features of a place: "mean" over all times; "times": those of
+            different times side by side, which keeps the seasons apart.
+    """
+
+    p: ranges.OrNone = 0
+    q: ranges.OrNone = 0
+    mode: Literal["upsampled", "decoder"] = "upsampled"
+    times: Annotated[int, ranges.Range(1, modalities.TIMES)] = 4
+    modalities: tuple[str, ...] = ()
+    pool: Literal["mean", "times"] = "mean"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """Config section `measures`.
+
+    Attributes:
+        classes: of a pixel; 0 where the data set knows no class per pixel.
+        epochs, lr, decay, batch_size: of the probe, see `segmentation.Recipe`.
+        pixels: also probe the pixels themselves.
+    """
+
+    classes: ranges.OrNone = 0
+    epochs: ranges.Count = 50
+    lr: ranges.Positive = 0.1
+    decay: ranges.NotNegative = 0.01
+    batch_size: ranges.Count = 8
+    pixels: bool = True
+
+    @property
+    def recipe(self) -> segmentation.Recipe:
+        """Return how probes are trained."""
+        return segmentation.Recipe(self.epochs, self.lr, self.decay, self.batch_size)
+
+    def check(self) -> Iterator[str]:
+        """Yield that a pixel cannot be of one class alone."""
+        if self.classes == 1:
+            yield "classes=1: 0 (none known per pixel), or 2 or more"
 
 
 def online(kind, x, patch):
     """Return the states of the tokens of x [B, H, W, T, C]: ONLINE or MISSING.
 
-    Args:
-        kind: modality.
-        x: its values, `modalities.MISSING` where there is nothing.
-        patch: side in 10 m pixels; any missing pixel of it counts.
+    Any missing pixel of a patch, `patch` 10 m pixels a side, counts.
     """
     gone = x == modalities.MISSING
     sets = [gone[..., list(c)].any(-1) for c in kind.channels]
@@ -26,18 +82,16 @@ def online(kind, x, patch):
     return jnp.where(gone, states.MISSING, states.ONLINE)
 
 
-def in_place(tokens: dict, mask: dict, pool: str = "mean"):
-    """Return one vector per place: [B, h, w, D] float32.
+def in_place(tokens: dict, mask: dict, pool: str = "mean"):  # -> [B, h, w, D]
+    """Return one vector per place: means of what is ONLINE, float32.
+
+    Over times and bandsets of each modality, then over the modalities that have any
+    there; 0 of none.
 
     Args:
         tokens: {modality: [B, h, w, T, S, D]}; those without places are left out.
-        mask: {modality: [B, h, w, T, S]}; only ONLINE tokens count.
         pool: "mean", or "times": one mean for each time step, side by side:
             [B, h, w, T D]; what does not change with time counts at every one.
-
-    Returns:
-        The mean over times and bandsets of each modality, then over the modalities
-        that have any there; 0 of none.
     """
     axes = (3, 4) if pool == "mean" else (4,)
     total, count = 0.0, 0.0
@@ -52,14 +106,6 @@ def in_place(tokens: dict, mask: dict, pool: str = "mean"):
     return einops.rearrange(found, "b h w ... d -> b h w (... d)")
 
 
-def centred(goal, valid):
-    """Return targets [B, Q, D] without their mean over what is valid [B, Q]."""
-    goal = goal.astype(jnp.float32)
-    keep = valid[..., None]
-    mean = jnp.where(keep, goal, 0).sum((0, 1)) / jnp.maximum(valid.sum(), 1)
-    return goal - mean
-
-
 def pixels(kinds, image):
     """Return all that is known of a pixel: [B, H, W, K], 0 where there is nothing."""
     parts = [image[k.name] for k in kinds if k.space and k.factor == 1]
@@ -68,38 +114,40 @@ def pixels(kinds, image):
     return jnp.where(x == modalities.MISSING, 0.0, x)
 
 
-def encoded(encoder, target, fields, asked, patch, depth):
-    """Return what a target encoder makes of the tokens asked for, without gradient.
-
-    It reads all that is not missing, on the grid of the targets.
+def scores(rows: dict, measures: Measures) -> dict:
+    """Return the measures of probes of the features, and of the pixels.
 
     Args:
-        encoder: `methods.latent_mim.network.Encoder`.
-        target: its parameters.
-        fields: batch with masks on the coarse grid.
-        asked: {modality: `methods.latent_mim.hybrid.Asked`}.
-        patch: of the targets.
-        depth: blocks that tokens pass.
+        rows: "tokens" [M, h, w, D], "truth" [M, H, W], perhaps "pixels" [M, H, W, K];
+            without a truth there is nothing to score.
 
     Returns:
-        {modality: [B, Q, D]}.
+        "miou", "accuracy", "macro_f1" of the features; "miou_pixels" of the pixels;
+        "miou_guess" of always saying the most frequent class; "iou" [C].
     """
-    whole = {k: v for k, v in fields.items() if not k.endswith("_mask")}
-    fine = {}
-    for kind in encoder.modalities:
-        x, key = fields[kind.name], states.mask_key(kind)
-        shape = (len(x), *states.shapes(fields, encoder.modalities, patch)[kind.name])
-        gone = fields[key] == states.MISSING
-        if kind.space:
-            r = shape[1] // gone.shape[1]
-            gone = einops.repeat(gone, "b h w t s -> b (h r) (w q) t s", r=r, q=r)
-        fine[key] = jnp.where(gone, states.MISSING, states.ONLINE)
-    exits = None
-    if depth < encoder.depth:
-        exits = {kind.name: depth for kind in encoder.modalities}
-    seen = encoder.apply({"params": target}, whole | fine, patch, exits=exits)
-    found = {}
-    for name, a in asked.items():
-        x = einops.rearrange(seen.tokens[name], "b ... d -> b (...) d")
-        found[name] = x if a.index is None else patches.take(x, a.index)
-    return jax.tree.map(jax.lax.stop_gradient, found)
+    if not measures.classes or "truth" not in rows or len(rows["truth"]) < 2:
+        return {}
+    truth = rows["truth"]
+    found = _one(rows["tokens"], truth, measures)
+    found.pop("macro_accuracy")
+    if "pixels" in rows:
+        found["miou_pixels"] = _one(rows["pixels"], truth, measures)["miou"]
+    known = truth[::2][truth[::2] >= 0]
+    most = np.full_like(truth[1::2], np.bincount(known).argmax())
+    guess = segmentation.measure(most, truth[1::2], measures.classes)
+    return found | {"miou_guess": guess["miou"]}
+
+
+def _one(features, truth, measures):
+    """Return the measures of one kind of features [M, h, w, D]."""
+    size, n = truth.shape[1:], features.shape[1]
+    pixels = max(1, size[0] // n)
+    params = segmentation.fit(
+        features[::2],
+        truth[::2],
+        classes=measures.classes,
+        pixels=pixels,
+        recipe=measures.recipe,
+    )
+    said = segmentation.predict(params, features[1::2], pixels, size)
+    return segmentation.measure(said, truth[1::2], measures.classes)

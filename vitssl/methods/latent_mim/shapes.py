@@ -8,29 +8,22 @@ Source: allenai/olmoearth_pretrain@5411573 olmoearth_pretrain/data/dataset.py
 """
 
 import dataclasses
-import typing
 from collections.abc import Iterator, Sequence
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, ranges
 from vitssl.data import modalities
 
 
-class Shape(typing.NamedTuple):
-    """The static part of a batch.
+class Shape(NamedTuple):
+    """The static part of a batch."""
 
-    Attributes:
-        p: patch that is processed, in 10 m pixels.
-        q: patch of the output; divides p.
-        side: patches of size p along a side of the crop.
-        times: time steps.
-    """
-
-    p: int
-    q: int
-    side: int
-    times: int
+    p: int  # Patch that is processed, in 10 m pixels.
+    q: int  # Patch of the output; divides p.
+    side: int  # Patches of size p along a side of the crop.
+    times: int  # Time steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +42,23 @@ class Sampling:
         seed: of the shapes.
     """
 
-    token_budget: int = 2250
-    min_side: int = 1
-    max_side: int = 12
-    min_patch: int = 1
-    max_patch: int = 8
-    tile: int = 128
-    times: int = modalities.TIMES
-    hold: int = 1
+    token_budget: ranges.Count = 2250
+    min_side: ranges.Count = 1
+    max_side: ranges.Count = 12
+    min_patch: ranges.Count = 1
+    max_patch: ranges.Count = 8
+    tile: ranges.Count = 128
+    times: Annotated[int, ranges.Range(1, modalities.TIMES)] = modalities.TIMES
+    hold: ranges.Count = 1
     cutmix: bool = False
     seed: int = 3622
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.token_budget < 1:
-            yield f"token_budget={self.token_budget}: 1 or more"
+        """Yield ranges that are upside down."""
         for low, high in (("min_side", "max_side"), ("min_patch", "max_patch")):
             a, b = getattr(self, low), getattr(self, high)
-            if not 1 <= a <= b:
-                yield f"{low}={a}, {high}={b}: 1 <= {low} <= {high}"
-        for key in ("tile", "hold", "times"):
-            if getattr(self, key) < 1:
-                yield f"{key}={getattr(self, key)}: 1 or more"
-        if self.times > modalities.TIMES:
-            yield f"times={self.times}: at most {modalities.TIMES}"
+            if a > b:
+                yield f"{low}={a}, {high}={b}: {low} <= {high}"
 
 
 def max_times(
@@ -81,13 +67,7 @@ def max_times(
     side: int,
     most: int = modalities.TIMES,
 ) -> int:
-    """Return the time steps that a budget of tokens leaves.
-
-    Args:
-        kinds: of a sample.
-        token_budget: most tokens.
-        side: patches a side.
-        most: time steps.
+    """Return the time steps, at most `most`, that a budget of tokens leaves.
 
     Raises:
         UsageError: not even one fits.
@@ -116,8 +96,6 @@ def draw(
     """Return the shape of the batch of a step.
 
     Args:
-        sampling: the config section.
-        kinds: modalities of a sample.
         step: 0-based.
         patches: sizes to choose from; () is min_patch..max_patch.
         output: patch of the output, 0 = the one that is processed.
@@ -137,62 +115,3 @@ def draw(
     side = int(rng.integers(sampling.min_side, most + 1))
     times = max_times(kinds, sampling.token_budget, side, sampling.times)
     return Shape(p, output or p, side, times)
-
-
-def spatial(rng, shape: Shape, tile: int, cutmix: bool) -> tuple[np.ndarray, ...]:
-    """Return (rows, columns): the 10 m pixels [side p] that a crop keeps.
-
-    Args:
-        rng: numpy Generator.
-        shape: of the batch.
-        tile: side of the sample.
-        cutmix: see `Sampling`.
-
-    Raises:
-        DataError: the sample is smaller than the crop.
-    """
-    size = shape.side * shape.p
-    if size > tile:
-        raise errors.DataError(
-            f"a sample of {tile} x {tile} pixels holds no crop of {size}; set "
-            f"sampling.tile={tile}"
-        )
-    if not cutmix:
-        at = rng.integers(0, tile - size + 1, 2)
-        return tuple(int(a) + np.arange(size) for a in at)
-    count = tile // shape.p
-    chosen = [np.sort(rng.permutation(count)[: shape.side]) for _ in range(2)]
-    return tuple((c[:, None] * shape.p + np.arange(shape.p)).ravel() for c in chosen)
-
-
-TURNS = (  # The eight ways to lay a square on itself: (quarter turns, then a flip).
-    ("no_transform", 0, ""),
-    ("rotate_90", 1, ""),
-    ("rotate_180", 2, ""),
-    ("rotate_270", 3, ""),
-    ("hflip", 0, "h"),
-    ("vflip", 0, "v"),
-    ("hflip_rotate_90", 1, "h"),
-    ("vflip_rotate_90", 1, "v"),
-)
-
-
-def turn(x: np.ndarray, which: int) -> np.ndarray:
-    """Return an array [H, W, ...] turned or mirrored, by number of `TURNS`.
-
-    Quarter turns are counter-clockwise, with row 0 on top.
-    """
-    _, quarters, flip = TURNS[which]
-    x = np.rot90(x, quarters, axes=(0, 1))
-    return {"": x, "h": x[:, ::-1], "v": x[::-1]}[flip]
-
-
-def microbatches(batch: int, most: int) -> int:
-    """Return into how many equal parts of at most `most` samples a batch splits.
-
-    The original lets the last part be short and weighs it like the others.
-    """
-    count = -(-batch // most)
-    while batch % count:
-        count += 1
-    return count

@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
-from vitssl import errors
-from vitssl.data import crops, modalities, resample, samples, states
+from vitssl import errors, ranges
+from vitssl.data import crops, modalities, resample, states
 from vitssl.data import views as plain_views
 from vitssl.data.modalities import Modality
 from vitssl.methods.latent_mim import masks as field_masks
@@ -41,45 +41,34 @@ class Augment:
     """
 
     turns: Literal["dihedral", "flip", "none"] = "dihedral"
-    scale: tuple[float, float] = (0.2, 1.0)
-    views: int = 2
+    scale: tuple[ranges.Share, ranges.Share] = (0.2, 1.0)
+    views: Literal[1, 2] = 2
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.views not in (1, 2):
-            yield f"views={self.views}: 1 or 2"
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            yield f"scale={self.scale}: 0 < smallest <= largest <= 1"
+        """Yield that the scale is upside down."""
+        if self.scale[0] > self.scale[1]:
+            yield f"scale={self.scale}: smallest <= largest"
 
     def which(self, rng) -> int:
-        """Return the number of a random turn of `shapes.TURNS`."""
+        """Return the number of a random turn of `TURNS`."""
         if self.turns == "none":
             return 0
         if self.turns == "flip":
             return 4 * int(rng.integers(2))
-        return int(rng.integers(len(shapes.TURNS)))
+        return int(rng.integers(len(TURNS)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The training transform.
-
-    Attributes:
-        kinds: modalities of a sample, in order.
-        sampling, strategy, augment: config sections.
-        patches, output: processed patch sizes to choose from, and the output's; see
-            `shapes.draw`.
-        mean, std: of "rgb".
-    """
+    """The training transform."""
 
     kinds: tuple[Modality, ...]
     sampling: shapes.Sampling
     strategy: field_masks.Strategy
     augment: Augment
-    patches: tuple[int, ...]
-    output: int
-    mean: tuple[float, ...] = ()
+    patches: tuple[int, ...]  # Processed, to choose from; see `shapes.draw`.
+    output: int  # Patch of the output.
+    mean: tuple[float, ...] = ()  # Of "rgb".
     std: tuple[float, ...] = ()
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
@@ -91,7 +80,7 @@ class Training:
         step = int(example.get("step", 0))
         shape = shapes.draw(self.sampling, self.kinds, step, self.patches, self.output)
         crop = self._crop(example, shape, rng)
-        crop = samples.normalise(crop, self.mean, self.std)
+        crop = normalise(crop, self.mean, self.std)
         rows = [
             self._view(crop, shape, rng, step, v) for v in range(self.augment.views)
         ]
@@ -104,12 +93,10 @@ class Training:
         if names == ["rgb"]:
             return self._picture(example, shape, rng)
         side = _side(example, self.kinds)
-        starts = samples.valid_starts(
-            example["present"], shape.times, example["length"]
-        )
+        starts = valid_starts(example["present"], shape.times, example["length"])
         start = int(starts[rng.integers(len(starts))])
-        rows, columns = shapes.spatial(rng, shape, side, self.sampling.cutmix)
-        return samples.subset(example, names, start, shape.times, rows, columns)
+        rows, columns = spatial(rng, shape, side, self.sampling.cutmix)
+        return subset(example, names, start, shape.times, rows, columns)
 
     def _picture(self, example, shape, rng):
         image, size = example["image"], (shape.side * shape.p,) * 2
@@ -119,11 +106,11 @@ class Training:
 
     def _view(self, crop, shape, rng, step, v):
         """Return the arrays and masks of one view."""
-        turn = self.augment.which(rng)
+        which = self.augment.which(rng)
         out, gone = {}, {}
         for kind in self.kinds:
             x = crop[kind.name]
-            x = shapes.turn(x, turn) if kind.space else x
+            x = turn(x, which) if kind.space else x
             missing = states.missing(kind, x)
             whole = self.strategy.whole_patch
             gone[kind.name] = states.per_patch(kind, missing, shape.p, whole)
@@ -138,22 +125,14 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The evaluation transform: the centre of a sample, nothing random.
-
-    Attributes:
-        kinds: modalities that are read.
-        size: side in 10 m pixels.
-        times: most time steps, spread over those that are there.
-        mean, std: of "rgb".
-        truth: column of the example that holds a class per pixel [H, W], or "".
-    """
+    """The evaluation transform: the centre of a sample, nothing random."""
 
     kinds: tuple[Modality, ...]
-    size: int
-    times: int
-    mean: tuple[float, ...] = ()
+    size: int  # Side in 10 m pixels.
+    times: int  # At most, spread over those that are there.
+    mean: tuple[float, ...] = ()  # Of "rgb".
     std: tuple[float, ...] = ()
-    truth: str = "cover"
+    truth: str = "cover"  # Column of the example: a class per pixel [H, W].
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
         """Return an evaluation row; see the module.
@@ -176,14 +155,14 @@ class Evaluation:
             crop = self._centre(example, at)
             if self.truth in example:
                 out["truth"] = example[self.truth][at][:, at].astype(np.int32)
-        crop = samples.normalise(crop, self.mean, self.std)
+        crop = normalise(crop, self.mean, self.std)
         out |= {f"image/{name}": np.asarray(x) for name, x in crop.items()}
         return out | _numbers(example)
 
     def _centre(self, example, at):
         """Return the centre of a sample at `times` of its steps."""
         names = [k.name for k in self.kinds]
-        crop = samples.subset(example, names, 0, modalities.TIMES, at, at)
+        crop = subset(example, names, 0, modalities.TIMES, at, at)
         steps = spread(example["length"], self.times)
         crop["timestamps"] = crop["timestamps"][steps]
         for kind in self.kinds:
@@ -224,3 +203,105 @@ def _side(example, kinds) -> int:
 
 def _numbers(example):
     return {key: np.int32(example.get(key, -1)) for key in ("label", "index")}
+
+
+# Crops.
+
+
+def valid_starts(masks, times: int, length: int) -> np.ndarray:  # int [n >= 1]
+    """Return the steps at which a crop of `times` steps may start.
+
+    Args:
+        masks: {modality: bool [at least length]}, True where a step is there; {} if
+            that is not known.
+        length: steps of the sample before padding; no longer than the crop: only 0.
+    """
+    if length <= times:
+        return np.zeros(1, int)
+    starts = np.arange(length - times + 1)
+    if not masks:
+        return starts
+    any_there = np.any([np.asarray(m)[: len(starts)] for m in masks.values()], axis=0)
+    return starts[any_there] if any_there.any() else starts
+
+
+def subset(sample: dict, names, start: int, times: int, rows, columns) -> dict:
+    """Return a crop of some modalities of a sample, in time and space.
+
+    `rows` and `columns` are the 10 m pixels int [n] to keep, in order.
+    """
+    out = {"timestamps": sample["timestamps"][start : start + times]}
+    for name in names:
+        kind, x = modalities.find(name), sample[name]
+        if kind.time:
+            x = x[..., start : start + times, :]
+        if kind.space:
+            x = x[_fine(rows, kind.factor)][:, _fine(columns, kind.factor)]
+        out[name] = x
+    return out
+
+
+def _fine(pixels, factor: int) -> np.ndarray:
+    """Return the pixels of a finer grid that lie in 10 m pixels [n]: [n factor]."""
+    pixels = np.asarray(pixels)
+    return (pixels[:, None] * factor + np.arange(factor)).reshape(-1)
+
+
+def normalise(sample: dict, mean=(), std=()) -> dict:
+    """Return the sample, every modality normalised in float32.
+
+    `mean` and `std` are those of "rgb", in units of [0, 1].
+    """
+    out = dict(sample)
+    for name, x in sample.items():
+        if name == "rgb":
+            scaled = np.asarray(x, np.float32) / 255
+            out[name] = (scaled - np.float32(mean)) / np.float32(std)
+        elif name in modalities.MODALITIES:
+            out[name] = modalities.normalise(name, x)
+    return out
+
+
+def spatial(rng, shape: shapes.Shape, tile: int, cutmix: bool):
+    """Return (rows, columns): the 10 m pixels [side p] that a crop of a tile keeps.
+
+    Source: allenai/olmoearth_pretrain@5411573 olmoearth_pretrain/data/dataset.py
+    (OlmoEarthSample.subset).
+
+    Raises:
+        DataError: the sample is smaller than the crop.
+    """
+    size = shape.side * shape.p
+    if size > tile:
+        raise errors.DataError(
+            f"a sample of {tile} x {tile} pixels holds no crop of {size}; set "
+            f"sampling.tile={tile}"
+        )
+    if not cutmix:
+        at = rng.integers(0, tile - size + 1, 2)
+        return tuple(int(a) + np.arange(size) for a in at)
+    count = tile // shape.p
+    chosen = [np.sort(rng.permutation(count)[: shape.side]) for _ in range(2)]
+    return tuple((c[:, None] * shape.p + np.arange(shape.p)).ravel() for c in chosen)
+
+
+TURNS = (  # The eight ways to lay a square on itself: (quarter turns, then a flip).
+    ("no_transform", 0, ""),
+    ("rotate_90", 1, ""),
+    ("rotate_180", 2, ""),
+    ("rotate_270", 3, ""),
+    ("hflip", 0, "h"),
+    ("vflip", 0, "v"),
+    ("hflip_rotate_90", 1, "h"),
+    ("vflip_rotate_90", 1, "v"),
+)
+
+
+def turn(x: np.ndarray, which: int) -> np.ndarray:
+    """Return an array [H, W, ...] turned or mirrored, by number of `TURNS`.
+
+    Quarter turns are counter-clockwise, with row 0 on top.
+    """
+    _, quarters, flip = TURNS[which]
+    x = np.rot90(x, quarters, axes=(0, 1))
+    return {"": x, "h": x[:, ::-1], "v": x[::-1]}[flip]

@@ -4,30 +4,27 @@ Source: allenai/olmoearth_pretrain train/loss.py; Wei et al. 2024 (LatentMIM),
 arXiv:2407.15837.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors
-from vitssl.losses import regression
+from vitssl import ranges
+from vitssl.data import modalities
+from vitssl.losses import contrastive, regression
 
 # Hides a logit. Finite: a row with every entry hidden must not become nan.
 _HIDDEN = -1e30
 
 
 class Pair(NamedTuple):
-    """Predictions and targets of the tokens of one modality.
+    """Predictions and targets of the tokens of one modality."""
 
-    Attributes:
-        prediction, target: [B, N, D].
-        valid: [B, N] bool, tokens that count, as anchors and as negatives.
-    """
-
-    prediction: jax.Array
-    target: jax.Array
-    valid: jax.Array
+    prediction: jax.Array  # [B, N, D]
+    target: jax.Array  # [B, N, D]
+    valid: jax.Array  # [B, N] bool: tokens that count, as anchors and as negatives.
 
 
 class _Kind(NamedTuple):
@@ -54,6 +51,73 @@ KINDS = {
 }
 
 
+Kind = Literal[tuple(KINDS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Config section `objective`.
+
+    Attributes:
+        type: what a prediction's own target is told apart from, see `KINDS`.
+        tau, weight: its temperature and factor.
+        modality_weights: ((modality, factor), ...); 1 where not named.
+        pred2unit: standardise predictions over the batch first.
+        same_target_threshold: negatives whose targets have a larger cosine are left
+            out; 0 = none are.
+        same_target_modalities: where; () = everywhere.
+        contrast_weight, contrast_tau: of InfoNCE between the vectors of two views.
+        koleo_weight: of KoLeo on those vectors.
+        per_microbatch: what compares samples does so within a micro-batch, as the
+            original does; False refuses accumulate > 1 with such losses.
+    """
+
+    type: Kind = "modality_patch_discrimination"
+    tau: ranges.Positive = 0.1
+    weight: ranges.NotNegative = 1.0
+    modality_weights: tuple[tuple[str, float], ...] = ()
+    pred2unit: bool = False
+    same_target_threshold: ranges.Probability = 0.0
+    same_target_modalities: tuple[str, ...] = modalities.MAPS
+    contrast_weight: ranges.NotNegative = 0.1
+    contrast_tau: ranges.Positive = 0.1
+    koleo_weight: ranges.NotNegative = 0.0
+    per_microbatch: bool = True
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether a batch may not be split."""
+        across = KINDS[self.type].across or self.pred2unit
+        compares = across or self.contrast_weight > 0 or self.koleo_weight > 0
+        return compares and not self.per_microbatch
+
+    def of_tokens(self, pairs):
+        """Return (loss [], {modality: []}) of {modality: Pair}."""
+        threshold = self.same_target_threshold
+        total, parts = patch_discrimination(
+            pairs,
+            kind=self.type,
+            tau=self.tau,
+            weights=dict(self.modality_weights),
+            standardise=self.pred2unit,
+            same_target=threshold or None,
+            same_target_in=self.same_target_modalities or None,
+        )
+        return self.weight * total, parts
+
+    def of_views(self, pooled):
+        """Return {name: weighted loss []} of the vectors [B, D] of each view."""
+        found = {}
+        if self.contrast_weight and len(pooled) == 2:
+            found["contrast"] = self.contrast_weight * contrastive.infonce_one_way(
+                *pooled, temperature=self.contrast_tau
+            )
+        if self.koleo_weight:
+            each = [contrastive.koleo(x) for x in pooled]
+            found["koleo"] = self.koleo_weight * sum(each) / len(each)
+        return found
+
+
 def patch_discrimination(
     pairs: Mapping[str, Pair],
     *,
@@ -71,10 +135,9 @@ def patch_discrimination(
 
     Args:
         pairs: {modality: Pair}.
-        kind: a key of `KINDS`: "modality_patch_discrimination" compares the tokens of
-            one sample and modality, means over tokens, then over samples that have
-            any, and sums over modalities; "all" takes negatives from all samples.
-        tau: temperature.
+        kind: "modality_patch_discrimination" compares the tokens of one sample and
+            modality, means over tokens, then over samples that have any, and sums over
+            modalities; "all" takes negatives from all samples.
         weights: {modality: factor} of kinds that sum over modalities; 1 if absent.
         standardise: predictions are standardised over all valid tokens first.
         same_target: negatives whose targets have a larger cosine than this are left
@@ -83,16 +146,8 @@ def patch_discrimination(
         same_target_in: modalities where that is done; None = all.
 
     Returns:
-        loss: [] float32.
-        parts: {modality: [] before its weight}, or {"all": []}.
-
-    Raises:
-        UsageError: unknown kind, tau not above 0.
+        (loss [] float32, {modality: [] before its weight} or {"all": []}).
     """
-    if kind not in KINDS:
-        raise errors.UsageError(f"loss type={kind!r}: one of {', '.join(KINDS)}")
-    if not isinstance(tau, jax.Array) and tau <= 0:
-        raise errors.UsageError(f"tau={tau}: must be above 0")
     how = KINDS[kind]
     if not how.apart:
         pairs = {"all": join(pairs.values())}
@@ -135,10 +190,7 @@ def _one(pair, how, tau, standardise, same_target):
 def _average(each, valid, mean, batch):
     """Return the mean [] of losses [B, N] where valid [B, N]; 0 of none.
 
-    Args:
-        each, valid: per token; one row [1, B N] if the batch was flattened.
-        mean: see `_Kind`.
-        batch: number of samples B.
+    Both are one row [1, B N] if the batch was flattened.
     """
     each = jnp.where(valid, each, 0.0)
     if len(each) != batch:  # Back to one row per sample.
@@ -164,74 +216,3 @@ def _standardise(x, valid):
     mean = jnp.where(keep, x, 0).sum((0, 1)) / count
     square = jnp.where(keep, jnp.square(x - mean), 0).sum((0, 1)) / (count - 1)
     return jnp.where(keep, (x - mean) / (jnp.sqrt(square) + 1e-4), 0)
-
-
-def adjusted(pairs: Mapping[str, Pair], *, tau=0.1, mu=0.7, sigma=1.0):
-    """Patch discrimination whose negatives count by how hard they are.
-
-    The logit of a negative is multiplied by a Gaussian of its cosine around mu, divided
-    by its mean over the negatives of the anchor; no gradient flows through it.
-
-    Args:
-        pairs: {modality: Pair}, taken together, one sample at a time.
-        tau: temperature.
-        mu, sigma: of the Gaussian.
-
-    Returns:
-        [] float32.
-
-    Source: as the module (AdjustedPatchDiscriminationLoss).
-    """
-    p, t, valid = _clean(join(pairs.values()))
-    p, t = regression.unit(p, 1e-12), regression.unit(t, 1e-12)
-    cosine = jnp.einsum("bnd,bmd->bnm", p, t, precision="highest")
-    own = jnp.eye(p.shape[1], dtype=bool)
-    negative = valid[:, None] & ~own
-    weight = jnp.exp(-jnp.square(cosine - mu) / (2 * sigma**2))
-    weight = jnp.where(negative, weight, 0)
-    count = jnp.maximum(negative.sum(-1, keepdims=True), 1)
-    mean = weight.sum(-1, keepdims=True) / count
-    weight = jax.lax.stop_gradient(weight / jnp.maximum(mean, 1e-12))
-    logits = cosine / tau * jnp.where(own, 1.0, weight)
-    logits = jnp.where(valid[:, None], logits, _HIDDEN)
-    positive = jnp.diagonal(logits, axis1=1, axis2=2)
-    each = 2 * tau * (jax.nn.logsumexp(logits, -1) - positive)
-    return _average(each, valid, "sample", len(valid))
-
-
-def distance(pairs: Mapping[str, Pair], kind: str):
-    """Mean distance of predictions from targets over all valid tokens together: [].
-
-    Args:
-        pairs: {modality: Pair}.
-        kind: "l1", "l2" (both over every number of D), or "cosine": minus the cosine.
-
-    Raises:
-        UsageError: unknown kind.
-    """
-    p, t, valid = _clean(join(pairs.values()))
-    if kind == "cosine":
-        each = -(regression.unit(p, 1e-12) * regression.unit(t, 1e-12)).sum(-1)
-    elif kind in ("l1", "l2"):
-        d = p - t
-        each = (jnp.abs(d) if kind == "l1" else d * d).mean(-1)
-    else:
-        raise errors.UsageError(f"loss type={kind!r}: one of l1, l2, cosine")
-    return regression.masked_mean(each, valid)
-
-
-def pixels(pairs: Mapping[str, Pair], *, kind="mse", beta=1.0):
-    """Mean penalty of reconstructed values over all that are valid: [].
-
-    Args:
-        pairs: {modality: Pair} of values [B, N, C], valid [B, N, C] band by band.
-        kind, beta: see `regression.distance`; also "l1".
-
-    Source: as the module (MAELoss).
-    """
-    total, count = 0.0, 0
-    for p, t, valid in pairs.values():
-        d = jnp.where(valid, p.astype(jnp.float32) - t.astype(jnp.float32), 0)
-        each = jnp.abs(d) if kind == "l1" else regression.distance(d, kind, beta=beta)
-        total, count = total + each.sum(), count + valid.sum()
-    return total / jnp.maximum(count, 1)

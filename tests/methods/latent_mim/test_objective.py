@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import errors
 from vitssl.losses import contrastive
-from vitssl.methods.latent_mim import discrimination
-from vitssl.methods.latent_mim.discrimination import Pair
+from vitssl.methods.latent_mim import objective
+from vitssl.methods.latent_mim.objective import Pair
 
 B, N, D = 3, 6, 5
 
@@ -62,7 +61,7 @@ def _by_loops(pair, tau, same=None):
 @pytest.mark.parametrize("tau, same", [(0.1, None), (0.3, 0.999)])
 def test_it_is_the_sum_over_modalities_of_means_over_samples(tau, same):
     pairs = _pairs()
-    loss, parts = discrimination.patch_discrimination(
+    loss, parts = objective.patch_discrimination(
         pairs, tau=tau, weights={"map": 0.5}, same_target=same, same_target_in=("map",)
     )
     want = {
@@ -73,7 +72,7 @@ def test_it_is_the_sum_over_modalities_of_means_over_samples(tau, same):
     np.testing.assert_allclose(loss, 0.5 * want["map"] + want["optical"], rtol=2e-5)
 
 
-@pytest.mark.parametrize("kind", discrimination.KINDS)
+@pytest.mark.parametrize("kind", objective.KINDS)
 def test_what_does_not_count_changes_nothing(kind):
     pairs = _pairs()
 
@@ -81,7 +80,7 @@ def test_what_does_not_count_changes_nothing(kind):
     @jax.value_and_grad
     def loss(predictions, targets):
         both = {k: Pair(predictions[k], targets[k], v.valid) for k, v in pairs.items()}
-        return discrimination.patch_discrimination(both, kind=kind)[0]
+        return objective.patch_discrimination(both, kind=kind)[0]
 
     clean = {k: v.prediction for k, v in pairs.items()}
     goals = {k: v.target for k, v in pairs.items()}
@@ -104,7 +103,7 @@ def test_alike_predictions_score_chance_and_right_ones_almost_nothing():
     rng = np.random.default_rng(0)
     t = rng.normal(size=(B, N, D)).astype(np.float32)
     valid = np.ones((B, N), bool)
-    loss = discrimination.patch_discrimination
+    loss = objective.patch_discrimination
     same = Pair(np.ones((B, N, D), np.float32), np.ones((B, N, D), np.float32), valid)
     np.testing.assert_allclose(loss({"x": same})[0], 0.2 * np.log(N), rtol=1e-5)
     assert loss({"x": Pair(t, t, valid)}, tau=0.01)[0] < 0.01
@@ -115,15 +114,15 @@ def test_alike_predictions_score_chance_and_right_ones_almost_nothing():
 def test_negatives_across_the_batch_make_it_harder():
     pairs = _pairs()
     each = {
-        k: float(discrimination.patch_discrimination(pairs, kind=k)[0])
-        for k in discrimination.KINDS
+        k: float(objective.patch_discrimination(pairs, kind=k)[0])
+        for k in objective.KINDS
     }
     assert each["all_discrimination"] > each["patch_discrimination"]
     # One sample of three has no token of the map.
-    one = discrimination.patch_discrimination(
+    one = objective.patch_discrimination(
         {"map": pairs["map"]}, kind="patch_discrimination"
     )[0]
-    batch = discrimination.patch_discrimination(
+    batch = objective.patch_discrimination(
         {"map": pairs["map"]}, kind="patch_discrimination_batch"
     )[0]
     np.testing.assert_allclose(batch, one * 2 / 3, rtol=1e-6)
@@ -157,25 +156,3 @@ def test_koleo_pushes_rows_apart_and_ignores_what_does_not_count():
     assert graded(x - 0.1 * grad / np.abs(grad).max(), valid)[0] < value
     _, same = graded(jnp.ones((8, 3)), valid)
     assert np.isfinite(same).all()
-
-
-def test_pixels_counts_values_not_tokens():
-    p = np.zeros((1, 2, 3), np.float32)
-    t = np.ones((1, 2, 3), np.float32)
-    valid = np.zeros((1, 2, 3), bool)
-    valid[0, 0], valid[0, 1, 0] = True, True
-    t[0, 1, 0] = 3.0
-    t[0, 1, 1] = 1e9
-    got = discrimination.pixels({"x": Pair(p, t, valid)})
-    np.testing.assert_allclose(got, (3 * 1 + 9) / 4)
-    got = discrimination.pixels({"x": Pair(p, t, valid)}, kind="l1")
-    np.testing.assert_allclose(got, (3 * 1 + 3) / 4)
-
-
-def test_unknown_kinds_and_temperatures_are_refused():
-    with pytest.raises(errors.UsageError, match="loss type='patch': one of modality"):
-        discrimination.patch_discrimination(_pairs(), kind="patch")
-    with pytest.raises(errors.UsageError, match="tau=0: must be above 0"):
-        discrimination.patch_discrimination(_pairs(), tau=0)
-    with pytest.raises(errors.UsageError, match="l1, l2, cosine"):
-        discrimination.distance(_pairs(), "l3")

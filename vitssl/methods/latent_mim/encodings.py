@@ -11,24 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vitssl.models import tokens
+from vitssl.data.modalities import Modality
+from vitssl.models.upsample import Anchor
 
 Frequencies = Literal["legacy", "standard"]
-Anchor = Literal["corner", "center"]
 Channels = Literal["learnable", "random", "zero"]
 
 GRID = 10.0  # Metres per pixel that positions are counted in.
 
 
-def sincos(position, width, frequencies="legacy"):
-    """Encode positions by sines, then cosines: [N] -> [N, D] float64 numpy.
+def sincos(position, width, frequencies="legacy"):  # [N] -> [N, D] float64 numpy
+    """Encode positions by sines, then cosines, of frequencies w_k, k < D / 2.
 
-    Args:
-        position: [N] numbers.
-        width: D, even.
-        frequencies: w_k of k < D / 2. "legacy": 10000^(-k / 2D), as OlmoEarth's weights
-            were trained with, which span 1 to 10000^(-1/4) only; "standard":
-            10000^(-2k / D).
+    "legacy": w_k = 10000^(-k / 2D), as OlmoEarth's weights were trained with, which
+    span 1 to 10000^(-1/4) only; "standard": 10000^(-2k / D).
 
     Raises:
         ValueError: an odd width.
@@ -56,9 +52,7 @@ def space(grid, width, scale=1.0, frequencies="legacy", anchor="corner"):
 
     Args:
         grid: (h, w).
-        width: D, divisible by 4.
         scale: size of a cell, in units of 10 m.
-        frequencies: see `sincos`.
         anchor: a cell is where its corner is, index * scale, as in OlmoEarth's weights;
             "center": where its centre is, (index + 1/2) scale - 1/2, which is the same
             place for a coarse cell and the middle of the fine cells it covers.
@@ -93,16 +87,14 @@ class CompositeEncodings(nn.Module):
     none.
 
     Attributes:
-        modalities: what a field consists of.
         width: D, divisible by 16.
-        frequencies: see `sincos`.
-        anchor: see `space`.
+        frequencies, anchor: see `sincos` and `space`.
         channels: the bandsets' vectors start at "zero" and "learnable" from there, at
             "random" values in [0, 1], or stay "zero" and are no parameters.
         most_times: longest crop in time.
     """
 
-    modalities: tuple[tokens.Modality, ...]
+    modalities: tuple[Modality, ...]
     width: int
     frequencies: Frequencies = "legacy"
     anchor: Anchor = "corner"
@@ -154,16 +146,12 @@ class CompositeEncodings(nn.Module):
         return found
 
     def at(self, name, index, shape, timestamps, patch, resolution=GRID):
-        """Return the encodings of some tokens of one modality.
+        """Return the encodings [B, K, D] float32 of some tokens [B, K] of a modality.
 
         Args:
-            name: of the modality.
-            index: [B, K] int32 into its tokens, flattened in the order of `shape`.
+            index: int32 into its tokens, flattened in the order of `shape`.
             shape: of all its tokens.
             timestamps, patch, resolution: as in `__call__`.
-
-        Returns:
-            [B, K, D] float32.
         """
         m = next(m for m in self.modalities if m.name == name)
         places = jnp.unravel_index(index, shape)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vitssl.data import modalities as sensors
-from vitssl.models import fieldblock, layers, patches, tokens
+from vitssl.data import states
+from vitssl.data.modalities import Modality
+from vitssl.models import layers, patches, xavier
+from vitssl.models.upsample import clean
 from vitssl.ops import resize
 
 Resize = Literal["input", "weights"]
@@ -23,19 +25,16 @@ class FlexiPatchEmbed(nn.Module):
     """A linear map of patches of any size, by one kernel of a base size.
 
     Attributes:
-        width: D.
         base: side in pixels of the patch the kernel is for.
-        channels: C.
         resize: "input": the image is resized so that a patch becomes base pixels,
             bicubic with antialiasing; a token of a smaller patch then sees a little of
             its neighbours. "weights": the kernel is resized instead
             (`ops.resize.kernel`) and a token sees its own pixels alone.
-        dtype: of the computation.
     """
 
-    width: int
+    width: int  # D
     base: int
-    channels: int
+    channels: int  # C
     resize: Resize = "input"
     dtype: str = "float32"
 
@@ -46,16 +45,11 @@ class FlexiPatchEmbed(nn.Module):
         self.kernel = self.param("kernel", init, shape)
         self.bias = self.param("bias", init, (self.width,))
 
-    def __call__(self, image, patch):
-        """Embed every patch.
+    def __call__(self, image, patch):  # [..., H, W, C] -> [..., h, w, D]
+        """Embed every patch, of `patch` pixels a side.
 
-        Args:
-            image: [..., H, W, C].
-            patch: side in pixels. With resize="input" a remainder of the image is not
-                cut off: the whole image is stretched to H // patch patches.
-
-        Returns:
-            [..., h, w, D].
+        With resize="input" a remainder of the image is not cut off: the whole image is
+        stretched to H // patch patches.
 
         Raises:
             ValueError: an image smaller than a patch, or a patch that does not divide
@@ -78,15 +72,9 @@ class FlexiPatchEmbed(nn.Module):
         return einops.rearrange(x, "... (h w) d -> ... h w d", h=h, w=w)
 
     def at(self, image, row, column, time, patch):
-        """Embed some patches: as `__call__`, without computing the others.
+        """Embed some patches [B, K] of [B, H, W, T, C], none of the others: [B, K, D].
 
-        Args:
-            image: [B, H, W, T, C].
-            row, column, time: [B, K] int32 of the patches.
-            patch: side in pixels.
-
-        Returns:
-            [B, K, D].
+        `row`, `column` and `time` [B, K] int32 say where they are.
         """
         height, width = image.shape[1:3]
         h, w = height // patch, width // patch
@@ -129,38 +117,6 @@ def _around(start, span, index):
     return jnp.asarray(start)[index][..., None] + jnp.arange(span, dtype=jnp.int32)
 
 
-class FlexiPatchReconstruction(nn.Module):
-    """Pixels from tokens, in patches of any size: `FlexiPatchEmbed` backwards.
-
-    A transposed convolution makes patches of a base size, each of which is then resized
-    by itself, bicubic with antialiasing.
-
-    Attributes:
-        channels: C of the pixels.
-        base: side in pixels of the patch the kernel is for.
-        dtype: of the computation.
-
-    Source: allenai/olmoearth_pretrain nn/flexi_patch_embed.py.
-    """
-
-    channels: int
-    base: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x, patch):  # [..., h, w, D] -> [..., h patch, w patch, C]
-        p, d = self.base, x.shape[-1]
-        # What torch's transposed convolution takes for its fan-in.
-        init = layers.uniform_fan_in(self.channels * p * p)
-        kernel = self.param("kernel", init, (d, p, p, self.channels))
-        bias = self.param("bias", init, (self.channels,))
-        flat = einops.rearrange(kernel, "d p q c -> d (p q c)")
-        y = layers.linear(x, flat, jnp.tile(bias, p * p), self.dtype)
-        y = einops.rearrange(y, "... (p q c) -> ... p q c", p=p, q=p)
-        y = resize.image(y, patch, patch)
-        return einops.rearrange(y, "... h w p q c -> ... (h p) (w q) c")
-
-
 class PatchEmbeddings(nn.Module):
     """The patch embeddings of all bandsets of all modalities.
 
@@ -168,15 +124,13 @@ class PatchEmbeddings(nn.Module):
     image modelling.
 
     Attributes:
-        modalities: what a field consists of.
-        width: D.
         base: patch side the kernels are for, in pixels of the field.
-        resize, dtype: see `FlexiPatchEmbed`.
+        resize: see `FlexiPatchEmbed`.
         by_time: embed one time after the other. An image resized for patches of q
             pixels has (base / q)^2 times as many; so only one time's exist at once.
     """
 
-    modalities: tuple[tokens.Modality, ...]
+    modalities: tuple[Modality, ...]
     width: int
     base: int = 8
     resize: Resize = "input"
@@ -196,19 +150,15 @@ class PatchEmbeddings(nn.Module):
                         self.dtype,
                     )
                 else:
-                    one = fieldblock.Linear(self.width, self.dtype)
+                    one = xavier.Linear(self.width, self.dtype)
                 setattr(self, f"{m.name}_{g}", one)
 
     def __call__(self, fields, patch):
-        """Embed every token.
+        """Return {name: [B, h, w, T, S, D], [B, T, S, D] or [B, S, D]} of all tokens.
 
         Args:
-            fields: {name: array} as `models.tokens` says; more keys do no harm.
-                Missing values count as 0.
+            fields: {name: array}, see `Modality`; missing values count as 0.
             patch: side in pixels of the field.
-
-        Returns:
-            {name: [B, h, w, T, S, D], [B, T, S, D] or [B, S, D]}.
         """
         found = {}
         for m in self.modalities:
@@ -235,16 +185,9 @@ class PatchEmbeddings(nn.Module):
         return jnp.stack(parts, axis=-2)
 
     def at(self, fields, name, index, patch):
-        """Embed some tokens of one modality.
+        """Embed some tokens of one modality: [B, K, D].
 
-        Args:
-            fields: as in `__call__`.
-            name: of the modality.
-            index: [B, K] int32 into its tokens, flattened in the order (h, w, T, S).
-            patch: side in pixels of the field.
-
-        Returns:
-            [B, K, D].
+        `index` is int32 [B, K], into its tokens flattened in the order (h, w, T, S).
         """
         m = next(m for m in self.modalities if m.name == name)
         x = clean(fields[name])
@@ -252,7 +195,7 @@ class PatchEmbeddings(nn.Module):
             y = einops.rearrange(self._stacked(m, x), "b ... d -> b (...) d")
             return patches.take(y, index)  # Of [B, T S, D] or [B, S, D].
         side = patch * m.factor
-        shape = tokens.shape(m, x.shape[1] // side, x.shape[2] // side, x.shape[3])
+        shape = m.tokens(x.shape[1] // side, x.shape[3], x.shape[2] // side)
         row, column, time, group = jnp.unravel_index(index, shape)
         y = 0.0
         for g, bands in enumerate(m.channels):
@@ -262,34 +205,25 @@ class PatchEmbeddings(nn.Module):
         return y
 
 
-def clean(x):
-    """Return `x` with 0 where a value is missing."""
-    return jnp.where(x == sensors.MISSING, 0.0, x)
-
-
-def token_mask(fields, m, patch):
-    """Return the mask of the tokens of one modality.
+def token_mask(fields, m, patch):  # -> [B, h, w, T, S], [B, T, S] or [B, S]
+    """Return the mask int32 of the tokens of one modality.
 
     Args:
-        fields: its array, and perhaps its mask: per token [B, h, w, T, S], or per
-            pixel [B, H, W, T, S], of which the pixel in a patch's top left corner
-            decides; [B, T, S] or [B, S] without space. Absent: all ONLINE.
-        m: a `tokens.Modality`.
+        fields: its array, and perhaps its mask: per token, or per pixel
+            [B, H, W, T, S], of which the pixel in a patch's top left corner decides.
+            Absent: all ONLINE.
         patch: side in pixels of the field.
-
-    Returns:
-        int32 [B, h, w, T, S], [B, T, S] or [B, S].
 
     Raises:
         ValueError: a mask of another shape.
     """
-    size, side, key = fields[m.name].shape, patch * m.factor, tokens.mask_key(m)
+    size, side, key = fields[m.name].shape, patch * m.factor, m.mask_key
     whole = (*size[:-1], len(m.channels))
     shape = whole
     if m.space:
         shape = (size[0], size[1] // side, size[2] // side, *whole[3:])
     if key not in fields:
-        return jnp.full(shape, tokens.ONLINE, jnp.int32)
+        return jnp.full(shape, states.ONLINE, jnp.int32)
     mask = fields[key]
     if m.space and mask.shape == whole:
         mask = mask[:, : shape[1] * side : side, : shape[2] * side : side]

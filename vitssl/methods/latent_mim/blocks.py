@@ -1,7 +1,6 @@
 """Transformer blocks with separate query, key and value maps, for self and cross use.
 
-Their LayerNorms have epsilon 1e-5 and their linear layers start Xavier-uniform, as
-OlmoEarth's do; `models.layers` has timm's.
+Source: allenai/olmoearth_pretrain nn/attention.py (Block).
 """
 
 import einops
@@ -9,54 +8,24 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vitssl.models import layers
-
-EPS = 1e-5
-
-
-class Linear(nn.Module):
-    """Linear layer of the last axis; weights Xavier-uniform, bias 0."""
-
-    features: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x):  # [..., C] -> [..., features]
-        xavier = nn.initializers.xavier_uniform()
-        kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return layers.linear(x, kernel, bias, self.dtype)
-
-
-def norm(dtype, name):
-    """Return a named LayerNorm with this module's epsilon."""
-    return layers.LayerNorm(EPS, dtype, name=name)
+from vitssl.models.xavier import MLP, Linear, norm
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one sequence to itself or to another.
+    """Multi-head attention of one sequence to itself or to another."""
 
-    Attributes:
-        heads: a divisor of the width.
-        qk_norm: LayerNorm of every head's queries and keys.
-        dtype, attention: see `layers.Attention`.
-    """
-
-    heads: int
-    qk_norm: bool = False
+    heads: int  # A divisor of the width.
+    qk_norm: bool = False  # LayerNorm of every head's queries and keys.
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
     @nn.compact
-    def __call__(self, x, context=None, length=None):
+    def __call__(self, x, context=None, length=None):  # [B, Q, D] -> [B, Q, D]
         """Mix tokens.
 
         Args:
-            x: [B, Q, D].
             context: [B, K, D] where keys and values come from; None = x.
             length: [B] int32, how many leading keys are meant; None = all.
-
-        Returns:
-            [B, Q, D].
 
         Raises:
             ValueError: heads does not divide the width.
@@ -65,13 +34,12 @@ class Attention(nn.Module):
         if d % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {d}")
         context = x if context is None else context
-        q, k, v = (
-            einops.rearrange(
-                Linear(d, self.dtype, name=name)(y), "b n (h c) -> b n h c", c=c
-            )
-            for c in [d // self.heads]
-            for name, y in (("q", x), ("k", context), ("v", context))
-        )
+
+        def split(name, y):
+            y = Linear(d, self.dtype, name=name)(y)
+            return einops.rearrange(y, "b n (h c) -> b n h c", h=self.heads)
+
+        q, k, v = split("q", x), split("k", context), split("v", context)
         if self.qk_norm:
             q, k = norm(self.dtype, "q_norm")(q), norm(self.dtype, "k_norm")(k)
         if length is not None:
@@ -79,19 +47,6 @@ class Attention(nn.Module):
         y = layers.attend(q, k, v, length, self.attention)  # [B, Q, heads, c]
         y = einops.rearrange(y, "b n h c -> b n (h c)")
         return Linear(d, self.dtype, name="proj")(y)
-
-
-class MLP(nn.Module):
-    """Two linear layers around the exact GELU."""
-
-    hidden: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x):  # [..., D] -> [..., D]
-        y = Linear(self.hidden, self.dtype, name="fc1")(x)
-        y = layers.gelu(y)
-        return Linear(x.shape[-1], self.dtype, name="fc2")(y)
 
 
 class Block(nn.Module):
@@ -103,8 +58,6 @@ class Block(nn.Module):
         heads, qk_norm, dtype, attention: see `Attention`.
         hidden: width inside the MLP.
         drop_path: probability that a sample skips a branch.
-
-    Source: allenai/olmoearth_pretrain nn/attention.py (Block).
     """
 
     heads: int
@@ -128,8 +81,3 @@ class Block(nn.Module):
 
 # `train` is position 4 counted from the module itself; it must be static.
 RematBlock = nn.remat(Block, static_argnums=(4,))
-
-
-def stack(depth: int, remat: bool, **fields):
-    """Return `depth` blocks; assign them to `self.block` in setup."""
-    return [(RematBlock if remat else Block)(**fields) for _ in range(depth)]
