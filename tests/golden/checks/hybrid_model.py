@@ -12,7 +12,7 @@ from vitssl import convert
 from vitssl.data import modalities, states
 from vitssl.methods.latent_mim import blocks, embed, encodings, network, tokens
 from vitssl.methods.latent_mim import names as olmoearth
-from vitssl.models import layers, vit
+from vitssl.models import layers
 from vitssl.ops import resize
 
 # Compiling is most of the time of these checks: quicker without optimisation.
@@ -41,7 +41,7 @@ class FlexiPatchReconstruction(nn.Module):
     def __call__(self, x, patch):  # [..., h, w, D] -> [..., h patch, w patch, C]
         p, d = self.base, x.shape[-1]
         # What torch's transposed convolution takes for its fan-in.
-        init = vit.uniform_fan_in(self.channels * p * p)
+        init = layers.uniform_fan_in(self.channels * p * p)
         kernel = self.param("kernel", init, (d, p, p, self.channels))
         bias = self.param("bias", init, (self.channels,))
         flat = einops.rearrange(kernel, "d p q c -> d (p q c)")
