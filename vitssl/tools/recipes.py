@@ -69,7 +69,7 @@ def read(folder) -> list[File]:
     Raises:
         UsageError: there is none.
     """
-    paths = sorted(pathlib.Path(folder).glob("*.py"))
+    paths = config.files(folder)
     if not paths:
         raise errors.UsageError(f"{folder}: no config (*.py) in it")
     return [_file(path) for path in paths]
