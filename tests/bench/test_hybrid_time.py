@@ -83,7 +83,7 @@ def test_an_unknown_case_or_mode_is_refused():
 def test_a_small_step_is_measured(monkeypatch, capsys):
     small = _shallow("s2", "all_p")
     monkeypatch.setattr(hybrid_time, "step", lambda *a, **k: small)
-    found = hybrid_time.run(["--cases=s2", "--modes=all_p", "--batch=1", "--steps=1"])
+    found = hybrid_time.run(["--cases=s2", "--modes=all_p", "--batch=4", "--steps=1"])
     (row,) = found["rows"]
     assert row["ms_per_step"] > 0 and row["loss"] > 0 and row["peak_bytes"] > 0
     assert row["times_less"] == 1 and '"mode": "all_p"' in capsys.readouterr().err

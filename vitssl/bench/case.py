@@ -68,7 +68,7 @@ class Case:
     def compile(self, at: int = 0):
         """Return step `at` compiled for its shapes alone, and what is known of it."""
         start = time.perf_counter()
-        executable = self.compiled.compile(self.phase(at), self.shapes)
+        executable = self.compiled.get(self.phase(at), self.shapes)
         spent, count = time.perf_counter() - start, jax.device_count()
         # XLA counts the body of the loop over micro-batches once.
         flop = (executable.cost_analysis() or {}).get("flops", 0.0) * count
