@@ -106,7 +106,8 @@ def command(recipe, data, **given):
     """Return the arguments that run a recipe in small."""
     file, _, name = recipe.partition(":")
     spec = f"{ROOT}/configs/{file}.py:{name}"
-    c = experiment.load(spec)
+    # Read, so that sizes of 0 are those of training.
+    c = experiment.read(experiment.load(spec, ["init.from=DIR"])).config
     changes = EVERYWHERE | shrunk(c) | given
     changes["data.root"] = data(c.data.source)
     if c.epochs == 0:
