@@ -85,4 +85,4 @@ def test_files_that_the_readme_names_exist():
     named |= set(re.findall(r"\]\(([\w/.]+)\)", README))
     assert len(named) > 10
     absent = {n for n in named if not (runs.ROOT / n).exists()}
-    assert absent == {"configs/x.py", "vitssl/methods/x.py"}  # "To add a method".
+    assert absent == set()
