@@ -46,126 +46,59 @@ Published: macro F1 of .912 to .967 on splits where copies of a photograph lie o
 sides; the best log is without SSL. On a clean split no number is known.
 """
 
-import ml_collections
+from vitssl import config
 
-RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+base = config.beside(__file__, "base")
+
 # Vectors do not decay, nor do position tables.
-DECAY = ((r".*/(bias|scale|pos_embed|disease_mask|cls)|head/bias", 0.0), (".*", 1.0))
-SIZES = {  # width, depths, heads, patch, image size
-    "small": (96, (2, 2, 6, 2), (3, 6, 12, 24), 16, 256),
-    "xl": (192, (3, 6, 24, 3), (6, 12, 24, 48), 14, 448),
-}
+DECAY = base.decaying_but(r".*/(bias|scale|pos_embed|disease_mask|cls)|head/bias")
 MIXED = dict(mixup=0.8, cutmix=1.0, prob=0.6, switch=2 / 3)  # MixUp 0.2, CutMix 0.5.
+SLOW_BACKBONE = (("backbone/.*", 0.1), (".*", 1.0))
 
 
 def _demo():
-    """Return the demo: every section, at the size of two cores."""
-    c = ml_collections.ConfigDict()
-    c.method, c.seed = "classify", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 1.0, 400, 1
-    c.precision = "float32"
+    """Return the demo."""
+    c = base.run("classify", batch_size=64, epochs=1.0, steps=400)
     # What pre-training calls "encoder" is the backbone here.
     c.init = {
         "from": "",
         "skip": ("head/.*", "aux_.*"),
         "rename": (("backbone/(.*)", r"encoder/\1"),),
     }
-    c.data = dict(
-        source="leaves",
-        root="",
-        split="train",
-        bank_split="train",
-        test_split="test",
-        per_class=20,
-        sampling="shuffle",
-        channels=3,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        on_bad_image="skip",
-        threads=-1,
-        workers=-1,
-        options={},
-    )
-    c.model = dict(
-        name="hvit",
-        width=32,
-        depths=(1, 2, 1),
-        heads=(1, 2, 4),
-        patch=6,
-        image_size=0,  # That of training.
-        mlp_ratio=4.0,
-        drop_path=0.1,
-        remat=False,
-    )
-    c.head = dict(pool="mean_norm", norm_eps=1e-5, init_std=0.02, dropout=0.0)
+    c.data = base.data("leaves", per_class=20, **base.LEAVES)
+    c.model = base.hvit(drop_path=0.1)
+    c.mix = dict(prob=0.0)
+    c.head = dict(pool="mean_norm", norm_eps=1e-5, init_std=0.02)
     c.augment = dict(size=48, severity="mild")
-    c.mix = dict(mixup=0.0, cutmix=0.0, prob=0.0, switch=0.5)
     c.objective = dict(
-        loss="combined",
-        smoothing=0.1,
-        balanced=True,
-        focal_gamma=2.0,
-        ema=0.99,
-        ema_warmup=True,
+        loss="combined", smoothing=0.1, balanced=True, ema=0.99, ema_warmup=True
     )
     c.scoring = dict(tta="flip", calibration=True)
-    c.optim = dict(
-        name="adamw",
-        lr=1e-3,
-        schedule="cosine",
-        warmup_epochs=10.0,
-        min_lr=0.0,
-        wd=0.05,
-        clip_norm=1.0,
-        lr_rules=(("backbone/.*", 1.0), (".*", 1.0)),
-        wd_rules=DECAY,
-        thaw=(),
-    )
-    c.evals = dict(
-        image_size=0,  # That of training.
+    c.optim = base.adamw(1e-3, 10.0, clip_norm=1.0, wd_rules=DECAY)
+    c.optim["lr_rules"] = (("backbone/.*", 1.0), (".*", 1.0))
+    c.evals = base.evals(
+        50.0,
         batch_size=210,
-        every_epochs=50.0,
         online=False,
-        online_samples_train=0,
-        online_samples_test=0,
         final=("linear",),
         baselines=("colours",),
-        knn_k=(20,),
-        knn_temperature=(0.07,),
-        probe="lbfgs",
         probe_epochs=10,
-        features="pooled",
     )
-    c.log = dict(
-        every_steps=50,
-        tensorboard=True,
-        wandb="",
-        pictures=True,
-        stall_seconds=1800.0,
-    )
+    c.log = dict(every_steps=50, pictures=True)
     c.checkpoint = dict(
-        every_epochs=100.0,
-        keep_last=2,
-        keep_best=1,
-        best="test/ema_tta_f1_macro",
-        patience=0,
-        min_delta=0.001,
+        every_epochs=100.0, keep_best=1, best="test/ema_tta_f1_macro", min_delta=0.001
     )
     return c
 
 
 def _smoke():
-    c = _demo()
-    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 14, 0.0
-    c.data.per_class = 2
-    c.data.options = dict(count=64)
+    c = base.smoke(_demo(), 14)
+    c.data.update(per_class=2, options=dict(count=64))
     c.model.update(depths=(1, 1), heads=(1, 2))
-    c.augment.severity = "aggressive"
-    c.mix.update(**MIXED)
+    c.augment.severity, c.mix = "aggressive", MIXED
     c.optim.update(schedule="onecycle", cycle_b1=(0.85, 0.95))
     c.optim.thaw = (("backbone/.*", 1.0),)
     c.evals.update(batch_size=32, final=())
-    c.log.update(every_steps=1, pictures=False)
     return c
 
 
@@ -179,11 +112,11 @@ def _infrared():
 def _evidence():
     """Return runs that differ in the labels they have and in where they start."""
     c = _demo()
-    c.epochs, c.steps, c.batch_size, c.optim.warmup_epochs = 1.0, 2000, 32, 0.0
+    c.steps, c.batch_size, c.optim.warmup_epochs = 2000, 32, 0.0
     # All labels are imbalanced, a few per class are not: the arms shall see the classes
     # equally often.
     c.data.sampling, c.objective.balanced = "balanced", False
-    c.evals.update(every_epochs=0.0, baselines=("colours",))
+    c.evals.every_epochs = 0.0
     c.log.update(every_steps=200, pictures=False)
     c.checkpoint.update(every_epochs=2000.0, keep_best=0)
     arms = {}
@@ -207,19 +140,17 @@ def _evidence():
     return c
 
 
-def _published(size, **optim):
+def _published(size="small"):
     """Return the documented recipe at a size of the model."""
-    width, depths, heads, patch, side = SIZES[size]
     c = _demo()
     c.seed, c.precision = 42, "bfloat16"
     c.batch_size, c.steps, c.epochs = 32, 0, 100.0
-    c.data.update(source="sarcld", test_split="val", per_class=0, **RGB)
-    c.model.update(width=width, depths=depths, heads=heads, patch=patch)
-    c.model.update(dropout=0.1, drop_path=0.2)
-    c.augment.update(size=side, severity="moderate")
-    c.mix.update(**MIXED)
+    c.data.update(source="sarcld", test_split="val", per_class=0, **base.RGB)
+    c.model.update(dropout=0.1, drop_path=0.2, **base.HVIT[size])
+    c.augment.update(size=base.HVIT_SIDE[size], severity="moderate")
+    c.mix = MIXED
     c.objective.update(ema=0.9999, balanced=False)
-    c.optim.update(lr=1e-4, wd=0.01, warmup_epochs=5.0, **optim)
+    c.optim.update(lr=1e-4, wd=0.01, warmup_epochs=5.0)
     c.evals.update(batch_size=32, every_epochs=1.0, final=())
     c.log.every_steps = 10
     c.checkpoint.update(every_epochs=5.0, patience=15)
@@ -234,15 +165,14 @@ def _logged():
     c.mix.update(mixup=0.2, prob=0.36, switch=4 / 9)  # Each with 0.2, MixUp first.
     c.optim.update(lr=2e-4, warmup_epochs=0.0, schedule="onecycle")
     c.optim.update(cycle_rise=0.1, cycle_div=10.0, cycle_final_div=1000.0)
-    c.optim.cycle_b1 = (0.85, 0.95)
-    c.optim.lr_rules = (("backbone/.*", 0.1), (".*", 1.0))
+    c.optim.update(cycle_b1=(0.85, 0.95), lr_rules=SLOW_BACKBONE)
     c.optim.thaw = (("backbone/.*", 10.0),)
     c.checkpoint.patience = 20
     return c
 
 
 def _by_images(batch, lr, warmup, wd, drop_path):
-    c = _published("small")
+    c = _published()
     c.batch_size = batch
     c.optim.update(lr=lr, warmup_epochs=warmup, wd=wd)
     c.model.drop_path = drop_path
@@ -250,15 +180,15 @@ def _by_images(batch, lr, warmup, wd, drop_path):
 
 
 def _plantvillage():
-    c = _published("small")
+    c = _published()
     c.batch_size, c.epochs = 256, 20.0
     c.data.source = "plantvillage"
     c.augment.size = 224  # Odd grids are padded.
-    c.model.image_size = SIZES["small"][-1]  # The table stays that of pre-training.
+    c.model.image_size = base.HVIT_SIDE["small"]  # The table stays as pre-trained.
     c.objective.update(loss="cross_entropy", smoothing=0.0)
     c.mix.prob = 0.0
     c.optim.update(lr=5e-4, wd=1e-3, warmup_epochs=0.0, schedule="onecycle")
-    c.optim.lr_rules = (("backbone/.*", 0.1), (".*", 1.0))
+    c.optim.lr_rules = SLOW_BACKBONE
     return c
 
 
@@ -268,7 +198,7 @@ RECIPES = {
     "smoke": _smoke,
     "evidence": _evidence,
     "infrared": _infrared,
-    "sarcld_small": lambda: _published("small"),
+    "sarcld_small": _published,
     "sarcld_xl_448": _logged,
     "under5k": lambda: _by_images(16, 5e-5, 10.0, 0.05, 0.3),
     "5k_50k": lambda: _by_images(32, 1e-4, 5.0, 0.01, 0.2),
@@ -277,34 +207,26 @@ RECIPES = {
 }
 
 
-def _option(c, name):
-    """Change a recipe by an option."""
-    if name == "out_of_memory":
-        c.batch_size, c.accumulate, c.model.remat = 16, 4, True
-    elif name == "slow":
-        c.optim.update(lr=1e-5, warmup_epochs=15.0)
-        c.augment.severity, c.objective.balanced = "light", True
-    elif name == "not_finite":
-        c.optim.update(lr=1e-6, clip_norm=1.0)
-    elif name == "overfits":
-        c.model.drop_path, c.optim.wd, c.objective.ema = 0.3, 0.05, 0.9999
-        c.mix.update(**MIXED)
-    elif name == "legacy_split":
-        c.data.options = dict(rule="legacy")
-    else:
-        raise ValueError(
-            f"no option {name!r}; there is: out_of_memory, slow, not_finite, overfits, "
-            "legacy_split"
-        )
+def _options(c, names):
+    """Change a recipe by its options."""
+    for name in names:
+        if name == "out_of_memory":  # The same batch, in parts.
+            c.accumulate, c.model.remat = 4, True
+        elif name == "slow":
+            c.optim.update(lr=1e-5, warmup_epochs=15.0)
+            c.augment.severity, c.objective.balanced = "light", True
+        elif name == "not_finite":
+            c.optim.update(lr=1e-6, clip_norm=1.0)
+        elif name == "overfits":
+            c.model.drop_path, c.optim.wd, c.objective.ema = 0.3, 0.05, 0.9999
+            c.mix = MIXED
+        elif name == "legacy_split":
+            c.data.options = dict(rule="legacy")
+        else:
+            raise ValueError(
+                f"no option {name!r}; there is: out_of_memory, slow, not_finite, "
+                "overfits, legacy_split"
+            )
 
 
-def get_config(argument=""):
-    """Return the recipe of an argument "NAME,OPTION,OPTION"."""
-    name, *options = argument.split(",")
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    c = RECIPES[name]()
-    for option in options:
-        _option(c, option)
-    return c
+get_config = base.recipes(RECIPES, _options)

@@ -27,20 +27,16 @@ Published (ImageNet-1k, 100 epochs): 83.24 % from LocalMIM without freezing, 82.
 with cubic 0.8, 82.85 % unscaled.
 """
 
-import ml_collections
+from vitssl import config
 
-RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-SIZES = {"b": (768, 12, 12), "l": (1024, 24, 16)}
-# Vectors do not decay, nor do the class token and the position table.
-DECAY = ((".*/(bias|scale|cls|pos_embed|ls1|ls2)|head/bias", 0.0), (".*", 1.0))
+base = config.beside(__file__, "base")
+
+AUTOAUGMENT = "rand-m9-mstd0.5-inc1"
 
 
 def _demo():
-    """Return the demo: every section, at the size of two cores."""
-    c = ml_collections.ConfigDict()
-    c.method, c.seed = "classify", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 15.0, 0, 1
-    c.precision = "float32"
+    """Return the demo."""
+    c = base.run("classify", batch_size=64, epochs=15.0)
     # What pre-training calls "encoder" is the backbone here.
     c.init = {
         "from": "",
@@ -49,82 +45,24 @@ def _demo():
         # A fixed position table was no parameter; it starts from its formula.
         "absent": ("backbone/pos_embed",),
     }
-    c.data = dict(
-        source="digits",
-        root="",
-        split="train",
-        bank_split="train",
-        test_split="test",
-        channels=1,
-        mean=(0.5,),
-        std=(0.5,),
-        on_bad_image="skip",
-        threads=-1,
-        workers=-1,
-        options={},
-    )
-    c.model = dict(
-        name="vit",
+    c.data = base.data("digits")
+    c.model = base.vit(
         width=64,
         depth=7,
         heads=4,
         patch=4,
-        image_size=0,  # That of training.
-        mlp_ratio=4.0,
         drop_path=0.05,
         positions="learned_sincos",
-        remat=False,
     )
-    c.head = dict(pool="gap", batchnorm=False, init_std=2e-5, dropout=0.0)
-    c.augment = dict(
-        size=24,
-        scale=(0.5, 1.0),
-        flip=0.0,
-        randaugment="",
-        erase=0.0,
-        crop="sampled",
-        interpolation="fast",
-    )
-    c.mix = dict(mixup=0.0, cutmix=0.0, prob=1.0, switch=0.5)
-    c.objective = dict(smoothing=0.1, balanced=False, ema=0.0)
-    c.optim = dict(
-        name="adamw",
-        lr=1e-3,
-        lr_batch=0,
-        schedule="cosine",
-        warmup_epochs=2.0,
-        start_lr=0.0,
-        min_lr=1e-6,
-        stretch=1.0,
-        wd=0.05,
-        clip_norm=0.0,
-        b1=0.9,
-        b2=0.999,
-        layer_decay=0.75,
-        wd_rules=DECAY,
-    )
-    c.evals = dict(
-        image_size=0,  # That of training.
-        batch_size=256,
-        every_epochs=5.0,
-        online=False,
-        online_samples_train=0,
-        online_samples_test=0,
-        final=(),
-        knn_k=(20,),
-        knn_temperature=(0.07,),
-        probe="lbfgs",
-        probe_epochs=90,
-        features="pooled",
-    )
-    c.log = dict(
-        every_steps=100,
-        tensorboard=True,
-        wandb="",
-        pictures=False,
-        stall_seconds=1800.0,
-    )
-    c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="test/top1")
+    c.head = dict(pool="gap")
+    c.augment = dict(size=24, scale=(0.5, 1.0), flip=0.0, interpolation="fast")
+    c.objective = dict(smoothing=0.1)
+    # Vectors do not decay, nor do the class token and the position table.
+    rules = base.decaying_but(".*/(bias|scale|cls|pos_embed|ls1|ls2)|head/bias")
+    c.optim = base.adamw(1e-3, 2.0, min_lr=1e-6, layer_decay=0.75, wd_rules=rules)
+    c.evals = base.evals(5.0, online=False, final=())
+    c.log = dict(every_steps=100)
+    c.checkpoint = dict(every_epochs=5.0, keep_best=1, best="test/top1")
     return c
 
 
@@ -135,45 +73,40 @@ def _scratch():
 
 
 def _smoke():
-    c = _scratch()
-    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c = base.smoke(_scratch(), 16)
     c.model.update(width=32, depth=2)
-    c.augment.update(randaugment="rand-m9-mstd0.5-inc1", erase=0.25)
-    c.mix.update(mixup=0.8, cutmix=1.0)
+    c.augment.update(randaugment=AUTOAUGMENT, erase=0.25)
+    c.mix = dict(mixup=0.8, cutmix=1.0)
     c.objective.ema = 0.9
-    c.log.every_steps = 1
     return c
 
 
-def _imagenet(lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=20.0):
+def _imagenet(
+    lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=20.0, drop_path=0.1
+):
     """Return the original's recipe: an effective batch of 1024, absolute rates."""
-    width, depth, heads = SIZES[size]
     c = _demo()
     c.precision = "bfloat16"
     c.batch_size, c.per_device, c.epochs = 1024, 128, epochs
-    c.data.update(source="imagenet", test_split="val", **RGB)
-    c.model.update(width=width, depth=depth, heads=heads, patch=16)
-    c.model.drop_path = 0.1
+    c.data.update(source="imagenet", test_split="val", **base.RGB)
+    c.model.update(patch=16, drop_path=drop_path, **base.VIT[size])
     c.augment.update(
         size=224,
         scale=(0.08, 1.0),
         flip=0.5,
-        randaugment="rand-m9-mstd0.5-inc1",
+        randaugment=AUTOAUGMENT,
         erase=0.25,
         interpolation="bicubic",
     )
-    c.mix.update(mixup=0.8, cutmix=1.0)
-    c.optim.update(lr=lr, min_lr=min_lr, warmup_epochs=warmup)
-    c.optim.layer_decay = decay
+    c.mix = dict(mixup=0.8, cutmix=1.0)
+    c.optim.update(lr=lr, min_lr=min_lr, warmup_epochs=warmup, layer_decay=decay)
     c.evals.every_epochs = 1.0
-    c.checkpoint.update(every_epochs=5.0, keep_every_epochs=20.0)
+    c.checkpoint.keep_every_epochs = 20.0
     return c
 
 
 def _vitl():
-    c = _imagenet(lr=3e-3, size="l", epochs=50.0, warmup=5.0)
-    c.model.drop_path = 0.2
-    return c
+    return _imagenet(3e-3, size="l", epochs=50.0, warmup=5.0, drop_path=0.2)
 
 
 RECIPES = {
@@ -188,11 +121,4 @@ RECIPES = {
     "ft_vitb_resume_1gpu": _imagenet,
     "ft_vitl": _vitl,
 }
-
-
-def get_config(name=""):
-    """Return the recipe `name`."""
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    return RECIPES[name]()
+get_config = base.recipes(RECIPES)

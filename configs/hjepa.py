@@ -25,66 +25,20 @@ One override away:
 Published results: none (the original reports targets only).
 """
 
-import ml_collections
+from vitssl import config
 
-RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-# Scanned digits with random place, size and clutter: raw pixels do not solve them.
-SCENES = dict(
-    size=24,
-    count=0,
-    fragments=1,
-    shapes=0,
-    scale_min=0.6,
-    scale_max=0.85,
-    contrast=0.5,
-    noise=4,
-)
-SIZES = {  # name: width, depth, heads, predictor depth
-    "ti": (192, 12, 3, 4),
-    "s": (384, 12, 6, 6),
-    "b": (768, 12, 12, 6),
-    "l": (1024, 24, 16, 6),
-    "h": (1280, 32, 16, 12),
-}
+base = config.beside(__file__, "base")
+
+PREDICTOR_DEPTH = {"b": 6, "l": 6, "h": 12}  # By size of the ViT.
 
 
 def _demo():
-    """Return the demo: every section, at the size of two cores."""
-    c = ml_collections.ConfigDict()
-    c.method, c.seed = "hjepa", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 32, 45.0, 0, 1
-    c.precision = "float32"
-    c.data = dict(
-        source="digits",
-        root="",
-        split="train",
-        bank_split="train",
-        test_split="test",
-        channels=1,
-        mean=(0.5,),
-        std=(0.5,),
-        on_bad_image="skip",
-        threads=-1,
-        workers=-1,
-        options={},
-    )
-    c.model = dict(
-        name="vit",
-        width=64,
-        depth=4,
-        heads=4,
-        patch=4,
-        image_size=0,  # That of training.
-        mlp_ratio=4.0,
-        drop_path=0.0,
-        layerscale=0.0,
-        rope=False,
-        remat=False,
-    )
-    c.predictor = dict(depth=2, heads=4, width=0, mlp_ratio=4.0, remat=False)
-    c.levels = dict(
-        pooling="spatial", norm="layernorm", fpn="", fpn_width=0, target="ema"
-    )
+    """Return the demo."""
+    c = base.run("hjepa", batch_size=32, epochs=45.0)
+    c.data = base.data("digits")
+    c.model = base.vit(width=64, depth=4, heads=4, patch=4)
+    c.predictor = dict(depth=2, heads=4)
+    c.levels = dict(pooling="spatial", target="ema")
     c.masking = dict(
         strategy="global_only",
         sampler="original",
@@ -96,13 +50,8 @@ def _demo():
         max_attempts=10,
         min_keep=4,
         targets_per_level="constant",
-        context_scale=(0.0, 0.0),
         levels="finest",
         mode="drop",
-        context="block",
-        packed=True,
-        slots=0.7,
-        accumulate_crops=False,
     )
     c.multicrop = dict(
         num_global_crops=2,
@@ -117,71 +66,33 @@ def _demo():
         horizontal_flip_prob=0.0,
         interpolation="fast",
         colour="host",
-        adaptive=False,
         min_local_crops=2,
         max_local_crops=10,
-        adaptive_warmup_epochs=0,
     )
-    c.objective = dict(
-        type="mse",
-        normalize=False,
-        weights=(1.0, 0.5, 0.25),
-        view_weight=0.25,
-        local_weight=1.0,
-        views="crops",
-        vicreg_weight=(0.1,),
-        sigreg_weight=1.0,
-    )
-    c.ema = dict(start=0.9, end=0.999, warmup_steps=0, target_encoder=True)
-    c.optim = dict(
-        name="adamw",
-        lr=3e-3,
-        schedule="cosine",
-        warmup_epochs=2.0,
-        start_lr=0.0,
-        min_lr=1e-6,
-        wd=0.05,
-        clip_norm=3.0,
-        b1=0.9,
-        b2=0.95,
-        lr_rules=((".*", 1.0),),
-        # I-JEPA's rule: biases and vectors do not decay.
-        wd_rules=((".*/(bias|scale|ls1|ls2)", 0.0), (".*", 1.0)),
-    )
-    c.evals = dict(
-        image_size=0,  # That of training.
-        batch_size=256,
-        every_epochs=9,
+    c.objective = dict(type="mse", normalize=False, weights=(1.0, 0.5, 0.25))
+    c.ema = dict(start=0.9, end=0.999)
+    # I-JEPA's rule: biases and vectors do not decay.
+    rules = base.decaying_but(".*/(bias|scale|ls1|ls2)")
+    c.optim = base.adamw(3e-3, 2.0, min_lr=1e-6, clip_norm=3.0, b2=0.95, wd_rules=rules)
+    c.evals = base.evals(
+        9,
         online_samples_train=1000,
         online_samples_test=360,
         final=("knn", "linear", "quality"),
-        knn_k=(20,),
-        knn_temperature=(0.07,),
-        probe="lbfgs",
-        probe_epochs=90,
-        features="pooled",
     )
-    c.log = dict(
-        every_steps=100,
-        tensorboard=True,
-        wandb="",
-        pictures=True,
-        stall_seconds=1800.0,
-    )
-    c.checkpoint = dict(every_epochs=9.0, keep_last=2, keep_best=1, best="knn/top1")
+    c.log = dict(every_steps=100, pictures=True)
+    c.checkpoint = dict(every_epochs=9.0, keep_best=1)
     return c
 
 
 def _published(size, data, image=224, patch=16):
     """Return the original's numbers for a ViT of `size` on 224 px images."""
-    width, depth, heads, predictor_depth = SIZES[size]
     c = _demo()
     c.precision = "bfloat16"
-    c.data.update(source=data, on_bad_image="skip", **RGB)
-    c.data.update(split="train", bank_split="train", test_split="val")
-    c.model.update(width=width, depth=depth, heads=heads, patch=patch)
-    c.predictor.update(depth=predictor_depth, heads=heads)
-    c.masking.update(levels="per_level")
+    c.data.update(source=data, test_split="val", **base.RGB)
+    c.model.update(patch=patch, **base.VIT[size])
+    c.predictor.update(depth=PREDICTOR_DEPTH[size], heads=c.model.heads)
+    c.masking.levels = "per_level"
     c.levels.target = "shared"
     c.multicrop.update(
         num_local_crops=6,
@@ -205,7 +116,7 @@ def _cifar10_vitb():
     c.seed, c.batch_size, c.epochs = 42, 64, 100.0
     c.data.test_split = "test"
     # The recipe decays every parameter.
-    c.optim.update(lr=1e-4, min_lr=1e-6, warmup_epochs=10.0, wd_rules=((".*", 1.0),))
+    c.optim.update(lr=1e-4, warmup_epochs=10.0, wd_rules=((".*", 1.0),))
     c.multicrop.update(global_crop_scale=(0.6, 1.0), local_crop_scale=(0.2, 0.6))
     return c
 
@@ -213,19 +124,18 @@ def _cifar10_vitb():
 def _imagenet(size):
     c = _published(size, "imagenet")
     c.seed, c.batch_size, c.epochs = 42, 128, 300.0
-    c.masking.update(base_scale=(0.15, 0.2))
-    c.optim.update(lr=1.5e-4, min_lr=1e-6, warmup_epochs=40.0)
+    c.masking.base_scale = (0.15, 0.2)
+    c.optim.update(lr=1.5e-4, warmup_epochs=40.0)
     c.model.remat = size != "b"
-    c.log.every_steps = 100
     return c
 
 
 def _ijepa_vith14():
     """Return I-JEPA's recipe (arXiv:2301.08243, appendix A): one crop, one level."""
     c = _published("h", "imagenet", patch=14)
-    c.seed, c.batch_size, c.epochs = 0, 2048, 300.0
+    c.batch_size, c.epochs = 2048, 300.0
     c.model.remat = True
-    c.predictor.update(depth=12, width=384, heads=16)
+    c.predictor.width = 384
     c.masking.update(
         sampler="ijepa",
         num_hierarchies=1,
@@ -243,11 +153,10 @@ def _ijepa_vith14():
         horizontal_flip_prob=0.0,
     )
     c.objective.update(type="smoothl1", weights=(1.0,), view_weight=0.0)
-    c.ema.update(start=0.996, end=1.0, warmup_steps=0)
+    c.ema.warmup_steps = 0
     c.optim.update(
         lr=1e-3,
         start_lr=2e-4,
-        min_lr=1e-6,
         warmup_epochs=40.0,
         stretch=1.25,
         wd=0.04,
@@ -274,16 +183,10 @@ def _evidence():
     single-crop arm sees 3.85 times as many images.
     """
     c = _evidence_run()
+    one = ("multicrop.num_local_crops=0", "multicrop.num_global_crops=1")
     c.study = dict(
         seeds=(0, 1, 2),
-        arms=dict(
-            multi=("epochs=4.0",),
-            single=(
-                "epochs=15.4",
-                "multicrop.num_local_crops=0",
-                "multicrop.num_global_crops=1",
-            ),
-        ),
+        arms=dict(multi=("epochs=4.0",), single=("epochs=15.4", *one)),
         columns=tuple(
             f"final/{row}/{metric}/top1"
             for metric in ("knn", "linear")
@@ -296,17 +199,13 @@ def _evidence():
 def _evidence_run():
     """Return one run of `evidence`: 2 + 6 crops."""
     c = _demo()
-    c.batch_size, c.epochs = 32, 4.0
-    c.data.update(source="scenes", mean=(0.4,), std=(0.3,))
-    c.data.options = SCENES
+    c.epochs = 4.0
+    c.data.update(**base.SCENES)
     c.multicrop.update(
-        num_local_crops=6,
-        local_crop_size=12,
-        global_crop_scale=(0.4, 1.0),
-        local_crop_scale=(0.1, 0.4),
+        num_local_crops=6, global_crop_scale=(0.4, 1.0), local_crop_scale=(0.1, 0.4)
     )
     c.optim.warmup_epochs = 0.5
-    c.evals.update(every_epochs=0)
+    c.evals.every_epochs = 0
     c.log.update(every_steps=200, pictures=False)
     c.checkpoint.update(every_epochs=1.0, keep_best=0)
     return c
@@ -316,17 +215,8 @@ def _birds():
     """Return the pre-training that configs/parts.py:evidence starts from."""
     c = _demo()
     c.epochs = 12.0
-    c.data.update(source="birds", **RGB)
-    c.data.options = dict(count=0, purity=0.95)
-    c.model.update(
-        width=64,
-        depth=3,
-        heads=4,
-        patch=4,
-        mlp_ratio=2.0,
-        registers=1,
-        class_position=False,
-    )
+    c.data = base.data("birds", options=dict(count=0, purity=0.95), **base.RGB)
+    c.model = base.bird_vit()
     c.multicrop.update(
         num_global_crops=1,
         global_crop_size=48,
@@ -335,19 +225,17 @@ def _birds():
     )
     c.objective.view_weight = 0.0
     c.evals.update(every_epochs=0, final=("knn", "linear"))
-    c.log.update(pictures=False)
+    c.log.pictures = False
     c.checkpoint.update(every_epochs=2.0, keep_best=0)
     return c
 
 
 def _smoke():
-    c = _demo()
-    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c = base.smoke(_demo(), 16)
     c.model.update(width=32, depth=2)
     c.predictor.depth = 1
     c.masking.strategy = "cross_crop_prediction"
     c.multicrop.num_local_crops = 2
-    c.log.update(every_steps=1, pictures=False)
     return c
 
 
@@ -363,11 +251,4 @@ RECIPES = {
     "ijepa_vith14": _ijepa_vith14,
     "end_to_end": _end_to_end,
 }
-
-
-def get_config(name=""):
-    """Return the recipe `name`."""
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    return RECIPES[name]()
+get_config = base.recipes(RECIPES)

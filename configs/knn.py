@@ -18,13 +18,10 @@ Published: 0.10 to 0.14 %, which is chance: the original compares features with 
 labels of other images.
 """
 
-import importlib.util
-import pathlib
+from vitssl import config
 
-_here = pathlib.Path(__file__).with_name("finetune_vit.py")
-_spec = importlib.util.spec_from_file_location("finetune_vit", _here)
-finetune_vit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(finetune_vit)
+base = config.beside(__file__, "base")
+finetune_vit = config.beside(__file__, "finetune_vit")
 
 
 def _knn(name=""):
@@ -49,11 +46,4 @@ RECIPES = {
     "smoke": lambda: _knn("smoke"),
     "knn_vitb": _imagenet,
 }
-
-
-def get_config(name=""):
-    """Return the recipe `name`."""
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    return RECIPES[name]()
+get_config = base.recipes(RECIPES)

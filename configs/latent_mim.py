@@ -39,7 +39,9 @@ Published (linear probe, m-eurosat, nano / tiny / base): 93.1, 95.3, 97.5 %; of 
 hybrid nothing is: the original's step raises before the first update.
 """
 
-import ml_collections
+from vitssl import config
+
+base = config.beside(__file__, "base")
 
 MAPS = (
     "worldcover",
@@ -61,115 +63,37 @@ RATES = {  # size: learning rate and decay of the released weights
 
 def _sections():
     """Return every section, at the size of two cores."""
-    c = ml_collections.ConfigDict()
-    c.method, c.seed = "latent_mim", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 20.0, 0, 1
-    c.precision = "float32"
-    c.data = dict(
-        source="fields",
-        root="",
-        split="train",
-        bank_split="train",
-        test_split="test",
-        # Of each sensor's own table; these are for photographs.
-        channels=1,
-        mean=(0.0,),
-        std=(1.0,),
-        on_bad_image="skip",
-        threads=-1,
-        workers=-1,
-        options=dict(modalities=FEW, size=48),
-    )
-    c.inputs = dict(modalities=FEW, groups=())
+    c = base.run("latent_mim", batch_size=16, epochs=20.0)
+    # Every sensor has a table of its own; channels, mean and std are for photographs.
+    c.data = base.data("fields", mean=(0.0,), std=(1.0,))
+    c.data["options"] = dict(modalities=FEW, size=48)
+    c.inputs = dict(modalities=FEW)
     c.network = dict(
-        size="",
-        width=64,
-        heads=4,
-        depth=3,
-        decoder_depth=1,
-        base_patch=8,
-        drop_path=0.0,
-        patch_resize="weights",
-        frequencies="standard",
-        anchor="center",
-        channels="learnable",
-        remat=False,
+        size="", width=64, heads=4, depth=3, decoder_depth=1, drop_path=0.0
     )
     c.hybrid = dict(
         processing_patch_size=(8,),
         output_patch_size=1,
         upsampler="skip",
-        decoder="mixed",
         loss_tokens_per_modality=64,
-        sampled_keys=False,
         visible_loss_weight=1.0,
-        pool_at="processing",
-        max_output_tokens=16384,
     )
-    c.mask = dict(
-        type="modality_cross_random",
-        encode_ratio=0.5,
-        decode_ratio=0.5,
-        same_bandset=True,
-        min_encoded=2,
-        decode_only=MAPS,
-        strict_bandset_rules=False,
-    )
-    c.sampling = dict(
-        token_budget=300, min_side=4, max_side=4, tile=48, times=4, hold=1, seed=3622
-    )
-    c.augment = dict(turns="dihedral", scale=(0.2, 1.0), views=2)
-    c.objective = dict(
-        type="modality_patch_discrimination",
-        tau=0.1,
-        weight=1.0,
-        modality_weights=(),
-        same_target_threshold=0.999,
-        same_target_modalities=MAPS,
-        contrast_weight=0.1,
-        contrast_tau=0.1,
-    )
-    c.target = dict(depth=0, start=1.0, end=1.0, centre=True)
-    c.readout = dict(p=0, q=0, mode="upsampled", times=4, modalities=(), pool="times")
-    c.measures = dict(
-        classes=6, epochs=20, lr=0.05, decay=0.01, batch_size=8, pixels=True
-    )
-    c.optim = dict(
-        name="adamw",
-        lr=2e-3,
-        lr_batch=0,
-        schedule="cosine",
-        warmup_epochs=2.0,
-        start_lr=0.0,
-        min_lr=2e-4,
-        wd=0.02,
-        clip_norm=1.0,
-        b1=0.9,
-        b2=0.999,
-        lr_rules=((".*", 1.0),),
-        wd_rules=((".*", 1.0),),
-    )
-    c.evals = dict(
-        image_size=0,  # That of training: sampling.max_side patches.
+    c.sampling = dict(token_budget=300, min_side=4, max_side=4, tile=48, times=4)
+    c.objective = dict(same_target_threshold=0.999)
+    c.target = dict(centre=True)
+    c.readout = dict(times=4, pool="times")
+    c.measures = dict(classes=6, epochs=20, lr=0.05)
+    c.optim = base.adamw(2e-3, 2.0, min_lr=2e-4, wd=0.02, clip_norm=1.0)
+    c.evals = base.evals(
+        0,
         batch_size=16,
-        every_epochs=0,
         online_samples_train=128,
         online_samples_test=128,
         final=("knn", "linear", "quality"),
-        knn_k=(20,),
-        knn_temperature=(0.07,),
-        probe="lbfgs",
         probe_epochs=50,
-        features="pooled",
     )
-    c.log = dict(
-        every_steps=50,
-        tensorboard=True,
-        wandb="",
-        pictures=False,
-        stall_seconds=1800.0,
-    )
-    c.checkpoint = dict(every_epochs=10.0, keep_last=2, keep_best=0, best="test/miou")
+    c.log = dict(every_steps=50)
+    c.checkpoint = dict(every_epochs=10.0, best="test/miou")
     return c
 
 
@@ -177,21 +101,19 @@ def _demo():
     """Return the demo."""
     c = _sections()
     # Noise that makes a pixel hard to tell by itself, so that its surroundings help.
-    c.data.options = dict(modalities=FEW, size=48, count=320, held=320, noise=0.35)
+    c.data.options.update(count=320, held=320, noise=0.35)
     c.evals.update(every_epochs=10, online_samples_test=160, final_samples_test=160)
     return c
 
 
 def _smoke():
-    c = _sections()
-    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 4, 0.0
-    c.data.options = dict(modalities=FEW, size=16, count=8)
-    c.network.update(width=16, heads=2, depth=1, decoder_depth=1)
+    c = base.smoke(_sections(), 4)
+    c.data.options.update(size=16, count=8)
+    c.network.update(width=16, heads=2, depth=1)
     c.sampling.update(min_side=2, max_side=2, tile=16, times=2)
     c.hybrid.loss_tokens_per_modality = 16
     c.readout.times, c.measures.epochs = 2, 2
     c.evals.update(batch_size=4, final=("knn",), knn_k=(3,))
-    c.log.every_steps = 1
     return c
 
 
@@ -210,6 +132,7 @@ def _evidence():
     c.log.update(every_steps=100, tensorboard=False)
     c.checkpoint.every_epochs = 5.0
     plain = ("hybrid.upsampler=bilinear", "hybrid.visible_loss_weight=0.0")
+    fine = ("hybrid.processing_patch_size=(2,)", "sampling.min_side=12")
     c.study = dict(
         seeds=(0, 1, 2),
         arms=dict(
@@ -217,12 +140,7 @@ def _evidence():
             hybrid_bilinear=plain,
             hybrid_decoder=(*plain, "readout.mode=decoder"),
             hybrid_skip=(),
-            all_at_q=(
-                *plain,
-                "hybrid.processing_patch_size=(2,)",
-                "sampling.min_side=12",
-                "sampling.max_side=12",
-            ),
+            all_at_q=(*plain, *fine, "sampling.max_side=12"),
         ),
         columns=(
             "final/test/miou",
@@ -238,42 +156,27 @@ def _evidence():
 
 def _published(size="nano", *, lr=None, wd=None):
     """Return OlmoEarth's recipe: patches of 1 to 8 pixels, the weights' conventions."""
+    rate, decay = RATES[size]
+    rate, decay = lr or rate, wd or decay
     c = _sections()
     c.precision = "bfloat16"
     c.batch_size, c.epochs, c.per_device = 512, 300.0, 32
     # Not by update(), which would keep the options of the demo.
     c.data.source, c.data.options = "olmoearth", dict(modalities=ALL)
     c.inputs.modalities = ALL
-    c.network.update(
-        size=size,
-        width=0,
-        heads=0,
-        depth=0,
-        decoder_depth=0,
-        drop_path=0.1,
-        patch_resize="input",
-        frequencies="legacy",
-        anchor="corner",
+    c.network = dict(
+        size=size, patch_resize="input", frequencies="legacy", anchor="corner"
     )
-    c.hybrid.update(
-        processing_patch_size=(),
-        output_patch_size=0,
-        upsampler="bilinear",
-        visible_loss_weight=0.0,
-        loss_tokens_per_modality=16384,
+    c.hybrid = dict(
+        processing_patch_size=(), output_patch_size=0, loss_tokens_per_modality=16384
     )
-    c.sampling.update(
-        token_budget=2250, min_side=1, max_side=12, tile=128, times=12, hold=8
-    )
+    c.sampling = dict(hold=8)
     c.objective.same_target_threshold = 0.0
-    c.target.centre, c.readout.pool = False, "mean"
-    c.measures.classes = 0
-    rate, decay = RATES[size]
-    c.optim.update(lr=rate if lr is None else lr, wd=decay if wd is None else wd)
+    c.target.centre, c.measures.classes = False, 0
     # 8000 steps of 2224 an epoch; the rate ends at a tenth of its peak.
-    c.optim.update(warmup_epochs=3.597, min_lr=0.1 * c.optim.lr)
+    c.optim.update(lr=rate, wd=decay, warmup_epochs=3.597, min_lr=0.1 * rate)
     c.evals.update(image_size=64, batch_size=64, final=("quality",))
-    c.readout.update(p=4, times=12)
+    c.readout.update(p=4, times=12, pool="mean")
     c.checkpoint.update(every_epochs=0.25, keep_every_epochs=2.25, best="loss")
     return c
 
@@ -281,10 +184,8 @@ def _published(size="nano", *, lr=None, wd=None):
 def _ps8_ps1(size="nano"):
     """Return the hybrid at p=8, q=1, as it was meant to be."""
     c = _published(size, lr=1e-4, wd=0.02)
-    c.network.update(patch_resize="weights", frequencies="standard", anchor="center")
-    c.hybrid.update(
-        processing_patch_size=(8,), output_patch_size=1, loss_tokens_per_modality=1024
-    )
+    c.network = dict(size=size)
+    c.hybrid = dict(processing_patch_size=(8,), output_patch_size=1)
     c.objective.same_target_threshold = 0.999
     c.readout.update(p=8, q=1)
     return c
@@ -293,23 +194,16 @@ def _ps8_ps1(size="nano"):
 def _rgb():
     """Return a ViT-B/16 on photographs, features at 4 pixels."""
     c = _ps8_ps1("base")
-    c.batch_size, c.epochs, c.per_device = 1024, 300.0, 64
-    c.data.update(
-        source="imagenet",
-        test_split="val",
-        channels=3,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-    )
-    c.data.options = {}
+    c.batch_size, c.per_device = 1024, 64
+    c.data = base.data("imagenet", **base.RGB | dict(test_split="val"))
     c.inputs.modalities = ("rgb",)
     c.network.base_patch = 16
     c.hybrid.update(processing_patch_size=(16,), output_patch_size=4)
-    c.mask.update(type="random", decode_only=())
+    c.mask = dict(type="random", decode_only=())
     c.sampling.update(token_budget=196, min_side=14, max_side=14, tile=224, times=1)
-    c.augment.turns = "flip"
+    c.augment = dict(turns="flip")
     c.objective.same_target_modalities = ()
-    c.optim.update(warmup_epochs=10.0)
+    c.optim.warmup_epochs = 10.0
     c.evals.update(image_size=0, final=("knn", "linear", "quality"))
     c.readout.update(p=16, q=4, times=1)
     c.checkpoint.update(every_epochs=1.0, keep_every_epochs=50.0)
@@ -328,11 +222,4 @@ RECIPES = {
     "large": lambda: _published("large"),
     "rgb_vitb_p16_q4": _rgb,
 }
-
-
-def get_config(name=""):
-    """Return the recipe `name`."""
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    return RECIPES[name]()
+get_config = base.recipes(RECIPES)

@@ -14,21 +14,19 @@ Arguments (`--config=configs/linprobe_vit.py:NAME`):
 Published (pooled patch tokens): 49.4 % (cubic 0.8), 37.1 % (cubic 0.65).
 """
 
-import importlib.util
-import pathlib
+from vitssl import config
 
-_here = pathlib.Path(__file__).with_name("finetune_vit.py")
-_spec = importlib.util.spec_from_file_location("finetune_vit", _here)
-finetune_vit = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(finetune_vit)
+base = config.beside(__file__, "base")
+finetune_vit = config.beside(__file__, "finetune_vit")
 
 
-def _probe(c):
+def _probe(name=""):
     """Turn a fine-tuning config into a probe."""
+    c = finetune_vit.get_config(name)
     c.head.update(batchnorm=True, init_std=0.01)
     c.model.drop_path = 0.0
     c.objective.smoothing = 0.0
-    c.mix.update(mixup=0.0, cutmix=0.0)
+    c.mix = {}
     c.augment.update(randaugment="", erase=0.0, crop="clipped")
     c.optim.update(
         name="lars",
@@ -45,22 +43,22 @@ def _probe(c):
 
 
 def _demo():
-    c = _probe(finetune_vit.get_config())
-    c.batch_size, c.epochs, c.optim.warmup_epochs = 256, 60.0, 6.0
-    c.optim.lr = 2.0
+    c = _probe()
+    c.batch_size, c.epochs = 256, 60.0
+    c.optim.update(lr=2.0, warmup_epochs=6.0)
     c.evals.every_epochs = 20.0
     c.checkpoint.every_epochs = 20.0
     return c
 
 
 def _smoke():
-    c = _probe(finetune_vit.get_config("smoke"))
+    c = _probe("smoke")
     c.objective.ema = 0.0
     return c
 
 
 def _imagenet():
-    c = _probe(finetune_vit.get_config("ft_vitb_from100_1gpu"))
+    c = _probe("ft_vitb_from100_1gpu")
     c.batch_size, c.per_device, c.epochs = 16384, 2048, 90.0
     c.optim.warmup_epochs = 10.0
     c.checkpoint.every_epochs = 1.0
@@ -73,11 +71,4 @@ RECIPES = {
     "lp_vitb_cubic080": _imagenet,
     "lp_vitb_cubic065": _imagenet,
 }
-
-
-def get_config(name=""):
-    """Return the recipe `name`."""
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    return RECIPES[name]()
+get_config = base.recipes(RECIPES)

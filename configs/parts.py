@@ -44,9 +44,9 @@ Published results (third-party table of arXiv:2506.08915): Waterbirds 99.0 avera
 CUB-trained on Waterbirds 86.2, MetaShift 88.7; PDiscoFormer CUB 89.1.
 """
 
-import ml_collections
+from vitssl import config
 
-RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+base = config.beside(__file__, "base")
 
 FLAGS = {  # option: (section, key, value)
     "soft_masks": ("parts", "masks", "soft"),
@@ -106,47 +106,11 @@ def groups(
 
 def _demo():
     """Return the demo: a small two-stage model on drawn birds, from random weights."""
-    c = ml_collections.ConfigDict()
-    c.method, c.seed = "parts", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 16, 5.0, 0, 1
-    c.precision = "float32"
-    c.data = dict(
-        source="birds",
-        root="",
-        split="train",
-        bank_split="train",
-        test_split="test",
-        **RGB,
-        on_bad_image="skip",
-        threads=-1,
-        workers=-1,
-        options=dict(count=0, purity=0.5),
-    )
-    c.model = dict(
-        name="vit",
-        width=64,
-        depth=3,
-        heads=4,
-        patch=4,
-        image_size=0,  # That of training.
-        mlp_ratio=2.0,
-        registers=1,
-        class_position=False,
-        remat=False,
-    )
-    c.parts = dict(
-        kind="two_stage",
-        count=4,
-        masks="hard",
-        gumbel=True,
-        temperature=1.0,
-        dropout=0.3,
-        mask_dropout=0.3,
-        modulation="layer_norm",
-        # The modulation would make any features orthogonal: its bias is free to.
-        modulated_orthogonality=False,
-        rooms=(0.5, 1.0),
-    )
+    c = base.run("parts", batch_size=16, epochs=5.0)
+    c.data = base.data("birds", options=dict(count=0, purity=0.5), **base.RGB)
+    c.model = base.bird_vit()
+    # The modulation would make any features orthogonal: its bias is free to.
+    c.parts = dict(count=4, modulated_orthogonality=False, rooms=(0.5, 1.0))
     # Every bird shows all its parts, so every image must (a group of one); from random
     # weights only a pull on all of the background, and compact parts, keep the
     # background out of the parts.
@@ -157,60 +121,30 @@ def _demo():
         background_type="log",
         concentration=20.0,
     )
-    c.affine = dict(degrees=90.0, translate=(0.11, 0.11), scale=(0.8, 1.4))
     c.augment = dict(
-        recipe="cub_original",
-        size=48,
-        flip=0.5,
-        planckian=0.0,
-        degrees=20.0,
-        translate=(0.1, 0.1),
-        scale=(0.9, 1.1),
+        size=48, planckian=0.0, degrees=20.0, translate=(0.1, 0.1), scale=(0.9, 1.1)
     )
-    c.average = dict(decay=0.0)
     c.measures = dict(leave_one_out=True)
-    c.optim = dict(
-        name="adamw",
-        lr=1e-3,
-        schedule="cosine",
-        warmup_epochs=1.0,
-        min_lr=0.0,
-        wd=0.05,
-        clip_norm=2.0,
-        **groups(scratch=20.0, modulation=20.0, finer=3.0, freeze_backbone=False),
-    )
-    c.evals = dict(
-        image_size=0,  # That of training.
+    rules = groups(scratch=20.0, modulation=20.0, finer=3.0, freeze_backbone=False)
+    c.optim = base.adamw(1e-3, 1.0, clip_norm=2.0, **rules)
+    c.evals = base.evals(
+        1,
         batch_size=100,
-        every_epochs=1,
         online_samples_train=400,
         online_samples_test=400,
         online=False,
         final=(),
-        knn_k=(20,),
-        knn_temperature=(0.07,),
-        probe="lbfgs",
         probe_epochs=10,
-        features="pooled",
     )
-    c.log = dict(
-        every_steps=50,
-        tensorboard=True,
-        wandb="",
-        pictures=True,
-        stall_seconds=1800.0,
-    )
-    c.checkpoint = dict(
-        every_epochs=1.0, keep_last=2, keep_best=1, best="test/worst_group"
-    )
+    c.log = dict(every_steps=50, pictures=True)
+    c.checkpoint = dict(every_epochs=1.0, keep_best=1, best="test/worst_group")
     return c
 
 
 def _demo_baseline():
     """Return the demo's ViT without parts: what the background costs it."""
     c = _demo()
-    c.parts.kind = "baseline"
-    c.measures.update(leave_one_out=False)
+    c.parts.kind, c.measures.leave_one_out = "baseline", False
     c.optim.update(**groups("baseline", scratch=20.0, freeze_backbone=False))
     return c
 
@@ -234,16 +168,8 @@ def _evidence():
         arms=dict(hard=(), soft=("parts.masks=soft",), no_masks=single),
         columns=tuple(
             f"final/test/{name}"
-            for name in (
-                "top1",
-                "worst_group",
-                "swap_same",
-                "swap_random",
-                "nmi",
-                "ari",
-                "keypoint_error",
-                "miou",
-            )
+            for name in "top1 worst_group swap_same swap_random nmi ari "
+            "keypoint_error miou".split()
         ),
     )
     return c
@@ -262,39 +188,22 @@ def _evidence_run():
 
 
 def _smoke():
-    c = _demo()
-    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c = base.smoke(_demo(), 16)
     c.model.update(width=32, depth=1)
     c.data.options = dict(count=64)
-    c.log.update(every_steps=1, pictures=False)
     return c
 
 
-def _published(source, classes_per_batch=128, image=518):
+def _published(source, count=8, batch=128, image=518):
     """Return what the published recipes share: ViT-B/14 with four registers."""
     c = _demo()
-    c.precision, c.seed = "bfloat16", 42
-    c.batch_size, c.epochs = classes_per_batch, 90.0
+    c.precision, c.seed, c.batch_size, c.epochs = "bfloat16", 42, batch, 90.0
     c.data.source, c.data.options = source, {}  # update() would merge the options.
-    c.model.update(
-        width=768,
-        depth=12,
-        heads=12,
-        patch=14,
-        mlp_ratio=4.0,
-        registers=4,
-        layerscale=1e-5,
-        remat=True,
-    )
-    c.parts.update(count=8, rooms=(0.25, 0.5, 0.75, 1.0), modulated_orthogonality=True)
-    c.objective = dict(presence_group=16, background=2.0)
-    c.augment.update(
-        size=image,
-        planckian=0.8,
-        degrees=90.0,
-        translate=(0.2, 0.2),
-        scale=(0.8, 1.2),
-    )
+    c.model.update(patch=14, mlp_ratio=4.0, registers=4, layerscale=1e-5, remat=True)
+    c.model.update(**base.VIT["b"])
+    c.parts = dict(count=count)
+    c.objective = dict(presence_group=16)
+    c.augment = dict(size=image)
     c.optim.update(
         lr=1e-6,
         lr_batch=16,
@@ -302,28 +211,19 @@ def _published(source, classes_per_batch=128, image=518):
         warmup_epochs=0.0,
         per_epoch=True,
         floors="absolute",
-        wd=0.05,
         wd_normalised=True,
         **groups(),
     )
-    c.evals.update(batch_size=32, every_epochs=1)
-    c.evals.update(online_samples_train=0, online_samples_test=0)
-    c.measures.update(leave_one_out=False, maps=0.05, maps_every_epochs=16)
+    c.evals.update(batch_size=32, online_samples_train=0, online_samples_test=0)
+    c.measures = dict(maps=0.05)
     c.init = {"from": "", "rename": BOTH, "skip": HEADS}
     c.log.every_steps = 10
-    c.checkpoint.update(every_epochs=1.0, best="test/top1")
-    return c
-
-
-def _cub(count):
-    c = _published("cub")
-    c.parts.count = count
+    c.checkpoint.best = "test/top1"
     return c
 
 
 def _waterbirds(count=8):
-    c = _published("waterbirds")
-    c.parts.count = count
+    c = _published("waterbirds", count)
     c.checkpoint.best = "test/worst_group"
     return c
 
@@ -338,21 +238,19 @@ def _siim_acr_rad_dino():
 
 
 def _metashift(count=2):
-    c = _published("metashift", image=224)
-    c.parts.count = count
+    c = _published("metashift", count, image=224)
     c.checkpoint.best = "test/worst_class"
     return c
 
 
 def _pdiscoformer_cub():
     """Return PDiscoFormer's recipe, arXiv:2407.04538: one stage, Adam, stairs."""
-    c = _published("cub", 32)
+    c = _published("cub", batch=32)
     c.epochs = 28.0
     c.parts.update(kind="single_stage", mask_dropout=0.0)
     c.augment.planckian = 0.0
     c.optim.update(
         name="adam",
-        lr=1e-6,
         schedule="stairs",
         stair_epochs=4.0,
         gamma=0.5,
@@ -366,35 +264,18 @@ def _pdiscoformer_cub():
 def _pdisconet_cub():
     """Return PDiscoNet: the same head on a ResNet-101, nothing frozen."""
     c = _pdiscoformer_cub()
-    c.model = dict(
-        name="resnet",
-        depths=(3, 4, 23, 3),
-        widths=(64, 128, 256, 512),
-        stem=64,
-        kind="bottleneck",
-        output_stride=32,
-    )
-    c.precision = "float32"
-    c.augment.size = 448
-    c.optim.update(
-        lr=1e-4,
-        **groups(
-            "single_stage",
-            scratch=100.0,
-            modulation=100.0,
-            finer=10.0,
-            freeze_backbone=False,
-        ),
-    )
+    c.model = dict(name="resnet", depths=(3, 4, 23, 3))
+    c.precision, c.augment.size, c.optim.lr = "float32", 448, 1e-4
+    rates = dict(scratch=100.0, modulation=100.0, finer=10.0)
+    c.optim.update(**groups("single_stage", freeze_backbone=False, **rates))
     return c
 
 
 def _baseline(source="waterbirds", **keys):
     """Return one ViT without parts, fine-tuned as the originals' baselines are."""
     c = _published(source)
-    c.parts.update(kind="baseline", pooling="cls")
+    c.parts.update(**dict(kind="baseline", pooling="cls") | keys)
     c.measures.maps = 0.0  # There are none.
-    c.parts.update(**keys)
     c.optim.update(
         lr=1e-4,
         lr_batch=0,
@@ -417,8 +298,8 @@ RECIPES = {
     "evidence": _evidence,
     "evidence_run": _evidence_run,
     "demo_baseline": _demo_baseline,
-    "cub_k8": lambda: _cub(8),
-    "cub_k4": lambda: _cub(4),
+    "cub_k8": lambda: _published("cub"),
+    "cub_k4": lambda: _published("cub", 4),
     "waterbirds": _waterbirds,
     "waterbirds_k4": lambda: _waterbirds(4),
     "siim_acr_rad_dino": _siim_acr_rad_dino,
@@ -433,16 +314,11 @@ RECIPES = {
 }
 
 
-def get_config(argument=""):
-    """Return the recipe of an argument "NAME,OPTION,OPTION=VALUE"."""
-    name, *options = argument.split(",")
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    c = RECIPES[name]()
+def _options(c, words):
+    """Change a recipe by its options; rates and freezes belong together."""
     rates = {}
-    for option in options:
-        key, _, value = option.partition("=")
+    for word in words:
+        key, _, value = word.partition("=")
         if key in FLAGS:
             section, field, given = FLAGS[key]
             c[section][field] = given
@@ -457,7 +333,9 @@ def get_config(argument=""):
             rates[key] = float(value)
         else:
             known = ", ".join((*FLAGS, "as_coded", "train_backbone", *FREEZES, *RATES))
-            raise ValueError(f"no option {option!r}; there is: {known}")
+            raise ValueError(f"no option {word!r}; there is: {known}")
     if rates:
-        c.optim.update(**groups(c.parts.kind, **rates))
-    return c
+        c.optim.update(**groups(c.parts.get("kind", "two_stage"), **rates))
+
+
+get_config = base.recipes(RECIPES, _options)

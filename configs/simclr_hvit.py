@@ -30,132 +30,74 @@ untrained network's 36.0, on raw pixels 69.5, on a colour histogram 49.8.
 Published: a linear probe on the logged runs' features gets 13 to 60 % of seven classes.
 """
 
-import ml_collections
+from vitssl import config
 
-RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-# Vectors do not decay, nor do position tables.
-DECAY = ((r".*/(bias|scale|pos_embed|disease_mask|cls)", 0.0), (".*", 1.0))
-SIZES = {  # width, depths, heads, patch, image size
-    "small": (96, (2, 2, 6, 2), (3, 6, 12, 24), 16, 256),
-    "xl": (192, (3, 6, 24, 3), (6, 12, 24, 48), 14, 448),
-}
+base = config.beside(__file__, "base")
 
 
 def _demo():
-    """Return the demo: every section, at the size of two cores."""
-    c = ml_collections.ConfigDict()
-    c.method, c.seed = "simclr", 0
-    c.batch_size, c.epochs, c.steps, c.accumulate = 64, 25.0, 0, 1
-    c.precision = "float32"
-    c.data = dict(
-        source="leaves",
-        root="",
-        split="train",
-        bank_split="train",
-        test_split="test",
-        channels=3,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        on_bad_image="skip",
-        threads=-1,
-        workers=-1,
-        options={},
-    )
-    c.model = dict(
-        name="hvit",
-        width=32,
-        depths=(1, 2, 1),
-        heads=(1, 2, 4),
-        patch=6,
-        image_size=0,  # That of training.
-        mlp_ratio=4.0,
-        drop_path=0.0,
-        remat=False,
-    )
+    """Return the demo."""
+    c = base.run("simclr", batch_size=64, epochs=25.0)
+    c.data = base.data("leaves", **base.LEAVES)
+    c.model = base.hvit()
     c.projector = dict(width=64, hidden=128, batchnorm=True)
-    c.objective = dict(loss="nt_xent", temperature=0.1, pool="mean")
+    c.objective = dict(loss="nt_xent", temperature=0.1)
     c.augment = dict(
         size=48,
         scale=(0.3, 1.0),
-        flip=0.5,
         jitter=(0.4, 0.4, 0.4, 0.05),
-        jitter_prob=0.8,
         grayscale_prob=0.1,
         blur_prob=0.2,
         interpolation="fast",
     )
-    c.optim = dict(
-        name="adamw",
-        lr=2e-3,
-        schedule="cosine",
-        warmup_epochs=3.0,
-        min_lr=0.0,
-        wd=0.05,
-        clip_norm=1.0,
-        wd_rules=DECAY,
-    )
-    c.evals = dict(
-        image_size=0,  # That of training.
+    # Vectors do not decay, nor do position tables.
+    rules = base.decaying_but(r".*/(bias|scale|pos_embed|disease_mask|cls)")
+    c.optim = base.adamw(2e-3, 3.0, clip_norm=1.0, wd_rules=rules)
+    c.evals = base.evals(
+        5.0,
         batch_size=210,
-        every_epochs=5.0,
         online_samples_train=1000,
-        online_samples_test=0,
         online_probe_epochs=10,
-        final=("knn", "linear"),
         baselines=("pixels", "colours"),
-        knn_k=(20,),
-        knn_temperature=(0.07,),
-        probe="lbfgs",
         probe_epochs=10,
         probe_schedule="constant",
         probe_batch=64,
-        features="pooled",
     )
-    c.log = dict(
-        every_steps=50,
-        tensorboard=True,
-        wandb="",
-        pictures=True,
-        stall_seconds=1800.0,
-    )
-    c.checkpoint = dict(every_epochs=5.0, keep_last=2, keep_best=1, best="probe/top1")
+    c.log = dict(every_steps=50, pictures=True)
+    c.checkpoint = dict(every_epochs=5.0, keep_best=1, best="probe/top1")
     return c
 
 
 def _smoke():
-    c = _demo()
-    c.steps, c.batch_size, c.optim.warmup_epochs = 2, 16, 0.0
+    c = base.smoke(_demo(), 16)
     c.model.update(depths=(1, 1), heads=(1, 2))
     c.data.options = dict(count=64)
     c.evals.update(online_samples_train=64, batch_size=32)
-    c.log.update(every_steps=1, pictures=False)
     return c
 
 
 def _vit():
     c = _demo()
-    c.model = dict(name="vit", width=64, depth=4, heads=2, patch=6, image_size=0)
+    c.model = base.vit(width=64, depth=4, heads=2, patch=6)
     return c
 
 
 def _folder():
     c = _demo()
-    c.data.source, c.data.options = "folder", {}
+    c.data.source = "folder"
     return c
 
 
-def _published(size):
+def _published(size="small"):
     """Return the documented recipe at a size of the model."""
-    width, depths, heads, patch, side = SIZES[size]
     c = _demo()
-    c.seed, c.precision, c.batch_size, c.epochs = 42, "bfloat16", 64, 100.0
-    c.data.update(source="sarcld", test_split="val", **RGB)
-    c.model.update(width=width, depths=depths, heads=heads, patch=patch)
-    c.model.update(drop_path=0.1)
-    c.projector.update(width=128, hidden=0, batchnorm=False)
+    c.seed, c.precision, c.epochs = 42, "bfloat16", 100.0
+    c.data.update(source="sarcld", test_split="val", **base.RGB)
+    c.model.update(drop_path=0.1, **base.HVIT[size])
+    c.projector = dict(width=128, hidden=0, batchnorm=False)
     c.objective.temperature = 0.07
     c.augment.update(
-        size=side,
+        size=base.HVIT_SIDE[size],
         scale=(0.2, 1.0),
         jitter=(0.8, 0.8, 0.8, 0.2),
         grayscale_prob=0.2,
@@ -163,8 +105,7 @@ def _published(size):
         interpolation="bilinear",
     )
     c.optim.update(lr=3e-4, warmup_epochs=10.0, wd=1e-4, clip_norm=0.0)
-    c.evals.update(batch_size=64, probe="sgd")
-    c.evals.update(online_samples_train=0, final=("knn", "linear"))
+    c.evals.update(batch_size=64, probe="sgd", online_samples_train=0)
     c.log.every_steps = 10
     c.checkpoint.every_epochs = 25.0
     return c
@@ -175,7 +116,7 @@ def _logged():
     c = _published("xl")
     c.epochs = 80.0
     c.model.update(drop_path=0.2, remat=True)
-    c.projector.update(width=256, hidden=4096, batchnorm=True)
+    c.projector = dict(width=256, hidden=4096, batchnorm=True)
     c.objective.update(loss="infonce", temperature=0.1)
     c.augment.scale = (0.08, 1.0)
     c.optim.update(lr=5e-4, wd=0.05, clip_norm=1.0)
@@ -183,7 +124,7 @@ def _logged():
 
 
 def _supplement():
-    c = _published("small")
+    c = _published()
     c.epochs = 80.0
     c.model.drop_path = 0.3
     c.objective.temperature = 0.5
@@ -197,15 +138,8 @@ RECIPES = {
     "smoke": _smoke,
     "vit": _vit,
     "folder": _folder,
-    "sarcld_small": lambda: _published("small"),
+    "sarcld_small": _published,
     "sarcld_xl_448": _logged,
     "supplement": _supplement,
 }
-
-
-def get_config(name=""):
-    """Return the recipe `name`."""
-    if name not in RECIPES:
-        known = ", ".join(k for k in RECIPES if k)
-        raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
-    return RECIPES[name]()
+get_config = base.recipes(RECIPES)

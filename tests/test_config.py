@@ -163,7 +163,7 @@ def test_one_value_stands_for_a_tuple_of_any_length():
         experiment.read(c)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=str)
+@pytest.mark.parametrize("path", config.files(ROOT / "configs"), ids=str)
 def test_every_recipe_is_valid(path):
     module = config.module(str(path))
     for name in module.RECIPES:

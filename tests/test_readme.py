@@ -15,21 +15,21 @@ TRAIN = ("launch/local.sh", "vitssl train", "python -m vitssl.main")
 # Commands that do something else than train, and the file whose tests run them.
 TESTED = {
     "launch/test.sh": "conftest.py",  # It runs these tests.
-    "vitssl recipes": "test_recipes.py",
-    "vitssl runs": "workdirs/test_cli.py",
-    "vitssl compare": "workdirs/test_cli.py",
-    "vitssl report": "workdirs/test_cli.py",
+    "vitssl recipes": "tools/test_recipes.py",
+    "vitssl runs": "tools/test_cli.py",
+    "vitssl compare": "tools/test_cli.py",
+    "vitssl report": "tools/test_cli.py",
     "vitssl convert import": "convert/test_commands.py",
     "vitssl convert export": "convert/test_commands.py",
     "vitssl convert families": "convert/test_families.py",
     "vitssl extract": "convert/test_commands.py",
-    "vitssl sweep": "launch/test_sweep.py",
-    "python -m vitssl.bench hybrid": "bench/test_hybrid.py",
-    "python -m vitssl.bench parts": "bench/test_parts.py",
-    "python -m vitssl.bench freeze": "bench/test_freeze.py",
-    "python -m vitssl.bench data": "bench/test_data.py",
-    "python -m vitssl.bench knn": "bench/test_knn.py",
-    "vitssl store": "methods/test_localmim_prefix.py",
+    "vitssl sweep": "tools/test_sweep.py",
+    "python -m vitssl.bench hybrid": "bench/test_hybrid_time.py",
+    "python -m vitssl.bench parts": "bench/test_parts_time.py",
+    "python -m vitssl.bench freeze": "bench/test_freeze_time.py",
+    "python -m vitssl.bench data": "bench/test_data_time.py",
+    "python -m vitssl.bench knn": "bench/test_knn_time.py",
+    "vitssl store": "methods/localmim/test_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.
 UNTESTED = ("python -m vitssl.bench step", "python -m pytest -m torch")
@@ -85,4 +85,4 @@ def test_files_that_the_readme_names_exist():
     named |= set(re.findall(r"\]\(([\w/.]+)\)", README))
     assert len(named) > 10
     absent = {n for n in named if not (runs.ROOT / n).exists()}
-    assert absent == {"configs/x.py", "vitssl/methods/x.py"}  # "To add a method".
+    assert absent == set()

@@ -18,7 +18,7 @@ from vitssl import config, main
 from vitssl.run import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = config.files(ROOT / "configs")
 RECIPES = [
     f"{path.stem}:{name}"
     for path in CONFIGS
@@ -106,7 +106,8 @@ def command(recipe, data, **given):
     """Return the arguments that run a recipe in small."""
     file, _, name = recipe.partition(":")
     spec = f"{ROOT}/configs/{file}.py:{name}"
-    c = config.recipe(spec)
+    # Read, so that sizes of 0 are those of training.
+    c = experiment.read(experiment.load(spec, ["init.from=DIR"])).config
     changes = EVERYWHERE | shrunk(c) | given
     changes["data.root"] = data(c.data.source)
     if c.epochs == 0:

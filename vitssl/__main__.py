@@ -2,4 +2,5 @@
 
 from vitssl import cli
 
-cli.cli()
+if __name__ == "__main__":  # Importing it runs nothing.
+    cli.cli()

@@ -4,7 +4,8 @@ Every command has `--help`, ends with the exit codes of `vitssl.main`, and says 
 is wrong in one line.
 """
 
-import argparse
+import difflib
+import importlib
 import pathlib
 import sys
 
@@ -47,42 +48,26 @@ def main(argv: list[str]) -> int:
         print(_unknown(command), file=sys.stderr)
         return errors.UsageError.code
     try:
-        return COMMANDS[command](rest)
-    except errors.VitsslError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
-        return e.code
+        return errors.exit_code(_command(command), rest)
     except BrokenPipeError:  # `vitssl runs | head`
         sys.stderr.close()
         return 0
 
 
 def _unknown(command) -> str:
-    import difflib
-
     near = difflib.get_close_matches(command, COMMANDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
     return f"UsageError: vitssl {command}: no such command; {hint}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message):
-        raise errors.UsageError(f"{self.prog}: {message} ({self.prog} --help)")
+def _command(name):
+    """Return the function of a command; only now is what it needs imported."""
+    found = COMMANDS[name]
+    return importlib.import_module(found).main if isinstance(found, str) else found
 
 
 def _parser(command, text):
-    return _Parser(
-        prog=f"vitssl {command}",
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _train(argv):
-    from vitssl import main as train
-
-    return train.main(argv)
+    return errors.Parser(f"vitssl {command}", text)
 
 
 def _recipes(argv):
@@ -166,41 +151,11 @@ def _report(argv):
 
     run = workdir.workdir(flags.run)
     if flags.draw:
-        code = _pictures([flags.run])
+        code = _command("pictures")([flags.run])
         if code:
             return code
     _write(flags.out or run.path / "report.html", page.page(run))
     return 0
-
-
-def _pictures(argv):
-    from vitssl.tools import draw
-
-    return draw.main(argv)
-
-
-def _convert(argv):
-    from vitssl.convert import __main__ as convert
-
-    return convert.main(argv)
-
-
-def _extract(argv):
-    from vitssl.tools import extract
-
-    return extract.main(argv)
-
-
-def _sweep(argv):
-    from vitssl.tools import sweep
-
-    return sweep.main(argv)
-
-
-def _store(argv):
-    from vitssl.tools import feature_store
-
-    return feature_store.main(argv)
 
 
 def _write(path, text):
@@ -213,18 +168,19 @@ def _write(path, text):
     print(f"{path}: {len(text.encode()) / 1e6:.1f} MB, open it in any browser")
 
 
+# A module has a function `main`.
 COMMANDS = {
-    "train": _train,
+    "train": "vitssl.main",
     "recipes": _recipes,
     "doctor": _doctor,
     "runs": _runs,
     "compare": _compare,
     "report": _report,
-    "pictures": _pictures,
-    "convert": _convert,
-    "extract": _extract,
-    "sweep": _sweep,
-    "store": _store,
+    "pictures": "vitssl.tools.draw",
+    "convert": "vitssl.convert.__main__",
+    "extract": "vitssl.tools.extract",
+    "sweep": "vitssl.tools.sweep",
+    "store": "vitssl.tools.feature_store",
 }
 
 

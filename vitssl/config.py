@@ -14,6 +14,7 @@ import inspect
 import json
 import keyword
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,12 @@ def recipe(spec: str) -> ml_collections.ConfigDict:
     """Return the config of `PATH[:ARGUMENT]`, as its file states it.
 
     Raises:
-        UsageError: no such file or argument.
+        UsageError: no such file or argument, or no `get_config` in it.
     """
     path, _, argument = spec.partition(":")
     file = module(path)
+    if not hasattr(file, "get_config"):
+        raise errors.UsageError(f"--config={path}: defines no get_config()")
     try:
         c = file.get_config(argument) if argument else file.get_config()
     except ValueError as e:
@@ -72,11 +75,11 @@ def module(path: str) -> types.ModuleType:
     """Return a config file as a module.
 
     Raises:
-        UsageError: no such file, a syntax error in it, no `get_config`.
+        UsageError: no such file, or a syntax error in it.
     """
     file = pathlib.Path(path)
     if not file.is_file():
-        near = sorted(str(p) for p in file.parent.glob("*.py"))
+        near = [str(p) for p in files(file.parent)]
         guess = difflib.get_close_matches(path, near, 1)
         also = f"; did you mean {guess[0]}?" if guess else f"; there is: {near}"
         raise errors.UsageError(f"--config={path}: no such file{also}")
@@ -88,9 +91,18 @@ def module(path: str) -> types.ModuleType:
         found.loader.exec_module(made)
     except SyntaxError as e:
         raise errors.UsageError(f"--config={path}: line {e.lineno}: {e.msg}") from e
-    if not hasattr(made, "get_config"):
-        raise errors.UsageError(f"--config={path}: defines no get_config()")
     return made
+
+
+def beside(path: str, name: str) -> types.ModuleType:
+    """Return NAME.py of the folder of a config file: how one config uses another."""
+    return module(str(pathlib.Path(path).with_name(f"{name}.py")))
+
+
+def files(folder) -> list[pathlib.Path]:
+    """Return the config files of a folder, by name, without what only helps them."""
+    found = sorted(pathlib.Path(folder).glob("*.py"))
+    return [p for p in found if re.search(r"^(def )?get_config\b", p.read_text(), re.M)]
 
 
 def _override(c, key: str, text: str, problems: Problems):

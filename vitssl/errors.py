@@ -4,6 +4,9 @@ An error of this module is printed as its message alone, without a traceback;
 anything else is a bug of ours and keeps its traceback (exit code 1).
 """
 
+import argparse
+import sys
+
 
 class VitsslError(Exception):
     """Base of the errors that end a run with a documented exit code."""
@@ -51,3 +54,24 @@ class Preempted(VitsslError):  # noqa: N818 - an event, not a fault.
     """A signal asked the run to stop and its state is saved (exit code 75)."""
 
     code = 75
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose faults are one line, and whose help stands as written."""
+
+    def __init__(self, prog: str, description: str = "", **options):
+        form = argparse.RawDescriptionHelpFormatter
+        options = {"formatter_class": form} | options
+        super().__init__(prog=prog, description=description, **options)
+
+    def error(self, message):
+        raise UsageError(f"{self.prog}: {message} ({self.prog} --help)")
+
+
+def exit_code(command, *arguments) -> int:
+    """Return what a command returns, or the code of its error, which is printed."""
+    try:
+        return command(*arguments)
+    except VitsslError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        return e.code

@@ -43,7 +43,7 @@ def opened(root_of):
 def _sections():
     """Return the distinct sections `data` of all recipes that read files, as JSON."""
     found = set()
-    for path in sorted((runs.ROOT / "configs").glob("*.py")):
+    for path in config.files(runs.ROOT / "configs"):
         for name in config.module(str(path)).RECIPES:
             section = experiment.load(f"{path}:{name}" if name else str(path)).data
             if section.source in layouts.MAKERS:

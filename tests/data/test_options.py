@@ -10,7 +10,7 @@ from vitssl.data import sources
 from vitssl.run import experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = config.files(ROOT / "configs")
 PARTS = f"{ROOT}/configs/parts.py"
 
 

@@ -1,11 +1,12 @@
 """configs/README.md says what the configs say, and its commands are valid."""
 
 import shlex
+import shutil
 
 import pytest
 
 from tests import runs
-from vitssl import cli
+from vitssl import cli, config
 from vitssl.run import experiment
 from vitssl.tools import recipes
 
@@ -78,6 +79,27 @@ def test_what_a_recipe_is_comes_from_the_nearest_place():
 def test_a_folder_without_configs_is_one_line(tmp_path, capsys):
     assert cli.main(["recipes", str(tmp_path)]) == 2
     assert "no config (*.py) in it" in capsys.readouterr().err
+
+
+def test_configs_work_from_any_folder_and_their_helpers_are_no_recipes(tmp_path):
+    for path in CONFIGS.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    base = tmp_path / "base.py"
+    base.write_text(base.read_text().replace("batch_size=256", "batch_size=255"))
+    found = experiment.load(f"{tmp_path}/knn.py:smoke")
+    assert found.evals.batch_size == 255 and found.epochs == 0
+    assert experiment.load(f"{CONFIGS}/knn.py:smoke").evals.batch_size == 256
+    names = [path.name for path in config.files(tmp_path)]
+    assert "knn.py" in names and "base.py" not in names
+
+
+def test_options_and_names_do_what_they_say():
+    plain = experiment.load(f"{CONFIGS}/finetune_hvit.py:sarcld_small")
+    c = experiment.load(f"{CONFIGS}/finetune_hvit.py:sarcld_small,out_of_memory")
+    assert (plain.accumulate, c.accumulate, c.model.remat) == (1, 4, True)
+    assert c.batch_size == plain.batch_size == 32
+    c = experiment.load(f"{CONFIGS}/localmim.py:freeze_cubic080_1gpu_save5")
+    assert c.checkpoint.keep_every_epochs == 5
 
 
 def test_arguments_are_read_from_a_docstring():

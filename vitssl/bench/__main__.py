@@ -21,13 +21,13 @@ def main(argv: list[str]) -> int:
 
     if not argv or argv[0] not in NAMES:
         print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        found = importlib.import_module(f"vitssl.bench.{argv[0]}_time").run(argv[1:])
-        print(json.dumps(found), flush=True)
-    except errors.VitsslError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return e.code
+        return errors.UsageError.code
+    return errors.exit_code(_run, argv)
+
+
+def _run(argv) -> int:
+    found = importlib.import_module(f"vitssl.bench.{argv[0]}_time").run(argv[1:])
+    print(json.dumps(found), flush=True)
     return 0
 
 

@@ -10,7 +10,6 @@ work on the machine does not count into. With --loader_batches the whole loaders
 too, ours with one thread per core, torchvision's with one process per core.
 """
 
-import argparse
 import functools
 import importlib
 import os
@@ -25,6 +24,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vitssl import errors
+from vitssl.bench import clock
 from vitssl.data import crops, decode, pipeline
 from vitssl.data.sources import folder
 from vitssl.methods.hjepa import masks
@@ -68,14 +69,7 @@ MASKS = masks.Masks(
 
 
 def picture(rng):
-    """Draw a synthetic photograph: soft light, shapes with edges, noise.
-
-    Args:
-        rng: numpy Generator.
-
-    Returns:
-        uint8 [375, 500, 3].
-    """
+    """Return a synthetic photograph, uint8 [375, 500, 3]: light, edges, noise."""
     small = rng.uniform(0, 255, (6, 8, 3)).astype(np.float32)
     image = cv2.resize(small, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     for _ in range(25):
@@ -102,17 +96,14 @@ def write_jpegs(root, count: int, seed: int) -> list[pathlib.Path]:
 
 
 def run(argv=()) -> dict:
-    """Measure, and return what is to be printed as one line of JSON.
-
-    Args:
-        argv: command-line options, as strings.
+    """Parse the options, measure, return the figures.
 
     Returns:
-        dict: `versions`; `samples_per_core_second` of each contender (median of the
+        `versions`; `samples_per_core_second` of each contender (median of the
         repeats, and all of them); `times_torchvision`, ours over theirs per repeat;
         `parts_ms`, processor time per image of the parts of our transform; `loader`.
     """
-    parser = argparse.ArgumentParser("vitssl.bench data", description=__doc__)
+    parser = errors.Parser("vitssl.bench data", __doc__)
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loader_batches", type=int, default=0)
@@ -160,17 +151,16 @@ def _ours(transform, path, index):
 
 def _in_turn(contenders, paths, repeats):
     """Return samples per second of processor time, one list per contender."""
-    rates = {name: [] for name in contenders}
     for load in contenders.values():  # Page cache, lazy imports, tables.
-        for i, path in enumerate(paths[:8]):
-            load(path, i)
-    for _ in range(repeats):
-        for name, load in contenders.items():
-            start = time.thread_time()
-            for i, path in enumerate(paths):
-                load(path, i)
-            rates[name].append(len(paths) / (time.thread_time() - start))
-    return rates
+        _pass(load, paths[:8])
+    passes = {k: functools.partial(_pass, f, paths) for k, f in contenders.items()}
+    times = clock.in_turns(passes, repeats, 1, clock=time.thread_time)
+    return {k: [len(paths) / one for (one,) in turns] for k, turns in times.items()}
+
+
+def _pass(load, paths):
+    for i, path in enumerate(paths):
+        load(path, i)
 
 
 def _ratios(rates):
@@ -199,14 +189,13 @@ def _parts(paths, repeats):
         "crops_fast_and_colour": crop("fast"),
         "masks": lambda i: masks.multicrop(rng, MASKS, (14, 14), (6, 6), (2, 6)),
     }
-    times = {name: [] for name in parts}
-    for _ in range(repeats):
-        for name, part in parts.items():
-            start = time.thread_time()
-            for i in range(len(paths)):
-                part(i)
-            times[name].append(1000 * (time.thread_time() - start) / len(paths))
-    return {name: statistics.median(t) for name, t in times.items()}
+    each = {
+        k: functools.partial(_pass, lambda _, i, f=f: f(i), paths)
+        for k, f in parts.items()
+    }
+    times = clock.in_turns(each, repeats, 1, clock=time.thread_time)
+    scale = 1000 / len(paths)
+    return {k: scale * statistics.median(s for (s,) in t) for k, t in times.items()}
 
 
 def _loaders(root, paths, o, theirs):

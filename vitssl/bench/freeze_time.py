@@ -11,66 +11,54 @@ machines, so the figure to read is `whole`: the share of the predicted saving of
 phases, each weighted with its steps, that is realised.
 """
 
-import argparse
 import json
 import sys
 
-import jax
 import numpy as np
 
-from vitssl import config, errors, tree
-from vitssl.bench import flops, step_time
+from vitssl import errors
+from vitssl.bench import case, clock, flops
 from vitssl.optim import freezeout
+from vitssl.tools import listing
 
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure every phase, return the figures."""
-    own, overrides = [], []
-    for word in argv:
-        if word.startswith("--config."):
-            overrides.append(word.removeprefix("--config."))
-        else:
-            own.append(word)
-    parser = argparse.ArgumentParser("vitssl.bench freeze", description=__doc__)
+    parser = errors.Parser("vitssl.bench freeze", __doc__)
     parser.add_argument("--config", default="configs/localmim.py")
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    o = parser.parse_args(own)
-    case = step_time._of_config(o, overrides)
-    optimizer, method = case["optimizer"], case["method"]
+    o, overrides = case.words(parser, argv)
+    of = case.of_config(o.config, overrides, o.batch, o.seed)
+    optimizer, method = of.optimizer, of.method
     if optimizer.plan is None or not hasattr(method, "stages"):
         raise errors.UsageError(
             "bench freeze: wants a LocalMIM config with freeze.schedule set"
         )
-    first, base = step_time.prepare(**case, seed=o.seed)
-    step_time._times(first, 3, 1)
+    first = of.prepare()
     theory = [cost(method, n) for n in range(optimizer.plan.last + 1)]
-    rows = [_row(0, base, case, 1.0, 1.0)]
+    rows = [_row(of, first, 0, 0, 1.0, 1.0)]
     events = sorted(set(optimizer.frozen_from.values()))
     for at in events:
-        frozen = optimizer.frozen(at)
-        count = len({optimizer.layers[k] for k in frozen} - {freezeout.NEVER})
-        one, facts = step_time.prepare(**case, seed=o.seed, at=at)
-        step_time._times(one, 3, 1)
-        ratios = []
-        for _ in range(o.turns):
-            a = np.median(step_time._times(first, 0, o.steps))
-            b = np.median(step_time._times(one, 0, o.steps))
-            ratios.append(float(b / a))
-        predicted = theory[count] / theory[0]
-        row = _row(count, facts, case, float(np.median(ratios)), predicted, at)
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    ends = [*events, case["method"].run.total_steps]
+        frozen = {optimizer.layers[k] for k in optimizer.frozen(at)}
+        count = len(frozen - {freezeout.NEVER})
+        one = of.prepare(at)
+        both = {"one": one, "first": first}
+        spent = clock.in_turns(both, o.turns, o.steps, warmup=3)
+        ratios = clock.times_faster(spent["first"], spent["one"])
+        ratio, predicted = float(np.median(ratios)), theory[count] / theory[0]
+        rows.append(_row(of, one, at, count, ratio, predicted))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    ends = [*events, method.run.total_steps]
     for row, start, end in zip(rows, [0, *events], ends, strict=True):
         row["steps"] = end - start
     found = {
         "bench": "freeze",
-        "name": config.name_of(o.config),
-        "batch": base["batch"],
-        "device": base["device"],
+        "name": of.name,
+        "batch": of.rows,
+        "device": first.figures["device"],
         "whole": whole(rows),
         "phases": rows,
     }
@@ -113,38 +101,31 @@ def _text(found) -> str:
         "peak_bytes": "peak MB",
         "optimizer_bytes": "optimizer MB",
     }
-    lines = ["| " + " | ".join(names.values()) + " |", "|" + " --- |" * len(names)]
-    for row in found["phases"]:
-        cells = [
+    cells = [
+        [
             f"{row[k] / 1e6:.2f}" if k.endswith("bytes") else str(row[k] or "-")
             for k in names
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        for row in found["phases"]
+    ]
     total = found["whole"]
-    return "\n".join(lines) + (
+    return listing.text(list(names.values()), cells) + (
         f"\nwhole run: {total['time']:.1%} of the unfrozen time, formula "
         f"{total['formula']:.1%}, realised {total['realised']:.0%} of the saving"
     )
 
 
-def _row(frozen, facts, case, ratio, predicted, at=0):
-    optimizer = case["optimizer"]
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case["batch"]
-    )
-    params, _ = jax.eval_shape(case["method"].init, jax.random.key(0), shapes)
-    live, _ = tree.split(params, optimizer.frozen(at))
-    state = jax.eval_shape(optimizer.init, live)
+def _row(of, ready, at, frozen, ratio, predicted):
     saved = 1 - predicted
     return {
         "frozen_layers": frozen,
-        "xla_gflop_per_image": round(facts["xla_gflop_per_image"], 4),
+        "xla_gflop_per_image": round(ready.figures["xla_gflop_per_image"], 4),
         "time_ratio": round(ratio, 3),
         "formula_ratio": round(predicted, 3),
         # A quotient of two numbers near nothing says nothing.
         "realised": round((1 - ratio) / saved, 2) if saved > 0.05 else None,
-        "peak_bytes": facts["compiled_peak_bytes"],
-        "optimizer_bytes": tree.count_bytes(state),
+        "peak_bytes": ready.figures["compiled_peak_bytes"],
+        "optimizer_bytes": case.moments(of, at),
     }
 
 

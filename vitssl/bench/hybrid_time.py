@@ -16,24 +16,20 @@ how many times faster it is, as a share of what its FLOPs promise ("realised"). 
     all_q        everything at q: an ordinary step with small patches
 """
 
-import argparse
 import dataclasses
 import json
 import sys
-import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from vitssl import errors
-from vitssl.bench import count, hybrid_flops
+from vitssl import errors, tree
+from vitssl.bench import case as cases
+from vitssl.bench import clock, count, hybrid_flops
 from vitssl.data import modalities, states
 from vitssl.losses import contrastive
 from vitssl.methods.latent_mim import hybrid, network, objective, target, tokens
 from vitssl.methods.latent_mim.objective import Pair
-from vitssl.ops import cpu
 from vitssl.run import notes
 
 MODES = ("all_p", "processing", "mixed_k", "mixed", "output", "all_q")
@@ -72,8 +68,8 @@ CASES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """A step to measure: half of the tokens are seen, half are predicted."""
+class Step(cases.Bare):
+    """The method to measure: half of the tokens are seen, half are predicted."""
 
     case: Case
     module: hybrid.HybridMIM
@@ -121,18 +117,18 @@ class Step:
         return {k: v[:, i] if k in keys else v for k, v in batch.items()}
 
     def init(self, rng, batch):
-        """Return the trained parameters and those of the target."""
+        """Return the parameters and, as what is not trained, those of the target."""
         rngs = {"params": rng, "tokens": rng}
         params = self.module.init(rngs, self.view(batch, 0), **self._static)["params"]
-        return params, params["encoder"]["patch_embed"]
+        return params, {"target": tree.copy(params["encoder"]["patch_embed"])}
 
     @property
     def _static(self):
         return {"slots": self.slots, "bounds": self.bounds}
 
-    def loss(self, params, frozen, batch, rng):
-        """Return the loss of a batch."""
-        projection = target.projection(self.module.encoder)
+    def loss(self, params, extra, batch, rng, *, step=0, phase=None):
+        """Return (loss [], (extra, {}))."""
+        projection, frozen = target.projection(self.module.encoder), extra["target"]
         total, pooled = 0.0, []
         for i in range(2):
             fields, key = self.view(batch, i), jax.random.fold_in(rng, i)
@@ -151,21 +147,17 @@ class Step:
             }
             total += objective.patch_discrimination(pairs)[0] / 2
             pooled.append(seen.pooled)
-        return total + 0.1 * contrastive.infonce_one_way(*pooled)
+        return total + 0.1 * contrastive.infonce_one_way(*pooled), (extra, {})
 
-    def update(self, state, batch, rng):
-        """Return the state after one step of AdamW, and the loss."""
-        params, frozen, opt = state
-        value, grads = jax.value_and_grad(self.loss)(params, frozen, batch, rng)
-        move, opt = optax.adamw(1e-4).update(grads, opt, params)
-        return (optax.apply_updates(params, move), frozen, opt), value
+    def grad(self, *state):
+        """Return loss and gradients of (params, extra, batch, rng)."""
+        return jax.value_and_grad(self.loss, has_aux=True)(*state)
 
-    def start(self, batch, rng):
-        """Return the first state."""
-        params, frozen = self.init(rng, batch)
-        # A copy: what is trained is donated, what is not must stay.
-        frozen = jax.tree.map(jnp.copy, frozen)
-        return params, frozen, optax.adamw(1e-4).init(params)
+    def ready(self, rows: int) -> cases.Ready:
+        """Return the trainer's step of it, compiled, on a random batch."""
+        batch, dtype = self.batch(rows), self.module.encoder.dtype
+        optimizer = cases.adamw(self, batch)
+        return cases.Case("hybrid", self, optimizer, batch, dtype).prepare()
 
 
 def step(case: Case, mode: str, loss_tokens: int = 1024) -> Step:
@@ -204,9 +196,8 @@ def facts(one: Step) -> dict:
     shapes = one.shapes(1)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(one.init, key, shapes)
-    grad = jax.value_and_grad(one.loss)
-    traced = count.products(grad, *state, shapes, key)
-    lowered = jax.jit(grad).lower(*state, shapes, key)
+    traced = count.products(one.grad, *state, shapes, key)
+    lowered = jax.jit(one.grad).lower(*state, shapes, key)
     seen = jax.eval_shape(
         lambda s, k: one.module.apply(
             {"params": s}, one.view(one.batch(1), 0), **one._static, rngs={"tokens": k}
@@ -214,22 +205,18 @@ def facts(one: Step) -> dict:
         state[0],
         key,
     )
+    fine = one.module.decoder == "output"
     return {
         "p": one.module.p,
         "q": one.module.target_patch,
         "tokens_encoder": one.slots,
-        "tokens_keys": slots_of_keys(one.module, one.slots),
+        "tokens_keys": one.slots * (one.module.factor**2 if fine else 1),
         "tokens_queries": sum(a.valid.shape[1] for a in seen.asked.values()),
         "formula_gflop": formula(one) / 1e9,
         "product_gflop": traced / 1e9,
         "xla_gflop": (lowered.cost_analysis() or {}).get("flops", 0.0) / 1e9,
         "encoder_gflop": encoder(one) / 1e9,
     }
-
-
-def slots_of_keys(module, slots: int) -> int:
-    """Return how many tokens the predictor attends to."""
-    return slots * module.factor**2 if module.decoder == "output" else slots
 
 
 def cost(one: Step) -> hybrid_flops.Cost:
@@ -248,46 +235,11 @@ def encoder(one: Step) -> float:
     return 2 * (2 * part.embed + 3 * part.encoder)
 
 
-class Timed:
-    """A compiled step of random data that goes on as often as it is asked to.
-
-    Args:
-        one: the step.
-        batch: samples.
-    """
-
-    def __init__(self, one: Step, batch: int):
-        self._data, self._key = one.batch(batch), jax.random.key(0)
-        self._state = jax.jit(one.start)(self._data, self._key)
-        options = cpu.compiler_options(one.module.encoder.dtype)
-        jitted = jax.jit(one.update, donate_argnums=0, compiler_options=options)
-        lowered = jitted.lower(self._state, self._data, self._key)
-        self._compiled = lowered.compile()
-        memory = self._compiled.memory_analysis()
-        self.peak_bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        self.loss = float("nan")
-        self.turns = []  # Milliseconds of every step, by turn.
-        self._at = 0
-
-    def turn(self, steps: int, warmup: int = 0) -> None:
-        """Run `warmup` steps and then `steps` that count."""
-        times = []
-        for _ in range(warmup + steps):
-            begin = time.perf_counter()
-            key = jax.random.fold_in(self._key, self._at)
-            self._state, loss = self._compiled(self._state, self._data, key)
-            self.loss = float(jax.block_until_ready(loss))
-            times.append(1e3 * (time.perf_counter() - begin))
-            self._at += 1
-        if steps:
-            self.turns.append(times[warmup:])
-
-
 def measure(timed: dict, steps: int, turns: int) -> dict:
-    """Run the steps of a case in turns, since machines are noisy.
+    """Run the steps of a case in turns.
 
     Args:
-        timed: {mode: `Timed`}.
+        timed: {mode: `case.Ready`}.
         steps: that count, of each.
         turns: in how many turns they are run.
 
@@ -295,28 +247,22 @@ def measure(timed: dict, steps: int, turns: int) -> dict:
         {mode: {"ms_per_step": median of all, "peak_bytes", "loss"}}; where "all_q" is
         among them also "times_faster" than it, the median over the turns, and each.
     """
-    for one in timed.values():
-        one.turn(0, warmup=3)
-    for _ in range(turns):
-        for one in timed.values():
-            one.turn(-(-steps // turns))
-    found = {}
+    spent, found = clock.in_turns(timed, turns, -(-steps // turns), warmup=3), {}
     for mode, one in timed.items():
         found[mode] = {
-            "ms_per_step": float(np.median(np.concatenate(one.turns))),
-            "peak_bytes": one.peak_bytes,
-            "loss": one.loss,
+            "ms_per_step": 1e3 * float(np.median(np.concatenate(spent[mode]))),
+            "peak_bytes": one.figures["needed_bytes"],
+            "loss": float(one.metrics["loss"]),
         }
         if "all_q" in timed:
-            pairs = zip(timed["all_q"].turns, one.turns, strict=True)
-            each = [float(np.median(a) / np.median(b)) for a, b in pairs]
+            each = clock.times_faster(spent[mode], spent["all_q"])
             found[mode] |= {"times_faster": float(np.median(each)), "turns": each}
     return found
 
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure every mode of every case, return the rows."""
-    parser = argparse.ArgumentParser("vitssl.bench hybrid", description=__doc__)
+    parser = errors.Parser("vitssl.bench hybrid", __doc__)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--batch", type=int, default=2)
@@ -336,7 +282,7 @@ def run(argv: list[str]) -> dict:
             row["times_less"] = formula(fine) / formula(one)
             row["times_less_encoder"] = encoder(fine) / encoder(one)
             if row["formula_gflop"] * o.batch <= o.most:
-                timed[mode] = Timed(one, o.batch)
+                timed[mode] = one.ready(o.batch)
         for mode, figures in measure(timed, o.steps, o.turns).items():
             own[mode] |= figures
             if "times_faster" in figures:

@@ -10,21 +10,21 @@ beforehand, whatever that takes, and only the similarities are cut to --max_byte
 Prints one JSON line; "ratio" is torch's median time over ours (ABAB order).
 """
 
-import argparse
 import importlib
 import statistics
-import time
 
 import jax
 import numpy as np
 
+from vitssl import errors
+from vitssl.bench import clock
 from vitssl.evals import knn
 from vitssl.run import notes
 
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure, return the figures."""
-    parser = argparse.ArgumentParser("vitssl.bench knn", description=__doc__)
+    parser = errors.Parser("vitssl.bench knn", __doc__)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=2_000)
     parser.add_argument("--width", type=int, default=384)
@@ -46,21 +46,18 @@ def measure(o) -> dict:
 
     bank, query = features(o.rows), features(o.queries)
 
-    def ours():
-        return knn.search(bank, query, o.k, max_bytes=o.max_bytes)[1]
+    found = {}
+    contenders = {
+        "ours": lambda: knn.search(bank, query, o.k, max_bytes=o.max_bytes)[1],
+        "peer": _torch(bank, query, o.k, o.max_bytes),
+    }
 
-    peer = _torch(bank, query, o.k, o.max_bytes)
-    ours()  # Compiles.
-    index = peer() if peer else None
-    seconds, peer_seconds = [], []
-    for _ in range(o.repeats):
-        start = time.perf_counter()
-        found = ours()
-        seconds.append(time.perf_counter() - start)
-        if peer:
-            start = time.perf_counter()
-            index = peer()
-            peer_seconds.append(time.perf_counter() - start)
+    def keeping(name, search):
+        return lambda: found.update({name: search()})
+
+    searches = {k: keeping(k, f) for k, f in contenders.items() if f}
+    times = clock.in_turns(searches, o.repeats, 1, warmup=1)  # The first compiles.
+    seconds = [one for (one,) in times["ours"]]
     median = statistics.median(seconds)
     figures = {
         "bench": "knn",
@@ -76,12 +73,13 @@ def measure(o) -> dict:
         "peak_bytes": _peak(),
         "versions": notes.versions(),
     }
-    if peer:
-        figures["torch_seconds"] = peer_seconds
-        figures["ratio"] = statistics.median(peer_seconds) / median
+    if "peer" in times:
+        figures["torch_seconds"] = [one for (one,) in times["peer"]]
+        figures["ratio"] = statistics.median(figures["torch_seconds"]) / median
         # Neighbours may change places where cosines agree to float32.
-        same = [len(set(a) & set(b)) / o.k for a, b in zip(found, index, strict=True)]
-        figures["agreement"] = float(np.mean(same))
+        pairs = zip(found["ours"], found["peer"], strict=True)
+        figures["agreement"] = float(np.mean([len(set(a) & set(b)) for a, b in pairs]))
+        figures["agreement"] /= o.k
     return figures
 
 

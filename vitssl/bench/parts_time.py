@@ -11,35 +11,25 @@ concurrency: it recomputes early and saves nothing. To see what remat saves, set
 XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false.
 """
 
-import argparse
 import json
 import sys
-import time
 
 import jax
 
-from vitssl import config, tree
-from vitssl.bench import flops, step_time
-from vitssl.run import devices, step
+from vitssl import config, errors, tree
+from vitssl.bench import case, flops
 
 
 def run(argv: list[str]) -> dict:
     """Parse the options, compile with and without remat, return the figures."""
-    own, overrides = [], []
-    for word in argv:
-        if word.startswith("--config."):
-            overrides.append(word.removeprefix("--config."))
-        else:
-            own.append(word)
-    parser = argparse.ArgumentParser("vitssl.bench parts", description=__doc__)
+    parser = errors.Parser("vitssl.bench parts", __doc__)
     parser.add_argument("--config", default="configs/parts.py:waterbirds")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    o = parser.parse_args(own)
+    o, overrides = case.words(parser, argv)
     rows = []
     for remat in (False, True):
-        case = step_time._of_config(o, [*overrides, f"model.remat={remat}"])
-        rows.append({"remat": remat} | planned(case))
+        of = case.of_config(o.config, [*overrides, f"model.remat={remat}"], o.batch)
+        rows.append({"remat": remat} | planned(of))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     plain, saving = rows
     return {
@@ -53,42 +43,19 @@ def run(argv: list[str]) -> dict:
     }
 
 
-def planned(case) -> dict:
-    """Compile a training step for its shapes alone; return what the compiler says.
-
-    Args:
-        case: of `bench.step_time`: method, optimizer, batch, accumulate ...
-    """
-    method, optimizer, batch = (case[k] for k in ("method", "optimizer", "batch"))
-    images = len(next(iter(batch.values())))
-    spec = devices.Mesh()
-    mesh = devices.mesh(spec, images, case["accumulate"])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def abstract(phase):
-        return step.abstract(method, optimizer, key, shapes, phase)
-
-    function = step.make(method, optimizer, case["accumulate"], mesh)
-    compiled = step.Compiled(function, abstract, mesh, spec)
-    phase = step.phase_at(method, optimizer, 0)
-    start = time.perf_counter()
-    executable = compiled.compile(phase, shapes)
-    seconds = time.perf_counter() - start
-    params, _ = jax.eval_shape(method.init, key, shapes)
-    fixed = optimizer.frozen(0)
-    frozen = any(k.startswith("stage_1/backbone/block") for k in fixed)
-    count = jax.device_count()
-    xla = (executable.cost_analysis() or {}).get("flops", 0.0) * count
-    memory = executable.memory_analysis()
+def planned(of: case.Case) -> dict:
+    """Compile a training step for its shapes alone; return what the compiler says."""
+    executable, figures = of.compile()
+    memory, phase = executable.memory_analysis(), of.phase()
+    params = of.compiled.abstract(phase).params
+    frozen = any(k.startswith("stage_1/backbone/block") for k in phase.frozen)
     return {
         "parameters": tree.size(params),
-        "trained": tree.size(tree.split(params, fixed)[0]),
-        "compile_seconds": round(seconds, 1),
-        "xla_gflop_per_image": xla * case["accumulate"] / images / 1e9,
-        "formula_gflop_per_image": cost(method, frozen=frozen) / 1e9,
-        # A CPU's own peak leaves the temporary buffers out.
-        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "trained": tree.size(tree.split(params, phase.frozen)[0]),
+        "compile_seconds": round(figures["compile_seconds"], 1),
+        "xla_gflop_per_image": figures["xla_gflop_per_image"],
+        "formula_gflop_per_image": cost(of.method, frozen=frozen) / 1e9,
+        "peak_bytes": figures["needed_bytes"],
         "temporary_bytes": memory.temp_size_in_bytes,
         "state_bytes": memory.argument_size_in_bytes,
     }

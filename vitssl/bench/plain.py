@@ -3,10 +3,10 @@
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
+from vitssl.bench import case
 from vitssl.methods import base
 from vitssl.models import patches, vit
 
@@ -26,12 +26,11 @@ class Network(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
-    """Supervised training without anything else; see `base.Method`."""
+class Plain(case.Bare):
+    """Supervised training without anything else."""
 
     run: base.Run
     model: vit.ViT
-    couples_batch = False
 
     @property
     def _network(self):
@@ -42,7 +41,7 @@ class Plain:
         image = jnp.zeros((1, *batch["image"].shape[1:]))
         return self._network.init(rng, image)["params"], {}
 
-    def loss(self, params, extra, batch, rng, *, phase):
+    def loss(self, params, extra, batch, rng, *, step=0, phase=None):
         """Return the mean cross-entropy of the class token's logits."""
         image = patches.normalise(batch["image"], self.run.mean, self.run.std)
         logits = self._network.apply(
@@ -52,37 +51,10 @@ class Plain:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
         return loss, (extra, {})
 
-    def after(self, params, extra, step):
-        """Return `extra`; there is nothing to update."""
-        return extra
-
-    def adopt(self, params, extra):
-        """Return `extra`; it does not depend on the parameters."""
-        return extra
-
-    def phase(self, step):
-        """Return (): every step is alike."""
-        return ()
-
-
-def shapes(batch_size: int, image: int, channels: int = 3):
-    """Return the shapes of a batch of uint8 images and labels."""
-    return {
-        "image": jax.ShapeDtypeStruct((batch_size, image, image, channels), "uint8"),
-        "label": jax.ShapeDtypeStruct((batch_size,), "int32"),
-    }
-
 
 def named(name: str, image: int, **changes) -> vit.ViT:
     """Return the ViT of a name such as "b16" or "ti16" for square images."""
     size = name.rstrip("0123456789")
     width, depth, heads = SIZES[size]
-    patch = int(name[len(size) :])
-    return vit.ViT(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch=patch,
-        image_size=image,
-        **changes,
-    )
+    own = dict(width=width, depth=depth, heads=heads, patch=int(name[len(size) :]))
+    return vit.ViT(image_size=image, **own, **changes)

@@ -4,8 +4,6 @@ Needs the extra `[torch]`. timm's ViT is used where timm can be imported (it nee
 torchvision); otherwise the same network is written out here.
 """
 
-import functools
-
 
 def name() -> str:
     """Return which network `step` uses: "timm" or "torch"."""
@@ -113,16 +111,3 @@ def _plain(width, depth, heads, patch, image, classes):
             return self.head(self.norm(self.blocks(x))[:, 0])
 
     return ViT()
-
-
-@functools.cache
-def versions() -> dict:
-    """Return the versions of the rival's packages."""
-    import torch
-
-    found = {"torch": torch.__version__}
-    if name() == "timm":
-        import timm
-
-        found["timm"] = timm.__version__
-    return found

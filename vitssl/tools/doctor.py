@@ -20,7 +20,7 @@ EXTRAS = (
     ("wandb", "wandb", "logging to Weights & Biases (log.wandb)"),
     ("tensorflow_datasets", "tfds", "data.source=tfds"),
     ("tensorboard", "dev", "reading the TensorBoard events"),
-    ("torch", "torch", "side-by-side benchmarks (python -m vitssl.bench --torch=...)"),
+    ("torch", "torch", "side-by-side benchmarks (vitssl.bench step --torch=...)"),
 )
 
 

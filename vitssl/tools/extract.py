@@ -11,7 +11,6 @@ FEATURES.parquet (extra [parquet]) has one row an image: "class", "label", "path
 each feature as a list, whose shape the schema's metadata tells under "shapes".
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -132,18 +131,13 @@ def _arrow():
     return pyarrow, parquet
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise errors.UsageError(f"{self.prog}: {message}; see --help")
-
-
 def main(argv: list[str]) -> int:
     """Run one command; return the exit code."""
-    flags = _Parser(
-        prog="vitssl extract",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return errors.exit_code(_main, argv)
+
+
+def _main(argv) -> int:
+    flags = errors.Parser("vitssl extract", __doc__)
     flags.add_argument("weights")
     flags.add_argument("--images", default="")
     flags.add_argument("--to", default="")
@@ -156,29 +150,23 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--part", default="")
     flags.add_argument("--output_patch", type=int, default=0, help="side of a token")
     flags.add_argument("--upsampling", default="shift")
-    try:
-        f = flags.parse_args(argv)
-        if bool(f.program) == bool(f.images and f.to):
-            raise errors.UsageError(
-                "give --images=FOLDER --to=FILE, or --program=FOLDER"
-            )
-        found = inference.load(
-            f.weights,
-            part=f.part,
-            pool=f.pool,
-            image_size=f.image_size,
-            output_patch=f.output_patch,
-            upsampling=f.upsampling,
-        )
-        if f.program:
-            print(inference.export_program(found, f.program, batch=f.batch))
-            return 0
-        names = tuple(f.names.split(","))
-        run(found, f.images, f.to, batch_size=f.batch_size, names=names)
+    f = flags.parse_args(argv)
+    if bool(f.program) == bool(f.images and f.to):
+        raise errors.UsageError("give --images=FOLDER --to=FILE, or --program=FOLDER")
+    found = inference.load(
+        f.weights,
+        part=f.part,
+        pool=f.pool,
+        image_size=f.image_size,
+        output_patch=f.output_patch,
+        upsampling=f.upsampling,
+    )
+    if f.program:
+        print(inference.export_program(found, f.program, batch=f.batch))
         return 0
-    except errors.VitsslError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
+    names = tuple(f.names.split(","))
+    run(found, f.images, f.to, batch_size=f.batch_size, names=names)
+    return 0
 
 
 if __name__ == "__main__":

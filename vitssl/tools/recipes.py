@@ -25,17 +25,10 @@ BEGIN = (
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One recipe of a config.
+    """One recipe of a config: the columns of its table."""
 
-    Attributes:
-        spec: what --config gets, "configs/hjepa.py:smoke".
-        text: what it is.
-        method, model, data, batch, length: as in the table.
-    """
-
-    spec: str
-    text: str
-    method: str
+    spec: str  # What --config gets, "configs/hjepa.py:smoke".
+    text: str  # What it is.
     model: str
     data: str
     batch: str
@@ -44,23 +37,14 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A config file.
-
-    Attributes:
-        path: the file.
-        title: first line of its docstring.
-        recipes: in the order of its RECIPES.
-        options: what may follow a name, in words.
-        overrides: ["--config.KEY=VALUE ...    (remark)"] worth knowing.
-        absent: names that are explained, but not there.
-    """
+    """A config file."""
 
     path: pathlib.Path
-    title: str
-    recipes: tuple[Recipe, ...]
-    options: str
-    overrides: tuple[str, ...]
-    absent: tuple[str, ...]
+    title: str  # The first line of its docstring.
+    recipes: tuple[Recipe, ...]  # In the order of its RECIPES.
+    options: str  # What may follow a name, in words.
+    overrides: tuple[str, ...]  # "--config.KEY=VALUE ...    (remark)".
+    absent: tuple[str, ...]  # Names that are explained, but not there.
 
 
 def read(folder) -> list[File]:
@@ -69,7 +53,7 @@ def read(folder) -> list[File]:
     Raises:
         UsageError: there is none.
     """
-    paths = sorted(pathlib.Path(folder).glob("*.py"))
+    paths = config.files(folder)
     if not paths:
         raise errors.UsageError(f"{folder}: no config (*.py) in it")
     return [_file(path) for path in paths]
@@ -198,9 +182,7 @@ def _recipe(spec, text, c) -> Recipe:
     for key, unit in (("width", "wide"), ("depth", "deep"), ("patch", "px patches")):
         if key in model:
             shape.append(f"{_plain(model[key])} {unit}")
-    return Recipe(
-        spec, text, c.method, ", ".join(shape), source, str(c.batch_size), length
-    )
+    return Recipe(spec, text, ", ".join(shape), source, str(c.batch_size), length)
 
 
 def _plain(value) -> str:
@@ -208,7 +190,7 @@ def _plain(value) -> str:
 
 
 def _needs_root(data) -> bool:
-    return _opens_without_root(data.source) is False and not data.root
+    return not data.root and not _opens_without_root(data.source)
 
 
 def _needs_start(c) -> bool:
@@ -248,7 +230,7 @@ def markdown(files) -> str:
         lines += ["| `--config=` | what | model | data | batch | length |"]
         lines += ["| --- " * 6 + "|"]
         for r in file.recipes:
-            cells = (f"`{r.spec}`", r.text, r.model, r.data, r.batch, r.length)
+            cells = (f"`{r.spec}`", *dataclasses.astuple(r)[1:])
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         if file.options:
             lines += ["", file.options]

@@ -29,6 +29,7 @@ import numpy as np
 
 from vitssl import config, errors
 from vitssl.run import experiment
+from vitssl.tools import listing
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,11 @@ WAIT = 5.0  # Seconds between looks for the first run of another process.
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The runs of a study.
+    """The runs of a study."""
 
-    Attributes:
-        runs: {(arm, seed): checked experiment}.
-        columns: metrics of the final evaluation that the table shows.
-        first: what is run before all others, or None.
-    """
-
-    runs: dict
-    columns: tuple[str, ...]
-    first: experiment.Experiment | None = None
+    runs: dict  # {(arm, seed): checked experiment}.
+    columns: tuple[str, ...]  # Metrics of the final evaluation that the table shows.
+    first: experiment.Experiment | None = None  # What is run before all others.
 
 
 def read(c: ml_collections.ConfigDict) -> Plan:
@@ -101,9 +96,6 @@ def run(
     """Run what is not finished yet; then print the table of all, and write it.
 
     Args:
-        plan: of `read`.
-        workdir: directory of the study.
-        name: of the study, for people.
         force_unlock: ignore the locks of other processes on its runs.
         share: (k, n): make the runs k, k + n, k + 2 n, ... of them; the other shares
             are made by processes beside this one. The first makes what the arms start
@@ -128,10 +120,9 @@ def run(
         time.sleep(WAIT)
     # All arms of a seed before the next seed: what is there can be compared.
     order = sorted(plan.runs, key=lambda run: run[1])
-    for i, (arm, seed) in enumerate(order):
+    for i in range(number - 1, len(order), count):
+        arm, seed = order[i]
         directory = workdir / arm / f"seed{seed}"
-        if i % count != number - 1:
-            continue
         logger.info("\nstudy %s: run %d of %d", name, i + 1, len(order))
         if _finished(directory):
             logger.info("  %s is finished", directory)
@@ -186,12 +177,8 @@ def _results(plan, workdir) -> dict:
 
 def table(found: dict, columns) -> str:
     """Return a Markdown table: mean, spread over seeds, and every seed's value."""
-    lines = ["| arm | " + " | ".join(columns) + " |"]
-    lines.append("|" + " --- |" * (1 + len(columns)))
-    for arm, values in found.items():
-        cells = [_cell(values.get(c, [])) for c in columns]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [[arm, *(_cell(v.get(c, [])) for c in columns)] for arm, v in found.items()]
+    return listing.text(["arm", *columns], rows)
 
 
 def _cell(values) -> str:

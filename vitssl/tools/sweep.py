@@ -4,7 +4,6 @@ Every run is an ordinary workdir, SWEEP/NAME: it resumes, and a sweep that was s
 goes on where it was.
 """
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -40,19 +39,12 @@ with what is not finished."""
 
 @dataclasses.dataclass(frozen=True)
 class One:
-    """A run of a sweep.
+    """A run of a sweep."""
 
-    Attributes:
-        name: its directory below that of the sweep.
-        spec: what --config gets.
-        overrides: "key=value" texts.
-        line: number in the file, from 1.
-    """
-
-    name: str
-    spec: str
-    overrides: tuple[str, ...]
-    line: int
+    name: str  # Its directory below that of the sweep.
+    spec: str  # What --config gets.
+    overrides: tuple[str, ...]  # "key=value".
+    line: int  # In the file, from 1.
 
     def arguments(self, workdir) -> list[str]:
         """Return the arguments of `vitssl.main`."""
@@ -107,13 +99,10 @@ def parse(text: str) -> list[One]:
 
 def _grid(name, spec, common, words, line):
     """Yield the runs of one line: every combination of its braces."""
-    choices = [_choices(word) for word in words]
+    choices = list(map(_choices, words))
     for chosen in itertools.product(*choices):
-        varied = [
-            text
-            for text, options in zip(chosen, choices, strict=True)
-            if len(options) > 1
-        ]
+        pairs = zip(chosen, choices, strict=True)
+        varied = [text for text, options in pairs if len(options) > 1]
         own = "-".join(filter(None, [name, *map(_short, varied)])) if name else ""
         called = own or "-".join(map(_short, chosen)) or config.name_of(spec)
         yield One(called, spec, (*common, *chosen), line)
@@ -124,7 +113,7 @@ def _choices(word) -> list[str]:
     key, _, value = word.partition("=")
     if not (value.startswith("{") and value.endswith("}") and "," in value):
         return [word]
-    if ":" in value:  # A dict, not a choice.
+    if ":" in value:  # A dict, no choice.
         return [word]
     parts, depth = [""], 0
     for letter in value[1:-1]:
@@ -185,13 +174,7 @@ def main(argv) -> int:
 
 
 def _flags(argv):
-    parser = argparse.ArgumentParser(
-        prog="vitssl sweep",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-    )
-    parser.error = _error
+    parser = errors.Parser("vitssl sweep", HELP)
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--workdir", default="", help="default: runs/<name of FILE>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, here")
@@ -206,14 +189,10 @@ def _flags(argv):
     parser.add_argument("--dry_run", action="store_true", help="only print the runs")
     flags = parser.parse_args(argv)
     if flags.jobs < 1 or flags.gpus < 0:
-        _error(f"--jobs={flags.jobs} must be 1 or more, --gpus={flags.gpus} 0 or more")
+        parser.error("--jobs: 1 or more; --gpus: 0 or more")
     if flags.gpus % flags.jobs:
-        _error(f"--gpus={flags.gpus} must be a multiple of --jobs={flags.jobs}")
+        parser.error(f"--gpus={flags.gpus} must be a multiple of --jobs={flags.jobs}")
     return flags
-
-
-def _error(message):
-    raise errors.UsageError(f"vitssl sweep: {message} (vitssl sweep --help)")
 
 
 def _finished(one, workdir) -> bool:
@@ -254,7 +233,7 @@ def _submit(runs, workdir, flags):
     listed.write_text("\n".join(lines) + "\n")
     command = [
         "sbatch",
-        f"--array=0-{len(left) - 1}%{max(flags.jobs, 1)}",
+        f"--array=0-{len(left) - 1}%{flags.jobs}",
         f"--output={absolute}/%x-%A_%a.log",
         f"--export=ALL,VITSSL_RUNS={listed.absolute()},VITSSL_ROOT={SBATCH.parents[1]}",
         *shlex.split(flags.sbatch),
@@ -277,9 +256,8 @@ class _Local:
 
     def __init__(self, runs, workdir, jobs, gpus):
         self._left = [one for one in runs if not _finished(one, workdir)]
-        for one in runs:
-            if one not in self._left:
-                print(f"{one.name}: finished already")
+        for one in (one for one in runs if one not in self._left):
+            print(f"{one.name}: finished already")
         self._workdir, self._gpus, self._jobs = workdir, gpus, jobs
         self._slots = list(range(jobs))
         self._going, self._tries = {}, {}

@@ -1,0 +1,117 @@
+"""What the recipes of this folder share: sections, at the size of two cores.
+
+A recipe states what is its own: `base.evals(every_epochs=5.0)`. Keys that nobody states
+have the defaults of their section's class; `--dry_run` prints all of them.
+"""
+
+import ml_collections
+
+RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+LEAVES = dict(channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+# Scanned digits with random place, size and clutter: raw pixels do not solve them.
+SCENES = dict(
+    source="scenes",
+    mean=(0.4,),
+    std=(0.3,),
+    options=dict(
+        size=24,
+        count=0,
+        fragments=1,
+        shapes=0,
+        scale_min=0.6,
+        scale_max=0.85,
+        contrast=0.5,
+        noise=4,
+    ),
+)
+VIT = {
+    "ti": dict(width=192, depth=12, heads=3),
+    "s": dict(width=384, depth=12, heads=6),
+    "b": dict(width=768, depth=12, heads=12),
+    "l": dict(width=1024, depth=24, heads=16),
+    "h": dict(width=1280, depth=32, heads=16),
+}
+HVIT = {
+    "small": dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), patch=16),
+    "xl": dict(width=192, depths=(3, 6, 24, 3), heads=(6, 12, 24, 48), patch=14),
+}
+HVIT_SIDE = {"small": 256, "xl": 448}  # Of the images.
+
+
+def run(method, *, batch_size, epochs, **keys):
+    """Return a config with what is no section."""
+    own = dict(method=method, seed=0, batch_size=batch_size, epochs=epochs)
+    return ml_collections.ConfigDict(own | keys)
+
+
+def data(source, **keys):
+    """Return a section `data`, of grey pictures unless `keys` say otherwise."""
+    splits = dict(split="train", bank_split="train", test_split="test")
+    grey = dict(channels=1, mean=(0.5,), std=(0.5,))
+    return dict(source=source, root="", options={}) | splits | grey | keys
+
+
+def vit(*, width, depth, heads, patch, **keys):
+    """Return a section `model`: a ViT with the size of the training images."""
+    own = dict(width=width, depth=depth, heads=heads, patch=patch, image_size=0)
+    return dict(name="vit") | own | keys
+
+
+def bird_vit():
+    """Return the ViT for drawn birds, of pre-training and of part discovery."""
+    own = dict(mlp_ratio=2.0, registers=1, class_position=False)
+    return vit(width=64, depth=3, heads=4, patch=4, **own)
+
+
+def hvit(**keys):
+    """Return a section `model`: a small hierarchical ViT of three stages."""
+    own = dict(width=32, depths=(1, 2, 1), heads=(1, 2, 4), patch=6, image_size=0)
+    return dict(name="hvit") | own | keys
+
+
+def adamw(lr, warmup_epochs, **keys):
+    """Return a section `optim`: AdamW, a warm-up and a cosine to nothing."""
+    rate = dict(lr=lr, schedule="cosine", warmup_epochs=warmup_epochs, min_lr=0.0)
+    return dict(name="adamw", wd=0.05, clip_norm=0.0) | rate | keys
+
+
+def decaying_but(pattern):
+    """Return `optim.wd_rules` of all leaves except those that match."""
+    return ((pattern, 0.0), (".*", 1.0))
+
+
+def evals(every_epochs, **keys):
+    """Return a section `evals`; 0 online samples are all of them."""
+    knn = dict(knn_k=(20,), knn_temperature=(0.07,))
+    probe = dict(probe="lbfgs", probe_epochs=90)
+    online = dict(online_samples_train=0, online_samples_test=0)
+    own = dict(batch_size=256, every_epochs=every_epochs, final=("knn", "linear"))
+    return own | online | knn | probe | keys
+
+
+def smoke(c, batch_size):
+    """Return a config whose run is two steps."""
+    c.steps, c.batch_size, c.optim.warmup_epochs = 2, batch_size, 0.0
+    c.log.update(every_steps=1, pictures=False)
+    return c
+
+
+def recipes(table, options=None):
+    """Return the `get_config` of a file, for NAME or "NAME,OPTION,OPTION".
+
+    Args:
+        table: {name: function that returns a config}.
+        options: changes a config by a list of options; None allows no options.
+    """
+
+    def get_config(argument=""):
+        name, *rest = argument.split(",") if options else [argument]
+        if name not in table:
+            known = ", ".join(k for k in table if k)
+            raise ValueError(f"no recipe {name!r}; there is: (none), {known}")
+        c = table[name]()
+        if rest:
+            options(c, rest)
+        return c
+
+    return get_config
