@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import errors, tree
-from vitssl.methods.parts import baselines, heads, maps, networks
+from vitssl.methods.parts import heads, maps, networks
 from vitssl.models import dinov2, patches, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -237,12 +237,6 @@ def test_keys_cannot_be_weighed_and_dropped_at_once():
         jax.eval_shape(
             lambda: _vit().init(jax.random.key(0), _images(1), keep=keep, weight=weight)
         )
-
-
-@pytest.mark.parametrize("pooling", ["ep", "aim"])
-def test_a_pooling_that_does_not_fit_the_width_says_so(pooling):
-    net = baselines.Baseline(_vit(width=20), 2, pooling)
-    assert [line for line in net.check() if "must divide" in line]
 
 
 def test_grid_of_a_part_net_is_that_of_its_backbone():
