@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import errors, tree
-from vitssl.methods.parts import heads, maps, networks
+from vitssl.methods.parts import heads, kinds, networks
 from vitssl.models import dinov2, patches, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -165,15 +165,8 @@ def test_removed_parts_are_gone_and_no_map_becomes_infinite():
     net = _two_stage("soft")
     image = _images(2)
     params = jax.jit(net.init, compiler_options=QUICK)(jax.random.key(1), image)
-    noise = maps.draw(
-        jax.random.key(2),
-        (2, SIDE, SIDE),
-        3,
-        gumbel=True,
-        mask_dropout=0.0,
-        part_dropout=0.0,
-        train=False,
-    )
+    noisy = kinds.Parts(3, eval_noise=True)
+    noise = noisy.draws(jax.random.key(2), (2, SIDE, SIDE), train=False)
     out = net.apply(params, image, noise, removed=(1,))
     assert np.isfinite(out.found.maps).all()
     owner = np.asarray(out.found.maps[..., :-1].argmax(-1))

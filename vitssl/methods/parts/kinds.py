@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+import jax
+
 from vitssl import ranges
 from vitssl.methods.parts import heads, maps, networks
 
@@ -21,7 +23,8 @@ class Parts:
         count: K, number of parts; the background comes on top.
         masks: what the second stage may see, see `networks.MaskedClassifier`.
             "hard" is the published model: its loss trains nothing in the first stage.
-        gumbel: noise in the soft maps; the masks have it in training always.
+        gumbel: noise in the soft maps; in training the masks have it always, as in
+            the original.
         temperature: of the softmax over parts.
         dropout: probability that the first classifier does not see a part.
         mask_dropout: probability that a part cannot be foreground in a training mask.
@@ -93,6 +96,23 @@ class Parts:
         other = backbone.clone(drop_path=self.drop_path_stage_2)
         other = networks.MaskedClassifier(other, **second)
         return networks.TwoStage(first, other, self.masks)
+
+    def draws(self, rng, size, *, train) -> maps.Draws:
+        """Return the random numbers of one pass over images of size = (B, h, w)."""
+        keys, shape = jax.random.split(rng, 4), (*size, self.count + 1)
+        noise = train or self.eval_noise
+
+        def kept(key, rate):
+            if not train or rate == 0.0:
+                return None
+            return jax.random.bernoulli(key, 1.0 - rate, (size[0], self.count))
+
+        return maps.Draws(
+            maps=jax.random.gumbel(keys[0], shape) if self.gumbel and noise else None,
+            mask=jax.random.gumbel(keys[1], shape) if noise else None,
+            keep_mask=kept(keys[2], self.mask_dropout),
+            keep_features=kept(keys[3], self.dropout),
+        )
 
     def check(self) -> Iterator[str]:
         """Yield what cannot be combined."""

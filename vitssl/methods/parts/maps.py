@@ -27,29 +27,6 @@ class Draws(NamedTuple):
 QUIET = Draws()
 
 
-def draw(rng, size, parts, *, gumbel, mask_dropout, part_dropout, train, noise=True):
-    """Return the `Draws` of a pass over images of size = (B, h, w).
-
-    Args:
-        gumbel: noise in the maps; the mask has it always, as in the original.
-        mask_dropout, part_dropout: probability that a part is dropped (training).
-        noise: False: no Gumbel noise at all (deterministic evaluation).
-    """
-    keys, shape = jax.random.split(rng, 4), (*size, parts + 1)
-
-    def kept(key, rate):
-        if not train or rate == 0.0:
-            return None
-        return jax.random.bernoulli(key, 1.0 - rate, (size[0], parts))
-
-    return Draws(
-        maps=jax.random.gumbel(keys[0], shape) if gumbel and noise else None,
-        mask=jax.random.gumbel(keys[1], shape) if noise else None,
-        keep_mask=kept(keys[2], mask_dropout),
-        keep_features=kept(keys[3], part_dropout),
-    )
-
-
 def similarities(z, prototypes):  # [B, h, w, D], [K+1, D] -> 2 x [B, h, w, K+1]
     """Return (dot products z w_k, minus squared distances -|z - w_k|^2)."""
     z, w = z.astype(jnp.float32), prototypes.astype(jnp.float32)

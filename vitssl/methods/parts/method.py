@@ -92,17 +92,8 @@ class PartDiscovery(base.Method):
 
     def draws(self, rng, image, *, train) -> maps.Draws:
         """Return the random numbers of one pass over images [B, H, W, C]."""
-        p = self.parts
-        return maps.draw(
-            rng,
-            (len(image), *self.grid(image)),
-            p.count,
-            gumbel=p.gumbel,
-            mask_dropout=p.mask_dropout,
-            part_dropout=p.dropout,
-            train=train,
-            noise=train or p.eval_noise,
-        )
+        size = len(image), *self.grid(image)
+        return self.parts.draws(rng, size, train=train)
 
     def _given(self, batch) -> tuple:
         """Return the data set's own masks on the grid [B, h, w], where needed."""
@@ -181,7 +172,7 @@ class PartDiscovery(base.Method):
         terms |= o.of_maps(found, found.modulated if own else found.features)
         if o.equivariance:
             warped = warps.bilinear(image, warp)
-            options = dict(train=True, rng=rngs[1], method="discover")
+            options = dict(train=True, rng=rngs[1], method=networks.discover)
             moved, _ = self._apply(params, extra, warped, draws[1], **options)
             terms |= o.of_warp(found.maps, moved.maps, warp, image.shape[1])
         return terms, out, stats

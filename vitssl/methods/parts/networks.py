@@ -175,10 +175,6 @@ class TwoStage(nn.Module):
         logits = self.stage_2(image, mask, masking=self.masking, train=train)
         return Outputs(logits, found, mask)
 
-    def discover(self, image, draws=maps.QUIET, *, train=False) -> heads.Found:
-        """Return what the first stage alone says of images."""
-        return self.stage_1(image, draws, train=train)
-
     def embed(self, image, *, train=False):
         """Return (tokens [B, h, w, D] of stage 1, embedding [B, D] of stage 2)."""
         z = self.stage_1.tokens(image, train)
@@ -198,14 +194,15 @@ class OneStage(nn.Module):
         found = self.stage_1(image, draws, train=train, **options)
         return Outputs(found.class_logits, found, found.hard[..., 0])
 
-    def discover(self, image, draws=maps.QUIET, *, train=False) -> heads.Found:
-        """Return what the first stage says of images."""
-        return self.stage_1(image, draws, train=train)
-
     def embed(self, image, *, train=False):
         """Return (tokens [B, h, w, D], their mean [B, D])."""
         z = self.stage_1.tokens(image, train)
         return z, z.astype(jnp.float32).mean((1, 2))
+
+
+def discover(net, image, draws=maps.QUIET, *, train=False) -> heads.Found:
+    """Return what the first stage of a network alone says of images."""
+    return net.stage_1(image, draws, train=train)
 
 
 class NoParts(nn.Module):
