@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.convert import pth, published
+from tests.golden import ifam_names
 from tests.models import fields
 from vitssl import convert
 from vitssl.convert import backbone, exporter, hvit_names
@@ -133,13 +134,13 @@ def _two_stage(hf=False):
 
 
 def parts(hf=False):
-    state = part_names.export(filled(_two_stage(hf), 8, 8, 3), hf=hf)
+    state = ifam_names.export(filled(_two_stage(hf), 8, 8, 3), hf=hf)
     return {"MODEL_STATE": state | {"stage_2.prefix_attn_mask": np.ones(5, np.float32)}}
 
 
 def p_disco_former():
     params = filled(_two_stage(), 8, 8, 3)["stage_1"]
-    return {"model": part_names.export(params, part_names.part_net)}
+    return {"model": ifam_names.export(params, part_names.part_net)}
 
 
 def olmo_earth(encoder_alone=False):

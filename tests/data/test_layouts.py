@@ -12,7 +12,7 @@ from tests.layouts import birds, earth, pictures, radiographs, trees
 from vitssl import config, errors
 from vitssl.data import dataset, modalities, sources
 from vitssl.data.sources import in9, sarcld
-from vitssl.methods.parts import studies
+from vitssl.methods.parts import measures
 from vitssl.run import experiment
 
 # Where the colour of a thing is not the label of its image: colours by label.
@@ -173,7 +173,7 @@ def test_every_foreground_of_in9_can_be_cut_out(root_of, opened, tmp_path):
     behind = in9.open(root, "only_bg_t")[int(source.chosen[3])]["image"]
     np.testing.assert_array_equal(got[~mask], behind[~mask])
     path = layouts.in9.mapping(tmp_path / "in_to_in9.json", 200)
-    table = studies._mapping(str(path), 200)
+    table = measures.mapped(str(path), 200)
     assert (table[0], table[10], table[199]) == (0, 1, -1)
 
 

@@ -12,6 +12,6 @@ METHODS = {
     "hjepa": hjepa.HJEPA,
     "latent_mim": latent_mim.LatentMIM,
     "localmim": localmim.LocalMIM,
-    "parts": parts.Parts,
+    "parts": parts.PartDiscovery,
     "simclr": simclr.SimCLR,
 }

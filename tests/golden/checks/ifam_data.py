@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.layouts import radiographs
 from vitssl.data import sources
-from vitssl.methods.parts import frames, measures, planckian, views
+from vitssl.methods.parts import measures, views
 
 
 def _uint8(x):
@@ -104,23 +104,23 @@ def _crop(case):
         "keypoints": case.inputs["parts"][:, 1:],
         "box": case.inputs["box"][1:],
     }
-    got = frames.centre_crop(frame, case.config["crop"])
+    got = views.centre_crop(frame, case.config["crop"])
     ids = case.inputs["parts"][:, :1]
     case.close("parts", np.column_stack([ids, got["keypoints"]]))
     case.close("box", np.append(case.inputs["box"][:1], got["box"]))
 
 
 def _planckian(case):
-    np.testing.assert_allclose(planckian.ILLUMINANTS, case.inputs["table"], atol=1e-6)
+    np.testing.assert_allclose(views.ILLUMINANTS, case.inputs["table"], atol=1e-6)
     image = _uint8(case.inputs["image"])
     for i, index in enumerate(case.inputs["index"].astype(int)):
-        case.close(f"out{i}", planckian.relight(image, index).astype(np.float64))
+        case.close(f"out{i}", views.relight(image, index).astype(np.float64))
 
 
 def _affine(case):
     image = _uint8(case.inputs["image"])
     for i, p in enumerate(case.config["params"]):
-        got = frames.affine({"image": image}, p["angle"], p["translate"], p["scale"])[
+        got = views.affine({"image": image}, p["angle"], p["translate"], p["scale"])[
             "image"
         ]
         # Points half way between two pixels fall to either side.

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import ifam_names
 from vitssl import convert
-from vitssl.methods.parts import baselines, heads, names, networks
+from vitssl.methods.parts import heads, names, networks
 from vitssl.methods.parts import maps as partmaps
 from vitssl.models import convnext, layers, posemb, resnet, vit
 
@@ -75,7 +76,7 @@ def two_stage(config, **options):
 def load(case, net, rules, *args):
     """Variables of `net` with the case's weights, through the users' table."""
     like = jax.eval_shape(net.init, jax.random.key(0), *args)["params"]
-    return {"params": names.load(case.param, like, rules)}
+    return {"params": ifam_names.load(case.param, like, rules)}
 
 
 def draws(case, suffix=""):
@@ -197,7 +198,7 @@ def _cnn(c):
 
 
 def _cnn_table(c):
-    return names.convnext() if "dims" in c else names.resnet()
+    return ifam_names.convnext() if "dims" in c else ifam_names.resnet()
 
 
 def _baseline(case):
@@ -212,12 +213,12 @@ def _baseline(case):
         model = networks.MaskedClassifier(net, c["num_classes"], norm=False)
     else:
         pooling = {"late": "late_mask"}.get(pooling, pooling)
-        model = baselines.Baseline(net, c["num_classes"], pooling)
+        model = networks.Baseline(net, c["num_classes"], pooling)
     like = jax.eval_shape(model.init, jax.random.key(0), *args)
     tree = dict(like["params"])
     if "batch_stats" in like:
         tree["stats"] = like["batch_stats"]
-    tree = names.load(case.param, tree, names.masked)
+    tree = ifam_names.load(case.param, tree, names.masked)
     variables = {"batch_stats": tree.pop("stats", {}), "params": tree}
     case.close("logits", apply(model, variables, *args))
 

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 
 from configs import parts as config
+from tests.golden import ifam_names
 from tests.golden.checks import ifam_losses, ifam_model
 from vitssl import tree
 from vitssl.methods import base as methods
-from vitssl.methods.parts import baselines, sections, views
+from vitssl.methods.parts import kinds, networks, objective, views
 from vitssl.methods.parts import method as parts
 from vitssl.methods.parts import names as table
 from vitssl.optim import optimizer, schedules
@@ -208,7 +209,7 @@ def _baseline(names, hf):
     depth = _depth(names)
     pool = "ep" if any("efficient_pool" in n for n in names) else "cls"
     vit = ifam_model.backbone({"vit": _VIT | {"D": 32, "depth": depth, "reg": 4}})
-    net = baselines.Baseline(vit, 5, pool)
+    net = networks.Baseline(vit, 5, pool)
     like = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     return {"stage_2": like["params"]}, table.masked("", "stage_2/", hf=hf)
 
@@ -216,10 +217,10 @@ def _baseline(names, hf):
 def method(c):
     """The method that the configuration of a training step describes."""
     w = c["loss_weights"]
-    return parts.Parts(
+    return parts.PartDiscovery(
         run=methods.Run(10, 1, 3, c["num_classes"], 3, (0.5,) * 3, (0.5,) * 3),
         model=ifam_model.backbone(c),
-        parts=sections.Parts(
+        parts=kinds.Parts(
             count=c["num_parts"],
             masks="soft" if c["use_soft_masks"] else "hard",
             gumbel=c["gumbel_softmax"],
@@ -228,7 +229,7 @@ def method(c):
             mask_dropout=c["part_dropout_stage_2"],
         ),
         augment=views.Augment(c["vit"]["img"]),
-        objective=sections.Objective(
+        objective=objective.Objective(
             stage_2=w["classification_loss_stage_2"],
             stage_1=w["classification_loss"],
             total_variation=w["total_variation_loss"],
@@ -261,7 +262,7 @@ def _step(case):
     image = ifam_model.image(case)
     labels = jnp.asarray(case.inputs["labels"]).astype(jnp.int32)
     like = jax.eval_shape(of.init, jax.random.key(0), {"image": image})[0]
-    params = table.load(case.param, like)
+    params = ifam_names.load(case.param, like)
     flags = case.config["freeze"]
     rules = config.groups(freeze_backbone=flags.get("freeze_backbone", False))
     spec = optimizer.Optim(lr=1.0, wd=0.0, clip_norm=2.0, **rules, **OPTIM)
@@ -272,8 +273,8 @@ def _step(case):
 
 def _pass(case, of, params, made, image, labels, axis):
     """One forward and backward pass, with either form of the orthogonality."""
-    objective = dataclasses.replace(of.objective, orthogonality_axis=axis)
-    of = dataclasses.replace(of, objective=objective)
+    weights = dataclasses.replace(of.objective, orthogonality_axis=axis)
+    of = dataclasses.replace(of, objective=weights)
     draws = tuple(ifam_model.draws(case, end) for end in ("_a", "_b"))
     warp = ifam_losses.warp(case.config["affine"])
     trained, frozen = tree.split(params, made.frozen(0))
@@ -302,7 +303,7 @@ def _pass(case, of, params, made, image, labels, axis):
     case.close("stage1_logits", out.found.class_logits)
     scale = min(1.0, case.config["grad_norm_clip"] / (float(norm) + 1e-6))
     zero = {k: jnp.zeros_like(v) for k, v in frozen.items()}
-    state = table.export(tree.nest({**grads, **zero}))
+    state = ifam_names.export(tree.nest({**grads, **zero}))
     for name in case.out:
         if name.startswith("grad_clipped/"):
             case.close(name, scale * state[name.removeprefix("grad_clipped/")])

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from vitssl import config
 from vitssl.methods.parts import affine
 
 IMAGE = np.arange(2 * 6 * 6 * 1, dtype=np.float32).reshape(2, 6, 6, 1) + 1
@@ -37,7 +38,7 @@ def test_maps_are_brought_back_where_the_warp_loses_nothing():
 
 
 def test_draws_stay_in_their_range_and_shift_by_whole_pixels():
-    made = affine.Range(30.0, (0.1, 0.2), (0.5, 2.0))
+    made = affine.Affine(30.0, (0.1, 0.2), (0.5, 2.0))
     keys = jax.random.split(jax.random.key(0), 500)
     warps = jax.vmap(lambda k: made.draw(k, 50))(keys)
     assert np.abs(warps.angle).max() <= 30 and np.abs(warps.angle).max() > 28
@@ -47,6 +48,13 @@ def test_draws_stay_in_their_range_and_shift_by_whole_pixels():
 
 
 def test_ranges_that_cannot_be():
-    lines = list(affine.Range(200.0, (1.0, 0.0), (0.0, 1.0)).check())
-    for key in ("degrees=200.0", "translate=(1.0", "scale=(0.0"):
-        assert any(line.startswith(key) for line in lines)
+    values = dict(degrees=200.0, translate=(1.0, 0.0), scale=(0.0, 1.0))
+    problems = config.Problems()
+    config.section(affine.Affine, values, "affine", problems)
+    assert problems == [
+        "affine.degrees=200.0: in [0, 180]",
+        "affine.translate=(1.0, 0.0): every value in [0, 1)",
+        "affine.scale=(0.0, 1.0): every value above 0",
+    ]
+    config.section(affine.Affine, dict(scale=(2.0, 1.0)), "affine", problems)
+    assert problems[3:] == ["affine.scale=(2.0, 1.0): ascending, the least first"]

@@ -76,7 +76,7 @@ def test_unknown_recipes_and_options(argument, says, capsys):
 @pytest.mark.parametrize(
     "override, says",
     [
-        ("parts.count=0", "parts.count=0: at least 1 part"),
+        ("parts.count=0", "parts.count=0: 1 or more"),
         ("parts.masks=medium", "hard, straight_through, soft"),
         ("model.patch=5", "must be a multiple of"),
         ("augment.size=50", "augment.size=50: must be a multiple of model.patch=4"),

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import tree
+from vitssl import config, ranges, tree
 from vitssl.data import sources
 from vitssl.methods import base, table
+from vitssl.methods.parts import kinds, measures, objective, views
 from vitssl.methods.parts import method as parts
-from vitssl.methods.parts import sections as parts_sections
-from vitssl.methods.parts import views
 from vitssl.models import convnext, resnet, vit
 from vitssl.optim import optimizer
 
@@ -26,14 +25,14 @@ KEY = jax.random.key(3)
 
 def method(model=VIT, *, size=32, run=None, **sections):
     given = dict(
-        parts=parts_sections.Parts(**dict(count=3) | sections.pop("parts", {})),
+        parts=kinds.Parts(**dict(count=3) | sections.pop("parts", {})),
         augment=views.Augment(**dict(size=size) | sections.pop("augment", {})),
-        objective=parts_sections.Objective(
+        objective=objective.Objective(
             **dict(presence_group=0) | sections.pop("objective", {})
         ),
     )
     run = run or base.Run(10, 2, 4, 4, 3, (0.5,) * 3, (0.25,) * 3)
-    return parts.Parts(run=run, model=model, **given | sections)
+    return parts.PartDiscovery(run=run, model=model, **given | sections)
 
 
 @functools.cache
@@ -119,8 +118,8 @@ def test_every_leaf_learns_in_every_kind_and_the_outputs_can_be_scored(kind):
 def test_hard_masks_train_the_first_stage_through_its_own_losses_alone():
     weights = {
         f.name: 0.0
-        for f in dataclasses.fields(parts_sections.Objective)
-        if f.type is float and f.name != "presence_beta"
+        for f in dataclasses.fields(objective.Objective)
+        if f.type is ranges.NotNegative and f.name != "presence_beta"
     }
     m = method(objective=weights | dict(stage_2=1.0))
     given = batch()
@@ -159,7 +158,7 @@ def test_draws_are_independent_and_dropout_is_for_training():
 
 
 def test_the_average_follows_the_weights_and_is_what_is_evaluated():
-    m = method(average=parts_sections.Average(0.9, warmup=False))
+    m = method(average=parts.Average(0.9, warmup=False))
     given = batch(evaluation=True)
     params, extra = init(m, given["image"])
     other = jax.tree.map(lambda x: x + 1.0, params)
@@ -174,10 +173,8 @@ def test_the_average_follows_the_weights_and_is_what_is_evaluated():
 
 
 def test_leaving_a_part_out_is_removing_it():
-    from vitssl.methods.parts import scores
-
     given = batch(evaluation=True)
-    m = method(measures=scores.Measures(leave_one_out=True))
+    m = method(measures=measures.Measures(leave_one_out=True))
     params, extra = init(m, given["image"])
     rows = outputs(m, params, extra, given)
     removed = method(parts=dict(removed=(1,)))
@@ -222,18 +219,35 @@ def test_a_micro_batch_must_split_into_groups(batch, parts_, group, near):
     assert list(unused.check()) == []
 
 
+SECTIONS = [
+    (kinds.Parts, dict(count=0), "count=0: 1 or more"),
+    (kinds.Parts, dict(count=3, temperature=0.0), "temperature=0.0: above 0"),
+    (kinds.Parts, dict(count=3, dropout=1.0), "dropout=1.0: in [0, 1)"),
+    (kinds.Parts, dict(count=3, rooms=(0.5,)), "rooms=(0.5,): rising fractions"),
+    (kinds.Parts, dict(count=3, removed=(3,)), "removed=(3,): [3]: parts are 0 to 2"),
+    (kinds.Parts, dict(count=3, thresholds=(0.1,)), "thresholds has 1 numbers for"),
+    (objective.Objective, dict(entropy=-1.0), "entropy=-1.0: 0 or more"),
+    (objective.Objective, dict(smoothing=1.0), "smoothing=1.0: in [0, 1)"),
+    (parts.Average, dict(decay=1.0), "decay=1.0: in [0, 1)"),
+    (measures.Measures, dict(thresholds=(0.0,)), "every value in (0, 1)"),
+    (measures.Measures, dict(challenge=2), "challenge=2: needs measures.backgrounds"),
+    (measures.Measures, dict(mapping="no/file"), "mapping='no/file': there is no such"),
+]
+
+
+@pytest.mark.parametrize("cls, values, message", SECTIONS)
+def test_what_a_section_cannot_be_is_said_in_one_line(cls, values, message):
+    problems = config.Problems()
+    config.section(cls, values, "", problems)
+    assert len(problems) == 1 and message in problems[0]
+
+
 MISTAKES = [
-    (dict(parts=dict(count=0)), "parts.count=0: at least 1 part"),
-    (dict(parts=dict(temperature=0.0)), "parts.temperature=0.0"),
-    (dict(parts=dict(dropout=1.0)), "parts.dropout=1.0"),
-    (dict(parts=dict(rooms=(0.5,))), "parts.rooms=(0.5,)"),
-    (dict(parts=dict(removed=(3,))), "parts.removed=(3,): [3]: parts are 0 to 2"),
-    (dict(parts=dict(thresholds=(0.1,))), "thresholds has 1 numbers for count=3"),
     (dict(augment=dict(size=30)), "augment.size=30: must be a multiple of model.patch"),
     (dict(objective=dict(presence_group=3)), "presence_group=3: does not divide"),
-    (dict(objective=dict(entropy=-1.0)), "objective.entropy=-1.0"),
     (dict(model=RESNET), "parts.kind=two_stage: convolutional models"),
     (dict(parts=dict(kind="baseline", pooling="ep")), "pooling=ep: 32 must divide"),
+    (dict(parts=dict(kind="baseline", pooling="aim")), "pooling=aim: 12 must divide"),
     (dict(model=dataclasses.replace(VIT, cls=False)), "model.cls=False"),
 ]
 
@@ -245,13 +259,13 @@ def test_what_cannot_be_is_said_in_one_line(sections, message):
 
 
 def test_frozen_stages_stay_bit_equal_and_the_rest_moves():
-    from configs import parts as config
+    from configs import parts as recipes
     from vitssl.run import step
 
     m = method(parts=dict(masks="soft"))
     given = batch()
     params, extra = init(m, given["image"])
-    rules = config.groups(freeze_second_stage=True, scratch=10.0)
+    rules = recipes.groups(freeze_second_stage=True, scratch=10.0)
     spec = optimizer.Optim(
         "adamw", 1e-3, "constant", 0.0, 0.0, wd=0.5, clip_norm=2.0, **rules
     )

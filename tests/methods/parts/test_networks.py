@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.models import dinov2
 from vitssl import tree
-from vitssl.methods.parts import baselines, heads, maps, networks
+from vitssl.methods.parts import heads, kinds, networks
 from vitssl.models import patches, vit
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -166,15 +166,8 @@ def test_removed_parts_are_gone_and_no_map_becomes_infinite():
     net = _two_stage("soft")
     image = _images(2)
     params = jax.jit(net.init, compiler_options=QUICK)(jax.random.key(1), image)
-    noise = maps.draw(
-        jax.random.key(2),
-        (2, SIDE, SIDE),
-        3,
-        gumbel=True,
-        mask_dropout=0.0,
-        part_dropout=0.0,
-        train=False,
-    )
+    noisy = kinds.Parts(3, eval_noise=True)
+    noise = noisy.draws(jax.random.key(2), (2, SIDE, SIDE), train=False)
     out = net.apply(params, image, noise, removed=(1,))
     assert np.isfinite(out.found.maps).all()
     owner = np.asarray(out.found.maps[..., :-1].argmax(-1))
@@ -233,12 +226,6 @@ def test_keys_cannot_be_weighed_and_dropped_at_once():
         jax.eval_shape(
             lambda: _vit().init(jax.random.key(0), _images(1), keep=keep, weight=weight)
         )
-
-
-@pytest.mark.parametrize("pooling", ["ep", "aim"])
-def test_a_pooling_that_does_not_fit_the_width_says_so(pooling):
-    net = baselines.Baseline(_vit(width=20), 2, pooling)
-    assert [line for line in net.check() if "must divide" in line]
 
 
 def test_grid_of_a_part_net_is_that_of_its_backbone():

@@ -1,11 +1,12 @@
 """Losses on part maps, at values that can be known, and where gradients are at risk."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import errors
 from vitssl.methods.parts import objective
 
 
@@ -61,7 +62,7 @@ def test_presence_is_about_the_batch_and_a_group_makes_it_stricter():
     np.testing.assert_allclose(objective.presence(maps, group=1), 0.75, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", objective.PRESENCE)
+@pytest.mark.parametrize("kind", typing.get_args(objective.Presence))
 def test_absent_parts_have_a_known_cost_and_a_finite_gradient(kind):
     nowhere = _one_hot(np.full((2, 5, 5), 2), 2)
     value, grad = jax.value_and_grad(objective.presence)(nowhere, kind)
@@ -96,7 +97,7 @@ def test_a_background_on_the_verge_of_float32_has_a_finite_gradient(kind, lead):
         np.testing.assert_allclose(grad, -1.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", objective.BACKGROUND)
+@pytest.mark.parametrize("kind", typing.get_args(objective.Background))
 def test_no_background_at_all_has_a_finite_gradient(kind):
     none = _one_hot(np.zeros((2, 5, 5), int), 1)
     value, grad = jax.value_and_grad(objective.background_presence)(none, kind)
@@ -140,23 +141,17 @@ def test_equivariance_leaves_the_background_out():
     np.testing.assert_allclose(objective.equivariance(maps, other), 0.0, atol=1e-6)
 
 
-def test_cross_entropy_at_chance_and_with_hard_labels_as_soft_targets():
+def test_cross_entropy_at_chance_and_that_of_smoothed_targets():
     labels = jnp.array([0, 3, 1])
     chance = objective.cross_entropy(jnp.zeros((3, 4)), labels)
     np.testing.assert_allclose(chance, np.log(4), rtol=1e-6)
     logits = jax.random.normal(jax.random.key(0), (3, 4))
-    hard = objective.cross_entropy(logits, labels)
-    np.testing.assert_allclose(
-        hard, objective.cross_entropy(logits, jax.nn.one_hot(labels, 4)), rtol=1e-6
-    )
+    target = 0.8 * jax.nn.one_hot(labels, 4) + 0.2 / 4
+    want = -(target * jax.nn.log_softmax(logits)).sum(-1).mean()
+    got = objective.cross_entropy(logits, labels, smoothing=0.2)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_what_is_unknown_or_does_not_fit_says_so():
-    with pytest.raises(errors.UsageError, match="presence kind='max'.*original"):
-        objective.presence(_maps(), "max")
-    with pytest.raises(errors.UsageError, match="background kind='l2'.*linear"):
-        objective.background_presence(_maps(), "l2")
-    with pytest.raises(errors.UsageError, match="group=3 does not divide 4"):
-        objective.presence(_maps(), group=3)
+def test_maps_too_small_to_smooth_are_refused():
     with pytest.raises(ValueError, match="3x3 or more, not 2x6"):
         objective.presence(_maps(h=2))

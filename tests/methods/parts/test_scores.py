@@ -140,15 +140,10 @@ def test_thresholds_of_a_part_that_owns_nothing_are_not_numbers():
     maps = np.zeros((1, 2, 2, 3))
     maps[..., 0] = 1
     dot = np.arange(12.0).reshape(1, 2, 2, 3)
-    found = scores.thresholds(maps, dot, (0.0, 0.5))
+    own = np.take_along_axis(dot, maps.argmax(-1)[..., None], axis=-1)[..., 0]
+    found = scores.thresholds(maps.argmax(-1), own, 2, (0.0, 0.5))
     np.testing.assert_allclose(found[0.0], [0.0, np.nan])
     np.testing.assert_allclose(found[0.5], [4.5, np.nan])
-
-
-def test_background_challenge_and_gap():
-    wrong = np.array([[False, False], [True, False], [False, False], [True, True]])
-    assert scores.challenge(wrong) == 0.5
-    assert scores.background_gap(0.9, 0.5) == 0.4
 
 
 def test_scores_use_what_there_is():

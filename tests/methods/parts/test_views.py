@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from vitssl.methods.parts import frames, planckian, views
+from vitssl import config
+from vitssl.methods.parts import views
 
 
 def _frame(rows=40, columns=56, at=(20.0, 12.0)):
@@ -29,12 +30,12 @@ def _middle(mask):
 
 
 MOVES = {
-    "resize": lambda f: frames.resize(f, (80, 84)),
-    "resize_short": lambda f: frames.resize_short(f, 60),
-    "centre_crop": lambda f: frames.centre_crop(f, 34),
-    "crop": lambda f: frames.crop(f, 3, 7, 30),
-    "mirror": frames.mirror,
-    "upend": frames.upend,
+    "resize": lambda f: views.resize(f, (80, 84)),
+    "resize_short": lambda f: views.resize_short(f, 60),
+    "centre_crop": lambda f: views.centre_crop(f, 34),
+    "crop": lambda f: views.crop(f, 3, 7, 30),
+    "mirror": views.mirror,
+    "upend": views.upend,
 }
 
 
@@ -55,14 +56,14 @@ def test_image_mask_keypoint_and_box_move_together(name):
 
 
 def test_affine_moves_mask_and_image_alike():
-    got = frames.affine(_frame(), 40.0, (5, -4), 1.1)
+    got = views.affine(_frame(), 40.0, (5, -4), 1.1)
     bright = got["image"][..., 0] > 0
     np.testing.assert_array_equal(bright, got["mask"] > 0)
     assert bright.any() and "keypoints" not in got and "box" not in got
 
 
 def test_a_keypoint_that_leaves_the_crop_is_invisible():
-    got = frames.crop(_frame(), 20, 0, 20)
+    got = views.crop(_frame(), 20, 0, 20)
     np.testing.assert_array_equal(got["keypoints"][0], [20.0, 0.0, 0.0])
 
 
@@ -111,15 +112,19 @@ def test_evaluation_hands_on_what_the_scores_need(evaluation):
 def test_planckian_jitter_keeps_green_and_grey_images_and_never_overflows():
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for index in (0, 24):
-        lit = planckian.relight(image, index)
+        lit = views.relight(image, index)
         np.testing.assert_array_equal(lit[..., 1], image[..., 1])
-    assert planckian.relight(image, 0)[..., 2].max() <= 1  # 3000 K has no blue.
-    assert (planckian.relight(image, 0)[..., 0] >= image[..., 0]).all()
+    assert views.relight(image, 0)[..., 2].max() <= 1  # 3000 K has no blue.
+    assert (views.relight(image, 0)[..., 0] >= image[..., 0]).all()
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    np.testing.assert_array_equal(planckian.relight(grey, 3), grey)
+    np.testing.assert_array_equal(views.relight(grey, 3), grey)
 
 
 def test_ranges_that_cannot_be():
-    lines = list(views.Augment(0, flip=1.5, scale=(1.0, 0.5)).check())
-    for key in ("size=0", "flip=1.5", "scale=(1.0, 0.5)"):
-        assert any(line.startswith(key) for line in lines)
+    problems = config.Problems()
+    config.section(views.Augment, dict(size=0, flip=1.5), "augment", problems)
+    want = ["augment.size=0: 1 or more", "augment.flip=1.5: in [0, 1]"]
+    assert problems == want
+    values = dict(size=8, scale=(1.0, 0.5))
+    config.section(views.Augment, values, "augment", problems)
+    assert problems[2:] == ["augment.scale=(1.0, 0.5): smallest <= largest"]

@@ -9,29 +9,25 @@ torchvision.transforms.functional.affine.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vitssl import ranges
+
 
 class Warp(NamedTuple):
-    """One affine warp; every field [] or float.
+    """One affine warp; every field [] or float."""
 
-    Attributes:
-        angle: degrees.
-        x, y: translation in pixels, to the right and down.
-        scale: above 0.
-    """
-
-    angle: jax.Array | float
-    x: jax.Array | float
-    y: jax.Array | float
-    scale: jax.Array | float
+    angle: jax.Array | float  # Degrees.
+    x: jax.Array | float  # Pixels to the right.
+    y: jax.Array | float  # Pixels down.
+    scale: jax.Array | float  # Above 0.
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class Affine:
     """Config section `affine`: what warps are drawn from, uniformly.
 
     Attributes:
@@ -40,9 +36,9 @@ class Range:
         scale: (least, most).
     """
 
-    degrees: float = 90.0
-    translate: tuple[float, float] = (0.11, 0.11)
-    scale: tuple[float, float] = (0.8, 1.4)
+    degrees: Annotated[float, ranges.Range(0, 180)] = 90.0
+    translate: tuple[ranges.BelowOne, ranges.BelowOne] = (0.11, 0.11)
+    scale: tuple[ranges.Positive, ranges.Positive] = (0.8, 1.4)
 
     def draw(self, rng, size: int) -> Warp:
         """Return one warp for square images of `size` pixels; whole-pixel shifts."""
@@ -59,13 +55,9 @@ class Range:
         )
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if not 0.0 <= self.degrees <= 180.0:
-            yield f"degrees={self.degrees}: in [0, 180]"
-        if not all(0.0 <= t < 1.0 for t in self.translate):
-            yield f"translate={self.translate}: fractions in [0, 1)"
-        if not 0.0 < self.scale[0] <= self.scale[1]:
-            yield f"scale={self.scale}: two positive numbers, ascending"
+        """Yield what is in the wrong order."""
+        if self.scale[0] > self.scale[1]:
+            yield f"scale={self.scale}: ascending, the least first"
 
 
 def _sources(shape, warp):
@@ -111,19 +103,11 @@ def nearest(image, warp: Warp):
     return _read(image, rows.astype(jnp.int32), columns.astype(jnp.int32))
 
 
-def undo(maps, warp: Warp, size: int):
-    """Bring maps of warped images back to the frame of the unwarped images.
+def undo(maps, warp: Warp, size: int):  # [B, h, w, K] -> [B, h, w, K]
+    """Bring maps of warped images of `size` pixels back to the unwarped frame.
 
     First the shift, in units of the maps, then rotation and scale, each with nearest
     sampling: the original's two steps, whose rounding is not that of one.
-
-    Args:
-        maps: [B, h, w, K].
-        warp: what was done to the images.
-        size: side of the images in pixels.
-
-    Returns:
-        [B, h, w, K].
     """
     ratio = maps.shape[1] / size
     shift = Warp(0.0, -warp.x * ratio, -warp.y * ratio, 1.0)

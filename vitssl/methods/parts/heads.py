@@ -3,7 +3,6 @@
 Axes as in `methods.parts.maps`; C classes.
 """
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ from flax import linen as nn
 
 from vitssl.methods.parts import maps as partmaps
 from vitssl.models import layers
-from vitssl.ops import cpu
 
 Modulation = Literal[
     "layer_norm",
@@ -27,26 +25,16 @@ Classifier = Literal["linear", "independent_mlp"]
 
 
 class Found(NamedTuple):
-    """What the head says of a batch of images.
+    """What the head says of a batch of images."""
 
-    Attributes:
-        features: [B, K+1, D] part features, before modulation.
-        modulated: [B, K+1, D].
-        maps: [B, h, w, K+1].
-        hard, soft: [B, h, w, 2] (foreground, background), see `partmaps.masks`.
-        scores: [B, K, C] class scores of every part.
-        dot: [B, h, w, K+1] products of tokens and prototypes.
-        logits: [B, h, w, K+1] minus squared distances.
-    """
-
-    features: jax.Array
-    modulated: jax.Array
-    maps: jax.Array
-    hard: jax.Array
-    soft: jax.Array
-    scores: jax.Array
-    dot: jax.Array
-    logits: jax.Array
+    features: jax.Array  # [B, K+1, D] of the parts, before modulation.
+    modulated: jax.Array  # [B, K+1, D]
+    maps: jax.Array  # [B, h, w, K+1]
+    hard: jax.Array  # [B, h, w, 2] (foreground, background), see `maps.masks`.
+    soft: jax.Array  # The same, soft.
+    scores: jax.Array  # [B, K, C] class scores of every part.
+    dot: jax.Array  # [B, h, w, K+1] products of tokens and prototypes.
+    logits: jax.Array  # [B, h, w, K+1] minus squared distances.
 
     @property
     def class_logits(self):
@@ -91,17 +79,11 @@ class PartGain(nn.Module):
 
 
 class PerPart(nn.Module):
-    """LayerNorm, then a linear layer, of its own for every part.
-
-    Attributes:
-        features: width of the output.
-        use_bias: of the linear layers.
-        activation: GELU after them.
-    """
+    """LayerNorm, then a linear layer, of its own for every part."""
 
     features: int
     use_bias: bool = True
-    activation: bool = True
+    activation: bool = True  # GELU after the linear layers.
 
     @nn.compact
     def __call__(self, x):  # [B, K, D] -> [B, K, features]
@@ -111,21 +93,7 @@ class PerPart(nn.Module):
             kind = layers.Dense if self.use_bias else Projection
             rows.append(kind(self.features, name=f"fc_{k}")(y))
         y = jnp.stack(rows, axis=1)
-        if not self.activation:
-            return y
-        on_cpu = jax.default_backend() == "cpu"
-        return cpu.gelu(y) if on_cpu else nn.gelu(y, approximate=False)
-
-
-def modulation(kind: Modulation, width: int, name: str):
-    """Return the module of a kind of modulation; None for "none"."""
-    if kind == "none":
-        return None
-    if kind == "layer_norm":
-        return JointNorm(name=name)
-    if kind == "original":
-        return PartGain(name=name)
-    return PerPart(width, "no_bias" not in kind, "no_act" not in kind, name=name)
+        return layers.gelu(y) if self.activation else y
 
 
 class PartHead(nn.Module):
@@ -151,14 +119,13 @@ class PartHead(nn.Module):
     part_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, z, draws, thresholds=None, on_distance=False) -> Found:
-        """Find parts.
+    def __call__(
+        self, z, draws=partmaps.QUIET, thresholds=None, on_distance=False
+    ) -> Found:
+        """Find parts in tokens [B, h, w, D].
 
         Args:
-            z: [B, h, w, D] tokens.
-            draws: `partmaps.Draws`.
-            thresholds: [K] or None, see `partmaps.threshold` (evaluation).
-            on_distance: see there.
+            thresholds: [K] or None, see `maps.threshold`, as for on_distance.
         """
         d = z.shape[-1]
         shape = (self.parts + 1, d)
@@ -170,26 +137,28 @@ class PartHead(nn.Module):
         maps = partmaps.assign(used, draws.maps, self.temperature)
         masked = partmaps.assign(used, draws.mask, self.temperature)
         hard, soft = partmaps.masks(masked, draws.keep_mask)
-        features = partmaps.pool(maps, z)  # [B, K+1, D]
-        modulate = modulation(self.modulation, d, "modulation")
-        modulated = features if modulate is None else modulate(features)
+        features = partmaps.pool(maps, z)
+        modulated = self._modulate(features)
         scores = self._classify(modulated[:, :-1], draws.keep_features)
         return Found(features, modulated, maps, hard, soft, scores, dot, logits)
 
-    def _classify(self, x, keep):
-        """Return class scores [B, K, C] of part features [B, K, D]."""
+    def _modulate(self, x):  # [B, K+1, D] -> [B, K+1, D]
+        kind, name = self.modulation, "modulation"
+        if kind == "none":
+            return x
+        if kind == "layer_norm":
+            return JointNorm(name=name)(x)
+        if kind == "original":
+            return PartGain(name=name)(x)
+        bias, activation = "no_bias" not in kind, "no_act" not in kind
+        return PerPart(x.shape[-1], bias, activation, name=name)(x)
+
+    def _classify(self, x, keep):  # [B, K, D], bool [B, K] -> [B, K, C]
         if keep is not None:
             x = x * (keep[..., None] / (1.0 - self.part_dropout))
         if self.classifier == "linear":
             return Projection(self.classes, name="classifier")(x)
         return PerPart(self.classes, False, False, name="classifier")(x)
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.parts < 1:
-            yield f"parts={self.parts}: at least 1 (the background comes on top)"
-        if not self.temperature > 0.0:
-            yield f"temperature={self.temperature}: must be above 0"
 
 
 def _uniform(bound):

@@ -16,70 +16,27 @@ Removal = Literal["zero", "keep", "keep_all"]
 
 
 class Draws(NamedTuple):
-    """The random numbers of one pass; None = none: no noise, nothing dropped.
+    """The random numbers of one pass; None = none: no noise, nothing dropped."""
 
-    Attributes:
-        maps: [B, h, w, K+1] Gumbel(0, 1) added to the logits of the maps.
-        mask: the same, independent, for the mask.
-        keep_mask: [B, K] bool, parts that may be foreground in the mask.
-        keep_features: [B, K] bool, parts that the first classifier sees.
-    """
-
-    maps: jax.Array | None = None
-    mask: jax.Array | None = None
-    keep_mask: jax.Array | None = None
-    keep_features: jax.Array | None = None
+    maps: jax.Array | None = None  # [B, h, w, K+1] Gumbel(0, 1) added to the logits.
+    mask: jax.Array | None = None  # The same, independent, for the mask.
+    keep_mask: jax.Array | None = None  # bool [B, K] that may be foreground.
+    keep_features: jax.Array | None = None  # bool [B, K] the first classifier sees.
 
 
-def draw(rng, size, parts, *, gumbel, mask_dropout, part_dropout, train, noise=True):
-    """Draw what a pass over images needs.
-
-    Args:
-        rng: a key.
-        size: (B, h, w).
-        parts: K.
-        gumbel: noise in the maps; the mask has it always, as in the original.
-        mask_dropout, part_dropout: probability that a part is dropped (training).
-        train: drop parts.
-        noise: False: no Gumbel noise at all (deterministic evaluation).
-
-    Returns:
-        `Draws`.
-    """
-    keys, shape = jax.random.split(rng, 4), (*size, parts + 1)
-
-    def kept(key, rate):
-        if not train or rate == 0.0:
-            return None
-        return jax.random.bernoulli(key, 1.0 - rate, (size[0], parts))
-
-    return Draws(
-        maps=jax.random.gumbel(keys[0], shape) if gumbel and noise else None,
-        mask=jax.random.gumbel(keys[1], shape) if noise else None,
-        keep_mask=kept(keys[2], mask_dropout),
-        keep_features=kept(keys[3], part_dropout),
-    )
+QUIET = Draws()
 
 
-def similarities(z, prototypes):
-    """Compare tokens with prototypes.
-
-    Args:
-        z: [B, h, w, D].
-        prototypes: [K+1, D].
-
-    Returns:
-        (dot products z w_k, minus squared distances -|z - w_k|^2), each
-        [B, h, w, K+1] float32.
-    """
+def similarities(z, prototypes):  # [B, h, w, D], [K+1, D] -> 2 x [B, h, w, K+1]
+    """Return (dot products z w_k, minus squared distances -|z - w_k|^2)."""
     z, w = z.astype(jnp.float32), prototypes.astype(jnp.float32)
     dot = jnp.einsum("bhwd,kd->bhwk", z, w, preferred_element_type=jnp.float32)
     z2 = jnp.square(z).sum(-1, keepdims=True)
     return dot, 2.0 * dot - z2 - jnp.square(w).sum(-1)
 
 
-def threshold(dot, logits, least, *, on_distance=False):
-    """Take parts away where they are not confident.
+def threshold(dot, logits, least, *, on_distance=False):  # -> [B, h, w, K+1]
+    """Return the logits with -inf where a part is not confident (never the background).
 
     Args:
         dot, logits: of `similarities`.
@@ -87,35 +44,25 @@ def threshold(dot, logits, least, *, on_distance=False):
         on_distance: False: every logit becomes the raw dot product, as the original
             does, which may move even confident patches from part to part; True: the
             logits that stay are left alone.
-
-    Returns:
-        [B, h, w, K+1], -inf where a part is not confident; never in the background.
     """
     kept = logits if on_distance else dot
     least = jnp.append(jnp.asarray(least, jnp.float32), -jnp.inf)
     return jnp.where(dot >= least, kept, -jnp.inf)
 
 
-def assign(logits, noise=None, temperature=1.0):
-    """Return the soft maps softmax((logits + noise) / temperature): [B, h, w, K+1]."""
+def assign(logits, noise=None, temperature=1.0):  # [B, h, w, K+1] -> the same
+    """Return the soft maps softmax((logits + noise) / temperature)."""
     logits = logits.astype(jnp.float32)
     logits = logits if noise is None else logits + noise
     return jax.nn.softmax(logits / temperature, axis=-1)
 
 
-def masks(maps, keep=None):
-    """Return where the foreground is, once hard and once soft.
+def masks(maps, keep=None):  # [B, h, w, K+1], bool [B, K] -> 2 x [B, h, w, 2]
+    """Return (hard, soft) masks, each of (foreground, background).
 
     A patch is foreground if its strongest kept part is at least as strong as the
-    background. Dropped parts count 0, the others are not scaled up.
-
-    Args:
-        maps: [B, h, w, K+1], drawn for the mask.
-        keep: [B, K] bool, parts that may be foreground; None = all.
-
-    Returns:
-        (hard, soft), each [B, h, w, 2] as (foreground, background). The gradient of
-        hard, in both channels, is that of the summed foreground (straight through).
+    background. Dropped parts count 0, the others are not scaled up. The gradient of
+    hard, in both channels, is that of the summed foreground (straight through).
     """
     parts, background = maps[..., :-1], maps[..., -1]
     if keep is not None:
@@ -123,15 +70,15 @@ def masks(maps, keep=None):
     # By index, not by `max`, whose gradient is 0 / 0 where XLA rounds twice.
     owner = jax.lax.stop_gradient(parts).argmax(-1, keepdims=True)
     strongest = jnp.take_along_axis(parts, owner, axis=-1)[..., 0]
-    soft = jnp.stack([strongest, background], axis=-1)  # [B, h, w, 2]
+    soft = jnp.stack([strongest, background], axis=-1)
     front = soft[..., 0] >= soft[..., 1]
     hard = jnp.stack([front, ~front], axis=-1).astype(maps.dtype)
     through = parts.sum(-1, keepdims=True)
     return hard + (through - jax.lax.stop_gradient(through)), soft
 
 
-def without_parts(maps, removed, removal: Removal = "zero"):
-    """Return the foreground when some parts are taken away.
+def without_parts(maps, removed, removal: Removal = "zero"):  # -> 2 x [B, h, w]
+    """Return the (hard, soft) foreground when some parts are taken away.
 
     Hard: patches whose strongest channel is neither the background nor a removed part.
 
@@ -141,9 +88,6 @@ def without_parts(maps, removed, removal: Removal = "zero"):
         removal: of the soft mask at patches of a removed part. "zero": 0, as in the
             hard mask; "keep": the strongest part that stays, as in the original's timm
             model; "keep_all": the strongest of all, as in its Hugging Face model.
-
-    Returns:
-        (hard, soft), each [B, h, w], the foreground alone.
     """
     k = maps.shape[-1] - 1
     gone = jnp.isin(jnp.arange(k), jnp.asarray(removed, jnp.int32))  # [K]
@@ -160,23 +104,13 @@ def without_parts(maps, removed, removal: Removal = "zero"):
     return hard, soft
 
 
-def pool(maps, z):
+def pool(maps, z):  # [B, h, w, K+1], [B, h, w, D] -> float32 [B, K+1, D]
     """Sum the tokens of every part over the grid, divided by its size h w.
 
     Not by the mass of the map: a small part has a short vector.
-
-    Args:
-        maps: [B, h, w, K+1].
-        z: [B, h, w, D].
-
-    Returns:
-        [B, K+1, D] float32.
     """
-    size = maps.shape[1] * maps.shape[2]
-    total = jnp.einsum(
-        "bhwk,bhwd->bkd", maps, z, preferred_element_type=jnp.float32
-    )  # [B, K+1, D]
-    return total / size
+    total = jnp.einsum("bhwk,bhwd->bkd", maps, z, preferred_element_type=jnp.float32)
+    return total / (maps.shape[1] * maps.shape[2])
 
 
 def centroids(maps, eps=0.0):

@@ -1,23 +1,73 @@
-"""What a batch of part maps says about the truth, reduced on the device.
+"""What is measured: a few numbers per test image, and studies at the end of a run.
 
-Everything here returns a few numbers per image, so that a whole test split fits on the
-host. Maps are [B, h, w, K+1] with the background last; images have S x S pixels.
+The device reduces a batch of part maps to rows, so that a whole test split fits on the
+host, where `scores` has the formulas. Maps are [B, h, w, K+1] with the background last;
+images have S x S pixels.
+
+Sources: ananthu-aniraj/ifam calculate_part_logit_thresholds.py (removal of patches of
+low confidence); Xiao et al. 2020, arXiv:2006.09994 (ImageNet-9, the challenge).
 """
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vitssl import ranges
+from vitssl.data.sources import in9
 from vitssl.methods.parts import maps as partmaps
+from vitssl.methods.parts import scores
 
 LABELS = 33  # Of a map of true parts: the background and up to 32 parts.
+Inside = Annotated[float, ranges.Range(0, 1, open_low=True, open_high=True)]
 
 
-def nearest(mask, grid):
-    """Sample a mask [B, H, W] on a grid: cell i reads pixel floor((i + 1/2) H / h).
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """Config section `measures`.
 
-    Returns:
-        [B, h, w] float32.
+    Attributes:
+        leave_one_out: also classify without each single part in turn (K times the
+            second stage), beside those of `parts.removed`.
+        thresholds: shares of each part's least confident patches, as (0.01, 0.05): the
+            final evaluation finds them in the bank split (`evals.final_samples_train`
+            of it) and scores the test split with such patches taken away.
+        backgrounds: folder of ImageNet-9, whose variants the final evaluation scores;
+            "" = off. See `data.sources.in9`.
+        mapping: JSON file {class of the model: class of ImageNet-9, or -1}; "" = they
+            are the same.
+        challenge: backgrounds to put behind each foreground of ImageNet-9; 0 = off.
+        maps: probability with which a batch of the test split is drawn with its parts,
+            in WORKDIR/pictures/maps; 0.0 = off.
+        maps_every_epochs: when: at evaluations in epoch 1, in each so-manieth, and at
+            the end.
     """
+
+    leave_one_out: bool = False
+    thresholds: tuple[Inside, ...] = ()
+    backgrounds: str = ""
+    mapping: str = ""
+    challenge: ranges.OrNone = 0
+    maps: ranges.Probability = 0.0
+    maps_every_epochs: ranges.Count = 16
+
+    def check(self) -> Iterator[str]:
+        """Yield what cannot be combined or is not there."""
+        if self.challenge and not self.backgrounds:
+            yield f"challenge={self.challenge}: needs measures.backgrounds, a folder"
+        for key, there in (("backgrounds", os.path.isdir), ("mapping", os.path.isfile)):
+            path = getattr(self, key)
+            if path and not there(os.path.expanduser(path)):
+                yield f"{key}={path!r}: there is no such path"
+
+
+def nearest(mask, grid):  # [B, H, W] -> float32 [B, h, w]
+    """Sample a mask on a grid (h, w): cell i reads pixel floor((i + 1/2) H / h)."""
     rows, columns = (
         jnp.floor((jnp.arange(n) + 0.5) * old / n).astype(jnp.int32)
         for n, old in zip(grid, mask.shape[1:], strict=True)
@@ -35,12 +85,10 @@ def _axis(n, old, corners):
     return low, jnp.minimum(low + 1, old - 1), at - low
 
 
-def owner(maps, size, *, corners=False):
-    """Return which channel is largest at every pixel of [size, size]: [B, S, S].
+def owner(maps, size, *, corners=False):  # -> int32 [B, S, S]
+    """Return which channel is largest at every pixel.
 
     Args:
-        maps: [B, h, w, K+1].
-        size: S.
         corners: corners of image and grid coincide (align_corners), else pixel areas.
     """
     axes = [_axis(size, n, corners) for n in maps.shape[1:3]]
@@ -51,14 +99,10 @@ def owner(maps, size, *, corners=False):
     return full.argmax(-1).astype(jnp.int32)
 
 
-def at_points(maps, xy, size):
-    """Return which channel is largest at points: [B, P] int32.
+def at_points(maps, xy, size):  # -> int32 [B, P]
+    """Return which channel is largest at points xy [B, P, 2], in pixels.
 
-    Args:
-        maps: [B, h, w, K+1].
-        xy: [B, P, 2] in pixels of an S x S image; the pixel nearest to (x, y) - 1/2 is
-            read, of the maps enlarged bilinearly.
-        size: S.
+    The pixel nearest to (x, y) - 1/2 is read, of the maps enlarged bilinearly.
     """
     pixel = jnp.clip(jnp.round(xy - 0.5), 0, size - 1).astype(jnp.int32)
     value, rows = 0.0, jnp.arange(len(maps))[:, None]  # [B, 1]
@@ -87,15 +131,10 @@ def centres(maps, size):
     return xy, parts.max((1, 2)) > 0.5
 
 
-def overlap(maps, mask):
-    """Count pixels for the IoU of foreground and background.
+def overlap(maps, mask):  # [B, h, w, K+1], [B, S, S] -> int32 [B, 2, 2]
+    """Count pixels: (foreground, background) x (intersection, union).
 
-    Args:
-        maps: [B, h, w, K+1].
-        mask: [B, S, S], above 0 where the foreground is.
-
-    Returns:
-        [B, 2, 2] int32: (foreground, background) x (intersection, union).
+    The mask is above 0 where the foreground is.
     """
     background = owner(maps, mask.shape[1], corners=True) == maps.shape[-1] - 1
     truth = mask > 0
@@ -106,28 +145,20 @@ def overlap(maps, mask):
     return jnp.stack(counts, axis=1).astype(jnp.int32)
 
 
-def contingency(maps, labels):
-    """Count pixels by the part we find and the true part.
+def contingency(maps, labels):  # -> int32 [B, K+1, LABELS]
+    """Count pixels by the part we find and the true part [B, S, S], below `LABELS`."""
+    pair = owner(maps, labels.shape[1]) * LABELS + labels.astype(jnp.int32)
 
-    Args:
-        maps: [B, h, w, K+1].
-        labels: [B, S, S] ints below `LABELS`.
+    def count(p):
+        return jnp.bincount(p.ravel(), length=maps.shape[-1] * LABELS)
 
-    Returns:
-        [B, K+1, LABELS] int32.
-    """
-    ours = owner(maps, labels.shape[1])
-    pair = ours * LABELS + labels.astype(jnp.int32)
-    count = lambda p: jnp.bincount(p.ravel(), length=maps.shape[-1] * LABELS)  # noqa: E731
     return jax.vmap(count)(pair).reshape(len(maps), -1, LABELS).astype(jnp.int32)
 
 
 def of_maps(maps, batch) -> dict:
     """Return the rows of part maps for what a test batch knows of the truth.
 
-    Args:
-        maps: [B, h, w, K+1].
-        batch: image, and any of keypoints [B, P, 3], box [B, 4], mask, parts.
+    That is any of keypoints [B, P, 3], box [B, 4], mask, parts.
     """
     size, rows = batch["image"].shape[1], {}
     if "keypoints" in batch:
@@ -148,19 +179,63 @@ def of_maps(maps, batch) -> dict:
     return rows
 
 
-def swaps(classify, batch, rows=None) -> dict:
-    """Return the logits of the images, and of those before other backgrounds.
+def final(method, rows) -> dict:
+    """Return what is measured once: {name: float, or array for WORKDIR/scores.npz}.
 
     Args:
-        classify: images [B, S, S, C] -> logits.
-        batch: image, and perhaps swap_same, swap_random.
-        rows: what is known already; "logits" is then not computed again.
+        method: PartDiscovery.
+        rows: see `base.Method.final_scores`.
     """
-    names = {"image": "logits"} if rows is None else {}
-    names |= {k: f"logits_{k}" for k in ("swap_same", "swap_random")}
-    return {row: classify(batch[key]) for key, row in names.items() if key in batch}
+    found = {}
+    if method.measures.thresholds:
+        found |= _confident(method, rows)
+    if method.measures.backgrounds:
+        found |= _backgrounds(method, rows)
+    return found
 
 
-def passed(batch) -> dict:
-    """Return the columns that the scores need as they are."""
-    return {key: batch[key] for key in ("group",) if key in batch}
+def _confident(method, rows) -> dict:
+    """Return scores without each part's least confident patches, "<name>_least_<q>"."""
+    shares = method.measures.thresholds
+    seen = rows(method.confidence, split="bank")
+    limits = scores.thresholds(seen["owner"], seen["value"], method.parts.count, shares)
+    found = {"thresholds": np.stack([limits[q] for q in shares])}
+    for q in shares:
+        values = rows(method.thresholded, limits[q].astype(np.float32))
+        for name, value in scores.scores(values).items():
+            if not np.ndim(value):
+                found[f"{name}_least_{q:g}"] = value
+    return found
+
+
+def _backgrounds(method, rows) -> dict:
+    """Return the accuracy on every variant of ImageNet-9, the gap and the challenge."""
+    m, channels, found = method.measures, method.run.channels, {}
+    mapping = mapped(m.mapping, method.run.classes)
+
+    def right(source):
+        values = rows(method.guesses, source=source)
+        return scores.coarse(values["guess"], mapping) == values["label"]
+
+    root = os.path.expanduser(m.backgrounds)
+    for name in in9.variants(root):
+        if name != in9.BACKGROUNDS:  # No object in them.
+            source = in9.open(root, name, channels=channels)
+            found[f"in9_{name}"] = float(right(source).mean())
+    same, random = (found.get(f"in9_mixed_{kind}") for kind in ("same", "rand"))
+    if None not in (same, random):
+        found["in9_bg_gap"] = same - random
+    if m.challenge:
+        source = in9.challenge(root, m.challenge, channels=channels)
+        wrong = ~right(source).reshape(-1, len(source.chosen))
+        # The share of foregrounds no background makes the model err on.
+        found["in9_challenge"] = float(1.0 - wrong.any(1).mean())
+    return found
+
+
+def mapped(path, classes) -> dict:
+    """Return {class of the model: class of ImageNet-9} of a file; "" = the same."""
+    if not path:
+        return {c: c for c in range(classes)}
+    with open(os.path.expanduser(path)) as file:
+        return {int(fine): int(group) for fine, group in json.load(file).items()}

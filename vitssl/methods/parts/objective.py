@@ -1,4 +1,4 @@
-"""Losses on the soft maps of parts and on part features, and of classification.
+"""Losses on part maps, on part features and of classification, and their weights.
 
 Axes: B images, (h, w) grid, K parts, D width, C classes. Maps [B, h, w, K+1] are
 softmaxes over the last axis, whose last channel is the background.
@@ -7,34 +7,27 @@ Source of all: ananthu-aniraj/ifam@bc8eeae losses/; most go back to PDiscoNet, v
 Klis et al. 2023, arXiv:2309.03173, and PDiscoFormer, arXiv:2407.04538, section 3.
 """
 
+import dataclasses
 from typing import Literal
 
 import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors
+from vitssl import ranges
+from vitssl.methods.parts import affine, heads
 from vitssl.methods.parts import maps as partmaps
 
 Presence = Literal["original", "soft_constraint", "tanh", "soft_tanh"]
 Background = Literal["enforced_presence", "log", "linear", "mse"]
-PRESENCE = ("original", "soft_constraint", "tanh", "soft_tanh")
-BACKGROUND = ("enforced_presence", "log", "linear", "mse")
+Axis = Literal["parts", "channels"]
 
 _EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-def cross_entropy(logits, labels, *, smoothing=0.0):
-    """Mean over the batch of -sum_c t_c log softmax(logits)_c.
-
-    Args:
-        logits: [B, C].
-        labels: [B] int classes, or [B, C] soft targets.
-        smoothing: s of (1 - s) nll + s mean_c(-log p_c), for int classes.
-    """
+def cross_entropy(logits, labels, *, smoothing=0.0):  # [B, C], int [B] -> []
+    """Mean over the batch of (1 - s) nll + s mean_c(-log p_c), s the smoothing."""
     logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    if labels.ndim == 2:
-        return -(labels * logp).sum(-1).mean()
     nll = -jnp.take_along_axis(logp, labels[:, None], axis=-1)[:, 0]
     return ((1.0 - smoothing) * nll - smoothing * logp.mean(-1)).mean()
 
@@ -98,29 +91,17 @@ def presence(maps, kind: Presence = "original", *, beta=0.1, group=0):
         soft_tanh        mean_k (1 - t_k)
 
     Args:
-        maps: [B, h, w, K+1]; the background is left out.
-        kind, beta: see above.
+        maps: the background is left out.
         group: images over which the maximum is taken; the loss is then the mean over
             groups. 0 = the whole batch, a weaker loss the larger the batch; the
             published runs had 16 images on each device.
-
-    Raises:
-        UsageError: unknown kind, or a group that does not divide the batch.
     """
-    if kind not in PRESENCE:
-        raise errors.UsageError(f"presence kind={kind!r}: one of {', '.join(PRESENCE)}")
-    b = len(maps)
-    group = group or b
-    if b % group:
-        raise errors.UsageError(f"presence group={group} does not divide {b} images")
-    a = einops.rearrange(_smooth(maps[..., :-1]), "b h w k -> b k (h w)")
-    a = _largest(a)  # [B, K]
-    a = a.reshape(b // group, group, -1)
+    a = _smooth(maps[..., :-1])
+    a = _largest(einops.rearrange(a, "b h w k -> b k (h w)"))  # [B, K]
+    a = einops.rearrange(a, "(n g) k -> n g k", g=group or len(maps))
     if kind in ("tanh", "soft_tanh"):
         t = jnp.tanh(a.sum(1))  # [groups, K]
-        if kind == "soft_tanh":
-            return (1.0 - t).mean()
-        return _surprise(t).mean()
+        return (1.0 - t if kind == "soft_tanh" else _surprise(t)).mean()
     u = _largest(a.swapaxes(1, 2))  # [groups, K]
     if kind == "original":
         return (1.0 - u).mean()
@@ -137,13 +118,7 @@ def background_presence(maps, kind: Background = "enforced_presence"):
                            mean over the grid
 
     Logarithms are cut off at -100.
-
-    Raises:
-        UsageError: unknown kind.
     """
-    if kind not in BACKGROUND:
-        known = ", ".join(BACKGROUND)
-        raise errors.UsageError(f"background kind={kind!r}: one of {known}")
     if kind == "enforced_presence":
         q = _smooth(maps[..., -1:])[..., 0]  # [B, h-2, w-2]
         y, x = (jnp.square(jnp.linspace(-1.0, 1.0, n)) for n in q.shape[1:])
@@ -180,11 +155,10 @@ def pixel_entropy(maps):
     return -(p * jnp.log(jnp.clip(p, _EPS, 1.0 - _EPS))).sum(-1).mean()
 
 
-def orthogonality(features, axis: Literal["parts", "channels"] = "parts"):
+def orthogonality(features, axis: Axis = "parts"):  # [B, K+1, D] -> []
     """Mean of (F^T F - I)^2 over b and both indices, F of unit columns.
 
     Args:
-        features: [B, K+1, D] of parts and background.
         axis: "parts": vectors of length D, a (K+1) x (K+1) Gram matrix; "channels":
             what the released two-stage trainer computes, vectors over the K+1 parts
             and a D x D Gram matrix, which cannot reach 0.
@@ -200,9 +174,7 @@ def orthogonality(features, axis: Literal["parts", "channels"] = "parts"):
 def equivariance(maps, returned):
     """1 - mean over b, k < K of cos(A_k, A'_k), each map one vector.
 
-    Args:
-        maps: [B, h, w, K+1] of the images.
-        returned: the maps of warped images, brought back (`methods.parts.affine.undo`).
+    A' are the maps of warped images, brought back by `affine.undo`.
     """
     a, b = (
         x[..., :-1].reshape(len(x), -1, x.shape[-1] - 1) for x in (maps, returned)
@@ -213,3 +185,78 @@ def equivariance(maps, returned):
     for x in (a, b):
         dot = dot * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(1), 1e-16))
     return 1.0 - dot.mean()
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Config section `objective`: the weights of the losses.
+
+    Attributes:
+        stage_2, stage_1: classification by either stage.
+        total_variation, concentration, presence, background, entropy, orthogonality,
+            equivariance: on maps and part features.
+        presence_type, presence_beta, presence_group: see `presence`. A group of 16 is
+            what one device held in the published runs; 0 is the batch.
+        background_type: see `background_presence`.
+        orthogonality_axis: "channels" reproduces the released trainer.
+        smoothing: of the labels.
+    """
+
+    stage_2: ranges.NotNegative = 1.0
+    stage_1: ranges.NotNegative = 1.0
+    total_variation: ranges.NotNegative = 1.0
+    concentration: ranges.NotNegative = 0.0
+    presence: ranges.NotNegative = 1.0
+    presence_type: Presence = "original"
+    presence_beta: ranges.NotNegative = 0.1
+    presence_group: ranges.OrNone = 16
+    background: ranges.NotNegative = 2.0
+    background_type: Background = "enforced_presence"
+    entropy: ranges.NotNegative = 1.0
+    orthogonality: ranges.NotNegative = 1.0
+    orthogonality_axis: Axis = "parts"
+    equivariance: ranges.NotNegative = 1.0
+    smoothing: ranges.BelowOne = 0.0
+
+    def of_maps(self, found: heads.Found, features) -> dict:
+        """Return the weighted losses of one pass; those of weight 0 are left out.
+
+        Args:
+            features: [B, K+1, D] for the orthogonality.
+        """
+        maps, values = found.maps, {}
+        if self.total_variation:
+            values["tv"] = self.total_variation * total_variation(maps)
+        if self.concentration:
+            values["conc"] = self.concentration * concentration(maps)
+        if self.presence:
+            group = min(self.presence_group, len(maps))
+            value = presence(
+                maps, self.presence_type, beta=self.presence_beta, group=group
+            )
+            values["presence"] = self.presence * value
+        if self.background:
+            value = background_presence(maps, self.background_type)
+            values["enforced_presence"] = self.background * value
+        if self.entropy:
+            values["pixel_wise_entropy"] = self.entropy * pixel_entropy(maps)
+        if self.orthogonality:
+            value = orthogonality(features, self.orthogonality_axis)
+            values["orth"] = self.orthogonality * value
+        return {f"loss_{name}": value for name, value in values.items()}
+
+    def of_classes(self, labels, *, second=None, first=None) -> dict:
+        """Return the weighted classification losses of the stages there are."""
+        found = {}
+        if second is not None and self.stage_2:
+            value = cross_entropy(second, labels, smoothing=self.smoothing)
+            found["loss_classification"] = self.stage_2 * value
+        if first is not None and self.stage_1:
+            value = cross_entropy(first, labels, smoothing=self.smoothing)
+            found["loss_classification_stage_1"] = self.stage_1 * value
+        return found
+
+    def of_warp(self, maps, warped, warp: affine.Warp, size: int) -> dict:
+        """Return the weighted equivariance of maps and the maps of warped images."""
+        value = equivariance(maps, affine.undo(warped, warp, size))
+        return {"loss_equiv": self.equivariance * value}

@@ -9,16 +9,8 @@ from vitssl.models import patches
 from vitssl.pictures import overlays
 
 
-def arrays(method, params, extra, batch, image) -> dict:
-    """Return fields of `pictures.drawing.Material`.
-
-    Args:
-        method: Parts.
-        params, extra: of the method.
-        batch: not used.
-        image: uint8 [B, H, W, C] whole images.
-    """
-    del batch
+def arrays(method, params, extra, image) -> dict:
+    """Return fields of `pictures.drawing.Material` of images uint8 [B, H, W, C]."""
     if not method.parts.finds_parts:
         return {"grid": patches.grid(image, method.model.patch)}
     maps = _maps(params, extra, image, method=method)
@@ -26,13 +18,7 @@ def arrays(method, params, extra, batch, image) -> dict:
 
 
 def probability(measures, run, step) -> float:
-    """Return how likely a test batch is drawn at an evaluation; see `Measures`.
-
-    Args:
-        measures: the section.
-        run: `base.Run`.
-        step: updates that were made.
-    """
+    """Return how likely a test batch is drawn after `step` updates; see `Measures`."""
     epoch = step / run.steps_per_epoch
     due = 0 < epoch <= 1 or step >= run.total_steps
     due |= epoch > 0 and epoch % measures.maps_every_epochs == 0
@@ -40,14 +26,7 @@ def probability(measures, run, step) -> float:
 
 
 def snapshot(method, params, extra, batch, path):
-    """Draw the images of a test batch with the parts found in them.
-
-    Args:
-        method: Parts.
-        params, extra: of the method.
-        batch: of the test split, on the host; rows that are not valid are left out.
-        path: of the file, PNG or JPEG.
-    """
+    """Draw the valid images of a test batch, on the host, with the parts found."""
     maps = np.asarray(_maps(params, extra, batch["image"], method=method))
     valid = batch["valid"]
     overlays.write(path, batch["image"][valid], maps[valid])

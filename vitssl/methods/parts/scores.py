@@ -1,103 +1,49 @@
 """Numbers of part discovery and of classification under changing backgrounds.
 
-On the host, from the rows that `parts.measures` leaves. Accuracies are fractions.
+On the host, from the rows that `measures` leaves. Accuracies are fractions.
 """
-
-import dataclasses
-import os
-from collections.abc import Iterator
 
 import numpy as np
 
 from vitssl.evals import accuracy
 
 
-@dataclasses.dataclass(frozen=True)
-class Measures:
-    """Config section `measures`.
-
-    Attributes:
-        leave_one_out: also classify without each single part in turn (K times the
-            second stage), beside those of `parts.removed`.
-        thresholds: shares of each part's least confident patches, as (0.01, 0.05): the
-            final evaluation finds them in the bank split (`evals.final_samples_train`
-            of it) and scores the test split with such patches taken away.
-        backgrounds: folder of ImageNet-9, whose variants the final evaluation scores;
-            "" = off. See `data.sources.in9`.
-        mapping: JSON file {class of the model: class of ImageNet-9, or -1}; "" = they
-            are the same.
-        challenge: backgrounds to put behind each foreground of ImageNet-9; 0 = off.
-        maps: probability with which a batch of the test split is drawn with its parts,
-            in WORKDIR/pictures/maps; 0.0 = off.
-        maps_every_epochs: when: at evaluations in epoch 1, in each so-manieth, and at
-            the end.
-    """
-
-    leave_one_out: bool = False
-    thresholds: tuple[float, ...] = ()
-    backgrounds: str = ""
-    mapping: str = ""
-    challenge: int = 0
-    maps: float = 0.0
-    maps_every_epochs: int = 16
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range or not there."""
-        if any(not 0.0 < q < 1.0 for q in self.thresholds):
-            yield f"thresholds={self.thresholds}: shares above 0 and below 1"
-        if self.challenge < 0:
-            yield f"challenge={self.challenge}: 0 (off) or more backgrounds"
-        if self.challenge and not self.backgrounds:
-            yield f"challenge={self.challenge}: needs measures.backgrounds, a folder"
-        for key, there in (("backgrounds", os.path.isdir), ("mapping", os.path.isfile)):
-            path = getattr(self, key)
-            if path and not there(os.path.expanduser(path)):
-                yield f"{key}={path!r}: there is no such path"
-        if not 0.0 <= self.maps <= 1.0:
-            yield f"maps={self.maps}: a probability, 0 to 1"
-        if self.maps_every_epochs < 1:
-            yield f"maps_every_epochs={self.maps_every_epochs}: 1 or more"
-
-
 def classification(logits, labels) -> dict:
-    """Return the accuracies that the original reports.
+    """Return the accuracies that the original reports, of [M, C] and [M].
 
-    Args:
-        logits: [M, C].
-        labels: [M].
-
-    Returns:
-        "top1"; "macro", the mean over the classes that occur as label or prediction
-        (in "macro_top5" as label);
-        "per_class" [C] (0 where a class never occurs); "worst_class" over the classes
-        that occur; "auroc": of class 1 for two classes, else the mean over C of one
-        against the rest, in which a class without examples counts 0, as in
-        torchmetrics; for C > 5 "top5", "macro_top5".
+    "top1"; "macro", the mean over the classes that occur as label or prediction (in
+    "macro_top5" as label); "per_class" [C] (0 where a class never occurs);
+    "worst_class" over the classes that occur; "auroc"; for C > 5 "top5", "macro_top5".
     """
     classes = logits.shape[1]
     place = accuracy.rank(logits, labels)
-    found = {"top1": float((place < 1).mean())}
     there = np.bincount(labels, minlength=classes)
-    for k, end in ((1, ""), (5, "_top5")):
-        if k == 5 and classes <= 5:
-            break
+
+    def recalls(k):
         hits = np.bincount(labels[place < k], minlength=classes)
-        share = hits / np.maximum(1, there)
-        # torchmetrics counts a class that is only ever predicted for top-1 alone.
-        guessed = np.bincount(logits.argmax(-1), minlength=classes) > 0
-        seen = (there > 0) | (guessed & (k == 1))
-        found[f"macro{end}"] = float(share[seen].mean())
-        if k == 5:
-            found["top5"] = float((place < 5).mean())
-        else:
-            found["per_class"] = share
-            found["worst_class"] = float(share[there > 0].min())
-    found["auroc"] = auroc(logits, labels)
-    return found
+        return hits / np.maximum(1, there)
+
+    share = recalls(1)
+    # torchmetrics counts a class that is only ever predicted for top-1 alone.
+    seen = (there > 0) | (np.bincount(logits.argmax(-1), minlength=classes) > 0)
+    found = {
+        "top1": float((place < 1).mean()),
+        "macro": float(share[seen].mean()),
+        "per_class": share,
+        "worst_class": float(share[there > 0].min()),
+    }
+    if classes > 5:
+        found["macro_top5"] = float(recalls(5)[there > 0].mean())
+        found["top5"] = float((place < 5).mean())
+    return found | {"auroc": auroc(logits, labels)}
 
 
 def auroc(logits, labels) -> float:
-    """Return the area under the ROC curve, see `classification`."""
+    """Return the area under the ROC curve: of class 1 for two classes.
+
+    Else the mean over C of one against the rest, in which a class without examples
+    counts 0, as in torchmetrics.
+    """
     z = logits - logits.max(-1, keepdims=True)
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     classes = p.shape[1]
@@ -123,12 +69,9 @@ def groups(logits, labels, group) -> dict:
     Source: Sagawa et al. 2020, arXiv:1911.08731 (worst group).
     """
     right = logits.argmax(-1) == labels
-    each = {int(g): float(right[group == g].mean()) for g in np.unique(group)}
-    return {
-        **{f"group{g}": value for g, value in each.items()},
-        "worst_group": min(each.values()),
-        "group_mean": float(np.mean(list(each.values()))),
-    }
+    each = {f"group{g}": float(right[group == g].mean()) for g in np.unique(group)}
+    values = list(each.values())
+    return each | {"worst_group": min(values), "group_mean": float(np.mean(values))}
 
 
 def mutual_information(table) -> float:
@@ -163,7 +106,7 @@ def agreement(ours, theirs) -> dict:
 
 
 def intersection_over_union(counts) -> dict:
-    """Return IoUs from `partmeasures.overlap` [M, 2, 2], totalled over the images."""
+    """Return IoUs from `measures.overlap` [M, 2, 2], totalled over the images."""
     total = counts.sum(0, dtype=np.int64)  # (fg, bg) x (intersection, union)
     front, back = (float(i / max(1, u)) for i, u in total)
     return {"iou_fg": front, "iou_bg": back, "miou": (front + back) / 2}
@@ -211,65 +154,25 @@ def _scale(x):
     return np.where(scale > 0, scale, 1.0)
 
 
-def coarse_accuracy(logits, targets, mapping) -> float:
-    """Return the accuracy over classes that fine classes belong to (ImageNet-9).
-
-    Args:
-        logits: [M, C] of fine classes.
-        targets: [M] coarse classes.
-        mapping: {fine class: coarse class, -1 = none, which is always wrong}.
-
-    Source: Xiao et al. 2020, arXiv:2006.09994.
-    """
-    return float((coarse(logits.argmax(-1), mapping) == targets).mean())
-
-
 def coarse(guesses, mapping):
-    """Return the coarse class of fine ones, -1 = none; arguments as above."""
+    """Return the coarse classes of fine ones, -1 = none, by {fine: coarse}."""
     table = np.full(1 + max([int(guesses.max()), *map(int, mapping)]), -1)
     for fine, group in mapping.items():
         table[int(fine)] = group
     return table[guesses]
 
 
-def background_gap(same, random) -> float:
-    """Return how much accuracy a random background costs against the own kind's."""
-    return same - random
-
-
-def challenge(wrong) -> float:
-    """Return the share of foregrounds no background makes the model err on.
-
-    Args:
-        wrong: [foregrounds, backgrounds] bool.
-    """
-    return float(1.0 - np.asarray(wrong).any(1).mean())
-
-
-def thresholds(maps, dot, quantiles) -> dict:
+def thresholds(owner, values, parts, quantiles) -> dict:
     """Return the confidence that a share of each part's patches stays below.
 
     Args:
-        maps: [M, h, w, K+1] of training images.
-        dot: [M, h, w, K+1] products with the prototypes (`Found.dot`).
+        owner: int [M, h, w] of training images, K = the background.
+        values: [M, h, w] product with the prototype of the owner.
+        parts: K.
         quantiles: shares q.
 
     Returns:
         {q: float64 [K]}; nan for a part that owns no patch.
-    """
-    own = maps.argmax(-1)
-    values = np.take_along_axis(dot, own[..., None], axis=-1)[..., 0]
-    return least(own, values, maps.shape[-1] - 1, quantiles)
-
-
-def least(owner, values, parts, quantiles) -> dict:
-    """Return `thresholds` from less: what owns each patch, and its own product.
-
-    Args:
-        owner: int [M, h, w], K = the background.
-        values: [M, h, w] product with the prototype of the owner.
-        parts: K.
-        quantiles: see `thresholds`.
     """
     columns = []
     for k in range(parts):
@@ -283,7 +186,7 @@ def scores(rows: dict, removed=()) -> dict:
     """Return every number that the rows of a test split allow.
 
     Args:
-        rows: of `Parts.outputs`, with "label", in order of "index".
+        rows: of `PartDiscovery.outputs`, with "label", in order of "index".
         removed: parts that were away all along.
 
     Returns:
@@ -293,13 +196,13 @@ def scores(rows: dict, removed=()) -> dict:
         IoUs; accuracies before swapped backgrounds and "bg_gap"; "without_k".
     """
     labels, found = rows["label"], {}
-    for key, end in (("logits", ""), ("logits_stage_1", "_stage_1")):
-        if key in rows:
-            values = classification(rows[key], labels)
-            found |= {f"{k}{end}": v for k, v in values.items()}
+    for end in ("", "_stage_1"):
+        if f"logits{end}" in rows:
+            logits = rows[f"logits{end}"]
+            values = classification(logits, labels)
             if "group" in rows:
-                values = groups(rows[key], labels, rows["group"])
-                found |= {f"{k}{end}": v for k, v in values.items()}
+                values |= groups(logits, labels, rows["group"])
+            found |= {f"{k}{end}": v for k, v in values.items()}
     found |= _swapped(rows, labels)
     if "logits_without" in rows:
         right = rows["logits_without"].argmax(-1) == labels[:, None]  # [M, K]
@@ -317,7 +220,7 @@ def _swapped(rows, labels):
             right = rows[f"logits_{name}"].argmax(-1) == labels
             found[name] = float(right.mean())
     if len(found) == 2:
-        found["bg_gap"] = background_gap(found["swap_same"], found["swap_random"])
+        found["bg_gap"] = found["swap_same"] - found["swap_random"]
     return found
 
 

@@ -12,7 +12,7 @@ from tests.methods.parts import test_method
 from vitssl.data import dataset
 from vitssl.data.sources import in9
 from vitssl.evals import suite
-from vitssl.methods.parts import scores
+from vitssl.methods.parts import measures, scores
 from vitssl.pictures import overlays
 from vitssl.run import devices, evaluation
 
@@ -24,10 +24,10 @@ def found(tmp_path_factory):
     """A tiny method, its weights and its final evaluation with everything on."""
     root = tmp_path_factory.mktemp("in9")
     layouts.in9.in9(root, size=(32, 32), names=layouts.in9.CLASSES[:2])
-    measures = scores.Measures(
+    section = measures.Measures(
         thresholds=SHARES, backgrounds=str(root), challenge=2, maps=1.0
     )
-    m = test_method.method(measures=measures)
+    m = test_method.method(measures=section)
     params, extra = test_method.init(m, test_method.batch(evaluation=True)["image"])
     section = suite.Evals(
         image_size=32,
@@ -62,7 +62,9 @@ def _batch(data, split):
 def test_thresholds_are_quantiles_of_each_parts_own_patches(found):
     m, state, data, one, _, _ = found
     out = jax.jit(m.predict)(*state, _batch(data, "train")["image"]).found
-    want = scores.thresholds(np.asarray(out.maps), np.asarray(out.dot), SHARES)
+    owner = np.asarray(out.maps.argmax(-1))
+    own = np.take_along_axis(np.asarray(out.dot), owner[..., None], axis=-1)[..., 0]
+    want = scores.thresholds(owner, own, 3, SHARES)
     got = dict(zip(SHARES, one.arrays["thresholds"], strict=True))
     for q in SHARES:
         np.testing.assert_allclose(got[q], want[q], rtol=1e-5, atol=1e-6)
@@ -105,7 +107,7 @@ def test_batches_are_drawn_when_due(found):
     assert [f.name for f in files] == [f"000010_{i:04d}_birds.jpg" for i in range(2)]
     assert cv2.imread(str(files[0])).shape == (512, 512, 3)
     # Ten steps of two an epoch: the first epoch, each fourth, the last.
-    m = test_method.method(measures=scores.Measures(maps=0.3, maps_every_epochs=4))
+    m = test_method.method(measures=measures.Measures(maps=0.3, maps_every_epochs=4))
     assert [m.drawn(s) for s in (0, 2, 4, 8, 10)] == [0.0, 0.3, 0.0, 0.3, 0.3]
 
 
