@@ -231,7 +231,7 @@ class Augment:
         size: side of the crop, in pixels.
         scale: smallest and largest share of the area.
         flip: probability that it is mirrored.
-        interpolation: see `data.crops.MultiCrop`.
+        interpolation: see `data.resample`.
     """
 
     size: int

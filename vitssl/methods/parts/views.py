@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from vitssl.data import colour, crops
+from vitssl.data import colour, geometry
 from vitssl.data.randaugment import RandAugment
 from vitssl.methods.parts import frames, planckian
 
@@ -106,7 +106,7 @@ class Training:
 
     def _timm(self, frame, rng):
         s, image = self.spec, frame["image"]
-        top, left, h, w = crops.draw_box(rng, image.shape[:2], s.crop_scale)
+        top, left, h, w = geometry.draw_box(rng, image.shape[:2], s.crop_scale)
         cut = {k: v[top : top + h, left : left + w] for k, v in frame.items()}
         frame = frames.resize(cut, (s.size, s.size), "bicubic")
         frame = self._flips(frame, rng)
