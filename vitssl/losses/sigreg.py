@@ -146,13 +146,12 @@ def sigreg(
 
 def two_views(
     za,
-    zb=None,
+    zb,
     key=None,
     valid_a=None,
     valid_b=None,
     *,
     weights=(25.0, 25.0),
-    flatten=True,
     slices=1024,
     along=None,
     **options,
@@ -163,20 +162,12 @@ def two_views(
     "sigreg_a", "sigreg_b".
 
     Args:
-        za, zb: [B, D] or [B, N, D], row i of both from image i. Without `zb` the two
-            halves of `za` are the views (B must be even).
+        za, zb: [B, D] or [B, N, D] (tokens are rows), row i of both from image i.
         key, slices, along: directions, see `sigreg`.
         valid_a, valid_b: [B] or [B, N] bool, rows that count.
         weights: (invariance, sigreg).
-        flatten: tokens are rows; False: their entries are columns ([B, N D]).
         **options: of `sigreg`.
     """
-    if zb is None:
-        if len(za) % 2:
-            raise ValueError(f"two_views: a batch of {len(za)} has no equal halves")
-        za, zb, valid_a, valid_b = vicreg.halves(za, valid_a)
-    if not flatten:
-        za, zb = (einops.rearrange(z, "b ... -> b (...)") for z in (za, zb))
     both = vicreg.both(valid_a, valid_b)
     invariance = regression.level_loss(za, zb, both, kind="mse", detach=False)
     options |= dict(key=key, slices=slices, along=along)

@@ -72,7 +72,7 @@ def variance_covariance(z, valid=None, *, threshold=1.0, eps=1e-4, covariance="p
 
 def vicreg(
     za,
-    zb=None,
+    zb,
     valid_a=None,
     valid_b=None,
     *,
@@ -80,7 +80,6 @@ def vicreg(
     threshold=1.0,
     eps=1e-4,
     covariance="paper",
-    flatten=True,
 ):
     """Return (weighted sum [], terms) of VICReg on two views of the same images.
 
@@ -88,25 +87,16 @@ def vicreg(
     last two of each view under "..._a" and "..._b".
 
     Args:
-        za, zb: [B, D] or [B, N, D], row i of both from image i. Without `zb` the two
-            halves of `za` are the views (B must be even).
+        za, zb: [B, D] or [B, N, D] (tokens are rows), row i of both from image i.
         valid_a, valid_b: [B] or [B, N] bool; the invariance term uses what is valid
             in both.
         weights: (invariance, variance, covariance), numbers or an array [3].
         threshold, eps, covariance: see `variance_covariance`.
-        flatten: tokens are rows ([B N, D]); False: their entries are columns
-            ([B, N D]), and valid is [B].
     """
-    if zb is None:
-        if len(za) % 2:
-            raise ValueError(f"vicreg: the two halves of a batch of {len(za)} differ")
-        za, zb, valid_a, valid_b = halves(za, valid_a)
     if za.shape != zb.shape or za.ndim not in (2, 3):
         raise ValueError(
             f"vicreg: want two [B, D] or [B, N, D], got {za.shape} and {zb.shape}"
         )
-    if not flatten:
-        za, zb = (einops.rearrange(z, "b ... -> b (...)") for z in (za, zb))
     options = dict(threshold=threshold, eps=eps, covariance=covariance)
     valid = both(valid_a, valid_b)
     invariance = regression.level_loss(za, zb, valid, kind="mse", detach=False)

@@ -20,8 +20,6 @@ def _vicreg_options(config):
     """Options of `vicreg` that reproduce the original, from its own names."""
     named = {"variance_threshold": "threshold", "eps": "eps"}
     options = {ours: config[name] for name, ours in named.items() if name in config}
-    if "flatten_patches" in config:
-        options["flatten"] = config["flatten_patches"]
     weights = [
         config.get(f"{name}_weight", w)
         for name, w in zip(TERMS, vicreg.WEIGHTS, strict=True)
@@ -109,9 +107,9 @@ def vicreg_terms(case):
     a, b = jnp.asarray(case.inputs["z_a"]), jnp.asarray(case.inputs["z_b"])
     runs = {
         "patches": vicreg.vicreg(a, b, **options),
-        "noflat": vicreg.vicreg(a, b, **(options | {"flatten": False})),
+        "noflat": vicreg.vicreg(*(z.reshape(len(z), -1) for z in (a, b)), **options),
         "pooled": vicreg.vicreg(forward.pool(a), forward.pool(b), **options),
-        "single": vicreg.vicreg(a, **options),
+        "single": vicreg.vicreg(*vicreg.halves(a), **options),
     }
     for name, (loss, parts) in runs.items():
         case.close(f"{name}_loss", loss)

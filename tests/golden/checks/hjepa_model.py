@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import hjepa_names as names
 from vitssl import convert, tree
 from vitssl.losses import regression
 from vitssl.methods import base
-from vitssl.methods.hjepa import apply, levels, masks, names, predictor, views
+from vitssl.methods.hjepa import apply, levels, masks, predictor, views
 from vitssl.methods.hjepa import method as hjepa
 from vitssl.methods.hjepa import objective as hjepa_losses
 from vitssl.models import vit

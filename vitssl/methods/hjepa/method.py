@@ -160,12 +160,9 @@ class HJEPA(base.Method):
             "predictor": predictor.xavier(keys[3], guess),
             "levels": found["params"],
         }
-        extra = {}
+        extra = self.adopt(params, {})
         if self.ema.target_encoder:
-            extra["target"] = tree.copy(params["encoder"])
             extra["momentum"] = jnp.float32(self.ema.start)
-        if self.levels.target == "ema":
-            extra["target_levels"] = tree.copy(params["levels"])
         if self.levels.norm == "batchnorm":
             extra["stats"] = found["batch_stats"]
         if self.objective.vicreg_adaptive:

@@ -262,12 +262,11 @@ def vicreg_of(
     return term, parts
 
 
-def _vicreg_of_pair(pair, *, weights=vicreg.WEIGHTS, flatten=True, **options):
+def _vicreg_of_pair(pair, *, weights=vicreg.WEIGHTS, **options):
     """Loss and parts of one pair; without a second view the invariance is 0."""
     if pair.b is not None:
-        return vicreg.vicreg(*pair[:4], weights=weights, flatten=flatten, **options)
-    a = pair.a if flatten else einops.rearrange(pair.a, "b ... -> b (...)")
-    variance, covariance = vicreg.variance_covariance(a, pair.valid_a, **options)
+        return vicreg.vicreg(*pair[:4], weights=weights, **options)
+    variance, covariance = vicreg.variance_covariance(pair.a, pair.valid_a, **options)
     loss = weights[1] * variance + weights[2] * covariance
     parts = dict(invariance=jnp.zeros(()), variance=variance, covariance=covariance)
     return loss, parts
