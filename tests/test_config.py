@@ -50,7 +50,7 @@ MISTAKES = {
     "multicrop.global_crop_size=30": ["30", "patch"],
     "multicrop.global_crop_scale=(1.0,0.5)": ["global_crop_scale", "largest"],
     "masking.strategy=globals": ["masking.strategy='globals'", "global_only"],
-    "masking.num_hierarchies=7": ["num_hierarchies=7", "1 to 4"],
+    "masking.num_hierarchies=7": ["num_hierarchies=7", "in [1, 4]"],
     "objective.weights=(1.0,0.5)": ["weights", "3"],
     "objective.type=mae": ["objective.type='mae'", "mse"],
     "predictor.heads=7": ["predictor", "heads", "7"],

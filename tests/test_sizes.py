@@ -7,7 +7,7 @@ import pytest
 
 from tests import runs
 from vitssl import errors, sizes
-from vitssl.data import crops, views
+from vitssl.data import geometry, views
 from vitssl.methods.classify import views as leaves
 from vitssl.methods.simclr import views as augments
 from vitssl.run import experiment
@@ -76,8 +76,8 @@ def test_leaves_crop_and_warp_to_the_rectangle():
     for severity in ("minimal", "light", "aggressive"):
         image = leaves.Leaves(RECTANGLE, severity)(example, rng)["image"]
         assert image.shape == (*RECTANGLE, 3), severity
-    np.testing.assert_allclose(crops.shaped(RECTANGLE), (1.5, 8 / 3))
-    assert crops.shaped(48) == crops.RATIO
+    np.testing.assert_allclose(geometry.shaped(RECTANGLE), (1.5, 8 / 3))
+    assert geometry.shaped(48) == geometry.RATIO
     assert augments.Views(RECTANGLE).kernel == augments.Views(48).kernel
 
 

@@ -8,8 +8,7 @@ from tests.convert import pth, published
 from tests.golden import ifam_names
 from tests.models import fields
 from vitssl import convert
-from vitssl.convert import backbone, exporter, hvit_names
-from vitssl.methods.hjepa import names as hjepa_names
+from vitssl.convert import backbone, exporter, hvit_names, vit_names
 from vitssl.methods.latent_mim import names
 from vitssl.methods.parts import heads, networks
 from vitssl.methods.parts import names as part_names
@@ -119,8 +118,8 @@ def hvit():
 
 
 def h_jepa():
-    found = {"target": filled(vit.ViT(**published.MODEL), 32, 32, 3)}
-    state = hjepa_names.export({}, found)
+    target = filled(vit.ViT(**published.MODEL), 32, 32, 3)
+    state = convert.export(target, vit_names.table("target_encoder.vit."))
     other = {"predictor.mask_token": noise(1, 1, 8)}
     return {"model_state_dict": state | other}
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vitssl import config
 from vitssl.data import resolution
 from vitssl.methods import base
 from vitssl.methods.classify import views
@@ -65,18 +66,16 @@ def test_rows_of_a_step_share_its_side(view):
 
 
 def test_impossible_values_are_one_line_each():
-    faults = [
-        line
-        for spec in (
-            dict(start=-1),
-            dict(epochs=-1.0),
-            dict(sizes=(64,)),
-            dict(sizes=(64, 32)),
-            dict(prob=1.5),
-        )
-        for line in resolution.Resolution(**spec).check()
-    ]
-    assert [f.split("=")[0] for f in faults] == "start epochs sizes sizes prob".split()
+    for values, fault in (
+        (dict(start=-1), "start=-1: 0 or more"),
+        (dict(epochs=-1.0), "epochs=-1.0: 0 or more"),
+        (dict(sizes=(64,)), "sizes=(64,): (least, largest) in pixels, or ()"),
+        (dict(sizes=(64, 32)), "sizes=(64, 32): (least, largest) in pixels, or ()"),
+        (dict(prob=1.5), "prob=1.5: in [0, 1]"),
+    ):
+        found = config.Problems()
+        config.section(resolution.Resolution, values, "r", found)
+        assert found == [f"r.{fault}"]
     fits = resolution.Resolution(start=300, sizes=(33, 47)).faults(224, 32)
     assert list(fits) == [
         "resolution.start=300: at most augment.size=224",

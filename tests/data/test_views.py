@@ -3,8 +3,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_colour import gap, picture
-from tests.methods.hjepa.test_masks import HJEPA
-from vitssl.data import crops, views
+from vitssl.data import views
 
 
 @pytest.mark.parametrize("size", [(60, 84), (84, 60), (50, 50), (20, 90)])
@@ -55,27 +54,8 @@ def test_evaluation_is_not_random():
     assert a["label"] == -1
 
 
-def test_hjepa_baseline_crops_mildly_after_a_resize():
-    transform = views.hjepa_single(32, color_jitter=0.0)
-    image = picture((100, 150))
-    boxes = np.array(
-        [
-            transform({"image": image}, np.random.default_rng(i))["global_box"][0]
-            for i in range(300)
-        ]
-    )
-    area = boxes[:, 2] * boxes[:, 3]
-    assert boxes[:, 4].mean() == pytest.approx(0.5, abs=0.1)
-    # 0.8 to 1 of a 64 x 96 image; shapes wider than 4/3 do not occur, so the
-    # largest boxes are refused and the central one is taken.
-    assert 0.75 < area.min() and area.max() <= 1.0
-    got = transform({"image": image, "label": 1}, np.random.default_rng(0))
-    assert got["global"].shape == (1, 32, 32, 3) and got["label"] == 1
-    assert "local" not in got
-
-
-def test_ijepa_baseline_is_a_crop_and_nothing_else():
-    transform = views.ijepa_single(24)
+def test_a_single_crop_is_a_crop_and_nothing_else():
+    transform = views.SingleCrop(24, (0.3, 1.0))
     image = picture((60, 60))
     rows = [transform({"image": image}, np.random.default_rng(i)) for i in range(200)]
     boxes = np.array([row["global_box"][0] for row in rows])
@@ -87,29 +67,3 @@ def test_ijepa_baseline_is_a_crop_and_nothing_else():
     cut = Image.fromarray(image[top : top + height, left : left + width])
     want = cut.resize((24, 24), Image.Resampling.BICUBIC)
     assert gap(rows[0]["global"][0], want).max() == 0
-
-
-def test_single_crops_carry_masks_like_multi_crops():
-    transform = views.ijepa_single(32, masks=HJEPA, patch=4)
-    got = transform({"image": picture()}, np.random.default_rng(0))
-    assert got["global_context"].shape == (1, 3, 64)
-    assert not (got["global_context"] & got["global_targets"]).any()
-
-
-def test_jitter_of_the_baseline_has_the_strength_it_says():
-    image = np.full((40, 40, 3), 128, np.uint8)
-    transform = views.hjepa_single(16, color_jitter=0.4)
-    means = [
-        transform({"image": image}, np.random.default_rng(i))["global"].mean()
-        for i in range(300)
-    ]
-    # Contrast, saturation and hue do nothing to flat grey; brightness is 1 +- 0.16.
-    np.testing.assert_allclose(
-        [min(means), max(means)], [128 * 0.84, 128 * 1.16], atol=2
-    )
-
-
-def test_sections_of_other_systems_have_the_numbers_of_the_papers():
-    assert crops.MultiCrop(**crops.dinov2()).global_crop_scale == (0.32, 1.0)
-    assert views.ijepa_single(224).scale == (0.3, 1.0)
-    assert views.hjepa_single(224).resize_to == 256

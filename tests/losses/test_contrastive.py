@@ -2,7 +2,6 @@ import jax
 import numpy as np
 import pytest
 
-from vitssl import errors
 from vitssl.losses import contrastive
 
 # Compiled whole: operation by operation is ten times slower on a first run.
@@ -141,22 +140,8 @@ def test_tokens_are_rows():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_cjepa_adds_its_two_terms():
-    a, b = _views()
-    term, metrics = NT_XENT(a, b, temperature=0.3)
-    loss, parts = contrastive.cjepa(
-        np.float32(2.0), a, b, jepa_weight=0.5, contrastive_weight=0.2, temperature=0.3
-    )
-    np.testing.assert_allclose(loss, 1.0 + 0.2 * term, rtol=1e-6)
-    np.testing.assert_allclose(parts["contrastive"], term, rtol=1e-6)
-    for name in NAMES:
-        np.testing.assert_allclose(parts[f"contrastive_{name}"], metrics[name], 1e-6)
-
-
 def test_wrong_options_say_what_is_allowed():
     a, b = _views()
-    with pytest.raises(errors.UsageError, match="temperature=0"):
-        contrastive.nt_xent(a, b, temperature=0.0)
     with pytest.raises(ValueError, match=r"\(6, 5\).*\(5, 5\)"):
         contrastive.nt_xent(a, b[:5], temperature=0.1)
 
@@ -190,5 +175,3 @@ def test_infonce_at_chance_at_the_optimum_and_of_nothing():
     loss, metrics = contrastive.infonce(apart, apart, temperature=0.01)
     assert float(loss) < 1e-5 and metrics["accuracy"] == 1
     assert contrastive.infonce(same[:0], same[:0], temperature=0.1)[0] == 0
-    with pytest.raises(errors.UsageError, match="temperature=0"):
-        contrastive.infonce(same, same, temperature=0)

@@ -159,32 +159,10 @@ def test_order_of_samples_does_not_matter():
     np.testing.assert_allclose(flip, want, rtol=1e-6)
 
 
-def test_hierarchical_weights_each_level():
-    levels = [_arrays(k, (2, 6 - 2 * k, 4)) for k in range(3)]
-    predictions, targets, valids = zip(*levels, strict=True)
-    want = [
-        _level_by_loops(*level, kind="smoothl1", normalize=True) for level in levels
-    ]
-    for weights, each in (((1.0, 0.5, 0.25), (1.0, 0.5, 0.25)), (2.0, (2.0,) * 3)):
-        loss, parts = regression.hierarchical(
-            predictions,
-            targets,
-            valids,
-            weights=weights,
-            kind="smoothl1",
-            normalize=True,
-        )
-        np.testing.assert_allclose(loss, np.dot(each, want), rtol=1e-5)
-        np.testing.assert_allclose([parts[f"loss_h{k}"] for k in range(3)], want, 1e-5)
-        np.testing.assert_allclose(parts["loss_unweighted"], np.mean(want), 1e-5)
-
-
 def test_wrong_options_say_what_is_allowed():
     p, t, valid = _arrays()
     with pytest.raises(errors.UsageError, match="cosine.*mse, smoothl1, huber"):
         regression.level_loss(p, t, kind="cosine")
-    with pytest.raises(errors.UsageError, match="2 numbers for 3 levels"):
-        regression.hierarchical([p] * 3, [t] * 3, weights=(1.0, 2.0), kind="mse")
     with pytest.raises(ValueError, match=r"\(3, 5, 4\).*\(3, 4, 4\)"):
         regression.level_loss(p, t[:, :4], kind="mse")
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(3, 5\)"):

@@ -10,7 +10,7 @@ from vitssl.pictures import drawing
 def material(tmp_path):
     """Return material for every picture, of tiny arrays."""
     rng = np.random.default_rng(0)
-    spec = masks.Masks(
+    spec = masks.Masking(
         strategy="global_with_local_context",
         sampler="original",
         num_hierarchies=2,
@@ -21,6 +21,8 @@ def material(tmp_path):
         max_attempts=10,
         min_keep=2,
         targets_per_level="constant",
+        levels="per_level",
+        mode="drop",
     )
     found = [masks.multicrop(rng, spec, (4, 4), (2, 2), (2, 2)) for _ in range(2)]
     batch = {k: np.stack([f[k] for f in found]) for k in found[0]}

@@ -26,9 +26,9 @@ from PIL import Image
 
 from vitssl import errors
 from vitssl.bench import clock
-from vitssl.data import crops, decode, pipeline
+from vitssl.data import decode, pipeline
 from vitssl.data.sources import folder
-from vitssl.methods.hjepa import masks
+from vitssl.methods.hjepa import masks, views
 
 HEIGHT, WIDTH = 375, 500  # A typical photograph of ImageNet.
 QUALITY = 92
@@ -37,9 +37,9 @@ WARM_UP = 2  # Batches per core, before the clock of a loader starts.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def section(interpolation: str, **changes) -> crops.MultiCrop:
+def section(interpolation: str, **changes) -> views.MultiCrop:
     """Return H-JEPA's crops: 2 x 224 and 6 x 96, flip and jitter, nothing else."""
-    return crops.MultiCrop(
+    return views.MultiCrop(
         num_global_crops=2,
         num_local_crops=6,
         global_crop_size=224,
@@ -54,7 +54,7 @@ def section(interpolation: str, **changes) -> crops.MultiCrop:
     )
 
 
-MASKS = masks.Masks(
+MASKS = masks.Masking(
     strategy="cross_crop_prediction",
     sampler="original",
     num_hierarchies=3,
@@ -65,6 +65,8 @@ MASKS = masks.Masks(
     max_attempts=10,
     min_keep=4,
     targets_per_level="constant",
+    levels="per_level",
+    mode="drop",
 )
 
 
@@ -116,7 +118,7 @@ def run(argv=()) -> dict:
         paths = write_jpegs(root, o.images, o.seed)
         contenders = {
             f"vitssl_{kind}": functools.partial(
-                _ours, crops.MultiCropTransform(section(kind), MASKS, 16)
+                _ours, views.MultiCropTransform(section(kind), MASKS, 16)
             )
             for kind in ("fast", "bicubic")
         }
@@ -179,7 +181,7 @@ def _parts(paths, repeats):
     off = dict(global_color_jitter=0.0, local_color_jitter=0.0)
 
     def crop(interpolation, **changes):
-        transform = crops.MultiCropTransform(section(interpolation, **changes))
+        transform = views.MultiCropTransform(section(interpolation, **changes))
         return lambda i: transform({"image": images[i]}, rng)
 
     parts = {
@@ -203,7 +205,7 @@ def _loaders(root, paths, o, theirs):
     n = pipeline.cores()
     rates = {"cores": n, "vitssl": [], "torchvision": []}
     source = folder.open(root, "train")
-    transform = crops.MultiCropTransform(section("fast"), MASKS, 16)
+    transform = views.MultiCropTransform(section("fast"), MASKS, 16)
     for _ in range(min(3, o.repeats)):
         ours = pipeline.train(
             source, transform, batch_size=min(o.batch_size, len(source)),

@@ -7,7 +7,6 @@ Sources: Cubuk et al. 2019, arXiv:1909.13719; timm.data.auto_augment.
 
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -24,34 +23,17 @@ def _affine(image, matrix, fill):
     )
 
 
-def _rotate(image, share, sign, fill):
-    return image.rotate(
-        sign * share * 30, resample=Image.Resampling.BICUBIC, fillcolor=fill
-    )
-
-
-def _shear_x(image, share, sign, fill):
-    return _affine(image, (1, sign * share * 0.3, 0, 0, 1, 0), fill)
-
-
-def _shear_y(image, share, sign, fill):
-    return _affine(image, (1, 0, 0, sign * share * 0.3, 1, 0), fill)
-
-
-def _translate_x(image, share, sign, fill):
-    pixels = sign * share * TRANSLATE * image.size[0]
-    return _affine(image, (1, 0, pixels, 0, 1, 0), fill)
-
-
-def _translate_y(image, share, sign, fill):
-    pixels = sign * share * TRANSLATE * image.size[1]
-    return _affine(image, (1, 0, 0, 0, 1, pixels), fill)
-
-
 def _solarize_add(image, share, sign, fill):
     add = min(128, int(share * 110))
     levels = [min(255, i + add) if i < 128 else i for i in range(256)]
     return image.point(levels * len(image.getbands()))
+
+
+def _posterize(image, share, sign, fill):
+    bits = 4 - int(share * 4)
+    if not bits:  # Nothing of the image is left.
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, bits)
 
 
 def _enhance(kind):
@@ -66,8 +48,10 @@ OPERATIONS = {
     "auto_contrast": lambda image, share, sign, fill: ImageOps.autocontrast(image),
     "equalize": lambda image, share, sign, fill: ImageOps.equalize(image),
     "invert": lambda image, share, sign, fill: ImageOps.invert(image),
-    "rotate": _rotate,
-    "posterize": lambda image, share, sign, fill: _posterize(image, share),
+    "rotate": lambda image, share, sign, fill: image.rotate(
+        sign * share * 30, resample=Image.Resampling.BICUBIC, fillcolor=fill
+    ),
+    "posterize": _posterize,
     "solarize": lambda image, share, sign, fill: ImageOps.solarize(
         image, 256 - min(256, int(share * 256))
     ),
@@ -76,21 +60,20 @@ OPERATIONS = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "shear_x": lambda image, share, sign, fill: _affine(
+        image, (1, sign * share * 0.3, 0, 0, 1, 0), fill
+    ),
+    "shear_y": lambda image, share, sign, fill: _affine(
+        image, (1, 0, 0, sign * share * 0.3, 1, 0), fill
+    ),
+    "translate_x": lambda image, share, sign, fill: _affine(
+        image, (1, 0, sign * share * TRANSLATE * image.size[0], 0, 1, 0), fill
+    ),
+    "translate_y": lambda image, share, sign, fill: _affine(
+        image, (1, 0, 0, 0, 1, sign * share * TRANSLATE * image.size[1]), fill
+    ),
 }
-
-
 MOVING = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-
-
-def _posterize(image, share):
-    bits = 4 - int(share * 4)
-    if not bits:  # Nothing of the image is left.
-        return Image.new(image.mode, image.size)
-    return ImageOps.posterize(image, bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +122,6 @@ class RandAugment:
                 "mstd, n, p; inc1 is required), or '' for none"
             )
         return cls(**given)
-
-    def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if not 0 <= self.magnitude <= MOST:
-            yield f"magnitude={self.magnitude}: in [0, {MOST:g}]"
 
     def __call__(self, image, rng: np.random.Generator, fill=(128, 128, 128)):
         """Return the augmented image.

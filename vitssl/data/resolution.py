@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vitssl import ranges
 from vitssl.sizes import Size
 
 
@@ -29,10 +30,10 @@ class Resolution:
     (multi-scale, which resizes a finished batch; here the crop itself has the side).
     """
 
-    start: int = 0
-    epochs: float = 0.0
-    sizes: tuple[int, ...] = ()
-    prob: float = 0.3
+    start: ranges.OrNone = 0
+    epochs: ranges.NotNegative = 0.0
+    sizes: tuple[ranges.Count, ...] = ()
+    prob: ranges.Probability = 0.3
 
     @property
     def fixed(self) -> bool:
@@ -40,25 +41,12 @@ class Resolution:
         return not self.start and not (self.sizes and self.prob)
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range."""
-        if self.start < 0:
-            yield f"start={self.start}: 0 (augment.size) or more pixels"
-        if self.epochs < 0:
-            yield f"epochs={self.epochs}: 0 (all) or more"
-        if self.sizes and not (len(self.sizes) == 2 and 0 < min(self.sizes)):
+        """Yield what is wrong with the range of sides."""
+        if self.sizes and (len(self.sizes) != 2 or self.sizes[0] > self.sizes[1]):
             yield f"sizes={self.sizes}: (least, largest) in pixels, or ()"
-        elif self.sizes and self.sizes[0] > self.sizes[1]:
-            yield f"sizes={self.sizes}: least <= largest"
-        if not 0 <= self.prob <= 1:
-            yield f"prob={self.prob}: a probability"
 
     def faults(self, size: Size, multiple: int) -> Iterator[str]:
-        """Yield what does not fit augment.size and the model, with whole keys.
-
-        Args:
-            size: augment.size.
-            multiple: what sides are rounded to.
-        """
+        """Yield what does not fit augment.size and the model, with whole keys."""
         if self.fixed:
             return
         if not isinstance(size, int):

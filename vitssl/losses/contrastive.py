@@ -1,10 +1,9 @@
-"""NT-Xent, InfoNCE, and the sum with a prediction loss (C-JEPA); KoLeo."""
+"""NT-Xent, InfoNCE, KoLeo."""
 
 import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors
 from vitssl.losses import regression
 
 # Hides a logit. Finite: a row with every entry hidden must not become nan.
@@ -27,13 +26,8 @@ def nt_xent(a, b, valid=None, *, temperature, cosine=True, eps=1e-8):
             tie does not: collapsed features score 0), "positive_similarity" and
             "negative_similarity" mean plain similarity of pairs and of non-pairs.
 
-    Raises:
-        UsageError: temperature not above 0.
-
     Source: Chen et al. 2020, arXiv:2002.05709, Eq. 1.
     """
-    if not isinstance(temperature, jax.Array) and temperature <= 0:
-        raise errors.UsageError(f"temperature={temperature}: must be above 0")
     if a.shape != b.shape or a.ndim not in (2, 3):
         raise ValueError(
             f"nt_xent: want two [B, D] or [B, N, D], got {a.shape} and {b.shape}"
@@ -57,30 +51,20 @@ def nt_xent(a, b, valid=None, *, temperature, cosine=True, eps=1e-8):
     return loss, _metrics(similarity, candidate, keep, pair)
 
 
-def infonce(a, b, *, temperature, eps=1e-12):
+def infonce(a, b, *, temperature, eps=1e-12):  # [B, D], row i of both from image i
     """Cross-view InfoNCE: pick out the other view among the B of the other side.
 
     Its negatives are B - 1 per anchor, all of the other view, where NT-Xent has
-    2 B - 2 of both.
-
-    Args:
-        a, b: [B, D], row i of both from image i; normalised here.
-        temperature: divides the similarities.
-        eps: shortest length a row is divided by.
+    2 B - 2 of both. Rows are normalised here; `eps` is the shortest length.
 
     Returns:
         loss: [] mean of the cross-entropies a -> b and b -> a, in nats; log B at
             chance, 0 of an empty batch.
         metrics: as of `nt_xent`.
 
-    Raises:
-        UsageError: temperature not above 0.
-
     Source: w2sg-arnav/HierarchialViT hvit/training/losses.py:InfoNCELoss; van den
     Oord et al. 2018, arXiv:1807.03748, Eq. 4.
     """
-    if not isinstance(temperature, jax.Array) and temperature <= 0:
-        raise errors.UsageError(f"temperature={temperature}: must be above 0")
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"infonce: want two [B, D], got {a.shape} and {b.shape}")
     z = regression.unit(jnp.stack([a, b]), eps)  # [2, B, D]
@@ -114,18 +98,10 @@ def _metrics(similarity, candidate, keep, pair):
     }
 
 
-def infonce_one_way(a, b, *, temperature=0.1):
+def infonce_one_way(a, b, *, temperature=0.1):  # [B, D] of two views -> []
     """Pick out row i of `b` for row i of `a` among the rows of `b`; one direction.
 
-    Args:
-        a, b: [B, D] of two views; both are normalised, and both get gradients.
-        temperature: divides the cosines.
-
-    Returns:
-        [] mean cross-entropy in nats; log B at chance.
-
-    Raises:
-        ValueError: not two [B, D].
+    Rows are normalised here. Mean cross-entropy in nats; log B at chance.
 
     Source: van den Oord et al. 2018, arXiv:1807.03748, Eq. 4.
     """
@@ -138,16 +114,10 @@ def infonce_one_way(a, b, *, temperature=0.1):
     return (jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits)).mean()
 
 
-def koleo(x, valid=None, eps=1e-8):
+def koleo(x, valid=None, eps=1e-8):  # [N, D], [N] bool -> []
     """Spread rows over the sphere: minus the mean log distance to the nearest.
 
-    Args:
-        x: [N, D]; normalised here.
-        valid: [N] bool, rows that count; at least two of them.
-        eps: added to distances.
-
-    Returns:
-        [] float32.
+    Rows are normalised here; at least two must be valid. `eps` is added to distances.
 
     Source: Sablayrolles et al. 2019, arXiv:1806.03198, Eq. 2, as in DINOv2.
     """
@@ -160,25 +130,3 @@ def koleo(x, valid=None, eps=1e-8):
     # Rows that do not count lie at distance 0, where a root has no gradient.
     distance = jnp.sqrt(jnp.where(valid, gap, 1.0))
     return regression.masked_mean(-jnp.log(distance + eps), valid)
-
-
-def cjepa(
-    jepa, a, b, valid=None, *, jepa_weight=1.0, contrastive_weight=0.1, temperature=0.1
-):
-    """Prediction loss plus NT-Xent on the CLS tokens of two views.
-
-    Args:
-        jepa: [] the prediction loss.
-        a, b: [B, D] CLS tokens of the context encoder (those of a target encoder
-            have no gradient: the term would be a constant).
-        valid: [B] bool, images that count.
-
-    Returns:
-        loss: [] jepa_weight * jepa + contrastive_weight * NT-Xent.
-        parts: "contrastive" [] before weighting, and the metrics of `nt_xent` as
-            "contrastive_...".
-    """
-    term, metrics = nt_xent(a, b, valid, temperature=temperature)
-    parts = {"contrastive": term}
-    parts |= {f"contrastive_{name}": value for name, value in metrics.items()}
-    return jepa_weight * jepa + contrastive_weight * term, parts

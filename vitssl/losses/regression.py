@@ -1,6 +1,4 @@
-"""Distances between predicted and target features, and their sum over levels."""
-
-from collections.abc import Sequence
+"""Distances between predicted and target features."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,8 @@ from vitssl import errors
 KINDS = ("mse", "smoothl1", "huber")
 
 
-def unit(x, eps=1e-8):
-    """Scale the rows of `x` [..., D] to length 1: x / max(|x|, eps), in float32.
+def unit(x, eps=1e-8):  # [..., D] -> [..., D]
+    """Scale rows to length 1: x / max(|x|, eps), in float32.
 
     The squared length is clamped before the root: an all-zero row stays zero and has
     a finite gradient, where the norm itself has none.
@@ -21,13 +19,8 @@ def unit(x, eps=1e-8):
     return x * jax.lax.rsqrt(jnp.maximum(square, eps * eps))
 
 
-def masked_mean(x, valid=None):
-    """Mean of `x` [...] where `valid` [...] says so; 0 if it never does.
-
-    Args:
-        x: any shape.
-        valid: bool or weights >= 0, the shape of `x`; None counts every entry.
-    """
+def masked_mean(x, valid=None):  # [...], bool or weights >= 0 [...] -> []
+    """Mean of `x` where `valid` says so, None for everywhere; 0 if it never does."""
     if valid is None:
         return x.mean()
     if valid.shape != x.shape:
@@ -40,12 +33,8 @@ def masked_mean(x, valid=None):
 def distance(d, kind, *, delta=1.0, beta=1.0):
     """Elementwise penalty of the differences `d`, any shape.
 
-    Args:
-        d: predictions minus targets.
-        kind: "mse" d^2; "smoothl1" d^2 / 2 beta below `beta`, |d| - beta/2 above;
-            "huber" d^2 / 2 up to `delta`, delta (|d| - delta/2) above.
-        delta: where huber turns linear.
-        beta: where smoothl1 turns linear (1 in the papers).
+    "mse": d^2. "smoothl1": d^2 / 2 beta below `beta` (1 in the papers), |d| - beta/2
+    above. "huber": d^2 / 2 up to `delta`, delta (|d| - delta/2) above.
 
     Raises:
         UsageError: unknown kind.
@@ -73,10 +62,11 @@ def level_loss(
     eps=1e-8,
     detach=True,
 ):
-    """Mean distance of predicted from target tokens of one level.
+    """Mean distance [] of predicted from target tokens of one level, in float32.
 
     The mean runs over the valid tokens of the whole batch and over D, so a sample
-    with few targets weighs less and padding weighs nothing.
+    with few targets weighs less and padding weighs nothing; it is 0 if no token is
+    valid.
 
     Args:
         prediction, target: [..., N, D].
@@ -85,9 +75,6 @@ def level_loss(
         kind, delta, beta: see `distance`.
         normalize: put both sides on the unit sphere first (`eps`: see `unit`).
         detach: no gradient into `target`; False for training without EMA target.
-
-    Returns:
-        [] float32; 0 if no token is valid.
 
     Source: jonwiggins/H-JEPA src/losses/hjepa_loss.py, whose masked form forgets to
     divide by D.
@@ -108,45 +95,3 @@ def level_loss(
         p, t = unit(p, eps), unit(t, eps)
     each = distance(p - t, kind, delta=delta, beta=beta).mean(-1)  # [..., N]
     return masked_mean(each, valid)
-
-
-def level_weights(weights, levels):
-    """Return one float per level from a number (the same for all) or a sequence.
-
-    Raises:
-        UsageError: a sequence that does not have `levels` entries.
-    """
-    if isinstance(weights, Sequence):
-        if len(weights) != levels:
-            raise errors.UsageError(
-                f"level weights {tuple(weights)}: {len(weights)} numbers for {levels} "
-                "levels; give one per level, or one number for all"
-            )
-        return tuple(float(w) for w in weights)
-    return (float(weights),) * levels
-
-
-def hierarchical(predictions, targets, valids=None, *, weights=1.0, **options):
-    """Weighted sum over levels of `level_loss`.
-
-    Args:
-        predictions, targets: one [..., N_k, D] per level k, finest first.
-        valids: one [..., N_k] or None per level; None counts every token.
-        weights: a number for all levels, or one per level.
-        **options: of `level_loss`.
-
-    Returns:
-        loss: [] sum_k w_k loss_k.
-        parts: "loss_h{k}" [] of every level before weighting, and "loss_unweighted",
-            their plain mean.
-    """
-    levels = len(predictions)
-    weights = level_weights(weights, levels)
-    valids = (None,) * levels if valids is None else valids
-    each = [
-        level_loss(p, t, v, **options)
-        for p, t, v in zip(predictions, targets, valids, strict=True)
-    ]
-    parts = {f"loss_h{k}": value for k, value in enumerate(each)}
-    parts["loss_unweighted"] = sum(each) / levels
-    return sum(w * value for w, value in zip(weights, each, strict=True)), parts

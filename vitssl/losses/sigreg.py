@@ -27,20 +27,14 @@ def directions(key, slices, width):
     return regression.unit(jax.random.normal(key, (slices, width)))
 
 
-def lejepa(x, weight, *, points=17, t_max=3.0):
+def lejepa(x, weight, *, points=17, t_max=3.0):  # [R, K], [R] -> [K]
     """Epps-Pulley statistic of each column against N(0, 1), not standardised.
 
     rows * integral over |t| <= t_max of exp(-t^2 / 2) |phi_x(t) - exp(-t^2 / 2)|^2,
     by trapezoids on [0, t_max]. It sees mean and scale, hence resists shrinking to a
     point. For Gaussian rows its mean is sum_t w_t (1 - exp(-t^2)), 1.05 as set here,
-    whatever their number.
-
-    Args:
-        x: [R, K] projections.
-        weight: [R] 1 for rows that count, 0 for others.
-
-    Returns:
-        [K].
+    whatever their number. `weight` is 1 for rows that count, 0 for others, here and
+    below.
     """
     t = np.linspace(0.0, t_max, points, dtype=np.float32)
     trapezoid = np.full(points, 2 * t_max / (points - 1), np.float32)
@@ -54,13 +48,6 @@ def char_function(x, weight, *, points=32, t_min=0.2, t_max=4.0, scale=1.0, eps=
 
     integral from t_min to t_max of exp(-t^2 / 2 scale^2) |phi_x(t) - exp(-t^2 / 2)|^2
     by trapezoids. Blind to mean and scale: it cannot see a shrinking of features.
-
-    Args:
-        x: [R, K] projections.
-        weight: [R] 1 for rows that count, 0 for others.
-
-    Returns:
-        [K].
     """
     t = np.linspace(t_min, t_max, points, dtype=np.float32)
     trapezoid = np.full(points, (t_max - t_min) / (points - 1), np.float32)
@@ -74,13 +61,6 @@ def reference_points(x, weight, *, points=17, eps=1e-6):
 
     Kernel exp(-d^2 / 2), diagonals included. Blind to mean and scale, and quadratic
     in rows (row pairs are visited in blocks of at most `ELEMENTS` numbers).
-
-    Args:
-        x: [R, K] projections.
-        weight: [R] 1 for rows that count, 0 for others.
-
-    Returns:
-        [K].
     """
     r = quantiles(points)
     x = _standardise(x, weight, eps)  # [R, K]
@@ -105,7 +85,7 @@ TESTS = {
 
 
 def per_slice(z, slices, valid=None, *, kind="lejepa", **options):
-    """Statistic of the projections on each direction.
+    """Statistic [K] of the projections on each direction, in float32.
 
     Directions are visited in blocks, recomputed in the backward pass, so that memory
     stays near `ELEMENTS` numbers however many rows and slices there are.
@@ -114,11 +94,7 @@ def per_slice(z, slices, valid=None, *, kind="lejepa", **options):
         z: [..., D]; everything but the last axis counts as rows.
         slices: [K, D] unit rows.
         valid: [...] bool, rows that count; None counts all.
-        kind: a key of `TESTS`.
-        **options: of that test.
-
-    Returns:
-        [K] float32.
+        kind: a key of `TESTS`; `options` are those of that test.
 
     Raises:
         UsageError: unknown kind.
@@ -149,7 +125,7 @@ def per_slice(z, slices, valid=None, *, kind="lejepa", **options):
 def sigreg(
     z, key=None, *, kind="lejepa", slices=1024, along=None, valid=None, **options
 ):
-    """Mean statistic over random directions: 0 for nothing but a perfect Gaussian.
+    """Mean statistic [] over random directions: 0 for nothing but a perfect Gaussian.
 
     Args:
         z: [B, D] or [B, N, D] (tokens are rows).
@@ -157,13 +133,9 @@ def sigreg(
             fixed slices.
         kind: "lejepa" (published; sees mean and scale), or the originals
             "reference_points" and "char_function" (standardised, blind to both).
-        slices: number of directions.
         along: [K, D] unit directions instead of `key` and `slices`.
         valid: [B] or [B, N] bool, rows that count.
         **options: of the test of that kind (`points`, `t_max`, ...).
-
-    Returns:
-        [] float32.
     """
     if along is None:
         if key is None:
@@ -174,38 +146,28 @@ def sigreg(
 
 def two_views(
     za,
-    zb=None,
+    zb,
     key=None,
     valid_a=None,
     valid_b=None,
     *,
     weights=(25.0, 25.0),
-    flatten=True,
     slices=1024,
     along=None,
     **options,
 ):
     """Invariance of two views plus the mean `sigreg` of both, on the same directions.
 
+    Returns (weighted sum [], terms): "invariance", "sigreg" [] before weighting,
+    "sigreg_a", "sigreg_b".
+
     Args:
-        za, zb: [B, D] or [B, N, D], row i of both from image i. Without `zb` the two
-            halves of `za` are the views (B must be even).
+        za, zb: [B, D] or [B, N, D] (tokens are rows), row i of both from image i.
         key, slices, along: directions, see `sigreg`.
         valid_a, valid_b: [B] or [B, N] bool, rows that count.
         weights: (invariance, sigreg).
-        flatten: tokens are rows; False: their entries are columns ([B, N D]).
         **options: of `sigreg`.
-
-    Returns:
-        loss: [] weighted sum.
-        parts: "invariance", "sigreg" [] before weighting, "sigreg_a", "sigreg_b".
     """
-    if zb is None:
-        if len(za) % 2:
-            raise ValueError(f"two_views: a batch of {len(za)} has no equal halves")
-        za, zb, valid_a, valid_b = vicreg.halves(za, valid_a)
-    if not flatten:
-        za, zb = (einops.rearrange(z, "b ... -> b (...)") for z in (za, zb))
     both = vicreg.both(valid_a, valid_b)
     invariance = regression.level_loss(za, zb, both, kind="mse", detach=False)
     options |= dict(key=key, slices=slices, along=along)
@@ -214,8 +176,8 @@ def two_views(
     return weights[0] * invariance + weights[1] * parts["sigreg"], parts
 
 
-def _characteristic_gap(x, weight, t):
-    """|phi_x(t) - exp(-t^2 / 2)|^2 of the columns of `x` [R, K]: [K, T]."""
+def _characteristic_gap(x, weight, t):  # [R, K], [R], [T] -> [K, T]
+    """|phi_x(t) - exp(-t^2 / 2)|^2 of the columns of `x`."""
     share = (weight / jnp.maximum(weight.sum(), 1.0))[:, None, None]  # [R, 1, 1]
     angle = x[..., None] * t  # [R, K, T]
     real = (share * jnp.cos(angle)).sum(0) - np.exp(-t * t / 2)  # [K, T]

@@ -34,7 +34,11 @@ def halves(z, valid=None):
 
 
 def variance_covariance(z, valid=None, *, threshold=1.0, eps=1e-4, covariance="paper"):
-    """The two terms of VICReg that need one view only.
+    """Return the two terms of VICReg that need one view only.
+
+    variance: [] mean over D of max(0, gamma - sqrt(Var + eps)); unbiased Var.
+    covariance: [] squared off-diagonal covariances.
+    With fewer than two valid rows Var and covariances are 0.
 
     Args:
         z: [..., D]; everything but the last axis counts as rows.
@@ -43,11 +47,6 @@ def variance_covariance(z, valid=None, *, threshold=1.0, eps=1e-4, covariance="p
         eps: added to the variance under the root.
         covariance: "paper" divides the squared off-diagonal entries by D, "mean"
             (original) by their number D (D - 1), which is D - 1 times weaker.
-
-    Returns:
-        variance: [] mean over D of max(0, gamma - sqrt(Var + eps)); unbiased Var.
-        covariance: [] squared off-diagonal covariances.
-        With fewer than two valid rows Var and covariances are 0.
     """
     if covariance not in ("paper", "mean"):
         raise errors.UsageError(f"covariance={covariance!r}: one of paper, mean")
@@ -73,7 +72,7 @@ def variance_covariance(z, valid=None, *, threshold=1.0, eps=1e-4, covariance="p
 
 def vicreg(
     za,
-    zb=None,
+    zb,
     valid_a=None,
     valid_b=None,
     *,
@@ -81,35 +80,23 @@ def vicreg(
     threshold=1.0,
     eps=1e-4,
     covariance="paper",
-    flatten=True,
 ):
-    """The three terms of VICReg on two views of the same images.
+    """Return (weighted sum [], terms) of VICReg on two views of the same images.
+
+    The terms [] before weighting are "invariance", "variance", "covariance", and the
+    last two of each view under "..._a" and "..._b".
 
     Args:
-        za, zb: [B, D] or [B, N, D], row i of both from image i. Without `zb` the two
-            halves of `za` are the views (B must be even).
+        za, zb: [B, D] or [B, N, D] (tokens are rows), row i of both from image i.
         valid_a, valid_b: [B] or [B, N] bool; the invariance term uses what is valid
             in both.
         weights: (invariance, variance, covariance), numbers or an array [3].
         threshold, eps, covariance: see `variance_covariance`.
-        flatten: tokens are rows ([B N, D]); False: their entries are columns
-            ([B, N D]), and valid is [B].
-
-    Returns:
-        loss: [] weighted sum.
-        parts: "invariance", "variance", "covariance" [] before weighting, and the
-            last two of each view under "..._a" and "..._b".
     """
-    if zb is None:
-        if len(za) % 2:
-            raise ValueError(f"vicreg: the two halves of a batch of {len(za)} differ")
-        za, zb, valid_a, valid_b = halves(za, valid_a)
     if za.shape != zb.shape or za.ndim not in (2, 3):
         raise ValueError(
             f"vicreg: want two [B, D] or [B, N, D], got {za.shape} and {zb.shape}"
         )
-    if not flatten:
-        za, zb = (einops.rearrange(z, "b ... -> b (...)") for z in (za, zb))
     options = dict(threshold=threshold, eps=eps, covariance=covariance)
     valid = both(valid_a, valid_b)
     invariance = regression.level_loss(za, zb, valid, kind="mse", detach=False)
@@ -134,14 +121,12 @@ def adapt(weights, parts, *, momentum=0.99, eps=1e-4, ceiling=(30.0, 30.0, 2.0))
     """Move VICReg's weights towards the terms that are small (original's variant).
 
     Args:
-        weights: [3] of (invariance, variance, covariance), the state.
+        weights: [3] of (invariance, variance, covariance), the state; float32 and
+            constant for the gradient when returned.
         parts: of `vicreg`, before weighting.
         momentum: of the moving average.
         ceiling: [3] weight of a term whose share of the sum is 0; one whose share
             is 1 goes to 0.
-
-    Returns:
-        weights: [3] float32, constant for the gradient.
     """
     terms = [parts[name] for name in ("invariance", "variance", "covariance")]
     terms = jax.lax.stop_gradient(jnp.stack(terms))

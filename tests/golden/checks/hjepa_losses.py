@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl.losses import contrastive, regression, sigreg, vicreg
-from vitssl.methods.hjepa import combined
+from vitssl.methods.hjepa import forward, objective
 
 TERMS = ("invariance", "variance", "covariance")
 
@@ -20,8 +20,6 @@ def _vicreg_options(config):
     """Options of `vicreg` that reproduce the original, from its own names."""
     named = {"variance_threshold": "threshold", "eps": "eps"}
     options = {ours: config[name] for name, ours in named.items() if name in config}
-    if "flatten_patches" in config:
-        options["flatten"] = config["flatten_patches"]
     weights = [
         config.get(f"{name}_weight", w)
         for name, w in zip(TERMS, vicreg.WEIGHTS, strict=True)
@@ -44,9 +42,15 @@ def _sigreg_options(config, kind):
     return dict(kind=kind, eps=config.get("eps", 1e-6), **options)
 
 
-def _weight(values):
-    """A list of the json as a tuple, so that it counts as one weight per level."""
-    return tuple(values) if isinstance(values, list) else values
+def _hierarchical(predictions, targets, weights, valids=None, **options):
+    """Return (weighted sum over levels, the loss of every level)."""
+    valids = [None] * len(predictions) if valids is None else valids
+    each = [
+        regression.level_loss(p, t, v, **options)
+        for p, t, v in zip(predictions, targets, valids, strict=True)
+    ]
+    weights = weights if isinstance(weights, list) else [weights] * len(each)
+    return sum(w * x for w, x in zip(weights, each, strict=True)), each
 
 
 def _close_gradient(case, name, got):
@@ -66,11 +70,11 @@ def prediction_loss(case):
     assert len(predictions) == config["num_hierarchies"]
 
     def run(predictions, kind, normalize, valids=None):
-        return regression.hierarchical(
+        return _hierarchical(
             predictions,
             targets,
+            config["hierarchy_weights"],
             valids,
-            weights=_weight(config["hierarchy_weights"]),
             kind=kind,
             normalize=normalize,
             delta=config.get("huber_delta", 1.0),
@@ -85,10 +89,9 @@ def prediction_loss(case):
         kind, _, norm = name.removeprefix("masked_").partition("_norm")
         valids = masks if masked else None
         grad = jax.value_and_grad(run, has_aux=True)
-        (loss, parts), slope = grad(predictions, kind, bool(int(norm or 0)), valids)
-        each = [parts[f"loss_h{k}"] for k in range(len(predictions))]
+        (loss, each), slope = grad(predictions, kind, bool(int(norm or 0)), valids)
         got = {"loss": loss, "levels": jnp.stack(each)}
-        got |= {"unweighted": parts["loss_unweighted"]}
+        got |= {"unweighted": sum(each) / len(each)}
         got |= {f"grad{k}": g for k, g in enumerate(slope)}
         for field in (key for key in case.out if key.rpartition("_")[0] == name):
             short = field.rpartition("_")[2]
@@ -104,9 +107,9 @@ def vicreg_terms(case):
     a, b = jnp.asarray(case.inputs["z_a"]), jnp.asarray(case.inputs["z_b"])
     runs = {
         "patches": vicreg.vicreg(a, b, **options),
-        "noflat": vicreg.vicreg(a, b, **(options | {"flatten": False})),
-        "pooled": vicreg.vicreg(combined.pool(a), combined.pool(b), **options),
-        "single": vicreg.vicreg(a, **options),
+        "noflat": vicreg.vicreg(*(z.reshape(len(z), -1) for z in (a, b)), **options),
+        "pooled": vicreg.vicreg(forward.pool(a), forward.pool(b), **options),
+        "single": vicreg.vicreg(*vicreg.halves(a), **options),
     }
     for name, (loss, parts) in runs.items():
         case.close(f"{name}_loss", loss)
@@ -172,39 +175,31 @@ def contrastive_losses(case):
         case.close(f"{name}_positive_similarity", logit)
         _close_gradient(case, f"{name}_grad_i", slope)
     own = config["cjepa"]
-    jepa, _ = regression.hierarchical(
+    jepa, _ = _hierarchical(
         _levels(case, "prediction"),
         _levels(case, "target"),
-        weights=_weight(own["hierarchy_weights"]),
+        own["hierarchy_weights"],
         kind=own["loss_type"],
         normalize=own["normalize_embeddings"],
     )
-    loss, parts = contrastive.cjepa(
-        jepa,
-        case.inputs["features_i"][:, 0],
-        case.inputs["features_j"][:, 0],
-        jepa_weight=own["jepa_weight"],
-        contrastive_weight=own["contrastive_weight"],
-        temperature=own["contrastive_temperature"],
-    )
+    cls = (case.inputs[f"features_{x}"][:, 0] for x in "ij")
+    term, found = contrastive.nt_xent(*cls, temperature=own["contrastive_temperature"])
+    loss = own["jepa_weight"] * jepa + own["contrastive_weight"] * term
     case.close("cjepa_loss", loss)
     case.close("cjepa_jepa_loss", jepa)
-    case.close("cjepa_contrastive_loss", parts["contrastive"])
-    case.close("cjepa_accuracy", parts["contrastive_accuracy"])
+    case.close("cjepa_contrastive_loss", term)
+    case.close("cjepa_accuracy", found["accuracy"])
 
 
 def hybrid(case):
     """VICReg + SIGReg; the original weights the regulariser by sigreg_weight twice."""
     config = case.config
-    options = _vicreg_options(config)
-    loss, parts = combined.hybrid(
-        jnp.asarray(case.inputs["z_a"]),
-        jnp.asarray(case.inputs["z_b"]),
+    loss, parts = objective.hybrid(
+        objective.Pair(*(jnp.asarray(case.inputs[z]) for z in ("z_a", "z_b"))),
         vicreg_weight=config["vicreg_weight"],
         sigreg_weight=config["sigreg_weight"],
         inner_sigreg_weight=config["sigreg_weight"],
-        weights=options.pop("weights"),
-        vicreg_settings=options,
+        settings=_vicreg_options(config),
         along=jnp.asarray(case.inputs["slices"]),
         **_sigreg_options(config, config.get("test_method", "reference_points")),
     )
@@ -221,41 +216,38 @@ def _placements(case, predictions, targets):
     config = case.config
     context = jnp.asarray(case.inputs["context_features"])
     view = jnp.asarray(case.inputs["context_features_view2"])
-    levels = dict(predictions=predictions, targets=targets)
+    of_levels = [(*level, None) for level in zip(predictions, targets, strict=True)]
+    levels = objective.pairs_of_levels(of_levels)
     chosen = {
-        "context": combined.pairs("context", context=context),
-        "levels": combined.pairs("levels", **levels),
-        "lastlevel": combined.pairs("last_level", **levels),
-        "ontargets": combined.pairs("levels", on_targets=True, **levels),
-        "hier": combined.pairs("levels", **levels),
+        "context": [objective.Pair(*vicreg.halves(context))],
+        "levels": levels,
+        "lastlevel": levels[-1:],
+        "ontargets": objective.pairs_of_levels(of_levels, on_targets=True),
+        "hier": levels,
         # Averaged over all tokens, CLS too: so the oracle was made, whatever it says.
-        "views": combined.pairs(
-            "views", views=[combined.pool(z) for z in (context, view)]
-        ),
+        "views": [objective.Pair(*(forward.pool(z) for z in (context, view)))],
     }
     settings = _vicreg_options({"eps": config["eps"], **config["vicreg"]})
     eps = config.get("hier_vicreg_eps", 1e-4)
     own = [_vicreg_options({"eps": eps, **c}) for c in config["hier_vicreg_configs"]]
     for name, pairs in chosen.items():
         weights = config["hier_vicreg_weight" if name == "hier" else "vicreg_weight"]
-        yield (
-            name,
-            *combined.vicreg_of(
-                pairs,
-                weights=_weight(weights),
-                settings=own if name == "hier" else settings,
-            ),
+        term, parts = objective.vicreg_of(
+            pairs,
+            weights=weights if isinstance(weights, list) else [weights],
+            settings=own if name == "hier" else [settings],
         )
+        yield name, term, parts
 
 
 def combined_losses(case):
     """The prediction loss plus a regulariser, in every placement."""
     config = case.config
     predictions, targets = _levels(case, "prediction"), _levels(case, "target")
-    jepa, _ = regression.hierarchical(
+    jepa, _ = _hierarchical(
         predictions,
         targets,
-        weights=_weight(config["jepa_hierarchy_weights"]),
+        config["jepa_hierarchy_weights"],
         kind=config["jepa_loss_type"],
         normalize=config["normalize_embeddings"],
         delta=config.get("huber_delta", 1.0),
@@ -269,11 +261,9 @@ def combined_losses(case):
         bare = name in ("lastlevel", "views")
         case.close(f"{name}_vicreg", parts["vicreg"] if bare else term)
     own = config["sigreg"]
-    pairs = combined.pairs(
-        "context", context=jnp.asarray(case.inputs["context_features"])
-    )
-    term, parts = combined.sigreg_of(
-        pairs,
+    context = jnp.asarray(case.inputs["context_features"])
+    term, parts = objective.sigreg_of(
+        [objective.Pair(*vicreg.halves(context))],
         along=jnp.asarray(case.inputs["slices"]),
         weight=own["weight"],
         **_sigreg_options(own, own["test_method"]),

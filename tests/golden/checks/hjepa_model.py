@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import hjepa_names as names
 from vitssl import convert, tree
-from vitssl.data import crops
 from vitssl.losses import regression
 from vitssl.methods import base
-from vitssl.methods.hjepa import levels, names, predictor, sections
+from vitssl.methods.hjepa import apply, levels, masks, predictor, views
 from vitssl.methods.hjepa import method as hjepa
 from vitssl.methods.hjepa import objective as hjepa_losses
 from vitssl.models import vit
@@ -59,18 +59,18 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             rope=c.get("use_rope", False),
             rope_theta=c.get("rope_theta", 10000.0),
         ),
-        predictor=sections.Predictor(
+        predictor=predictor.Spec(
             depth=c["predictor_depth"],
             heads=c["predictor_num_heads"],
             mlp_ratio=c["predictor_mlp_ratio"],
         ),
-        levels=sections.Levels(
+        levels=levels.Spec(
             pooling=pooling,
             norm=c["projection_norm"],
             fpn=fpn,
             fpn_width=c["fpn_feature_dim"] or 0,
         ),
-        multicrop=crops.MultiCrop(
+        multicrop=views.MultiCrop(
             num_global_crops=c.get("ng", 1),
             # One at least: then the query without a position exists.
             num_local_crops=max(1, c.get("nl", 0)),
@@ -84,7 +84,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             colour="host",
             **cropping,
         ),
-        masking=sections.Masking(
+        masking=masks.Masking(
             **MASKS
             | dict(strategy="global_only", levels="finest", mode=mode)
             | dict(num_hierarchies=c["num_hierarchies"])
@@ -94,7 +94,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             **dict(type="mse", normalize=False, weights=(1.0,), view_weight=1.0)
             | (objective or {})
         ),
-        ema=sections.Ema(
+        ema=hjepa.Ema(
             **dict(start=0.0, end=0.0, target_encoder=c["use_target_encoder"])
             | (ema or {})
         ),
@@ -238,16 +238,14 @@ def _features(case, method, params, extra, image):
         if name in case.out:
             tokens, _ = net.encoder.apply({"params": weights[side]}, image, hide=hide)
             case.close(name, tokens)
-        for name in case.out:
-            if found := re.fullmatch(rf"features_{side}_(\d+)", name):
-                got = method.extract_features(
-                    params,
-                    extra,
-                    image,
-                    int(found[1]),
-                    use_target_encoder=side == "target",
-                )
-                case.close(name, got)
+    for name in case.out:
+        if found := re.fullmatch(r"features_(context|target)_(\d+)", name):
+            tokens, out = net.encoder.apply({"params": weights[found[1]]}, image)
+            tokens = apply.split(net.encoder, tokens)[1]
+            members = levels.everything(len(image), out["grid"])
+            level = net.project(tokens, members, target=found[1] == "target")
+            got = level[int(found[2])][0]
+            case.close(name, got)
 
 
 def _multicrop(case):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitssl.data import crops, resample
+from vitssl.data import geometry, resample
 from vitssl.data.sources import spectral
 from vitssl.methods.classify import views
 from vitssl.methods.simclr import views as simclr
@@ -58,7 +58,7 @@ def _crops(statistics):
     }
     for name, want in statistics.items():
         scale = scales[name]
-        boxes = [crops.draw_box(rng, (256, 256), scale) for _ in range(count)]
+        boxes = [geometry.draw_box(rng, (256, 256), scale) for _ in range(count)]
         h, w = np.array(boxes)[:, 2:].T.astype(float)
         ratio = np.log(w / h)
         assert abs(ratio.mean() - want["mean_log_ratio"]) < 0.02, name

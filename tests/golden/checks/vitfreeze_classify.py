@@ -7,7 +7,7 @@ import numpy as np
 from tests.golden import localmim_names as pretrain_table
 from vitssl import convert, tree
 from vitssl.convert import positions, vit_names
-from vitssl.data import resample, views
+from vitssl.data import geometry, resample, views
 from vitssl.evals import accuracy, knn
 from vitssl.methods.classify import mix, objective
 from vitssl.models import head, patches, vit
@@ -63,7 +63,7 @@ def _clipped(case):
         zip(case.inputs["width_height"], draws, strict=True)
     ):
         # Drawn as float32 there, and used as a Python float.
-        h, w = views.clipped_size((int(height), int(width)), *map(float, draw))
+        h, w = geometry.clipped_size((int(height), int(width)), *map(float, draw))
         top, left, *size = want[row]
         assert size == [h, w]
         assert 0 <= top <= height - h and 0 <= left <= width - w

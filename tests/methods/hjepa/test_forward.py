@@ -9,13 +9,13 @@ import pytest
 
 from tests.methods.hjepa import tiny
 from vitssl import tree
-from vitssl.methods.hjepa import levels, predictor
+from vitssl.methods.hjepa import levels, masks, predictor, slots
 from vitssl.models import patches
 
 # Every strategy with its own masks and with the original's use of them.
 EVERY = [
     (dict(strategy=s, levels=k, mode=m), p)
-    for s in tiny.STRATEGIES
+    for s in masks.STRATEGIES
     for k, m, p in (("per_level", "drop", "spatial"), ("finest", "zero", "sequence"))
 ]
 
@@ -57,7 +57,7 @@ def test_a_plain_step_is_the_modules_one_after_the_other():
         masking=dict(strategy="global_only", levels="finest"),
     )
     batch, (params, extra) = tiny.batch(m), tiny.init(m)
-    encoder, net = m.encoder, m.predictor_module
+    encoder, net = m.model, m.predictor_module
     weights = {k: {"params": v} for k, v in params.items()}
     total, number = np.zeros(2), np.zeros(2)
     for i in range(3):
@@ -177,7 +177,7 @@ def test_global_crops_are_interchangeable():
 def test_one_local_crop_is_context_in_both_strategies_that_use_it():
     changed = dict(multicrop=dict(num_local_crops=1))
     a, b = (
-        tiny.method(masking=dict(strategy=s), **changed) for s in tiny.STRATEGIES[1:]
+        tiny.method(masking=dict(strategy=s), **changed) for s in masks.STRATEGIES[1:]
     )
     batch, (params, extra) = tiny.batch(a), tiny.init(a)
     x, y = (tiny.loss(m, params, extra, batch, tiny.KEY)[0] for m in (a, b))
@@ -186,7 +186,7 @@ def test_one_local_crop_is_context_in_both_strategies_that_use_it():
 
 def test_without_local_crops_all_strategies_are_one():
     changed = dict(multicrop=dict(num_local_crops=0))
-    every = [tiny.method(masking=dict(strategy=s), **changed) for s in tiny.STRATEGIES]
+    every = [tiny.method(masking=dict(strategy=s), **changed) for s in masks.STRATEGIES]
     batch, (params, extra) = tiny.batch(every[0]), tiny.init(every[0])
     losses = [tiny.loss(m, params, extra, batch, tiny.KEY)[0] for m in every]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
@@ -262,10 +262,14 @@ def test_the_view_loss_compares_pooled_features_of_every_pair():
     for i in range(3):
         for g in range(2):
             image = patches.normalise(batch["global"][i, g][None], *_scale(m))
-            truth = net.coarse(net.encode_target(image).mean(1), target=True)
+            truth = net.project(
+                net.encode_target(image).mean(1), target=True, method="coarse"
+            )
             for c in range(4):
                 image = patches.normalise(batch["local"][i, c][None], *_scale(m))
-                guess = net.coarse(net.predict(net.encode(image)[1])[:, 0])
+                guess = net.project(
+                    net.predict(net.encode(image)[1])[:, 0], method="coarse"
+                )
                 each.append(np.square(guess - truth).mean())
     got = tiny.terms(m, params, extra, batch).view
     np.testing.assert_allclose(got, np.mean(each), rtol=1e-5)
@@ -410,9 +414,6 @@ def test_extra_context_carries_the_role_of_its_crop():
 
 
 def test_slots_hold_everything_the_sampler_draws_when_asked_to():
-    from vitssl.methods.hjepa import masks
-    from vitssl.methods.hjepa import slots as hjepa_slots
-
     for changed in (
         dict(),
         dict(base_scale=(0.15, 0.2)),
@@ -424,9 +425,9 @@ def test_slots_hold_everything_the_sampler_draws_when_asked_to():
     ):
         m = tiny.method(masking=changed).masking
         for grid in ((14, 14), (6, 6), (4, 4)):
-            room = hjepa_slots.slots(m, grid, m.passes)
+            room = slots.slots(m, grid)
             rng = np.random.default_rng(5)
-            seen, asked = masks.hierarchical(rng, m.blocks_only, grid, 300)
+            seen, asked = masks.hierarchical(rng, m, grid, 300)
             asked = asked.any(2)[:, : m.passes]
             seen = seen[:, : m.passes] if m.context == "block" else ~asked
             seen, asked = seen.sum(-1), asked.sum(-1)
@@ -435,6 +436,6 @@ def test_slots_hold_everything_the_sampler_draws_when_asked_to():
             assert seen.max() <= room.visible <= grid[0] * grid[1]
             assert asked.max() <= room.targets <= grid[0] * grid[1]
             assert (seen + asked).max() <= room.sequence
-            tight = hjepa_slots.slots(dataclasses.replace(m, slots=0.7), grid, m.passes)
+            tight = slots.slots(dataclasses.replace(m, slots=0.7), grid)
             assert all(a <= b for a, b in zip(tight, room, strict=True))
             assert (asked <= tight.targets).mean() > 0.995

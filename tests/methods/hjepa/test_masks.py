@@ -1,13 +1,13 @@
 import dataclasses
-import itertools
 import pickle
 
 import numpy as np
 import pytest
 
-from vitssl.methods.hjepa import masks
+from vitssl import config
+from vitssl.methods.hjepa import masks, slots
 
-HJEPA = masks.Masks(
+HJEPA = masks.Masking(
     strategy="global_only",
     sampler="original",
     num_hierarchies=3,
@@ -18,6 +18,8 @@ HJEPA = masks.Masks(
     max_attempts=10,
     min_keep=0,
     targets_per_level="constant",
+    levels="per_level",
+    mode="drop",
 )
 
 
@@ -65,15 +67,6 @@ def test_block_sides_round_half_to_even_and_stay_in_the_grid():
     ]  # Clipped after, not before.
 
 
-def test_rasterised_blocks_are_the_patches_a_loop_finds():
-    got = masks.rasterise([(1, 2, 2, 3), (0, 0, 3, 1)], (3, 5))
-    want = np.zeros((2, 3, 5), bool)
-    for i, (top, left, height, width) in enumerate([(1, 2, 2, 3), (0, 0, 3, 1)]):
-        for y, x in itertools.product(range(height), range(width)):
-            want[i, top + y, left + x] = True
-    np.testing.assert_array_equal(got, want.reshape(2, -1))
-
-
 @pytest.mark.parametrize("sampler", ["original", "multiblock", "ijepa"])
 @pytest.mark.parametrize("grid", [(14, 14), (2, 2), (3, 7)])
 @pytest.mark.parametrize("scale", [(0.05, 0.15), (0.3, 0.95), (1.0, 1.0)])
@@ -88,29 +81,21 @@ def test_no_draw_breaks_the_promises(sampler, grid, scale, shrink):
         assert not (context & union).any()
         for k in range(3):
             seen, asked = context[:, k].sum(-1), union[:, k].sum(-1)
-            assert seen.max() <= section.max_visible(k, grid)
-            assert asked.max() <= section.max_targets(k, grid)
+            assert seen.max() <= slots.bounds(section, k, grid)[0]
+            assert asked.max() <= slots.bounds(section, k, grid)[1]
             assert asked.min() >= 1
             if keep:
                 assert seen.min() >= min(keep, grid[0] * grid[1] // 4)
 
 
 def test_bounds_are_not_just_the_whole_grid():
-    assert HJEPA.max_visible(0, (14, 14)) < 160
+    assert slots.bounds(HJEPA, 0, (14, 14))[0] < 160
     one = change(num_target_masks=1)
     # A single block at level 0: at most 0.15 of 196 and rounding.
-    assert 30 <= one.max_targets(0, (14, 14)) <= 36
+    most = slots.bounds(one, 0, (14, 14))[1]
+    assert 30 <= most <= 36
     _, targets = draw(one, (14, 14), 4000)
-    assert targets[:, 0].any(1).sum(-1).max() == one.max_targets(0, (14, 14))
-
-
-def test_mean_counts_are_those_of_other_draws():
-    context, targets = draw(HJEPA, (6, 6), 4000, seed=5)
-    for k in range(3):
-        mean = context[:, k].sum(-1).mean()
-        assert abs(HJEPA.mean_visible(k, (6, 6)) - mean) < 0.5
-        mean = targets[:, k].any(1).sum(-1).mean()
-        assert abs(HJEPA.mean_targets(k, (6, 6)) - mean) < 0.5
+    assert targets[:, 0].any(1).sum(-1).max() == most
 
 
 def test_same_generator_same_masks_other_generator_others():
@@ -229,12 +214,6 @@ def test_blocks_of_ijepa_share_one_size():
     assert len(np.unique(own.sum(-1))) > 3
 
 
-def test_masks_are_cut_to_the_poorest_row():
-    mask = np.array([[1, 0, 1, 1], [0, 1, 1, 0]], bool)
-    got = masks.cut_to_minimum(mask)
-    np.testing.assert_array_equal(got, [[1, 0, 1, 0], [0, 1, 1, 0]])
-
-
 def multicrop(strategy, crops, seed=0):
     section = change(strategy=strategy, min_keep=4)
     rng = np.random.default_rng(seed)
@@ -278,32 +257,27 @@ def test_no_crops_of_a_kind_no_masks_of_it():
     assert alone["local_context"].all() and not alone["local_targets"].any()
 
 
-def test_unknown_strategy_is_an_error():
-    with pytest.raises(ValueError, match="global_only"):
-        multicrop("globals", (2, 1))
-
-
 def test_section_reports_every_bad_value():
-    assert not list(HJEPA.check())
-    bad = change(
+    given, found = dataclasses.asdict(HJEPA), config.Problems()
+    assert config.section(masks.Masking, given, "m", found) == HJEPA and not found
+    bad = dict(
         num_hierarchies=5,
         num_target_masks=0,
-        base_scale=(0.2, 0.1),
+        base_scale=(0.0, 0.1),
         aspect_ratio_range=(0.0, 1.0),
         max_attempts=0,
         min_keep=-1,
         context_scale=(0.9, 1.2),
+        slots=0.0,
     )
-    keys = {line.split("=")[0] for line in bad.check()}
-    assert keys == {
-        "num_hierarchies",
-        "num_target_masks",
-        "base_scale",
-        "aspect_ratio_range",
-        "max_attempts",
-        "min_keep",
-        "context_scale",
-    }
+    config.section(masks.Masking, given | bad, "m", found)
+    assert {line.split("=")[0] for line in found} == {f"m.{key}" for key in bad}
+    assert "m.num_hierarchies=5: in [1, 4]" in found
+    turned = change(
+        base_scale=(0.2, 0.1), aspect_ratio_range=(2.0, 1.0), context_scale=(0.0, 0.5)
+    )
+    keys = [line.split("=")[0] for line in turned.check()]
+    assert keys == ["base_scale", "aspect_ratio_range", "context_scale"]
 
 
 def test_section_can_be_pickled_and_hashed():

@@ -5,17 +5,13 @@ import functools
 import jax
 import numpy as np
 
-from vitssl.data import crops
 from vitssl.methods import base
+from vitssl.methods.hjepa import levels, masks, objective, predictor, views
 from vitssl.methods.hjepa import method as hjepa
-from vitssl.methods.hjepa import objective
-from vitssl.methods.hjepa import sections as hjepa_sections
 from vitssl.models import vit
 
 # Compiling is most of the time of these tests: two and a half times faster this way.
 QUICK = {"xla_backend_optimization_level": 0}
-
-STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
 
 MODEL = dict(width=16, depth=1, heads=2, patch=4, image_size=24)
 PREDICTOR = dict(depth=1, heads=2, mlp_ratio=2.0)
@@ -68,12 +64,12 @@ def _method(key, dtype, batch_size):
             dtype=dtype,
         ),
         model=vit.ViT(**MODEL | dict(dtype=dtype) | own.get("model", {})),
-        predictor=hjepa_sections.Predictor(**PREDICTOR | own.get("predictor", {})),
-        levels=hjepa_sections.Levels(**LEVELS | own.get("levels", {})),
-        multicrop=crops.MultiCrop(**MULTICROP | own.get("multicrop", {})),
-        masking=hjepa_sections.Masking(**MASKING | own.get("masking", {})),
+        predictor=predictor.Spec(**PREDICTOR | own.get("predictor", {})),
+        levels=levels.Spec(**LEVELS | own.get("levels", {})),
+        multicrop=views.MultiCrop(**MULTICROP | own.get("multicrop", {})),
+        masking=masks.Masking(**MASKING | own.get("masking", {})),
         objective=objective.Objective(**OBJECTIVE | own.get("objective", {})),
-        ema=hjepa_sections.Ema(**EMA | own.get("ema", {})),
+        ema=hjepa.Ema(**EMA | own.get("ema", {})),
     )
 
 
@@ -119,7 +115,7 @@ def grad(of, params, extra, batch, rng):
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def terms(of, params, extra, batch):
-    """Return `hjepa_step.Terms` in evaluation mode."""
+    """Return `forward.Terms` in evaluation mode."""
     return of.terms(of.networks(params, extra, train=False), batch)
 
 

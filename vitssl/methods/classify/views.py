@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from vitssl import errors, ranges, sizes
-from vitssl.data import crops, resample, views
+from vitssl.data import geometry, resample, views
 from vitssl.data.randaugment import RandAugment
 
 LUMA = np.array((0.2989, 0.587, 0.114), np.float32)
@@ -154,7 +154,7 @@ def draw_lighting(rng):
 def erase(image, rng, area=(0.02, 0.12), ratio=(0.3, 3.0)):
     """Fill a random box with black; if ten draws do not fit, none."""
     rows, columns = image.shape[:2]
-    for _ in range(crops.ATTEMPTS):
+    for _ in range(geometry.ATTEMPTS):
         size = rows * columns * rng.uniform(*area)
         aspect = math.exp(rng.uniform(*np.log(ratio)))
         h, w = round(math.sqrt(size * aspect)), round(math.sqrt(size / aspect))
@@ -203,8 +203,8 @@ class Leaves:
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Return {image uint8 [h, w, C], label, index int32 []}."""
         image, size = example["image"], sizes.pair(self.size)
-        spec, ratio = SEVERITIES.get(self.severity), crops.shaped(self.size)
-        box = spec and crops.draw_box(rng, image.shape[:2], spec.scale, ratio)
+        spec, ratio = SEVERITIES.get(self.severity), geometry.shaped(self.size)
+        box = spec and geometry.draw_box(rng, image.shape[:2], spec.scale, ratio)
         image = resample.resize(image, size, box, "bicubic")
         if spec:
             image = _random(image.astype(np.float32) / 255, spec, rng)

@@ -7,7 +7,6 @@ there is one encoder call per resolution and token count.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import einops
@@ -16,133 +15,102 @@ import jax
 import jax.numpy as jnp
 
 from vitssl.losses import regression
-from vitssl.methods.hjepa import combined, predictor
+from vitssl.methods.hjepa import predictor
+from vitssl.methods.hjepa.apply import Networks
 from vitssl.methods.hjepa.levels import Members
-from vitssl.methods.hjepa.networks import Networks
+from vitssl.methods.hjepa.masks import Masking
 from vitssl.methods.hjepa.slots import Slots
 from vitssl.models import patches
 
 
+def pool(tokens, valid=None):  # [B, N, D], [B, N] bool -> [B, D] float32
+    """Mean over the valid tokens of each image; zeros where there is none."""
+    tokens = tokens.astype(jnp.float32)
+    if valid is None:
+        return tokens.mean(1)
+    keep = valid.astype(jnp.float32)[..., None]  # [B, N, 1]
+    total = jnp.where(keep > 0, keep * tokens, 0.0).sum(1)  # [B, D]
+    return total / jnp.where(keep.any(1), keep.sum(1), 1.0)
+
+
 class Masked(NamedTuple):
-    """Crops of one kind that have targets.
+    """Crops of one kind that have targets."""
 
-    Attributes:
-        image: [B, C, H, W, channels] normalised.
-        visible: [B, C, K, N] bool, what the context encoder may see.
-        wanted: [B, C, K, N] bool, what is to be predicted.
-        slots: static lengths.
-        role: predictor.GLOBAL or predictor.LOCAL.
-    """
-
-    image: jax.Array
-    visible: jax.Array
-    wanted: jax.Array
+    image: jax.Array  # [B, C, H, W, channels] normalised.
+    visible: jax.Array  # [B, C, K, N] bool, what the context encoder may see.
+    wanted: jax.Array  # [B, C, K, N] bool, what is to be predicted.
     slots: Slots
-    role: int
-
-
-class Plan(NamedTuple):
-    """Static settings of the pass.
-
-    Attributes:
-        strategy: see `methods.hjepa.masks.Masks`.
-        mode: "drop" or "zero", see `hjepa_sections.Masking`.
-        patch: side of a patch in pixels.
-        one_by_one: see `predict_and_compare`.
-        views: predict pooled targets from free local crops.
-        options: of `regression.level_loss`.
-    """
-
-    strategy: str
-    mode: str
-    patch: int
-    one_by_one: bool
-    views: bool
-    options: Mapping
+    role: int  # predictor.GLOBAL or predictor.LOCAL.
 
 
 class Context(flax.struct.PyTreeNode):
     """What the context encoder says about some crops.
 
     Attributes:
-        tokens: [B, C, K, S, D].
         count: [B, C, K] leading rows of S that are context; None = all.
         seen: [B, C, K, S] bool, rows of visible patches. With "zero" masking the rows
             of hidden patches are context too.
-        cls: [B, C, K, D], or None.
         role: of these crops when they are extra context.
     """
 
-    tokens: jax.Array
+    tokens: jax.Array  # [B, C, K, S, D]
     count: jax.Array | None
     seen: jax.Array
-    cls: jax.Array | None
+    cls: jax.Array | None  # [B, C, K, D]
     role: int = flax.struct.field(pytree_node=False)
 
     @property
-    def pooled(self):
-        """Mean over the visible patches in the finest pass: [B, C, D]."""
-        pool = jax.vmap(combined.pool, 1, 1)
-        return pool(self.tokens[:, :, 0], self.seen[:, :, 0])
+    def pooled(self):  # -> [B, C, D]
+        """Mean over the visible patches in the finest pass."""
+        return jax.vmap(pool, 1, 1)(self.tokens[:, :, 0], self.seen[:, :, 0])
 
 
 class Targets(flax.struct.PyTreeNode):
-    """What is to be predicted in some crops.
+    """What is to be predicted in some crops."""
 
-    Attributes:
-        tokens: [B, C, N, D] of the target encoder.
-        where: [B, C, K, M] raster indices.
-        count: [B, C, K] valid leading entries of M.
-        grid: (h, w).
-    """
-
-    tokens: jax.Array
-    where: jax.Array
-    count: jax.Array
+    tokens: jax.Array  # [B, C, N, D] of the target encoder.
+    where: jax.Array  # [B, C, K, M] raster indices.
+    count: jax.Array  # [B, C, K] valid leading entries of M.
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
 
 class Level(NamedTuple):
-    """Features of one level of some crops: [B, C, n, D] twice, and [B, C, n] bool."""
+    """Features of one level of some crops."""
 
-    prediction: jax.Array
-    target: jax.Array
-    valid: jax.Array
+    prediction: jax.Array  # [B, C, n, D]
+    target: jax.Array  # [B, C, n, D]
+    valid: jax.Array  # [B, C, n] bool
 
 
 class Result(NamedTuple):
-    """What predicting some crops gives.
+    """What predicting some crops gives."""
 
-    Attributes:
-        losses: [C, H] per crop and level, before weighting.
-        cosine: [C, H] mean similarity of predictions and targets.
-        levels: {k: Level}.
-        crowded: [] share of context tokens that had no room in the predictor.
-    """
-
-    losses: jax.Array
-    cosine: jax.Array
-    levels: dict
-    crowded: jax.Array
+    losses: jax.Array  # [C, H] per crop and level, before weighting.
+    cosine: jax.Array  # [C, H] mean similarity of predictions and targets.
+    levels: dict  # {k: Level}
+    crowded: jax.Array  # [] share of context tokens without room in the predictor.
 
 
 class Terms(NamedTuple):
-    """Everything a loss is made of.
+    """Everything a loss is made of."""
 
-    Attributes:
-        context, targets, near: of the global crops.
-        far: Result of the local crops that have targets, or None.
-        view: [] loss of the pooled predictions, or None.
-    """
-
-    context: Context
+    context: Context  # Of the global crops, as the next two.
     targets: Targets
     near: Result
-    far: Result | None
-    view: jax.Array | None
+    far: Result | None  # Of the local crops that have targets.
+    view: jax.Array | None  # [] loss of the pooled predictions.
 
 
-def forward(net: Networks, near: Masked, far: Masked | None, free, plan: Plan) -> Terms:
+def forward(
+    net: Networks,
+    near: Masked,
+    far: Masked | None,
+    free,
+    masking: Masking,
+    *,
+    views,
+    **options,
+) -> Terms:
     """Run the step up to the losses, for every strategy.
 
     Args:
@@ -150,48 +118,56 @@ def forward(net: Networks, near: Masked, far: Masked | None, free, plan: Plan) -
         near: the global crops.
         far: local crops with targets; only `cross_crop_prediction` has them.
         free: [B, C, H, W, channels] local crops without targets, or None.
-        plan: static settings.
+        masking: section `masking`.
+        views: predict pooled targets from free local crops.
+        **options: of `regression.level_loss`.
     """
-    context = encode_visible(net, near, plan.mode)
-    targets = find_targets(net, near, plan.patch)
+    context = encode_visible(net, near, masking.mode)
+    targets = find_targets(net, near)
     passes = near.visible.shape[2]
-    tokens = None if free is None else encode_all(net, free)  # [B, C, n, D]
-    other = None if far is None else encode_visible(net, far, plan.mode)
+    tokens = None
+    if free is not None:
+        _, tokens = net.encode(_merge(free))
+        tokens = _crops(tokens, len(free))  # [B, C, n, D]
+    other = None if far is None else encode_visible(net, far, masking.mode)
 
-    def extra(crops, *others):
-        """Return the context that `crops` target crops get from other crops."""
-        found = [extra_of(x, crops) for x in others if x is not None]
-        if tokens is not None and plan.strategy != "global_only":
-            found.append(extra_of_all(tokens, crops, passes))
-        return found
+    def run(context, targets, slots, other):
+        def extra(crops):
+            """Return the context that `crops` target crops get from other crops."""
+            found = [] if other is None else [extra_of(other, crops)]
+            if tokens is not None and masking.strategy != "global_only":
+                x = einops.repeat(
+                    tokens, "b c n d -> (b t k) (c n) d", t=crops, k=passes
+                )
+                found.append(predictor.Extra(x, predictor.LOCAL))
+            return found
 
-    def run(context, targets, slots, *others):
+        one_by_one = masking.accumulate_crops
         return predict_and_compare(
-            net,
-            context,
-            targets,
-            lambda crops: extra(crops, *others),
-            slots,
-            one_by_one=plan.one_by_one,
-            **plan.options,
+            net, context, targets, extra, slots, one_by_one=one_by_one, **options
         )
 
     found = run(context, targets, near.slots, other)
     local = view = None
     if far is not None:
-        local = run(other, find_targets(net, far, plan.patch), far.slots, context)
-    if plan.views and tokens is not None:
-        view = view_loss(net, tokens, targets.tokens, **plan.options)
+        local = run(other, find_targets(net, far), far.slots, context)
+    if views and tokens is not None:
+        view = view_loss(net, tokens, targets.tokens, **options)
     return Terms(context, targets, found, local, view)
+
+
+def _merge(x):
+    return einops.rearrange(x, "b c ... -> (b c) ...")
+
+
+def _crops(x, b):
+    return einops.rearrange(x, "(b c) ... -> b c ...", b=b)
 
 
 def encode_visible(net: Networks, crops: Masked, mode) -> Context:
     """Encode crops of which only some patches may be seen.
 
-    Args:
-        net: networks.
-        crops: with their visible patches.
-        mode: "drop": hidden patches do not exist; "zero": their tokens are 0.
+    In `mode` "drop" hidden patches do not exist, in "zero" their tokens are 0.
     """
     image, seen, room = crops.image, crops.visible, crops.slots.visible
     b, c, k, _ = seen.shape
@@ -213,27 +189,14 @@ def encode_visible(net: Networks, crops: Masked, mode) -> Context:
     return Context(*map(split, (tokens, count, seen, cls)), role=crops.role)
 
 
-def encode_all(net: Networks, image):
-    """Encode crops without hiding anything: [B, C, ...] -> [B, C, N, D]."""
-    b = len(image)
-    _, tokens = net.encode(einops.rearrange(image, "b c ... -> (b c) ..."))
-    return einops.rearrange(tokens, "(b c) n d -> b c n d", b=b)
-
-
-def find_targets(net: Networks, crops: Masked, patch) -> Targets:
-    """Encode the target side of crops, one pass for all levels, and list the targets.
-
-    Args:
-        net: networks.
-        crops: with what is to be predicted.
-        patch: side of a patch in pixels.
-    """
-    b, room = len(crops.image), crops.slots.targets
-    tokens = net.encode_target(einops.rearrange(crops.image, "b c ... -> (b c) ..."))
-    tokens = einops.rearrange(tokens, "(b c) n d -> b c n d", b=b)
+def find_targets(net: Networks, crops: Masked) -> Targets:
+    """Encode the target side of crops, one pass for all levels; list the targets."""
+    room = crops.slots.targets
+    tokens = _crops(net.encode_target(_merge(crops.image)), len(crops.image))
     where, count = patches.pack(predictor.thin(crops.wanted, room), room)
-    grid = patches.grid(crops.image, patch)
-    return Targets(tokens, where, count, grid=grid)
+    return Targets(
+        tokens, where, count, grid=patches.grid(crops.image, net.encoder.patch)
+    )
 
 
 def extra_of(context: Context, crops) -> predictor.Extra:
@@ -242,25 +205,18 @@ def extra_of(context: Context, crops) -> predictor.Extra:
     Returns:
         rows (b c' k) of C S tokens each.
     """
-    s = context.tokens.shape[3]
+
+    def to_every_crop(x, pattern):
+        x = einops.rearrange(x, pattern)
+        x = jnp.broadcast_to(x, (len(x), crops, *x.shape[2:]))
+        return einops.rearrange(x, "b c k ... -> (b c k) ...")
+
     valid = None
     if context.count is not None:
-        valid = patches.valid(context.count, s)
-        valid = _to_every_crop(valid, crops, "b c k s -> b 1 k (c s)")
-    tokens = _to_every_crop(context.tokens, crops, "b c k s d -> b 1 k (c s) d")
+        valid = patches.valid(context.count, context.tokens.shape[3])
+        valid = to_every_crop(valid, "b c k s -> b 1 k (c s)")
+    tokens = to_every_crop(context.tokens, "b c k s d -> b 1 k (c s) d")
     return predictor.Extra(tokens, context.role, valid)
-
-
-def extra_of_all(tokens, crops, passes) -> predictor.Extra:
-    """Offer the tokens [B, C, n, D] of wholly visible local crops to target crops."""
-    x = einops.repeat(tokens, "b c n d -> (b t k) (c n) d", t=crops, k=passes)
-    return predictor.Extra(x, predictor.LOCAL)
-
-
-def _to_every_crop(x, crops, pattern):
-    x = einops.rearrange(x, pattern)
-    x = jnp.broadcast_to(x, (len(x), crops, *x.shape[2:]))
-    return einops.rearrange(x, "b c k ... -> (b c k) ...")
 
 
 def predict(net: Networks, context: Context, targets: Targets, extra, slots: Slots):
@@ -297,15 +253,10 @@ def predict(net: Networks, context: Context, targets: Targets, extra, slots: Slo
 
 
 def compare(net: Networks, guess, targets: Targets, **options) -> tuple:
-    """Bring predictions and targets to their levels and measure the distance.
+    """Bring predictions [B, C, K, M, D] and targets to their levels, and measure.
 
     With one pass (K = 1) its targets serve every level; else pass k serves level k.
-
-    Args:
-        net: networks.
-        guess: [B, C, K, M, D].
-        targets: of the same crops.
-        **options: of `regression.level_loss`.
+    Options are those of `regression.level_loss`.
 
     Returns:
         (losses [C, H], cosine [C, H], {level: Level}).
@@ -316,25 +267,15 @@ def compare(net: Networks, guess, targets: Targets, **options) -> tuple:
     found = {}
     for k in range(passes):
         only = range(h) if passes == 1 else (k,)
-        members = Members(
-            einops.rearrange(targets.where[:, :, k], "b c m -> (b c) m"),
-            einops.rearrange(targets.count[:, :, k], "b c -> (b c)"),
-            targets.grid,
-        )
+        where, count = _merge(targets.where[:, :, k]), _merge(targets.count[:, :, k])
+        members = Members(where, count, targets.grid)
         p, t = (
-            net.project(
-                einops.rearrange(x[:, :, k], "b c m d -> (b c) m d"),
-                members,
-                only,
-                target=side,
-            )
+            net.project(_merge(x[:, :, k]), members, only=only, target=side)
             for x, side in ((guess, False), (truth, True))
         )
         for level in only:
             parts = p[level][0], t[level][0], p[level][1]
-            found[level] = Level(
-                *(einops.rearrange(x, "(b c) ... -> b c ...", b=b) for x in parts)
-            )
+            found[level] = Level(*(_crops(x, b) for x in parts))
 
     def distance(level):
         return regression.level_loss(*level, detach=net.detach, **options)
@@ -409,10 +350,11 @@ def view_loss(net: Networks, local, targets, **options):
         position-free prediction and the mean target token.
     """
     b, count = local.shape[:2]
-    guess = net.predict(einops.rearrange(local, "b l n d -> (b l) n d"))
+    guess = net.predict(_merge(local))
     guess = einops.rearrange(guess, "(b l) 1 d -> b l d", b=b)
-    guess = net.coarse(guess)  # [B, L, D]
-    truth = net.coarse(targets.astype(jnp.float32).mean(2), target=True)  # [B, G, D]
+    guess = net.project(guess, method="coarse")  # [B, L, D]
+    truth = targets.astype(jnp.float32).mean(2)
+    truth = net.project(truth, target=True, method="coarse")  # [B, G, D]
     shape = (b, count, truth.shape[1], truth.shape[-1])
     guess = jnp.broadcast_to(guess[:, :, None], shape)
     truth = jnp.broadcast_to(truth[:, None], shape)

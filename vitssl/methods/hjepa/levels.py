@@ -5,6 +5,7 @@ list of members (sequence pooling). Sets are packed: a list of members in raster
 then padding.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,28 +14,45 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vitssl import ranges
 from vitssl.models import layers, patches
 
 Pooling = Literal["spatial", "sequence"]
 Norm = Literal["layernorm", "batchnorm", "none"]
+Pyramid = Literal["", "add", "concat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Config section `levels`; their number is `masking.num_hierarchies`.
+
+    Attributes:
+        pooling: spatial: means over 2^k x 2^k cells. sequence: over 2^k consecutive
+            entries of the list of targets (the original).
+        norm: of the projections.
+        fpn: "" for none; feature pyramid by "add" or "concat".
+        fpn_width: of the pyramid; 0 = the encoder's width.
+        target: shared: targets pass the layers that are being trained (the original).
+            ema: they pass an averaged copy, like the encoder's.
+    """
+
+    pooling: Pooling
+    norm: Norm = "layernorm"
+    fpn: Pyramid = ""
+    fpn_width: ranges.OrNone = 0
+    target: Literal["shared", "ema"] = "shared"
 
 
 class Members(flax.struct.PyTreeNode):
-    """A set of patches per row of a batch.
+    """A set of patches per row of a batch."""
 
-    Attributes:
-        where: [B, M] int32 raster indices, members first, in ascending order.
-        count: [B] int32 number of members.
-        grid: (h, w) of the patches.
-    """
-
-    where: jax.Array
-    count: jax.Array
+    where: jax.Array  # [B, M] int32 raster indices, members first, in ascending order.
+    count: jax.Array  # [B] int32 number of members.
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
     @property
-    def valid(self):
-        """Which slots hold a member: [B, M] bool."""
+    def valid(self):  # -> [B, M] bool
+        """Which slots hold a member."""
         return patches.valid(self.count, self.where.shape[1])
 
 
@@ -50,19 +68,16 @@ def cells(grid, level):
     return tuple(-(-side // 2**level) for side in grid)
 
 
-def cell_of(where, grid, level):
-    """Return the raster index of the cell of each patch: int, shaped as `where`."""
+def cell_of(where, grid, level):  # int [...] -> int [...]
+    """Return the raster index of the cell of each patch."""
     y, x = where // grid[1], where % grid[1]
     return (y >> level) * cells(grid, level)[1] + (x >> level)
 
 
-def pool(x, members: Members, level, pooling: Pooling):
-    """Average token rows over the groups of a level.
+def pool(x, members: Members, level, pooling: Pooling):  # [B, M, D], row per member
+    """Average token rows over the groups of a level; level 0 is the rows themselves.
 
     Args:
-        x: [B, M, D] one row per member.
-        members: which patches the rows belong to.
-        level: 0 returns the rows themselves.
         pooling: "spatial": the members of each 2^k x 2^k cell; "sequence": every 2^k
             consecutive members, an incomplete last group is dropped.
 
@@ -87,13 +102,10 @@ def pool(x, members: Members, level, pooling: Pooling):
     return x, size[..., 0] > 0
 
 
-def unpool(x, members: Members, level, pooling: Pooling):
+def unpool(x, members: Members, level, pooling: Pooling):  # [B, n', D] of level + 1
     """Bring the features of level `level + 1` to the groups of `level`.
 
     Args:
-        x: [B, n', D] of level `level + 1`.
-        members: of both.
-        level: the finer level.
         pooling: "spatial": each cell takes its parent; "sequence": linear
             interpolation between group centres, clamped at the ends.
 
@@ -135,8 +147,8 @@ class BatchNorm(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x, valid=None, train=False):
-        """Normalise [..., D] rows; `valid` [...] bool marks those that count."""
+    def __call__(self, x, valid=None, train=False):  # [..., D], [...] bool
+        """Normalise rows; `valid` marks those that count."""
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,))
         bias = self.param("bias", nn.initializers.zeros, (d,))
@@ -189,11 +201,7 @@ class Levels(nn.Module):
     Attributes:
         width: D of tokens and levels.
         levels: H.
-        norm: of the projections h_k.
-        pooling: see `pool`.
-        fpn: "" for none, "add" or "concat".
-        fpn_width: of the pyramid; 0 = width.
-        dtype: of the matrix products.
+        others: see `Spec`.
 
     Source: jonwiggins/H-JEPA src/models/hjepa.py (hierarchy projections, FPN); spatial
     pooling is vitssl's. Lin et al. 2017, arXiv:1612.03144.
@@ -203,7 +211,7 @@ class Levels(nn.Module):
     levels: int
     norm: Norm = "layernorm"
     pooling: Pooling = "spatial"
-    fpn: Literal["", "add", "concat"] = ""
+    fpn: Pyramid = ""
     fpn_width: int = 0
     dtype: str = "float32"
 
@@ -224,7 +232,7 @@ class Levels(nn.Module):
     def __call__(
         self, x, members: Members, *, only: Sequence[int] | None = None, train=False
     ):
-        """Return the features of some levels.
+        """Return {level: (features [B, n, D] float32, valid [B, n] bool)}.
 
         Args:
             x: [B, M, D] one row per member.
@@ -232,9 +240,6 @@ class Levels(nn.Module):
             only: levels wanted; None = all.
             train: batch statistics of the valid rows, and update the running ones
                 (make "batch_stats" mutable).
-
-        Returns:
-            {level: (features [B, n, D] float32, valid [B, n] bool)}.
         """
         only = range(self.levels) if only is None else only
         if self.fpn:
@@ -249,8 +254,8 @@ class Levels(nn.Module):
                 out[k] = pool(y, members, k, self.pooling)
         return out
 
-    def coarse(self, x, train=False):
-        """Return the coarsest level of feature vectors [..., D] that stand alone."""
+    def coarse(self, x, train=False):  # [..., D] -> [..., D]
+        """Return the coarsest level of feature vectors that stand alone."""
         if self.fpn:
             x = self.lateral[-1](x)
         return self.proj[-1](x, None, train).astype(jnp.float32)

@@ -13,18 +13,20 @@ Sources: H-JEPA (jonwiggins/H-JEPA src/masks), I-JEPA (arXiv:2301.08243, appendi
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from vitssl import ranges
+
 STRATEGIES = ("global_only", "global_with_local_context", "cross_crop_prediction")
+SAMPLERS = ("original", "multiblock", "ijepa")
 
 
-@dataclasses.dataclass(frozen=True)
-class Masks:
-    """The section `masking` of a config: how blocks are drawn, and for which crops.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masking:
+    """The section `masking` of a config: how masks are drawn, and how a step uses them.
 
     Attributes:
         strategy: which crops get targets. `global_only`: the global crops, local ones
@@ -52,43 +54,53 @@ class Masks:
         context_scale: area of the context block, as a share of the grid, the same at
             every level. (0.0, 0.0): the sampler's own, growing with the level
             (`original`) or (0.85, 1.0).
+        levels: per_level: every level has its own context and targets. finest: those
+            of level 0 serve all levels (the original's trainer).
+        mode: drop: hidden patches do not exist for the encoder. zero: their tokens are
+            set to 0 and stay, also as context of the predictor (the original).
+        context: block: a context block minus the targets. complement: all that is no
+            target (the original's trainer).
+        packed: compute visible tokens only. False: all slots of the grid, hidden ones
+            masked as attention keys (same loss; to measure what packing saves).
+        slots: quantile of the numbers of visible patches that gets room; 1.0 = room
+            for all. See `methods.hjepa.slots`.
+        accumulate_crops: predict crop by crop, recomputing activations in the backward
+            pass: memory of one crop's predictor.
     """
 
-    strategy: Literal[
-        "global_only", "global_with_local_context", "cross_crop_prediction"
-    ]
-    sampler: Literal["original", "multiblock", "ijepa"]
-    num_hierarchies: int
-    num_target_masks: int
+    strategy: Literal[STRATEGIES]
+    sampler: Literal[SAMPLERS]
+    num_hierarchies: Annotated[int, ranges.Range(1, 4)]
+    num_target_masks: ranges.Count
     scale_progression: Literal["geometric", "linear"]
-    base_scale: tuple[float, float]
-    aspect_ratio_range: tuple[float, float]
-    max_attempts: int
-    min_keep: int
+    base_scale: tuple[ranges.Share, ranges.Share]
+    aspect_ratio_range: tuple[ranges.Positive, ranges.Positive]
+    max_attempts: ranges.Count
+    min_keep: ranges.OrNone
     targets_per_level: Literal["constant", "shrink"]
-    context_scale: tuple[float, float] = (0.0, 0.0)
+    context_scale: tuple[ranges.Probability, ranges.Probability] = (0.0, 0.0)
+    levels: Literal["per_level", "finest"]
+    mode: Literal["drop", "zero"]
+    context: Literal["block", "complement"] = "block"
+    packed: bool = True
+    slots: ranges.Share = 0.7
+    accumulate_crops: bool = False
 
     def check(self) -> Iterator[str]:
-        """Yield one line per value that is out of range."""
-        if not 1 <= self.num_hierarchies <= 4:
-            yield f"num_hierarchies={self.num_hierarchies}: 1 to 4 levels"
-        for key in ("num_target_masks", "max_attempts"):
-            if getattr(self, key) < 1:
-                yield f"{key}={getattr(self, key)}: at least 1"
-        if self.min_keep < 0:
-            yield f"min_keep={self.min_keep}: 0 (off) or more patches"
-        low, high = self.base_scale
-        if not 0 < low <= high <= 1:
-            yield f"base_scale={self.base_scale}: 0 < smallest <= largest <= 1"
-        low, high = self.aspect_ratio_range
-        if not 0 < low <= high:
-            yield f"aspect_ratio_range={self.aspect_ratio_range}: 0 < low <= high"
+        """Yield one line per pair that is no range."""
+        yield from in_order(self, "base_scale")
+        yield from in_order(self, "aspect_ratio_range")
         low, high = self.context_scale
-        if high != 0 and not 0 < low <= high <= 1:
+        if high and not 0 < low <= high:
             yield (
                 f"context_scale={self.context_scale}: 0 < smallest <= largest <= 1, "
                 "or (0.0, 0.0) for the sampler's own"
             )
+
+    @property
+    def passes(self) -> int:
+        """Encoder passes per crop: levels that have masks of their own."""
+        return self.num_hierarchies if self.levels == "per_level" else 1
 
     def blocks(self, level: int) -> int:
         """Return the number of target blocks of a level."""
@@ -129,34 +141,24 @@ class Masks:
         """Return the fewest visible patches on this grid."""
         return min(self.min_keep, grid[0] * grid[1] // 4)
 
-    def max_visible(self, level: int, grid: tuple[int, int]) -> int:
-        """Return a number of visible patches that no draw on this grid exceeds."""
-        return _bounds(self, level, grid)[0]
 
-    def max_targets(self, level: int, grid: tuple[int, int]) -> int:
-        """Return a number of target patches that no draw on this grid exceeds."""
-        return _bounds(self, level, grid)[1]
-
-    def mean_visible(self, level, grid, *, samples: int = 2000) -> float:
-        """Return the mean number of visible patches over `samples` draws (seed 0)."""
-        return float(_counts(self, grid, samples)[0][:, level].mean())
-
-    def mean_targets(self, level, grid, *, samples: int = 2000) -> float:
-        """Return the mean number of target patches over `samples` draws (seed 0)."""
-        return float(_counts(self, grid, samples)[1][:, level].mean())
+def in_order(section, key: str) -> Iterator[str]:
+    """Yield what is wrong with a pair (smallest, largest) of a section."""
+    low, high = getattr(section, key)
+    if low > high:
+        yield f"{key}={(low, high)}: smallest <= largest"
 
 
 def block_size(scale, aspect, grid):
-    """Return height and width, in patches, of a block of this area and shape.
+    """Return int (height, width), in patches, of a block of this area and shape.
+
+    Half a patch is rounded to even, and a block is never larger than the grid nor
+    smaller than one patch.
 
     Args:
         scale: share of the grid's N patches, any shape.
         aspect: width / height, same shape.
         grid: (h, w).
-
-    Returns:
-        (height, width): int arrays; half a patch is rounded to even, and a block is
-        never larger than the grid nor smaller than one patch.
     """
     height = np.rint(np.sqrt(scale * (grid[0] * grid[1]) / aspect))
     width = np.rint(height * aspect)
@@ -164,22 +166,12 @@ def block_size(scale, aspect, grid):
     return height, width.clip(1, grid[1]).astype(np.int64)
 
 
-def rasterise(blocks, grid):
-    """Return bool masks [..., N] of blocks [..., 4] = (top, left, height, width)."""
-    top, left, height, width = np.moveaxis(np.asarray(blocks), -1, 0)[..., None]
-    y, x = np.arange(grid[0]), np.arange(grid[1])
-    rows = (y >= top) & (y < top + height)  # [..., h]
-    columns = (x >= left) & (x < left + width)  # [..., w]
-    mask = rows[..., :, None] & columns[..., None, :]  # [..., h, w]
-    return mask.reshape(*mask.shape[:-2], -1)
-
-
-def hierarchical(rng, masks: Masks, grid, crops: int = 1, *, size_rng=None):
+def hierarchical(rng, masking: Masking, grid, crops: int = 1, *, size_rng=None):
     """Draw context and target blocks of every level for several crops.
 
     Args:
         rng: numpy Generator. The first crops do not depend on how many follow.
-        masks: how to draw.
+        masking: how to draw.
         grid: (h, w) of the crops, in patches.
         crops: how many.
         size_rng: where `ijepa` takes its block sizes from. I-JEPA draws one size per
@@ -191,20 +183,20 @@ def hierarchical(rng, masks: Masks, grid, crops: int = 1, *, size_rng=None):
         targets: bool [crops, H, T, N], True = to predict; blocks a level does not
             have, or that were dropped, are all False.
     """
-    shape = (crops, masks.num_hierarchies, masks.num_target_masks)
+    shape = (crops, masking.num_hierarchies, masking.num_target_masks)
     context, targets = [], []
-    for visible, blocks in _draw(rng, masks, grid, crops, size_rng):
+    for visible, blocks in _draw(rng, masking, grid, crops, size_rng):
         context.append(visible)
-        targets += blocks + [0] * (masks.num_target_masks - len(blocks))
+        targets += blocks + [0] * (masking.num_target_masks - len(blocks))
     return _unpack(context, shape[:2], grid), _unpack(targets, shape, grid)
 
 
-def multicrop(rng, masks: Masks, global_grid, local_grid, crops, *, size_rng=None):
+def multicrop(rng, masking: Masking, global_grid, local_grid, crops, *, size_rng=None):
     """Draw the masks of all crops of one image.
 
     Args:
         rng: numpy Generator. The global masks do not depend on the local crops.
-        masks: how to draw, and the strategy.
+        masking: how to draw, and the strategy.
         global_grid, local_grid: (h, w) of the two kinds of crop, in patches.
         crops: (G, L) numbers of global and local crops.
         size_rng: see `hierarchical`.
@@ -214,69 +206,48 @@ def multicrop(rng, masks: Masks, global_grid, local_grid, crops, *, size_rng=Non
         are local crops that the strategy uses, local_context, local_targets
         [L, H, n]. Targets are the union of the blocks. The first L // 2 local crops
         have targets in `cross_crop_prediction`, none in `global_with_local_context`.
-
-    Raises:
-        ValueError: the strategy is unknown.
     """
-    if masks.strategy not in STRATEGIES:
-        raise ValueError(f"strategy={masks.strategy!r}: one of {STRATEGIES}")
     out = {}
     if crops[0]:
-        context, targets = _pair(rng, masks, global_grid, crops[0], size_rng)
+        context, targets = _pair(rng, masking, global_grid, crops[0], size_rng)
         out |= dict(global_context=context, global_targets=targets)
-    if not crops[1] or masks.strategy == "global_only":
+    if not crops[1] or masking.strategy == "global_only":
         return out
-    shape = (crops[1], masks.num_hierarchies, local_grid[0] * local_grid[1])
+    shape = (crops[1], masking.num_hierarchies, local_grid[0] * local_grid[1])
     context, targets = np.ones(shape, bool), np.zeros(shape, bool)
-    hidden = crops[1] // 2 if masks.strategy == "cross_crop_prediction" else 0
+    hidden = crops[1] // 2 if masking.strategy == "cross_crop_prediction" else 0
     if hidden:
         context[:hidden], targets[:hidden] = _pair(
-            rng, masks, local_grid, hidden, size_rng
+            rng, masking, local_grid, hidden, size_rng
         )
     return out | dict(local_context=context, local_targets=targets)
 
 
-def cut_to_minimum(mask):
-    """Keep in every row only as many members as the poorest row has.
-
-    I-JEPA makes the masks of a batch equally long this way; the first ones in raster
-    order stay.
-
-    Args:
-        mask: bool [..., N].
-
-    Returns:
-        bool [..., N], the same number of members in every row.
-    """
-    fewest = mask.sum(-1).min()
-    return mask & (np.cumsum(mask, -1) <= fewest)
-
-
-def _pair(rng, masks, grid, crops, size_rng):
+def _pair(rng, masking, grid, crops, size_rng):
     """Return context and union of targets, two bool arrays [crops, H, N]."""
     context, targets = [], []
-    for visible, blocks in _draw(rng, masks, grid, crops, size_rng):
+    for visible, blocks in _draw(rng, masking, grid, crops, size_rng):
         context.append(visible)
         targets.append(_union(blocks))
-    shape = (crops, masks.num_hierarchies)
+    shape = (crops, masking.num_hierarchies)
     return _unpack(context, shape, grid), _unpack(targets, shape, grid)
 
 
-def _draw(rng, masks, grid, crops, size_rng):
+def _draw(rng, masking, grid, crops, size_rng):
     """Yield (context, list of target blocks) as bit sets, crop by crop, by level."""
-    attempts = 1 if masks.sampler == "ijepa" else masks.max_attempts
-    tall, wide, shift = _candidates(rng, masks, grid, crops, attempts, size_rng)
+    attempts = 1 if masking.sampler == "ijepa" else masking.max_attempts
+    tall, wide, shift = _candidates(rng, masking, grid, crops, attempts, size_rng)
     table = _table(grid)
     everything = (1 << grid[0] * grid[1]) - 1
-    keep = masks.keep(grid)
+    keep = masking.keep(grid)
     for c in range(crops):
-        for k in range(masks.num_hierarchies):
+        for k in range(masking.num_hierarchies):
             h, w, s = tall[c][k], wide[c][k], shift[c][k]
             blocks, taken = [], 0
-            for t in range(masks.blocks(k)):
+            for t in range(masking.blocks(k)):
                 for a in range(attempts):
                     block = table[h[t][a]][w[t][a]] << s[t][a]
-                    if not block & taken or masks.sampler == "ijepa":
+                    if not block & taken or masking.sampler == "ijepa":
                         break
                 else:  # The last candidate is the fallback.
                     block = table[h[t][-1]][w[t][-1]] << s[t][-1]
@@ -286,7 +257,7 @@ def _draw(rng, masks, grid, crops, size_rng):
             yield _visible(context, blocks, everything, keep)
 
 
-def _candidates(rng, masks, grid, crops, attempts, size_rng):
+def _candidates(rng, masking, grid, crops, attempts, size_rng):
     """Draw every block that may be needed, as nested lists.
 
     Returns:
@@ -294,39 +265,36 @@ def _candidates(rng, masks, grid, crops, attempts, size_rng):
         context block, column `attempts` the fallback; `shift` is the raster index of
         the top left patch.
     """
-    levels = range(masks.num_hierarchies)
-    rows = masks.num_target_masks + 1
+    levels = range(masking.num_hierarchies)
+    rows = masking.num_target_masks + 1
     # Drawn crop by crop, so that the first crops do not depend on the rest.
     u = rng.random((crops, 4, len(levels), rows, attempts + 1)).swapaxes(0, 1)
-    if masks.sampler == "ijepa":
+    scale, aspect = _ranges(masking, rows)
+    if masking.sampler == "ijepa":
         one = u[0][..., [0, -1], :1]  # Target and context: [crops, H, 2, 1].
         if size_rng is not None:
             one = size_rng.random(one.shape[1:])
         u[0] = one.repeat([rows - 1, 1], axis=-2)
-        height, width = _ijepa_sizes(u[0], *_ranges(masks, rows), grid)
+        height, width = _ijepa_sizes(u[0], scale, aspect, grid)
     else:
-        height, width = _sizes(u[0], u[1], *_ranges(masks, rows), grid)
+        area, shape = scale[0] + u[0] * scale[1], aspect[0] + u[1] * aspect[1]
+        height, width = block_size(area, shape, grid)
         for k in levels:
-            height[:, k, :, -1], width[:, k, :, -1] = masks.fallback(k, grid)
+            height[:, k, :, -1], width[:, k, :, -1] = masking.fallback(k, grid)
     top = (u[2] * (grid[0] + 1 - height)).astype(np.int64)
     left = (u[3] * (grid[1] + 1 - width)).astype(np.int64)
     return height.tolist(), width.tolist(), (top * grid[1] + left).tolist()
 
 
 @functools.lru_cache
-def _ranges(masks, rows):
+def _ranges(masking, rows):
     """Return (low, span) of the area [H, rows, 1] and of the aspect [H, 1, 1]."""
-    levels = range(masks.num_hierarchies)
-    scale = np.array([[masks.target_scale(k)] * rows for k in levels])
-    scale[:, -1] = [masks.context_range(k) for k in levels]
-    aspect = np.array([masks.aspect(k) for k in levels])[:, None]
+    levels = range(masking.num_hierarchies)
+    scale = np.array([[masking.target_scale(k)] * rows for k in levels])
+    scale[:, -1] = [masking.context_range(k) for k in levels]
+    aspect = np.array([masking.aspect(k) for k in levels])[:, None]
     pairs = [(x[..., :1], x[..., 1:] - x[..., :1]) for x in (scale, aspect)]
     return pairs[0], pairs[1]
-
-
-def _sizes(u, v, scale, aspect, grid):
-    """Return block heights and widths of uniform draws `u` (area) and `v` (shape)."""
-    return block_size(scale[0] + u * scale[1], aspect[0] + v * aspect[1], grid)
 
 
 def _ijepa_sizes(u, scale, aspect, grid):
@@ -378,69 +346,3 @@ def _unpack(sets, shape, grid):
     data = b"".join(s.to_bytes(size, "little") for s in sets)
     bits = np.frombuffer(data, np.uint8).reshape(*shape, size)
     return np.unpackbits(bits, axis=-1, count=n, bitorder="little").view(bool)
-
-
-@functools.lru_cache
-def _counts(masks, grid, samples):
-    """Return numbers of visible and of target patches, two int [samples, H]."""
-    context, targets = _pair(np.random.default_rng(0), masks, grid, samples, None)
-    return context.sum(-1), targets.sum(-1)
-
-
-@functools.lru_cache
-def _bounds(masks, level, grid):
-    """Return upper bounds of the numbers of visible and of target patches.
-
-    Visible: no more than the context block holds, and the first target block (which
-    is never a fallback) is never visible. When `min_keep` replaces the context by
-    all that is no target, fewer than `keep` patches of the context block were
-    visible, so the rest lies outside of it.
-    """
-    n, keep = grid[0] * grid[1], masks.keep(grid)
-    least, most = _areas(masks, masks.target_scale(level), masks.aspect(level), grid)
-    shape = (1.0, 1.0) if masks.sampler == "ijepa" else masks.aspect(level)
-    small, large = _areas(masks, masks.context_range(level), shape, grid)
-    visible = min(n - least, large)
-    if keep:
-        visible = max(keep, min(n - least, max(large, n - small + keep)))
-    others = most
-    if masks.sampler != "ijepa":
-        others = max(most, math.prod(masks.fallback(level, grid)))
-    targets = most + (masks.blocks(level) - 1) * others
-    return visible, min(n - keep, targets)
-
-
-def _areas(masks, scale, aspect, grid):
-    """Return a lower and an upper bound of the area of a block, in patches.
-
-    Both sides grow with the area that is asked for, so the ends of `scale` suffice.
-    """
-    n = grid[0] * grid[1]
-    if masks.sampler == "ijepa":
-        # height = rint(sqrt(a r)), width = rint(sqrt(a / r)): at most half a patch more
-        # or less than a real number, and at least one patch smaller than the grid.
-        low, high = (int(n * x) for x in scale)
-        sides = max(math.sqrt(high * r) + math.sqrt(high / r) for r in aspect)
-        most = int(high + sides / 2 + 0.25)
-        h = min(grid[0] - 1, math.ceil(math.sqrt(low * aspect[0]) - 0.5))
-        w = min(grid[1] - 1, math.ceil(math.sqrt(low / aspect[1]) - 0.5))
-        fits = max(1, grid[0] - 1) * max(1, grid[1] - 1)
-        return max(1, h) * max(1, w), max(1, min(most, fits))
-    return (
-        min(_heights(scale[0] * n, aspect, grid, lambda h, r: math.ceil(h * r - 0.5))),
-        max(_heights(scale[1] * n, aspect, grid, lambda h, r: int(h * r + 0.5), -1)),
-    )
-
-
-def _heights(area, aspect, grid, width, end=0):
-    """Yield the area of a block of `area` patches for every height it can have.
-
-    A height h = rint(sqrt(area / r)) leaves an interval of aspects r; `end` is the end
-    of it that is looked at, `width` the most extreme width there.
-    """
-    for h in range(math.ceil(math.sqrt(area / aspect[0])) + 1):
-        low = max(aspect[0], area / (h + 0.5) ** 2)
-        high = min(aspect[1], area / (h - 0.5) ** 2 if h else math.inf)
-        if low <= high:
-            w = width(h, (low, high)[end])
-            yield min(max(h, 1), grid[0]) * min(max(w, 1), grid[1])

@@ -3,7 +3,7 @@
 A context encoder sees part of every crop, a predictor fills in the features of the
 hidden part as an averaged copy of the encoder produces them from the whole crop, and
 the two are compared at H granularities. Several crops of an image take part: see
-`methods.hjepa.masks.Masks.strategy` for who predicts whom.
+`strategy` of `methods.hjepa.masks.Masking` for who predicts whom.
 
 Sources: jonwiggins/H-JEPA@eb995a0 (the system); I-JEPA, Assran et al. 2023,
 arXiv:2301.08243 (the method it extends); DINOv2, arXiv:2304.07193 (crops).
@@ -15,17 +15,40 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from vitssl import errors, sizes, tree
-from vitssl.data import crops
+from vitssl import ranges, sizes, tree
 from vitssl.evals import quality
 from vitssl.methods import base
-from vitssl.methods.hjepa import combined, forward, levels, predictor, sections, slots
-from vitssl.methods.hjepa import networks as hjepa_networks
-from vitssl.methods.hjepa import objective as hjepa_losses
-from vitssl.methods.hjepa import pictures as hjepa_pictures
+from vitssl.methods.hjepa import (
+    apply,
+    forward,
+    levels,
+    masks,
+    objective,
+    pictures,
+    predictor,
+    slots,
+    views,
+)
 from vitssl.models import patches, vit
 from vitssl.ops import jitter
 from vitssl.optim import schedules
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+    """Config section `ema`: the target encoder.
+
+    Attributes:
+        start, end: momentum at the first and the last step, linear in between.
+        warmup_steps: so long it stays at `start`.
+        target_encoder: False: end-to-end training, targets come from the encoder
+            itself, with gradients (needs SIGReg).
+    """
+
+    start: ranges.Probability
+    end: ranges.Probability
+    warmup_steps: ranges.OrNone = 0
+    target_encoder: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,33 +62,25 @@ class HJEPA(base.Method):
 
     run: base.Run
     model: vit.ViT
-    predictor: sections.Predictor
-    levels: sections.Levels
-    multicrop: crops.MultiCrop
-    masking: sections.Masking
-    objective: hjepa_losses.Objective
-    ema: sections.Ema
+    predictor: predictor.Spec
+    levels: levels.Spec
+    multicrop: views.MultiCrop
+    masking: masks.Masking
+    objective: objective.Objective
+    ema: Ema
 
     @staticmethod
     def training_size(c) -> int:
         """Return the side of training images of a config."""
         return c.multicrop.global_crop_size
 
-    # Modules.
-
-    @property
-    def encoder(self) -> vit.ViT:
-        """The context encoder; the target encoder is the same module."""
-        return self.model
-
     @property
     def predictor_module(self) -> predictor.Predictor:
         """The predictor, with the parameters this config uses."""
-        strategy, most = self.masking.strategy, self._most_locals
         return predictor.Predictor(
             **dataclasses.asdict(self.predictor),
-            roles=strategy != "global_only" and most > 0,
-            pooled=self.uses_views and most > 0,
+            roles=self.masking.strategy != "global_only" and self._most_locals > 0,
+            pooled=self.uses_views and self._most_locals > 0,
             dtype=self.model.dtype,
             attention=self.model.attention,
         )
@@ -73,20 +88,21 @@ class HJEPA(base.Method):
     @property
     def levels_module(self) -> levels.Levels:
         """The projections and the feature pyramid."""
+        spec = self.levels
         return levels.Levels(
             width=self.model.width,
             levels=self.masking.num_hierarchies,
-            norm=self.levels.norm,
-            pooling=self.levels.pooling,
-            fpn=self.levels.fpn,
-            fpn_width=self.levels.fpn_width,
+            norm=spec.norm,
+            pooling=spec.pooling,
+            fpn=spec.fpn,
+            fpn_width=spec.fpn_width,
             dtype=self.model.dtype,
         )
 
-    def networks(self, params, extra, *, rng=None, train) -> hjepa_networks.Networks:
+    def networks(self, params, extra, *, rng=None, train) -> apply.Networks:
         """Return the modules with these parameters put in."""
-        return hjepa_networks.Networks(
-            encoder=self.encoder,
+        return apply.Networks(
+            encoder=self.model,
             predictor=self.predictor_module,
             levels=self.levels_module,
             params=params,
@@ -97,8 +113,6 @@ class HJEPA(base.Method):
             train=train,
             rng=rng,
         )
-
-    # Crops.
 
     @property
     def uses_views(self) -> bool:
@@ -115,14 +129,12 @@ class HJEPA(base.Method):
     def _most_locals(self) -> int:
         return self.multicrop.locals_at(10**9)
 
-    def transform(self) -> crops.MultiCropTransform:
+    def transform(self) -> views.MultiCropTransform:
         """Return the training transform; it makes no crops that are not used."""
         made = self.multicrop
         if not self.uses_locals:
             made = dataclasses.replace(made, num_local_crops=0, adaptive=False)
-        return crops.MultiCropTransform(
-            made, self.masking.blocks_only, self.model.patch
-        )
+        return views.MultiCropTransform(made, self.masking, self.model.patch)
 
     def phase(self, step: int) -> int:
         """Return the number of local crops of a step; each number is compiled once."""
@@ -135,8 +147,6 @@ class HJEPA(base.Method):
         """Whether the loss mixes samples, so that a batch may not be split."""
         return self.objective.couples_batch or self.levels.norm == "batchnorm"
 
-    # The contract.
-
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks; the target is an exact copy."""
         keys = jax.random.split(rng, 4)
@@ -146,16 +156,13 @@ class HJEPA(base.Method):
         guess = self.predictor_module.init(keys[1], row, row)["params"]
         found = self.levels_module.init(keys[2], row, members)
         params = {
-            "encoder": self.encoder.init(keys[0], image)["params"],
+            "encoder": self.model.init(keys[0], image)["params"],
             "predictor": predictor.xavier(keys[3], guess),
             "levels": found["params"],
         }
-        extra = {}
+        extra = self.adopt(params, {})
         if self.ema.target_encoder:
-            extra["target"] = tree.copy(params["encoder"])
             extra["momentum"] = jnp.float32(self.ema.start)
-        if self.levels.target == "ema":
-            extra["target_levels"] = tree.copy(params["levels"])
         if self.levels.norm == "batchnorm":
             extra["stats"] = found["batch_stats"]
         if self.objective.vicreg_adaptive:
@@ -163,7 +170,7 @@ class HJEPA(base.Method):
         return params, extra
 
     def loss(self, params, extra, batch, rng, *, step=0, phase=None):
-        """Return (loss [], (extra, metrics)); see the module and `hjepa_step`."""
+        """Return (loss [], (extra, metrics)); see the module and `forward`."""
         del step, phase  # The number of local crops shows in the batch.
         drop, draw, paint = jax.random.split(rng, 3)
         if self.multicrop.colour == "device":
@@ -193,7 +200,7 @@ class HJEPA(base.Method):
         return total + term, (extra, metrics)
 
     def terms(self, net, batch) -> forward.Terms:
-        """Return what the loss of a batch is made of; see `hjepa_step.forward`."""
+        """Return what the loss of a batch is made of; see `forward.forward`."""
         near = self._masked(batch, "global", slice(None), predictor.GLOBAL)
         far = free = None
         if self.uses_locals and "local" in batch:
@@ -204,15 +211,15 @@ class HJEPA(base.Method):
                 far = self._masked(batch, "local", slice(hidden), predictor.LOCAL)
             if hidden < count:
                 free = self._pixels(batch["local"][:, hidden:])
-        plan = forward.Plan(
-            strategy=self.masking.strategy,
-            mode=self.masking.mode,
-            patch=self.model.patch,
-            one_by_one=self.masking.accumulate_crops,
+        return forward.forward(
+            net,
+            near,
+            far,
+            free,
+            self.masking,
             views=self.uses_views,
-            options=self.objective.options(),
+            **self.objective.options(),
         )
-        return forward.forward(net, near, far, free, plan)
 
     def _coloured(self, batch, key):
         """Return the batch with the colour augmentation the host has left to us."""
@@ -236,8 +243,7 @@ class HJEPA(base.Method):
             visible = ~wanted
         else:
             visible = batch[f"{kind}_context"][:, which, passes] & ~wanted
-        grid = patches.grid(image, self.model.patch)
-        room = slots.slots(self.masking, grid, self.masking.passes)
+        room = slots.slots(self.masking, patches.grid(image, self.model.patch))
         return forward.Masked(self._pixels(image), visible, wanted, room, role)
 
     def _metrics(self, batch, terms: forward.Terms, extra):
@@ -267,7 +273,7 @@ class HJEPA(base.Method):
 
     def pictures(self, params, extra, batch, image):
         """Return fields of `pictures.drawing.Material`."""
-        return hjepa_pictures.arrays(self, params, extra, batch, image)
+        return pictures.arrays(self, params, extra, batch, image)
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the encoder's; predictor and levels never."""
@@ -302,21 +308,16 @@ class HJEPA(base.Method):
     def features(self, params, extra, image):
         """Return the features of whole images of any size the patch divides.
 
-        Args:
-            params, extra: of the method.
-            image: [B, H, W, C] uint8, or float and normalised.
-
-        Returns:
-            Of the target encoder (of the encoder itself in end-to-end training):
-            "tokens" [B, N, D] patch tokens, "pooled" [B, D] their mean, "cls" [B, D]
-            if there is a class token, "last4" [B, 4 D] mean patch tokens of the last
-            four blocks, and "level{k}" [B, D]: tokens projected to level k, pooled to
-            its groups, then averaged (what the original evaluates, with k = 0).
+        They are those of the target encoder (of the encoder itself in end-to-end
+        training): "tokens" [B, N, D] patch tokens, "pooled" [B, D] their mean, "cls"
+        [B, D] if there is a class token, "last4" [B, 4 D] mean patch tokens of the last
+        four blocks, and "level{k}" [B, D]: tokens projected to level k, pooled to its
+        groups, then averaged (what the original evaluates, with k = 0).
         """
         net = self.networks(params, extra, train=False)
         x = self._pixels(image)
         tokens, out = net.encoder.apply({"params": net.target}, x)
-        cls, tokens = hjepa_networks.split(net.encoder, tokens)
+        cls, tokens = apply.split(net.encoder, tokens)
         found = {"tokens": tokens, "pooled": tokens.astype(jnp.float32).mean(1)}
         if cls is not None:
             found["cls"] = cls
@@ -324,45 +325,20 @@ class HJEPA(base.Method):
         found["last4"] = jnp.concatenate(last, axis=-1)
         members = levels.everything(x.shape[0], out["grid"])
         for k, (y, valid) in net.project(tokens, members, target=True).items():
-            found[f"level{k}"] = combined.pool(y, valid)
+            found[f"level{k}"] = forward.pool(y, valid)
         return found
 
     def _normed(self, net, y):
         """Return the patch tokens [B, N, D] of a block, through the last LayerNorm."""
         y = net.encoder.apply({"params": net.target}, y, method=lambda m, z: m.norm(z))
-        return hjepa_networks.split(net.encoder, y)[1].astype(jnp.float32)
-
-    def extract_features(
-        self, params, extra, image, level=0, *, use_target_encoder=True
-    ):
-        """Return the features of a level: [B, n, D], one row per group of patches.
-
-        Args:
-            params, extra, image: as in `features`.
-            level: 0 (patches) to H - 1.
-            use_target_encoder: False: the context encoder, on the whole image.
-
-        Raises:
-            UsageError: there is no such level.
-        """
-        if not 0 <= level < self.masking.num_hierarchies:
-            most = self.masking.num_hierarchies - 1
-            raise errors.UsageError(f"level={level}: 0 to {most}")
-        net = self.networks(params, extra, train=False)
-        x = self._pixels(image)
-        weights = net.target if use_target_encoder else params["encoder"]
-        tokens, out = net.encoder.apply({"params": weights}, x)
-        _, tokens = hjepa_networks.split(net.encoder, tokens)
-        members = levels.everything(x.shape[0], out["grid"])
-        found = net.project(tokens, members, (level,), target=use_target_encoder)
-        return found[level][0]
+        return apply.split(net.encoder, y)[1].astype(jnp.float32)
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
         yield from self._check_crops()
         yield from self._check_objective()
         width = self.predictor.width or self.model.width
-        if self.predictor.heads >= 1 and width % self.predictor.heads:
+        if width % self.predictor.heads:
             yield (
                 f"predictor.heads={self.predictor.heads}: must divide the predictor's "
                 f"width {width}"
@@ -384,8 +360,6 @@ class HJEPA(base.Method):
     def _check_crops(self):
         """Yield what does not fit between crops, patches and masks."""
         made, patch = self.multicrop, max(1, self.model.patch)
-        if made.num_global_crops < 1:
-            yield "multicrop.num_global_crops=0: at least 1 global crop has targets"
         kinds = ["global"] + ["local"] * (self.uses_locals and self._most_locals > 0)
         for kind in kinds:
             size = getattr(made, f"{kind}_crop_size")
@@ -407,12 +381,12 @@ class HJEPA(base.Method):
                     f"objective.{key} has {count} entries for masking.num_hierarchies="
                     f"{h}; give 1 or {h}"
                 )
-        if o.type in hjepa_losses.CONTRASTIVE:
+        if o.type in objective.CONTRASTIVE:
             if self.multicrop.num_global_crops < 2:
                 yield f"objective.type={o.type}: needs multicrop.num_global_crops=2"
             if not self.model.cls:
                 yield f"objective.type={o.type}: needs the class token, model.cls=True"
-        if o.type not in hjepa_losses.VICREG + hjepa_losses.SIGREG:
+        if o.type not in objective.VICREG + objective.SIGREG:
             return
         if o.type == "hierarchical_combined" and o.views == "crops":
             return

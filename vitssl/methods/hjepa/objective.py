@@ -1,18 +1,24 @@
-"""Config section `objective` of H-JEPA: distances, regularisers, weights."""
+"""Config section `objective` of H-JEPA: distances, regularisers, weights.
+
+The original (jonwiggins/H-JEPA src/losses/combined.py) regularises tokens of the
+context encoder or the predictions of levels, all of them on two halves of the batch;
+`views=crops` takes two crops of the same images instead.
+"""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl.losses import contrastive, sigreg, vicreg
-from vitssl.methods.hjepa import combined, forward
+from vitssl import ranges
+from vitssl.losses import contrastive, regression, sigreg, vicreg
+from vitssl.methods.hjepa import forward
 from vitssl.methods.hjepa.forward import Context, Result
 
-PLAIN = ("mse", "smoothl1", "huber", "hjepa", "jepa")
+PLAIN = (*regression.KINDS, "hjepa", "jepa")
 VICREG = ("combined", "hierarchical_combined")
 SIGREG = ("hjepa_sigreg", "sigreg_combined")
 CONTRASTIVE = ("cjepa", "contrastive_jepa")
@@ -56,47 +62,33 @@ class Objective:
 
     type: Literal[PLAIN + VICREG + SIGREG + CONTRASTIVE + ALONE]
     normalize: bool
-    weights: tuple[float, ...]
-    distance: Literal["mse", "smoothl1", "huber"] = "smoothl1"
-    huber_delta: float = 1.0
-    local_weight: float = 1.0
-    view_weight: float = 0.25
+    weights: tuple[ranges.NotNegative, ...]
+    distance: Literal[regression.KINDS] = "smoothl1"
+    huber_delta: ranges.Positive = 1.0
+    local_weight: ranges.NotNegative = 1.0
+    view_weight: ranges.NotNegative = 0.25
     views: Literal["crops", "batch_halves", "levels", "last_level"] = "crops"
-    vicreg_weight: tuple[float, ...] = (0.1,)
+    vicreg_weight: tuple[ranges.NotNegative, ...] = (0.1,)
     vicreg: tuple[tuple[float, float, float], ...] = (vicreg.WEIGHTS,)
-    vicreg_eps: float = 1e-4
+    vicreg_eps: ranges.Positive = 1e-4
     covariance: Literal["paper", "mean"] = "paper"
     vicreg_on_targets: bool = False
     vicreg_adaptive: bool = False
-    sigreg_weight: float = 1.0
+    sigreg_weight: ranges.NotNegative = 1.0
     sigreg: Literal["lejepa", "char_function", "reference_points"] = "lejepa"
-    slices: int = 1024
+    slices: ranges.Count = 1024
     fixed_slices: bool = False
     contrastive_weight: float = 0.1
-    temperature: float = 0.1
+    temperature: ranges.Positive = 0.1
 
     def check(self) -> Iterator[str]:
-        """Yield what is out of range or cannot be combined."""
-        for key in ("weights", "vicreg_weight"):
-            values = getattr(self, key)
-            if not values or min(values) < 0 or (key == "weights" and not any(values)):
-                yield f"{key}={values}: one number per level, none negative"
-        for key in ("view_weight", "local_weight", "vicreg_weight", "sigreg_weight"):
-            value = getattr(self, key)
-            if not isinstance(value, tuple) and value < 0:
-                yield f"{key}={value}: must not be negative"
-        for key in ("huber_delta", "temperature", "slices", "vicreg_eps"):
-            if getattr(self, key) <= 0:
-                yield f"{key}={getattr(self, key)}: must be above 0"
+        """Yield what cannot be combined."""
+        if not any(self.weights):
+            yield f"weights={self.weights}: one number per level, not all of them 0"
         if self.vicreg_adaptive and self.type != "combined":
             yield f"vicreg_adaptive=True: needs type=combined, not {self.type}"
         if self.type == "hierarchical_combined" and self.views == "batch_halves":
             yield "views=batch_halves: hierarchical_combined has crops or levels"
-
-    @property
-    def kind(self):
-        """The distance between predictions and targets."""
-        return self.type if self.type in ("mse", "smoothl1", "huber") else self.distance
 
     @property
     def couples_batch(self):
@@ -110,17 +102,13 @@ class Objective:
 
     def options(self):
         """Return the keyword arguments of `regression.level_loss`."""
-        return dict(
-            kind=self.kind, normalize=self.normalize, delta=self.huber_delta, beta=1.0
-        )
-
-    def level_weights(self, levels) -> tuple[float, ...]:
-        """Return one weight per level."""
-        return self.weights * levels if len(self.weights) == 1 else self.weights
+        kind = self.type if self.type in regression.KINDS else self.distance
+        return dict(kind=kind, normalize=self.normalize, delta=self.huber_delta)
 
     def crop_loss(self, result: Result, key):
         """Return the weighted loss [] of the crops of one kind."""
-        w = self.level_weights(result.losses.shape[1])
+        levels = result.losses.shape[1]
+        w = self.weights * levels if len(self.weights) == 1 else self.weights
         if self.type not in ALONE:
             return (result.losses * jnp.asarray(w)).sum(1).mean()
         return sum(
@@ -135,46 +123,37 @@ class Objective:
             for x in (level.target, level.prediction)
         )
         valid = einops.rearrange(level.valid, "b c n -> b (c n)")
-        settings = self._vicreg_settings()
+        settings = self._vicreg_settings(self.vicreg[0])
         along = dict(kind=self.sigreg, slices=self.slices)
         if self.type == "vicreg":
-            return vicreg.vicreg(
-                a, b, valid, valid, weights=self.vicreg[0], **settings
-            )[0]
+            return vicreg.vicreg(a, b, valid, valid, **settings)[0]
         if self.type == "sigreg":
             return sigreg.two_views(a, b, key, valid, valid, **along)[0]
-        return combined.hybrid(
-            a,
-            b,
+        return hybrid(
+            Pair(a, b, valid, valid),
             key,
-            valid,
-            valid,
             vicreg_weight=self.vicreg_weight[0],
             sigreg_weight=self.sigreg_weight,
-            weights=self.vicreg[0],
-            vicreg_settings=settings,
+            settings=settings,
             **along,
         )[0]
 
-    def _vicreg_settings(self):
-        return dict(eps=self.vicreg_eps, covariance=self.covariance)
+    def _vicreg_settings(self, weights):
+        eps, covariance = self.vicreg_eps, self.covariance
+        return dict(weights=weights, eps=eps, covariance=covariance)
 
     def regularise(self, context: Context, result: Result, key, state):
-        """Return what is added to the prediction loss.
+        """Return what is added to the prediction loss: (term [], metrics, state).
 
         Args:
-            context: of the global crops.
-            result: of the global crops.
+            context, result: of the global crops.
             key: of random directions.
             state: [3] adaptive VICReg weights, or None.
-
-        Returns:
-            (term [], metrics, state).
         """
         if self.type in VICREG:
             return self._vicreg(context, result, state)
         if self.type in SIGREG:
-            term, parts = combined.sigreg_of(
+            term, parts = sigreg_of(
                 self._pairs(context, result),
                 key,
                 weight=self.sigreg_weight,
@@ -184,61 +163,175 @@ class Objective:
             return term, parts, state
         if self.type in CONTRASTIVE:
             cls = context.cls[:, :, 0]  # [B, G, D]
-            term, parts = contrastive.cjepa(
-                0.0,
-                cls[:, 0],
-                cls[:, 1],
-                contrastive_weight=self.contrastive_weight,
-                temperature=self.temperature,
+            term, found = contrastive.nt_xent(
+                cls[:, 0], cls[:, 1], temperature=self.temperature
             )
-            return term, parts, state
+            parts = {f"contrastive_{name}": value for name, value in found.items()}
+            parts["contrastive"] = term
+            return self.contrastive_weight * term, parts, state
         return jnp.zeros(()), {}, state
 
     def _vicreg(self, context, result, state):
-        own = self.vicreg
-        settings = [{"weights": w} | self._vicreg_settings() for w in own]
-        if state is not None:
-            settings[0]["weights"] = state
-        many = result.losses.shape[1]
-        weights = self.vicreg_weight
-        term, parts = combined.vicreg_of(
+        triples = self.vicreg if state is None else (state,)
+        term, parts = vicreg_of(
             self._pairs(context, result),
-            weights=weights * many if len(weights) == 1 else weights,
-            settings=settings * many if len(settings) == 1 else settings,
+            weights=self.vicreg_weight,
+            settings=[self._vicreg_settings(w) for w in triples],
         )
         if state is not None:
             terms = {k.removeprefix("vicreg_"): v for k, v in parts.items()}
             state = vicreg.adapt(state, terms, eps=self.vicreg_eps)
         return term, parts, state
 
-    def _pairs(self, context: Context, result: Result):
-        """Return the features to regularise, as `combined.Pair`s."""
+    def _pairs(self, context: Context, result: Result) -> list["Pair"]:
+        """Return the features to regularise."""
         levels = list(result.levels.values())
-        if self.views == "crops" and self.type != "hierarchical_combined":
-            pooled = context.pooled  # [B, G, D]
-            return combined.pairs("views", views=_first_two(pooled))
         if self.views == "crops":
-            pool = jax.vmap(combined.pool, 1, 1)
-            pooled = [pool(x.prediction, x.valid) for x in levels]
-            return [
-                combined.Pair(*_first_two(x))._replace(level=k)
-                for k, x in enumerate(pooled)
-            ]
+            pooled = [context.pooled]  # [B, G, D]
+            if self.type == "hierarchical_combined":
+                pool = jax.vmap(forward.pool, 1, 1)
+                pooled = [pool(x.prediction, x.valid) for x in levels]
+            views = [[x[:, i] for i in range(min(2, x.shape[1]))] for x in pooled]
+            return [Pair(*v)._replace(level=k) for k, v in enumerate(views)]
         if self.views == "batch_halves":
             tokens = context.tokens[:, 0, 0]  # [B, N, D]
             if context.cls is not None:
                 tokens = jnp.concatenate([context.cls[:, 0, 0][:, None], tokens], 1)
-            return combined.pairs("context", context=tokens)
+            return [Pair(*vicreg.halves(tokens))]
         first = jax.tree.map(lambda x: x[:, 0], levels)
-        return combined.pairs(
-            self.views,
-            predictions=[x.prediction for x in first],
-            targets=[x.target for x in first],
-            valids=[x.valid for x in first],
-            on_targets=self.vicreg_on_targets,
-        )
+        pairs = pairs_of_levels(first, on_targets=self.vicreg_on_targets)
+        return pairs if self.views == "levels" else pairs[-1:]
 
 
-def _first_two(x):
-    """[B, G, D] -> (crop 0, crop 1), or (crop 0,) where there is one."""
-    return tuple(x[:, i] for i in range(min(2, x.shape[1])))
+class Pair(NamedTuple):
+    """Two views to regularise."""
+
+    a: Any  # [B, D] or [B, N, D]
+    b: Any = None  # None where there is one view only.
+    valid_a: Any = None  # [B] or [B, N] bool, rows that count; None counts all.
+    valid_b: Any = None
+    level: int = 0  # Whose weight and settings apply (0 for features of the encoder).
+
+
+def pairs_of_levels(levels, *, on_targets=False) -> list[Pair]:
+    """Return a pair for every level: the two halves of its predictions.
+
+    Args:
+        levels: one `forward.Level` per level, of [B, N, D] and valid [B, N] or None.
+        on_targets: pair (target, prediction) instead, as is always done for a batch
+            of one.
+    """
+    out = []
+    for k, (prediction, target, valid) in enumerate(levels):
+        if on_targets or len(prediction) < 2:
+            out.append(Pair(target, prediction, valid, valid, k))
+        else:
+            out.append(Pair(*vicreg.halves(prediction, valid), k))
+    return out
+
+
+def vicreg_of(
+    pairs: Sequence[Pair],
+    *,
+    weights: Sequence[float] = (0.1,),
+    settings: Sequence[Mapping] = ({},),
+):
+    """VICReg of every pair, weighted by its level and summed.
+
+    A pair of one view has no invariance term.
+
+    Args:
+        pairs: what is regularised.
+        weights: one for all levels, or one per level.
+        settings: keyword arguments of `vicreg.vicreg`, for all levels or per level
+            ("hierarchical").
+
+    Returns:
+        term: [] to add to the prediction loss.
+        parts: "vicreg", "vicreg_invariance", "vicreg_variance", "vicreg_covariance"
+            [] before weighting; with several pairs each name ends in "_h{level}".
+    """
+    term, parts = jnp.zeros(()), {}
+    for pair in pairs:
+        loss, found = _vicreg_of_pair(pair, **_of_level(settings, pair.level))
+        term += _of_level(weights, pair.level) * loss
+        end = f"_h{pair.level}" if len(pairs) > 1 else ""
+        parts[f"vicreg{end}"] = loss
+        for name in ("invariance", "variance", "covariance"):
+            parts[f"vicreg_{name}{end}"] = found[name]
+    return term, parts
+
+
+def _vicreg_of_pair(pair, *, weights=vicreg.WEIGHTS, **options):
+    """Loss and parts of one pair; without a second view the invariance is 0."""
+    if pair.b is not None:
+        return vicreg.vicreg(*pair[:4], weights=weights, **options)
+    variance, covariance = vicreg.variance_covariance(pair.a, pair.valid_a, **options)
+    loss = weights[1] * variance + weights[2] * covariance
+    parts = dict(invariance=jnp.zeros(()), variance=variance, covariance=covariance)
+    return loss, parts
+
+
+def _of_level(values, level):
+    return values[level] if len(values) > 1 else values[0]
+
+
+def sigreg_of(pairs: Sequence[Pair], key=None, *, weight=1.0, **options):
+    """SIGReg, averaged over the views of each pair and summed over pairs.
+
+    Only the regulariser: no invariance term, whatever the pairs are.
+
+    Args:
+        pairs: what is regularised.
+        key: of the random directions, which all views share.
+        weight: of the term.
+        **options: of `sigreg.sigreg`.
+
+    Returns:
+        (term [] to add to the prediction loss, {"sigreg": [] before weighting}).
+    """
+    total = jnp.zeros(())
+    for pair in pairs:
+        own = sigreg.sigreg(pair.a, key, valid=pair.valid_a, **options)
+        if pair.b is not None:
+            other = sigreg.sigreg(pair.b, key, valid=pair.valid_b, **options)
+            own = (own + other) / 2
+        total += own
+    return weight * total, {"sigreg": total}
+
+
+def hybrid(
+    pair: Pair,
+    key=None,
+    *,
+    vicreg_weight=1.0,
+    sigreg_weight=1.0,
+    inner_sigreg_weight=25.0,
+    settings: Mapping,
+    **options,
+):
+    """VICReg and two-view SIGReg of the same pair, weighted and summed.
+
+    Both contain the invariance term, with the same weight.
+
+    Args:
+        pair: of two views.
+        key: of the random directions.
+        vicreg_weight, sigreg_weight: of the two totals.
+        inner_sigreg_weight: of the regulariser beside the invariance inside the
+            SIGReg total. The original uses `sigreg_weight` there a second time.
+        settings: keyword arguments of `vicreg.vicreg`, with "weights".
+        **options: of `sigreg.two_views`.
+
+    Returns:
+        loss: [].
+        parts: "vicreg", "sigreg" [] totals before weighting; "invariance",
+            "variance", "covariance", "regulariser" their terms.
+    """
+    za, zb, *valid = pair[:4]
+    first, terms = vicreg.vicreg(za, zb, *valid, **settings)
+    weights = settings["weights"][0], inner_sigreg_weight
+    second, more = sigreg.two_views(za, zb, key, *valid, weights=weights, **options)
+    parts = {k: terms[k] for k in ("invariance", "variance", "covariance")}
+    parts |= {"vicreg": first, "sigreg": second, "regulariser": more["sigreg"]}
+    return vicreg_weight * first + sigreg_weight * second, parts

@@ -4,7 +4,6 @@ Everything is named after the fields of `pictures.drawing.Material`.
 """
 
 import dataclasses
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,7 @@ DRAWS = 500
 def arrays(method, params, extra, batch, image) -> dict:
     """Return fields of `pictures.drawing.Material`.
 
-    Args:
-        method: HJEPA.
-        params, extra: of the method.
-        batch: a training batch on the host.
-        image: uint8 [B, H, W, C] whole images.
+    Of a training batch on the host, and of whole images, uint8 [B, H, W, C].
     """
     found = jax.jit(_networks, static_argnums=0)(method, params, extra, batch, image)
     attention, cells = jax.device_get(found)
@@ -36,15 +31,15 @@ def arrays(method, params, extra, batch, image) -> dict:
         "attention": attention,
         "grid": patches.grid(image, method.model.patch),
         "prediction": shown,
-        **draws(method.masking.blocks_only, _grid(method)),
+        **draws(method.masking, _grid(method)),
     }
 
 
-def draws(spec: masks.Masks, grid) -> dict:
+def draws(spec: masks.Masking, grid) -> dict:
     """Return masks drawn as `spec` says, and as the other samplers would (seed 0)."""
     context, targets = masks.hierarchical(np.random.default_rng(0), spec, grid, DRAWS)
     samplers = {}
-    for name in typing.get_args(masks.Masks.__annotations__["sampler"]):
+    for name in masks.SAMPLERS:
         other = dataclasses.replace(spec, sampler=name)
         one, blocks = masks.hierarchical(np.random.default_rng(0), other, grid)
         samplers[name] = one[0, 0], blocks[0, 0]

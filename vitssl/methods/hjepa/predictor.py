@@ -1,5 +1,6 @@
 """From the tokens an encoder saw to the features of the patches it did not see."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,37 +9,47 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vitssl import ranges
 from vitssl.models import layers, patches
 
 GLOBAL, LOCAL = 0, 1  # Roles of extra context: rows of the role vectors.
 
 
-class Extra(NamedTuple):
-    """Context from another crop than the one that is predicted.
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Config section `predictor`: what of a `Predictor` is chosen.
 
     Attributes:
-        tokens: [B, E, D].
-        role: GLOBAL or LOCAL, the kind of crop they come from.
-        valid: [B, E] bool, or None where all are.
+        depth: number of blocks.
+        heads: attention heads, a divisor of the width.
+        width: of the blocks; 0 = that of the encoder. Another width puts a linear
+            layer in front (the last layer maps back), as in I-JEPA.
+        mlp_ratio: hidden width of the MLP over width.
+        drop_path: of the last block; grows linearly from 0 in the first.
+        remat: as in the encoder.
     """
 
-    tokens: jax.Array
-    role: int
-    valid: jax.Array | None = None
+    depth: ranges.Count
+    heads: ranges.Count
+    width: ranges.OrNone = 0
+    mlp_ratio: ranges.Positive = 4.0
+    drop_path: ranges.BelowOne = 0.0
+    remat: bool = False
 
 
-def thin(mask, most):
+class Extra(NamedTuple):
+    """Context from another crop than the one that is predicted."""
+
+    tokens: jax.Array  # [B, E, D]
+    role: int  # GLOBAL or LOCAL, the kind of crop they come from.
+    valid: jax.Array | None = None  # [B, E] bool; None = all.
+
+
+def thin(mask, most):  # [..., N] bool, [...] or scalar int -> [..., N] bool
     """Keep at most `most` members of each set, evenly spread over its order.
 
     Member r of V (counted from 1) stays where floor(r most / V) steps up. Cutting off
     the last members instead would always blind the same side of the image.
-
-    Args:
-        mask: [..., N] bool.
-        most: [...] or scalar int, at least 0.
-
-    Returns:
-        [..., N] bool; the mask itself where it has no more than `most` members.
     """
     total = mask.sum(-1, keepdims=True)
     most = jnp.minimum(jnp.asarray(most)[..., None], total)
@@ -58,15 +69,9 @@ class Predictor(nn.Module):
     attention kernel understands of padding.
 
     Attributes:
-        depth: number of blocks.
-        heads: attention heads, a divisor of the width.
-        width: of the blocks; 0 = that of the tokens. Another width puts a linear
-            layer in front (the last layer maps back), as in I-JEPA.
-        mlp_ratio: hidden width of the MLP over width.
-        drop_path: of the last block; grows linearly from 0 in the first.
         roles: extra context is used, so that its vectors exist.
         pooled: the query without a position is used, so that its vector exists.
-        remat, dtype, attention: as in the ViT.
+        others: see `Spec`; dtype and attention are as in the ViT.
 
     Source: jonwiggins/H-JEPA src/models/predictor.py (full width, LayerNorm epsilon
     1e-5, positions of the encoder); roles are vitssl's.
@@ -77,9 +82,9 @@ class Predictor(nn.Module):
     width: int = 0
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
+    remat: bool = False
     roles: bool = False
     pooled: bool = False
-    remat: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
@@ -95,7 +100,7 @@ class Predictor(nn.Module):
         slots=0,
         train=False,
     ):
-        """Predict the features at the queries.
+        """Return the features [B, M, D] at the queries; rows of padding mean nothing.
 
         Args:
             context: [B, K, D] tokens of the crop itself, without class token.
@@ -107,9 +112,6 @@ class Predictor(nn.Module):
             slots: rows of the packed sequence, at least M; 0 = all that are given.
                 Context beyond it is thinned out evenly, queries never.
             train: drop paths, from the stream "drop_path".
-
-        Returns:
-            [B, M, D] in `dtype`; rows of padding are meaningless.
 
         Raises:
             ValueError: fewer slots than queries, or something is used that the fields
@@ -148,8 +150,7 @@ class Predictor(nn.Module):
         x = layers.LayerNorm(1e-5, self.dtype, name="norm")(x[:, :m])
         return layers.dense(d, self.dtype, "head")(x)
 
-    def _queries(self, position, batch, d):
-        """Return the query tokens [B, M, D]."""
+    def _queries(self, position, batch, d):  # -> [B, M, D]
         token = self.param("mask_token", layers.normal, (1, 1, d))
         free = None
         if self.pooled:
@@ -166,23 +167,16 @@ def _valid(query, query_count, context, context_count, extra):
     pairs = [(query, query_count), (context, context_count)]
     if all(c is None for _, c in pairs) and all(e.valid is None for e in extra):
         return None
-    rows = [
-        jnp.ones(x.shape[:2], bool)
-        if count is None
-        else patches.valid(count, x.shape[1])
-        for x, count in pairs
-    ]
-    for e in extra:
-        rows.append(jnp.ones(e.tokens.shape[:2], bool) if e.valid is None else e.valid)
+    pairs = [(x, c if c is None else patches.valid(c, x.shape[1])) for x, c in pairs]
+    pairs += [(e.tokens, e.valid) for e in extra]
+    rows = [jnp.ones(x.shape[:2], bool) if v is None else v for x, v in pairs]
     return jnp.concatenate(rows, axis=1)
 
 
-def pack(x, valid, slots, first):
+def pack(x, valid, slots, first):  # [B, T, D], [B, T] bool or None
     """Move the valid rows of a batch of sequences to the front.
 
     Args:
-        x: [B, T, D].
-        valid: [B, T] bool; None = all.
         slots: rows to keep, at most T.
         first: so many leading rows are never thinned out where there are more valid
             rows than slots.
@@ -207,10 +201,6 @@ def xavier(rng, params):
 
     PyTorch's MultiheadAttention, which the original predictor is made of, starts so,
     with [D, 3 D] taken as one matrix; a ViT's blocks start at normal(0.02).
-
-    Args:
-        rng: key.
-        params: of a `Predictor`.
     """
     draw = nn.initializers.xavier_uniform()
     params = dict(params)

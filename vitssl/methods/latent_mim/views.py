@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from vitssl import errors, ranges
-from vitssl.data import crops, modalities, resample, states
+from vitssl.data import geometry, modalities, resample, states
 from vitssl.data import views as plain_views
 from vitssl.data.modalities import Modality
 from vitssl.methods.latent_mim import masks as field_masks
@@ -100,7 +100,7 @@ class Training:
 
     def _picture(self, example, shape, rng):
         image, size = example["image"], (shape.side * shape.p,) * 2
-        box = crops.draw_box(rng, image.shape[:2], self.augment.scale)
+        box = geometry.draw_box(rng, image.shape[:2], self.augment.scale)
         image = resample.resize(image, size, box, "bicubic")
         return _of_picture(image)
 

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from vitssl import ranges
-from vitssl.data import colour, crops, resample
+from vitssl.data import colour, geometry, resample
 from vitssl.data.randaugment import RandAugment
 
 Recipe = Literal["cub_original", "siim_acr", "timm", "given_mask", "none"]
@@ -136,7 +136,7 @@ class Training:
 
     def _timm(self, frame, rng):
         s, image = self.spec, frame["image"]
-        top, left, h, w = crops.draw_box(rng, image.shape[:2], s.crop_scale)
+        top, left, h, w = geometry.draw_box(rng, image.shape[:2], s.crop_scale)
         cut = {k: v[top : top + h, left : left + w] for k, v in frame.items()}
         frame = self._flips(resize(cut, (s.size, s.size), "bicubic"), rng)
         if not self.masked and frame["image"].shape[-1] in (1, 3):

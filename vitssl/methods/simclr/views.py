@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from vitssl import ranges, sizes
-from vitssl.data import colour, crops, resample
+from vitssl.data import colour, geometry, resample
 
 Pair = tuple[ranges.Positive, ranges.Positive]
 
@@ -86,8 +86,8 @@ class Views:
 
     def view(self, image, rng):
         """Return one view [h, w, C] of an image uint8 [H, W, C]."""
-        ratio = crops.shaped(self.size, self.ratio)
-        box = crops.draw_box(rng, image.shape[:2], self.scale, ratio)
+        ratio = geometry.shaped(self.size, self.ratio)
+        box = geometry.draw_box(rng, image.shape[:2], self.scale, ratio)
         x = resample.resize(image, sizes.pair(self.size), box, self.interpolation)
         mirror, tint, grey, soft, where, pick, *u = rng.random(10).tolist()
         if mirror < self.flip:

@@ -7,7 +7,8 @@ One table leads into {"params": ..., "extra": ...} of `methods.hjepa.method.HJEP
     hierarchy_projections.k.*, fpn_*.k.*          params/levels, extra/stats
 
 `role_embed`, which the original does not have, is where the golden cases and exports
-keep the vectors of extra context.
+keep the vectors of extra context. The encoder alone is what an import takes, see
+`convert.timm_names.HJEPA`.
 """
 
 from collections.abc import Mapping

@@ -1,17 +1,18 @@
+"""Multi-crop: crops, boxes and masks of one example, and the section."""
+
 import dataclasses
-import math
 import pickle
 
-import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.data.test_colour import gap, picture
 from tests.methods.hjepa.test_masks import HJEPA
-from vitssl.data import crops, resample
+from vitssl import config
+from vitssl.data import views as plain
+from vitssl.methods.hjepa import views
 
-SMALL = crops.MultiCrop(
+SMALL = views.MultiCrop(
     num_global_crops=2,
     num_local_crops=3,
     global_crop_size=32,
@@ -38,101 +39,8 @@ def example(image=None, **extra):
 
 
 def run(section, seed=0, masks=None, image=None, **extra):
-    transform = crops.MultiCropTransform(section, masks, 4)
+    transform = views.MultiCropTransform(section, masks, 4)
     return transform(example(image, **extra), np.random.default_rng(seed))
-
-
-# Boxes.
-
-
-@pytest.mark.parametrize("size", [(60, 84), (200, 50), (3, 3), (1, 1), (1, 40)])
-@pytest.mark.parametrize("scale", [(0.05, 0.4), (0.9, 1.0)])
-def test_boxes_lie_inside_the_image(size, scale):
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        top, left, height, width = crops.draw_box(rng, size, scale)
-        assert 0 <= top <= top + height <= size[0] and height >= 1
-        assert 0 <= left <= left + width <= size[1] and width >= 1
-
-
-def test_boxes_cover_uniform_areas_of_log_uniform_shape():
-    rng = np.random.default_rng(0)
-    boxes = [crops.draw_box(rng, (600, 600), (0.05, 0.4)) for _ in range(8000)]
-    top, left, height, width = np.array(boxes, float).T
-    area, shape = height * width / 600**2, np.log(width / height)
-    # No draw is refused here, so these are the exact distributions.
-    quantiles = np.linspace(0.05, 0.95, 10)
-    np.testing.assert_allclose(
-        np.quantile(area, quantiles), 0.05 + 0.35 * quantiles, atol=0.01
-    )
-    bound = math.log(4 / 3)
-    np.testing.assert_allclose(
-        np.quantile(shape, quantiles), bound * (2 * quantiles - 1), atol=0.02
-    )
-    free = top / (600 - height), left / (600 - width)
-    for place in free:
-        np.testing.assert_allclose(np.quantile(place, quantiles), quantiles, atol=0.02)
-    # Rows and columns are placed independently.
-    assert abs(np.corrcoef(free)[0, 1]) < 0.05
-
-
-@pytest.mark.parametrize(
-    "size, want", [((30, 300), (0, 130, 30, 40)), ((300, 30), (130, 0, 40, 30))]
-)
-def test_a_strip_falls_back_to_its_largest_central_box(size, want):
-    box = crops.draw_box(np.random.default_rng(0), size, (0.9, 1.0))
-    assert box == want
-
-
-# Resizing.
-
-
-@pytest.mark.parametrize("size", [(24, 24), (40, 20), (130, 90)])
-def test_bicubic_is_pils(size):
-    image = picture((60, 84))
-    got = resample.resize(image, size, (5, 7, 50, 61))
-    pil = Image.fromarray(image).crop((7, 5, 68, 55))
-    want = pil.resize(size[::-1], Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize(
-    "rows, columns", [(45, 52), (70, 64), (80, 90), (40, 100), (20, 26), (8, 8)]
-)
-@pytest.mark.parametrize("size", [32, 12])
-def test_fast_resize_is_nearly_bicubic(rows, columns, size):
-    image = picture((rows, columns), seed=rows)
-    got = resample.resize(image, (size, size), None, "fast")
-    want = resample.resize(image, (size, size), None, "bicubic")
-    assert gap(got, want).mean() < (1.0 if size == 32 else 2.0)  # Mostly border.
-    # Plain cubic interpolation does not smooth before it picks pixels.
-    if min(rows, columns) >= 2 * size:
-        plain = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
-        assert gap(plain, want).mean() > 1.5 * gap(got, want).mean()
-
-
-@pytest.mark.parametrize("scale", [0.2, 0.8, 1.3, 1.9, 2.7])
-def test_filter_keeps_flat_images_flat(scale):
-    kernel = resample.kernel(round(resample.OCTAVE * math.log2(scale)), 7)
-    assert abs(kernel.sum() - 1) < 1e-3
-    np.testing.assert_array_equal(kernel, kernel[::-1])
-    flat = np.full((50, 50, 3), 200, np.uint8)
-    side = round(50 / scale)
-    got = resample.resize(flat, (side, side), None, "fast")
-    assert (got == 200).all()
-
-
-@pytest.mark.parametrize("interpolation", ["bicubic", "fast"])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
-def test_channels_do_not_mix(interpolation, channels):
-    image = picture((30, 40), channels)
-    got = resample.resize(image, (12, 20), (2, 3, 25, 30), interpolation)
-    assert got.shape == (12, 20, channels)
-    for c in range(channels):
-        one = resample.resize(
-            image[..., c : c + 1], (12, 20), (2, 3, 25, 30), interpolation
-        )
-        assert gap(got[..., c : c + 1], one).max() <= 1
 
 
 # The transform.
@@ -207,7 +115,7 @@ def test_same_generator_same_example_other_generator_other():
 
 def test_philox_generators_work_as_well():
     rng = np.random.Generator(np.random.Philox(key=3))
-    got = crops.MultiCropTransform(SMALL, CROSS, 4)(example(), rng)
+    got = views.MultiCropTransform(SMALL, CROSS, 4)(example(), rng)
     assert (got["global_box"][0] != got["global_box"][1]).any()
 
 
@@ -292,37 +200,24 @@ def test_adaptive_number_of_local_crops_is_cut_off_not_rounded():
     assert run(grow)["local"].shape[0] == 2
 
 
-def test_dinov2_preset_is_its_published_recipe():
-    section = crops.MultiCrop(**crops.dinov2())
-    assert not list(section.check())
-    assert section.num_local_crops == 8
-    first, second = (section.recipe("global", i) for i in range(2))
+def test_blur_and_solarisation_depend_on_the_kind_and_the_number_of_the_crop():
+    section = change(blur_prob=(1.0, 0.1, 0.5), solarize_prob=0.2, grayscale_prob=0.3)
+    first, second, third = (section.recipe("global", i) for i in range(3))
     assert first == dict(
-        strength=1.0, prob=0.8, grayscale_prob=0.2, blur_prob=1.0, solarize_prob=0.0
+        strength=0.4, prob=1.0, grayscale_prob=0.3, blur_prob=1.0, solarize_prob=0.0
     )
     assert (second["blur_prob"], second["solarize_prob"]) == (0.1, 0.2)
+    assert (third["blur_prob"], third["solarize_prob"]) == (0.1, 0.0)
     for i in (0, 1, 5):
         local = section.recipe("local", i)
         assert (local["blur_prob"], local["solarize_prob"]) == (0.5, 0.0)
 
 
-def test_crop_info_counts_patches():
-    section = crops.MultiCrop(**crops.dinov2() | {"num_local_crops": 6})
-    assert section.get_crop_info(16) == dict(
-        global_crop_size=224,
-        local_crop_size=96,
-        global_num_patches=196,
-        local_num_patches=36,
-        num_global_crops=2,
-        num_local_crops=6,
-        total_crops=8,
-    )
-
-
 def test_section_reports_every_bad_value():
-    assert not list(SMALL.check())
-    bad = change(
-        num_global_crops=-1,
+    given, found = dataclasses.asdict(SMALL), config.Problems()
+    assert config.section(views.MultiCrop, given, "c", found) == SMALL and not found
+    bad = dict(
+        num_global_crops=0,
         num_local_crops=-2,
         global_crop_size=0,
         local_crop_scale=(0.5, 1.2),
@@ -330,28 +225,39 @@ def test_section_reports_every_bad_value():
         color_jitter_prob=-0.1,
         horizontal_flip_prob=1.5,
         blur_prob=(0.0, 2.0, 0.0),
+        adaptive_warmup_epochs=-1,
+    )
+    config.section(views.MultiCrop, given | bad, "c", found)
+    assert {line.split("=")[0] for line in found} == {f"c.{key}" for key in bad}
+    assert "c.num_global_crops=0: 1 or more" in found
+    less = change(
         adaptive=True,
         min_local_crops=3,
         max_local_crops=2,
-        adaptive_warmup_epochs=-1,
+        global_crop_scale=(0.9, 0.4),
     )
-    keys = {line.split("=")[0] for line in bad.check()}
-    assert keys == {
-        "num_global_crops",
-        "num_local_crops",
-        "global_crop_size",
-        "local_crop_scale",
-        "local_color_jitter",
-        "color_jitter_prob",
-        "horizontal_flip_prob",
-        "blur_prob",
-        "min_local_crops",
-        "adaptive_warmup_epochs",
-    }
-    none = change(num_global_crops=0, num_local_crops=0)
-    assert [line.split("=")[0] for line in none.check()] == ["num_global_crops"]
+    assert list(less.check()) == [
+        "global_crop_scale=(0.9, 0.4): smallest <= largest",
+        "min_local_crops=3: 0 to max_local_crops=2",
+    ]
+
+
+def test_the_plain_single_crop_is_one_global_crop_and_nothing_else():
+    section = change(
+        num_global_crops=1,
+        num_local_crops=0,
+        global_color_jitter=0.0,
+        global_crop_scale=(0.3, 1.0),
+    )
+    view = plain.SingleCrop(32, (0.3, 1.0), flip=0.5)
+    for seed in range(8):
+        want = run(section, seed)
+        got = view(example(), np.random.default_rng(seed))
+        assert set(got) == set(want)
+        for key, value in want.items():
+            np.testing.assert_array_equal(got[key], value)
 
 
 def test_transform_can_be_pickled():
-    transform = crops.MultiCropTransform(SMALL, CROSS, 4)
+    transform = views.MultiCropTransform(SMALL, CROSS, 4)
     assert pickle.loads(pickle.dumps(transform)) == transform

@@ -6,8 +6,6 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from vitssl.methods.hjepa.levels import Members
-
 
 @dataclasses.dataclass
 class Networks:
@@ -17,7 +15,6 @@ class Networks:
     nothing else does.
 
     Attributes:
-        encoder, predictor, levels: modules.
         params: {"encoder", "predictor", "levels"}.
         target: parameters of the target encoder; those of the encoder itself for
             training without one.
@@ -49,12 +46,10 @@ class Networks:
 
     def encode(self, image, **masks):
         """Return (class token [B, D] or None, patch tokens [B, K, D])."""
+        weights = {"params": self.params["encoder"]}
+        rngs = self._rngs()
         tokens, _ = self.encoder.apply(
-            {"params": self.params["encoder"]},
-            image,
-            train=self.train,
-            rngs=self._rngs(),
-            **masks,
+            weights, image, train=self.train, rngs=rngs, **masks
         )
         return split(self.encoder, tokens)
 
@@ -64,53 +59,36 @@ class Networks:
         The target encoder never drops paths; without one, the encoder takes its place
         as it is, gradients included.
         """
+        train, rngs = (False, {}) if self.detach else (self.train, self._rngs())
         tokens, _ = self.encoder.apply(
-            {"params": self.target},
-            image,
-            train=self.train and not self.detach,
-            rngs={} if self.detach else self._rngs(),
+            {"params": self.target}, image, train=train, rngs=rngs
         )
         tokens = split(self.encoder, tokens)[1]
         return jax.lax.stop_gradient(tokens) if self.detach else tokens
 
     def positions(self, grid):
         """Return the encoder's position table of a grid: [N, D]."""
-        return self.encoder.apply(
-            {"params": self.params["encoder"]}, grid, method="position_table"
-        )
+        weights = {"params": self.params["encoder"]}
+        return self.encoder.apply(weights, grid, method="position_table")
 
     def predict(self, *args, **kwargs):
         """Return the predictor's output; see `predictor.Predictor`."""
+        weights, rngs = {"params": self.params["predictor"]}, self._rngs()
         return self.predictor.apply(
-            {"params": self.params["predictor"]},
-            *args,
-            train=self.train,
-            rngs=self._rngs(),
-            **kwargs,
+            weights, *args, train=self.train, rngs=rngs, **kwargs
         )
 
-    def project(self, x, members: Members, only=None, *, target=False):
-        """Return {level: (features [B, n, D], valid [B, n])}; see `levels.Levels`."""
-        return self._levels(target, x, members, only=only)
-
-    def coarse(self, x, *, target=False):
-        """Return the coarsest level of pooled features [..., D]."""
-        return self._levels(target, x, method="coarse")
-
-    def _levels(self, target, *args, **kwargs):
+    def project(self, *args, target=False, **kwargs):
+        """Return what the levels make of features; see `levels.Levels`."""
         params = self.target_levels if target else self.params["levels"]
         if target and self.detach:
             params = jax.lax.stop_gradient(params)
-        variables = {"params": params}
+        kwargs["train"] = self.train
         if not self.stats:
-            return self.levels.apply(variables, *args, train=self.train, **kwargs)
-        out, moved = self.levels.apply(
-            variables | {"batch_stats": self.stats},
-            *args,
-            train=self.train,
-            mutable=["batch_stats"],
-            **kwargs,
-        )
+            return self.levels.apply({"params": params}, *args, **kwargs)
+        variables = {"params": params, "batch_stats": self.stats}
+        kwargs["mutable"] = ["batch_stats"]
+        out, moved = self.levels.apply(variables, *args, **kwargs)
         self.stats = moved["batch_stats"]
         return out
 
