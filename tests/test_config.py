@@ -32,7 +32,7 @@ MISTAKES = {
     "seed=-1": ["seed=-1: 0 or more, below 2^63"],
     f"seed={2**63}": [f"seed={2**63}: 0 or more, below 2^63"],
     "multicrop.global_crop_scale=0.5": [
-        "multicrop.global_crop_scale=0.5: want a tuple (float, float)"
+        "multicrop.global_crop_scale=0.5: want a tuple (float in (0, 1], float in"
     ],
     "evals.knn_k=x": ["evals.knn_k='x': want a tuple of int"],
     "batch_size=0": ["batch_size=0", "1 or more"],
@@ -158,7 +158,7 @@ def test_one_value_stands_for_a_tuple_of_any_length():
     assert found.knn_k == (5, 6) and found.final == ("linear",) and not problems
     with c.ignore_type():
         c.multicrop.global_crop_scale = 0.5
-    want = r"global_crop_scale=0.5: want a tuple \(float, float\)$"
+    want = r"global_crop_scale=0.5: want a tuple \(float in .0, 1., float in .0, 1.\)$"
     with pytest.raises(errors.UsageError, match=want):
         experiment.read(c)
 
