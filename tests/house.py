@@ -291,7 +291,8 @@ class House:
 
 def _level(name: str) -> int:
     """Return the level of the room that a module is in."""
-    room = name.partition(".")[0]
+    # `python -m vitssl.convert` is a command, whatever room it is in.
+    room = "__main__" if name.endswith(".__main__") else name.partition(".")[0]
     if room not in LEVEL:
         raise LookupError(f"{name}: no level; write {room!r} into LEVELS")
     return LEVEL[room]

@@ -150,4 +150,4 @@ def metrics(workdir):
 
 def start(spec, params):
     """Return parameters as a run with this section `init` starts with."""
-    return warmstart.load(spec, opened.past(spec.from_), params)
+    return warmstart.load(spec, opened.past(spec.from_), params)[0]

@@ -352,7 +352,7 @@ def make(
         raise errors.UsageError("optim: every parameter is frozen from the start")
     until = _frozen_until(spec, names, frozen_from, total_steps, steps_per_epoch)
     warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
-    if warmup_steps and warmup_steps >= total_steps:
+    if warmup_steps >= total_steps > 0 and warmup_steps:
         raise errors.UsageError(
             f"optim.warmup_epochs={spec.warmup_epochs} is {warmup_steps} steps, which "
             f"leaves nothing of a run of {total_steps} steps"

@@ -5,9 +5,10 @@ import logging
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, tree
 from vitssl.data import pipeline
 from vitssl.data.sources import wrappers
 from vitssl.evals import extraction, suite
@@ -59,6 +60,36 @@ class Evaluation:
         self._method, self._mesh = method, mesh
         self._workdir, self._seed = pathlib.Path(workdir), seed
         self.arrays = {}  # Of the last scores: what is no number.
+        self._scored = method.scored
+
+    def leave_out(self, state, skipped) -> None:
+        """Leave out the scores that need parameters which nobody trained.
+
+        They are made NaN, for one batch: what is NaN then needs them.
+
+        Raises:
+            UsageError: all that was asked for does.
+        """
+        leaves = tree.flat(state.params)
+        dark = {k: x * jnp.nan if k in skipped else x for k, x in leaves.items()}
+        params = tree.nest(dark)
+        extra = self._method.adopt(params, state.extra)
+        batch = next(iter(self._final_images[1]))
+        names = self._section.names if self._section.final else ()
+        found = jax.jit(self._method.features)(params, extra, extraction.picture(batch))
+        blind = [name for name in names if _has_nan(found[name])]
+        rows = jax.jit(self._method.outputs)(params, extra, batch)
+        needs = self._scored and _has_nan(rows)
+        some = ", ".join(skipped[:3]) + ", ..." * (len(skipped) > 3)
+        if blind or (needs and not names):
+            what = f"evals.features={blind[0]}" if blind else "the test scores"
+            raise errors.UsageError(
+                f"epochs=0: {what} need {some}, which init.skip leaves at random "
+                "values; set init.skip to what the checkpoint really lacks, () for none"
+            )
+        if needs:
+            logger.info("no test scores: they need %s, random by init.skip", some)
+            self._scored = False
 
     def due(self, at: int, run) -> bool:
         """Return whether an online evaluation is due after `at` updates."""
@@ -132,7 +163,7 @@ class Evaluation:
 
     def _scores(self, state, images) -> dict[str, float]:
         """Return the method's own scores on the test split, "test/<name>"."""
-        if not self._method.scored:
+        if not self._scored:
             return {}
         rows = self._outputs(state, images, self._method.outputs)
         self.arrays = {}
@@ -214,7 +245,7 @@ class Evaluation:
         if not reads(section, self._method):
             return {}, _NONE
         scores = self._scores(state, self._final_images[1])
-        scores |= self._final_scores(state)
+        scores |= self._final_scores(state) if self._scored else {}
         self._snapshots(state, self._final_images[1])
         text = self._method.written({k[5:]: v for k, v in scores.items()})
         text = text and f"test split:{_gap(text)}{text}"
@@ -236,6 +267,11 @@ class Evaluation:
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = suite.format_table(rows, section.protocol())
         return values, f"{table}\n{text}" if text else table
+
+
+def _has_nan(rows) -> bool:
+    found = [np.asarray(x) for x in jax.tree.leaves(rows)]
+    return any(np.isnan(x).any() for x in found if np.issubdtype(x.dtype, np.floating))
 
 
 def _gap(text) -> str:

@@ -63,7 +63,7 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         )
         stack.enter_context(_last_words(workdir))
         stack.enter_context(memory.refusals(parts))
-        state, meta = _first_state(parts, saves, workdir, name)
+        state, meta, skipped = _first_state(parts, saves, workdir, name)
         watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
         writers = None
         if devices.is_main():
@@ -73,6 +73,8 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         stack.callback(parts.compiled.close)
         logger.info("%s", notes.start(parts, state.params, name, workdir))
         loop = _Loop(parts, workdir, saves, signals, watchdog, writers, meta)
+        if not parts.run.total_steps and skipped:
+            loop.evaluate.leave_out(state, skipped)
         state = loop.go(state)
         return loop.finish(state, name)
 
@@ -92,8 +94,8 @@ def _last_words(workdir):
 
 
 def _first_state(parts, saves, workdir, name) -> tuple:
-    """Return (state, meta) of the newest checkpoint, of `init.from`, or fresh."""
-    s = parts.experiment.settings
+    """Return (state, meta, what init.skip left random): resumed, given or fresh."""
+    s, skipped = parts.experiment.settings, ()
     found = saves.restore(build.restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at, total = int(state.step), parts.run.total_steps
@@ -112,10 +114,10 @@ def _first_state(parts, saves, workdir, name) -> tuple:
     elif s.init.from_:
         past = opened.past(s.init.from_)
         warmstart.check_classes(s.init, past, parts.source.classes, state.params)
-        params = warmstart.load(s.init, past, state.params)
+        params, skipped = warmstart.load(s.init, past, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)
-    return state, meta
+    return state, meta, skipped
 
 
 def _pictures(parts, workdir, state, untrained):

@@ -52,7 +52,9 @@ class Init:
 
 
 def load(spec: Init, past, params):
-    """Return `params` with the leaves of the same names that `past` has.
+    """Return (`params` with the leaves of the same names that `past` has, skipped).
+
+    `skipped` are the names that `spec.skip` left at their random values.
 
     Weights of an encoder fill "encoder/" and every "backbone/" of a method that names
     its networks so. Position tables are resampled where the model is for images of
@@ -64,9 +66,10 @@ def load(spec: Init, past, params):
             shape or absent that `spec.skip` does not name (all of them listed).
     """
     stored = renamed(past.params(spec.part), tree.flat(params), spec.rename)
-    leaves, taken, faults = tree.flat(params), {}, []
+    leaves, taken, skipped, faults = tree.flat(params), {}, [], []
     for name, leaf in leaves.items():
         if any(re.fullmatch(p, name) for p in spec.skip):
+            skipped.append(name)
             continue
         if name not in stored and (alias := _alias(name)) in stored:
             stored[name] = stored[alias]
@@ -101,7 +104,7 @@ def load(spec: Init, past, params):
         value = np.asarray(taken[name], leaf.dtype)
         return jax.device_put(value, getattr(leaf, "sharding", None))
 
-    return tree.nest({k: place(k, v) for k, v in leaves.items()})
+    return tree.nest({k: place(k, v) for k, v in leaves.items()}), tuple(skipped)
 
 
 def check_classes(spec: Init, past, classes, params) -> None:
