@@ -152,6 +152,8 @@ def _published(size="small"):
     c.objective.update(ema=0.9999, balanced=False)
     c.optim.update(lr=1e-4, wd=0.01, warmup_epochs=5.0)
     c.evals.update(batch_size=32, every_epochs=1.0, final=())
+    # Chosen on "val", by early stopping and as the best; the number is of "test".
+    c.evals.update(final_of="best", final_split="test")
     c.log.every_steps = 10
     c.checkpoint.update(every_epochs=5.0, patience=15)
     return c

@@ -215,6 +215,7 @@ def _published(source, count=8, batch=128, image=518):
         **groups(),
     )
     c.evals.update(batch_size=32, online_samples_train=0, online_samples_test=0)
+    c.evals.final_of = "best"  # As the paper: the best validation accuracy.
     c.measures = dict(maps=0.05)
     c.init = {"from": "", "rename": BOTH, "skip": HEADS}
     c.log.every_steps = 10

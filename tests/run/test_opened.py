@@ -1,5 +1,7 @@
 """Weights out of a run of ours: its features, its encoder, a program of it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -222,3 +224,35 @@ def test_a_run_is_opened_in_every_form(tmp_path):
         vitssl.load(f"{path}{form}")(_images())["pooled"] for form in ("", "@best")
     ]
     assert not np.allclose(*different)
+
+
+def test_the_final_evaluation_can_be_of_the_best(tmp_path):
+    # As above: the untrained network is the best, and its numbers are the final ones.
+    path = tmp_path / "early"
+    changes = dict(
+        optim__lr=3.0,
+        optim__clip_norm=0.0,
+        checkpoint__keep_best=1,
+        evals__every_epochs=4 / 89,
+        evals__online_samples_train=200,
+        evals__online_samples_test=100,
+        evals__final="('knn',)",
+        evals__final_samples_train=200,
+        evals__final_samples_test=100,
+    )
+    found = {}
+    for of in ("best", "last"):
+        done = make.run(path / of, evals__final_of=of, **changes)
+        assert done.returncode == 0, done.said
+        found[of] = make.metrics(path / of)[-1]["final/trained/knn/top1"]
+    rows = make.metrics(path / "best")
+    online = {row["step"]: row["knn/top1"] for row in rows if "knn/top1" in row}
+    assert found["best"] == max(online.values()) > found["last"]
+    status = json.loads((path / "best" / "status.json").read_text())
+    assert status["best"]["value"] == found["best"] and status["best"]["step"] < 12
+    assert "the final evaluation is of the best, knn/top1" in done.said or of == "last"
+    refused = make.run(path / "x", **changes | dict(checkpoint__keep_best=0))
+    assert refused.returncode == 0  # evals.final_of is "last" there.
+    changes |= dict(checkpoint__keep_best=0, evals__final_of="best")
+    refused = make.run(path / "y", **changes)
+    assert refused.returncode == 2 and "needs checkpoint.keep_best" in refused.said

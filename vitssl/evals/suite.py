@@ -43,6 +43,10 @@ class Evals:
         online: whether the online evaluation looks at the features (k-NN, spread); a
             method's own test scores are there either way.
         final: what is measured at the end.
+        final_of: whether that is of the last state, or of the best by `checkpoint.best`
+            (with checkpoint.keep_best).
+        final_split: the split it is scored on; "" is data.test_split, which the online
+            evaluations look at and a best state was chosen by.
         knn_k, knn_temperature: neighbours and temperatures to try; the first of each
             is the one reported, the others are for the logs.
         probe: how the linear probe is trained: lbfgs solves logistic regression on
@@ -77,6 +81,8 @@ class Evals:
     probe: Literal["lbfgs", "sgd"]
     probe_epochs: ranges.Count
     features: str = "pooled"
+    final_of: Literal["last", "best"] = "last"
+    final_split: str = ""
     online: bool = True
     final_samples_train: ranges.OrNone = 0
     final_samples_test: ranges.OrNone = 0

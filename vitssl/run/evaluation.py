@@ -29,14 +29,14 @@ def check(settings, method) -> None:
     data, section = settings.data, settings.evals
     if not reads(section, method) and not settings.log.pictures:
         return
-    for key in ("bank_split", "test_split"):
-        split = getattr(data, key)
-        if split == data.split:  # Which is open already.
+    splits = {"data.bank_split": data.bank_split, "data.test_split": data.test_split}
+    for key, split in (splits | {"evals.final_split": section.final_split}).items():
+        if split in ("", data.split):  # Which is open already.
             continue
         count = len(data.open(split, settings.seed))
         if count < LEAST:
             raise errors.DataError(
-                f"data.{key}={split!r}: {count} image(s) of {data.source}; evaluations "
+                f"{key}={split!r}: {count} image(s) of {data.source}; evaluations "
                 f"need {LEAST} or more"
             )
 
@@ -96,28 +96,28 @@ class Evaluation:
         every = round(self._section.every_epochs * run.steps_per_epoch)
         return every > 0 and at % every == 0
 
-    @functools.cached_property
-    def _sources(self):
-        return tuple(
-            self._data.open(split, self._seed)
-            for split in (self._data.bank_split, self._data.test_split)
-        )
+    @functools.cache  # noqa: B019 - one object of a run.
+    def _source(self, split):
+        return self._data.open(split, self._seed)
 
     @functools.cached_property
     def _online_images(self):
-        s = self._section
-        return self._images(s.online_samples_train, s.online_samples_test)
+        s, data = self._section, self._data
+        counts = (s.online_samples_train, s.online_samples_test)
+        return self._images((data.bank_split, data.test_split), counts)
 
     @functools.cached_property
     def _final_images(self):
-        s = self._section
-        return self._images(s.final_samples_train, s.final_samples_test)
+        s, data = self._section, self._data
+        counts = (s.final_samples_train, s.final_samples_test)
+        return self._images((data.bank_split, s.final_split or data.test_split), counts)
 
-    def _images(self, *counts):
-        parts = [
-            wrappers.Subset(source, extraction.subset(len(source), count))
-            for source, count in zip(self._sources, counts, strict=True)
-        ]
+    def _images(self, splits, counts):
+        parts = []
+        for split, count in zip(splits, counts, strict=True):
+            source = self._source(split)
+            chosen = extraction.subset(len(source), count)
+            parts.append(wrappers.Subset(source, chosen))
         keep = self._section.cache_bytes
         return [
             extraction.Cached(functools.partial(self._batches, part), keep)
@@ -142,7 +142,7 @@ class Evaluation:
 
     @property
     def _classes(self):
-        return len(self._sources[0].classes)
+        return len(self._source(self._data.bank_split).classes)
 
     def online(self, state) -> dict[str, float]:
         """Return a few numbers of the state; {} if the run has no online evaluation."""

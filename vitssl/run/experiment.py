@@ -69,6 +69,8 @@ class Settings:
             yield "epochs=0: evaluates only, so it needs init.from (or set steps)"
         if self.batch_size % self.accumulate:
             yield f"accumulate={self.accumulate} does not divide {self.batch_size=}"
+        if self.evals.final_of == "best" and not self.checkpoint.keep_best:
+            yield "evals.final_of=best: needs checkpoint.keep_best=1 or more"
         if not self.steps and self.optim.warmup_epochs >= self.epochs > 0:
             yield (
                 f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of "

@@ -207,9 +207,11 @@ class _Loop:
         return state
 
     def finish(self, state, name) -> dict:
-        """Evaluate the last state, draw, say that the run is finished."""
+        """Evaluate the last state or the best, draw, say that the run is finished."""
         parts, s, at = self.parts, self.parts.experiment.settings, int(state.step)
         self.watchdog.beat("final evaluation")
+        if s.evals.final_of == "best":
+            state = self._best_state(state)
         untrained = parts.fresh()
         values, text = self.evaluate.final(state, untrained)
         logger.info("%s", text)
@@ -226,6 +228,18 @@ class _Loop:
             logger.info("  best %s; load it as RUN@best", self._best_text())
         self._status("finished", at, metrics=values, name=name)
         return values
+
+    def _best_state(self, state):
+        """Return the state of the best evaluation, if its checkpoint is kept."""
+        self.saves.wait()
+        if self.best.step not in self.saves.steps():
+            logger.warning(
+                "no checkpoint of the best evaluation: the last is evaluated"
+            )
+            return state
+        logger.info("  the final evaluation is of the best, %s", self._best_text())
+        target = build.restore_target(self.parts)(self.best.step)
+        return checkpoint.read(self.saves.directory, self.best.step, target)[0]
 
     def _entered(self, state, phase):
         """Return the state for a phase, every leaf where its step expects it."""
