@@ -64,6 +64,13 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(autouse=True)
+def _few_executables():
+    """Drop compiled functions after each recipe: XLA maps memory for every one."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Return source -> data.root; each tree is written once."""
