@@ -55,13 +55,9 @@ def run(
         DataError: no images.
         UsageError: another ending, unknown names, or pyarrow is missing.
     """
-    to = pathlib.Path(to)
-    if to.suffix not in KINDS:
-        raise errors.UsageError(f"--to={to}: must end in {' or '.join(KINDS)}")
+    to = place(to, KINDS)
     if wrong := [name for name in names if name not in inference.NAMES]:
         raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
-    if to.suffix == ".parquet":
-        _arrow()
     if not weights.image_size:
         raise errors.UsageError("--image_size=N is missing; these weights have none")
     source = folder.open(str(images), "all", channels=weights.channels)
@@ -70,13 +66,12 @@ def run(
         found = extraction.extract(
             weights.apply,
             (weights.state,),
-            _watched(batches, len(source), batch_size, show),
+            watched(batches, len(source), batch_size, show),
             names=names,
         )
     index = found.pop("index")
     found["path"] = np.array([source.path(i) for i in index])
     found["classes"] = np.array(source.classes)
-    to.parent.mkdir(parents=True, exist_ok=True)
     _write(to, found)
     show(
         f"{to}: {len(index)} images, "
@@ -85,7 +80,33 @@ def run(
     return found
 
 
-def _watched(batches, total, batch_size, show, every=5.0):
+def place(to, kinds: tuple[str, ...]) -> pathlib.Path:
+    """Return where to write, once it is sure that one can.
+
+    Args:
+        to: of the command line; folders are made.
+        kinds: endings.
+
+    Raises:
+        UsageError: another ending, no such place, or pyarrow is missing.
+    """
+    to = pathlib.Path(to)
+    if to.suffix not in kinds:
+        raise errors.UsageError(f"--to={to}: must end in {' or '.join(kinds)}")
+    if to.suffix == ".parquet":
+        arrow(kinds[0])
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        new = not to.exists()
+        to.open("ab").close()
+        if new:
+            to.unlink()
+    except OSError as e:
+        raise errors.UsageError(f"--to={to}: {e.strerror}; give another") from e
+    return to
+
+
+def watched(batches, total, batch_size, show, every=5.0):
     """Yield the batches of one pass, and show how far it is every few seconds."""
     start = last = time.perf_counter()
     for i in range(-(-total // batch_size)):
@@ -103,7 +124,7 @@ def _write(to, found):
     if to.suffix == ".npz":
         np.savez(to, **found)
         return
-    pyarrow, parquet = _arrow()
+    pyarrow, parquet = arrow(KINDS[0])
     classes = np.array([*found["classes"], ""])
     columns, shapes = {"class": classes[found["label"]]}, {}
     for name, x in found.items():
@@ -119,14 +140,19 @@ def _write(to, found):
     parquet.write_table(table, to)
 
 
-def _arrow():
-    """Return (pyarrow, pyarrow.parquet), which are no dependencies of ours."""
+def arrow(other: str):
+    """Return (pyarrow, pyarrow.parquet), which are no dependencies of ours.
+
+    Raises:
+        UsageError: they are not there; the ending `other` needs none.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as e:
         raise errors.UsageError(
-            "--to=*.parquet needs pyarrow: pip install 'vitssl[parquet]'; or write .npz"
+            "--to=*.parquet needs pyarrow: pip install 'vitssl[parquet]'; or write "
+            f"{other}"
         ) from e
     return pyarrow, parquet
 
