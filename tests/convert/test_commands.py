@@ -223,6 +223,7 @@ def test_extract_says_what_is_wrong(weights, tmp_path, capsys):
     for given, code, told in (
         ([f"--images={images}"], 2, "--program"),
         ([f"--images={images}", "--to=x.csv"], 2, "must end in"),
+        ([f"--images={images}", "--to=/proc/no/x.npz"], 2, "--to=/proc/no/x.npz"),
         ([f"--images={images}", "--to=x.npz", "--names=logits"], 2, "--names=logits"),
         ([f"--images={tmp_path}/none", "--to=x.npz"], 3, "none"),
     ):
