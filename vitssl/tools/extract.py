@@ -12,9 +12,7 @@ each feature as a list, whose shape the schema's metadata tells under "shapes".
 """
 
 import json
-import pathlib
 import sys
-import time
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from vitssl.data import pipeline, views
 from vitssl.data.sources import folder
 from vitssl.evals import extraction
 from vitssl.run import inference
+from vitssl.tools import writing
 
 KINDS = (".npz", ".parquet")
 
@@ -55,7 +54,7 @@ def run(
         DataError: no images.
         UsageError: another ending, unknown names, or pyarrow is missing.
     """
-    to = place(to, KINDS)
+    to = writing.place(to, KINDS)
     if wrong := [name for name in names if name not in inference.NAMES]:
         raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
     if not weights.image_size:
@@ -66,7 +65,7 @@ def run(
         found = extraction.extract(
             weights.apply,
             (weights.state,),
-            watched(batches, len(source), batch_size, show),
+            writing.watched(batches, len(source), batch_size, show),
             names=names,
         )
     index = found.pop("index")
@@ -80,51 +79,11 @@ def run(
     return found
 
 
-def place(to, kinds: tuple[str, ...]) -> pathlib.Path:
-    """Return where to write, once it is sure that one can.
-
-    Args:
-        to: of the command line; folders are made.
-        kinds: endings.
-
-    Raises:
-        UsageError: another ending, no such place, or pyarrow is missing.
-    """
-    to = pathlib.Path(to)
-    if to.suffix not in kinds:
-        raise errors.UsageError(f"--to={to}: must end in {' or '.join(kinds)}")
-    if to.suffix == ".parquet":
-        arrow(kinds[0])
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        new = not to.exists()
-        to.open("ab").close()
-        if new:
-            to.unlink()
-    except OSError as e:
-        raise errors.UsageError(f"--to={to}: {e.strerror}; give another") from e
-    return to
-
-
-def watched(batches, total, batch_size, show, every=5.0):
-    """Yield the batches of one pass, and show how far it is every few seconds."""
-    start = last = time.perf_counter()
-    for i in range(-(-total // batch_size)):
-        yield next(batches)
-        now = time.perf_counter()
-        if now - last > every:
-            done = min(total, (i + 1) * batch_size)
-            rate = done / (now - start)
-            left = (total - done) / rate
-            show(f"{done}/{total} images, {rate:.0f}/s, {left:.0f} s left")
-            last = now
-
-
 def _write(to, found):
     if to.suffix == ".npz":
         np.savez(to, **found)
         return
-    pyarrow, parquet = arrow(KINDS[0])
+    pyarrow, parquet = writing.arrow(KINDS[0])
     classes = np.array([*found["classes"], ""])
     columns, shapes = {"class": classes[found["label"]]}, {}
     for name, x in found.items():
@@ -138,23 +97,6 @@ def _write(to, found):
     table = pyarrow.table(columns)
     table = table.replace_schema_metadata({"shapes": json.dumps(shapes)})
     parquet.write_table(table, to)
-
-
-def arrow(other: str):
-    """Return (pyarrow, pyarrow.parquet), which are no dependencies of ours.
-
-    Raises:
-        UsageError: they are not there; the ending `other` needs none.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise errors.UsageError(
-            "--to=*.parquet needs pyarrow: pip install 'vitssl[parquet]'; or write "
-            f"{other}"
-        ) from e
-    return pyarrow, parquet
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,7 @@ from vitssl.data.sources import folder, wrappers
 from vitssl.evals import extraction
 from vitssl.pictures import overlays
 from vitssl.run import inference
-from vitssl.tools import extract
+from vitssl.tools import writing
 
 KINDS = (".csv", ".parquet", ".json")
 
@@ -53,7 +53,7 @@ def run(
         UsageError: what cannot be written or asked for; the run names no classes.
         DataError: no images, or none that can be decoded.
     """
-    to = extract.place(to, KINDS)
+    to = writing.place(to, KINDS)
     for key, value in (("top", top), ("batch_size", batch_size)):
         if value < 1:
             raise errors.UsageError(f"--{key}={value}: 1 or more")
@@ -66,7 +66,7 @@ def run(
     size = min(batch_size, len(source))
     transform = weights.method.evaluation_transform(weights.image_size)
     with pipeline.evaluate(source, transform, batch_size=size) as batches:
-        seen = extract.watched(batches, len(source), size, show)
+        seen = writing.watched(batches, len(source), size, show)
         if overlay:
             seen = _drawing(seen, weights, source, pathlib.Path(overlay))
         best = _Best(weights.method, min(top, len(weights.classes)))
@@ -172,7 +172,7 @@ def _write(to, rows):
             table.writeheader()
             table.writerows(rows)
     else:
-        pyarrow, parquet = extract.arrow(KINDS[0])
+        pyarrow, parquet = writing.arrow(KINDS[0])
         kinds = {True: pyarrow.float32(), False: pyarrow.string()}
         schema = [(key, kinds[key.startswith("probability")]) for key in rows[0]]
         table = pyarrow.Table.from_pylist(rows, pyarrow.schema(schema))
