@@ -11,6 +11,9 @@ Arguments (`--config=configs/finetune_hvit.py:NAME`, or `NAME,OPTION,OPTION`):
                     demo of configs/simclr_hvit.py
     scratch         the same from random weights
     smoke           two steps from random weights
+    folder          the demo's size on your own folder of images (data.root), all their
+                    labels; from a run of configs/simclr_hvit.py:folder, or from
+                    random weights
     evidence        macro F1 against labels (5, 20, all per class): from scratch, from
                     SimCLR, and a colour histogram; three seeds, an hour on two cores
     infrared        the demo from scratch with a spectral stream joined by DFCA
@@ -99,6 +102,15 @@ def _smoke():
     c.optim.update(schedule="onecycle", cycle_b1=(0.85, 0.95))
     c.optim.thaw = (("backbone/.*", 1.0),)
     c.evals.update(batch_size=32, final=())
+    return c
+
+
+def _folder():
+    c = _demo()
+    c.steps, c.epochs = 0, 50.0
+    c.data.update(source="folder", per_class=0)
+    c.optim.warmup_epochs = 5.0
+    c.evals.every_epochs = c.checkpoint.every_epochs = 5.0
     return c
 
 
@@ -198,6 +210,7 @@ RECIPES = {
     "": _demo,
     "scratch": _demo,
     "smoke": _smoke,
+    "folder": _folder,
     "evidence": _evidence,
     "infrared": _infrared,
     "sarcld_small": _published,

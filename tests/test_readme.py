@@ -23,6 +23,7 @@ TESTED = {
     "vitssl convert export": "convert/test_commands.py",
     "vitssl convert families": "convert/test_families.py",
     "vitssl extract": "convert/test_commands.py",
+    "vitssl predict": "tools/test_predict.py",
     "vitssl sweep": "tools/test_sweep.py",
     "python -m vitssl.bench hybrid": "bench/test_hybrid_time.py",
     "python -m vitssl.bench parts": "bench/test_parts_time.py",

@@ -24,6 +24,7 @@ usage: vitssl COMMAND ...
   convert import FILE --to=DIR         weights of others to ours (safetensors, pth, npz)
   convert export RUN --to=FILE         ours to timm, transformers, big_vision
   extract RUN --images=DIR --to=FILE   features of a folder of images
+  predict RUN --images=DIR --to=FILE   classes of a folder of images
   sweep FILE                           many runs from a file of overrides
   store RUN --to=DIR --boundary=N      tokens of a frozen prefix of LocalMIM
 
@@ -179,6 +180,7 @@ COMMANDS = {
     "pictures": "vitssl.tools.draw",
     "convert": "vitssl.convert.__main__",
     "extract": "vitssl.tools.extract",
+    "predict": "vitssl.tools.predict",
     "sweep": "vitssl.tools.sweep",
     "store": "vitssl.tools.feature_store",
 }

@@ -20,7 +20,7 @@ from vitssl.convert import backbone, exporter, importer, positions
 from vitssl.convert import safetensors as ours
 from vitssl.data import views
 from vitssl.run import inference, warmstart
-from vitssl.tools import extract
+from vitssl.tools import extract, writing
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_extract_writes_every_image_once_with_its_class_and_path(weights, tmp_pa
 
 def test_progress_counts_images_not_batches():
     told = []
-    got = list(extract._watched(iter("abc"), 5, 2, told.append, every=0.0))
+    got = list(writing.watched(iter("abc"), 5, 2, told.append, every=0.0))
     assert got == ["a", "b", "c"]
     assert [line.split(" ")[0] for line in told] == ["2/5", "4/5", "5/5"]
 
@@ -223,6 +223,7 @@ def test_extract_says_what_is_wrong(weights, tmp_path, capsys):
     for given, code, told in (
         ([f"--images={images}"], 2, "--program"),
         ([f"--images={images}", "--to=x.csv"], 2, "must end in"),
+        ([f"--images={images}", "--to=/proc/no/x.npz"], 2, "--to=/proc/no/x.npz"),
         ([f"--images={images}", "--to=x.npz", "--names=logits"], 2, "--names=logits"),
         ([f"--images={tmp_path}/none", "--to=x.npz"], 3, "none"),
     ):

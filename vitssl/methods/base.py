@@ -6,12 +6,13 @@ To add a method: a room `methods/x/` whose `method.py` has a frozen dataclass li
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 
-from vitssl import sizes
+from vitssl import errors, sizes
 from vitssl.data import views
 from vitssl.models import patches
 
@@ -133,6 +134,20 @@ class Method(abc.ABC):
         """
         return views.Evaluate(size)
 
+    def class_logits(self, params, extra, image) -> dict:
+        """Return {by which weights and views: logits [B, K]} of [B, H, W, C].
+
+        One entry, of the weights and views that a run's headline is of, such as
+        "ema_tta"; "parameters" are those of `params`, without further views.
+
+        Raises:
+            UsageError: the method names no classes.
+        """
+        raise errors.UsageError(
+            "this method names no classes; fine-tune it first (configs/finetune_*.py), "
+            "and give that run"
+        )
+
     scored = False  # Whether it has test scores of its own, by the next two.
 
     def outputs(self, params, extra, batch) -> dict:
@@ -178,13 +193,7 @@ class Method(abc.ABC):
 
         These are the fields "attention" and "grid" of `pictures.drawing.Material`.
         """
-
-        def maps(params, image):
-            x = patches.normalise(image, self.run.mean, self.run.std)
-            options = dict(method="attention_maps", mutable=["intermediates"])
-            return self.model.apply({"params": params}, x, **options)[0]
-
-        attention, grid = jax.device_get(jax.jit(maps)(params, image))
+        attention, grid = jax.device_get(_attention(params, image, method=self))
         return {"attention": attention, "grid": tuple(int(n) for n in grid)}
 
     def drawn(self, step: int) -> float:
@@ -195,3 +204,10 @@ class Method(abc.ABC):
     def snapshot(self, params, extra, batch, path) -> None:
         """Write a picture of one evaluation batch (numpy) into a file."""
         del params, extra, batch, path
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _attention(params, image, *, method):
+    x = patches.normalise(image, method.run.mean, method.run.std)
+    options = dict(method="attention_maps", mutable=["intermediates"])
+    return method.model.apply({"params": params}, x, **options)[0]

@@ -64,6 +64,16 @@ def overlay(image, values, grid, low=0.0):  # [H, W, 3], [N] -> [H, W, 3]
     return image * (0.12 + 0.88 * panels.enlarge(light, image.shape)[..., None])
 
 
+def rolled(attention, count):  # [layers, heads, T, T] -> [N], number
+    """Return the rollout on N = `count` patches, and what to draw it from upwards.
+
+    Without a class token every patch looks at itself in half of the rollout: that is
+    as much for all, so it is then drawn from its minimum.
+    """
+    values = on_patches(rollout(attention), count)
+    return values, 0.0 if attention.shape[-1] > count else float(values.min())
+
+
 @panels.picture
 def heads(image, attention, grid=None, *, layers=6, most=16):
     """Draw one map per layer (rows) and head (columns) of an image.
@@ -104,11 +114,7 @@ def infer_grid(tokens):
 
 @panels.picture
 def layers(images, attention, grid=None):  # [B, ...], [B, layers, heads, T, T]
-    """Draw a row per image: early, middle and last layer, and the rollout.
-
-    Without a class token every patch looks at itself in half of the rollout: that is
-    as much for all, so the rollout is then drawn from its minimum up.
-    """
+    """Draw a row per image: early, middle and last layer, and the rollout."""
     grid = grid or infer_grid(attention.shape[-1])
     count, where = grid[0] * grid[1], depths(attention.shape[1])
     title = "Attention of the whole image: mean of heads, and rollout"
@@ -118,12 +124,10 @@ def layers(images, attention, grid=None):  # [B, ...], [B, layers, heads, T, T]
         for axis, (name, i) in zip(row[1:], where.items(), strict=False):
             values = on_patches(each[i].mean(0), count)
             _heat(axis, values, grid, f"{name} (layer {i})")
-        rolled = on_patches(rollout(each), count)
-        low = 0.0 if each.shape[-1] > count else float(rolled.min())
-        _heat(
-            row[-2], rolled, grid, "rollout from its minimum" if low else "rollout", low
-        )
-        panels.show(row[-1], overlay(image, rolled, grid, low), "rollout on image")
+        values, low = rolled(each, count)
+        title = "rollout from its minimum" if low else "rollout"
+        _heat(row[-2], values, grid, title, low)
+        panels.show(row[-1], overlay(image, values, grid, low), "rollout on image")
     return figure
 
 

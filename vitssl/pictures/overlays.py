@@ -7,7 +7,7 @@ import einops
 import matplotlib
 import numpy as np
 
-from vitssl.pictures import panels
+from vitssl.pictures import attention, panels
 
 SIDE = 256  # Pixels of a tile.
 
@@ -63,9 +63,31 @@ def overlay(images, maps):  # uint8 [B, H, W, C], [B, h, w, K+1]
 
 def write(path, images, maps, *, side=SIDE):
     """Write a `sheet` into a file whose name says the format; folders are made."""
-    pixels = np.rint(255 * sheet(images, maps, side=side)).astype(np.uint8)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), pixels[..., ::-1])
+    _save(path, sheet(images, maps, side=side))
+
+
+def write_one(path, image, fields):  # uint8 [H, W, C]
+    """Write one image with what a network makes of it; see `write`.
+
+    Its parts are drawn over it if there are any, else it is dark where the network
+    does not look.
+
+    Args:
+        fields: of `drawing.Material`, of this image alone.
+    """
+    if fields.get("parts") is not None:
+        write(path, image[None], fields["parts"])
+        return
+    grid, times = fields["grid"], max(1, SIDE // min(image.shape[:2]))
+    large = panels.enlarge(image, [n * times for n in image.shape[:2]])
+    values, low = attention.rolled(fields["attention"][0], grid[0] * grid[1])
+    _save(path, attention.overlay(panels.rgb(large), values, grid, low))
+
+
+def _save(path, image):  # float [H, W, 3] in [0, 1]
+    path, pixels = pathlib.Path(path), np.rint(255 * image).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, pixels[..., ::-1])[1])
 
 
 def sheet(images, maps, *, side=SIDE):  # uint8 [B, H, W, C], [B, h, w, K+1]

@@ -3,6 +3,7 @@
 import vitssl
 features = vitssl.load("runs/hjepa-demo")      # or weights of vitssl.convert
 features(images)["pooled"]                      # images: uint8 [B, H, W, C]
+vitssl.load("runs/finetune_hvit").predict(images)["class"]      # of any sizes
 
 vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
 vitssl extract WEIGHTS --program=FOLDER
@@ -22,6 +23,7 @@ import numpy as np
 
 from vitssl import errors, sizes, tree
 from vitssl.convert import backbone, positions, safetensors
+from vitssl.methods import base
 from vitssl.models import hybrid_vit, patches, upsample, vit
 from vitssl.run import opened
 
@@ -41,6 +43,8 @@ class Features:
         channels: of an image.
         mean, std: normalisation of pixels in [0, 1].
         name: what the weights are called.
+        method: of a run as a whole; it knows the evaluation's views, and classes.
+        classes: their names.
     """
 
     apply: Callable[[Any, Any], dict]
@@ -50,6 +54,8 @@ class Features:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str = ""
+    method: base.Method | None = None
+    classes: tuple[str, ...] = ()
 
     def __call__(self, images) -> dict[str, jax.Array]:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
@@ -76,6 +82,78 @@ class Features:
             )
         found = _compiled(self.apply)(self.state, images)
         return {name: found[name] for name in NAMES}
+
+    @property
+    def headline(self) -> str:
+        """Return which weights and views name the classes, such as "ema_tta".
+
+        Raises:
+            UsageError: none do.
+        """
+        if self.method is None:
+            raise errors.UsageError(
+                f"{self.name}: an encoder names no classes; give a run, without `part`"
+            )
+        shape = (1, *sizes.pair(self.image_size), self.channels)
+        image = jax.ShapeDtypeStruct(shape, np.uint8)
+        (name,) = jax.eval_shape(self.method.class_logits, *self.state, image)
+        return name
+
+    def predict(self, images, *, batch_size: int = 64) -> dict:
+        """Return the classes of images, by what the run's headline is of.
+
+        Args:
+            images: uint8 [B, H, W, C], or a list of [H, W, C] of any sizes; they go
+                through the run's evaluation transform.
+            batch_size: images at once.
+
+        Returns:
+            {"probability": float32 [M, K], "label": int [M] the likeliest, "class":
+            its name for every image, "weights": the `headline`}.
+
+        Raises:
+            UsageError: no images, or such as the run cannot have; the weights name no
+                classes.
+        """
+        weights = self.headline
+        rows = [self._view(i, image) for i, image in enumerate(images)]
+        if not rows:
+            raise errors.UsageError("images: there is none")
+        size = min(batch_size, len(rows))
+        found = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            # Filled up to one shape, which is compiled once.
+            full = np.stack(part + part[-1:] * (size - len(part)))
+            logits = _class_logits(self.state, full, method=self.method)
+            found.append(np.asarray(logits)[: len(part)])
+        logits = np.concatenate(found)
+        label = logits.argmax(-1)
+        return {
+            "probability": np.asarray(jax.nn.softmax(logits)),
+            "label": label,
+            "class": [self.classes[i] for i in label],
+            "weights": weights,
+        }
+
+    def _view(self, i, image):
+        """Return image i as the run evaluates it, [h, w, C]."""
+        image = np.asarray(image)
+        shape = (*image.shape[:2], self.channels)
+        if image.dtype != np.uint8 or image.shape != shape or 0 in shape:
+            raise errors.UsageError(
+                f"images[{i}] is {image.dtype} {image.shape}: want uint8 "
+                f"[H, W, {self.channels}]"
+            )
+        return self.method.evaluation_transform(self.image_size)({"image": image})[
+            "image"
+        ]
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _class_logits(state, image, *, method):  # -> float32 [B, K]
+    (logits,) = method.class_logits(*state, image).values()
+    return logits.astype(jnp.float32)
 
 
 @functools.cache
@@ -223,7 +301,8 @@ class _EncodeFiner:
 def _of_run(past: opened.Past) -> Features:
     """Return the features that a run's own evaluations use."""
     checked = past.experiment
-    method = checked.method(checked.run())
+    classes = tuple(past.meta.get("classes", ()))
+    method = checked.method(checked.run(classes=len(classes)))
     stored = past.trees("params", "extra")
     state = tuple(tree.nest(stored[key]) for key in ("params", "extra"))
     data = checked.settings.data
@@ -236,6 +315,8 @@ def _of_run(past: opened.Past) -> Features:
         data.mean,
         data.std,
         past.path,
+        method,
+        classes,
     )
 
 

@@ -12,9 +12,7 @@ each feature as a list, whose shape the schema's metadata tells under "shapes".
 """
 
 import json
-import pathlib
 import sys
-import time
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from vitssl.data import pipeline, views
 from vitssl.data.sources import folder
 from vitssl.evals import extraction
 from vitssl.run import inference
+from vitssl.tools import writing
 
 KINDS = (".npz", ".parquet")
 
@@ -55,13 +54,9 @@ def run(
         DataError: no images.
         UsageError: another ending, unknown names, or pyarrow is missing.
     """
-    to = pathlib.Path(to)
-    if to.suffix not in KINDS:
-        raise errors.UsageError(f"--to={to}: must end in {' or '.join(KINDS)}")
+    to = writing.place(to, KINDS)
     if wrong := [name for name in names if name not in inference.NAMES]:
         raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
-    if to.suffix == ".parquet":
-        _arrow()
     if not weights.image_size:
         raise errors.UsageError("--image_size=N is missing; these weights have none")
     source = folder.open(str(images), "all", channels=weights.channels)
@@ -70,13 +65,12 @@ def run(
         found = extraction.extract(
             weights.apply,
             (weights.state,),
-            _watched(batches, len(source), batch_size, show),
+            writing.watched(batches, len(source), batch_size, show),
             names=names,
         )
     index = found.pop("index")
     found["path"] = np.array([source.path(i) for i in index])
     found["classes"] = np.array(source.classes)
-    to.parent.mkdir(parents=True, exist_ok=True)
     _write(to, found)
     show(
         f"{to}: {len(index)} images, "
@@ -85,25 +79,11 @@ def run(
     return found
 
 
-def _watched(batches, total, batch_size, show, every=5.0):
-    """Yield the batches of one pass, and show how far it is every few seconds."""
-    start = last = time.perf_counter()
-    for i in range(-(-total // batch_size)):
-        yield next(batches)
-        now = time.perf_counter()
-        if now - last > every:
-            done = min(total, (i + 1) * batch_size)
-            rate = done / (now - start)
-            left = (total - done) / rate
-            show(f"{done}/{total} images, {rate:.0f}/s, {left:.0f} s left")
-            last = now
-
-
 def _write(to, found):
     if to.suffix == ".npz":
         np.savez(to, **found)
         return
-    pyarrow, parquet = _arrow()
+    pyarrow, parquet = writing.arrow(KINDS[0])
     classes = np.array([*found["classes"], ""])
     columns, shapes = {"class": classes[found["label"]]}, {}
     for name, x in found.items():
@@ -117,18 +97,6 @@ def _write(to, found):
     table = pyarrow.table(columns)
     table = table.replace_schema_metadata({"shapes": json.dumps(shapes)})
     parquet.write_table(table, to)
-
-
-def _arrow():
-    """Return (pyarrow, pyarrow.parquet), which are no dependencies of ours."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as e:
-        raise errors.UsageError(
-            "--to=*.parquet needs pyarrow: pip install 'vitssl[parquet]'; or write .npz"
-        ) from e
-    return pyarrow, parquet
 
 
 def main(argv: list[str]) -> int:

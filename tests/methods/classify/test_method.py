@@ -273,6 +273,23 @@ def test_every_weight_and_view_is_scored_and_written():
     assert f"{scores['ema_tta_f1_macro']:.4f}" in text
 
 
+@pytest.mark.parametrize("ema, tta", [(0.5, "flip"), (0.5, "none"), (0.0, "flip")])
+def test_classes_are_named_by_the_best_that_is_scored(ema, tta):
+    m = _method(objective=dict(ema=ema), scoring=method.Scoring(tta=tta))
+    params, extra = _fresh(m)
+    if ema:
+        extra = extra | {"ema": jax.tree.map(lambda x: 0.5 * x, params)}
+    batch = _batch(m)
+    name = "_".join(["ema"] * (ema > 0) + ["tta"] * (tta == "flip"))
+    found = m.class_logits(params, extra, batch["image"])
+    rows = m.outputs(params, extra, batch)
+    assert list(found) == [name]
+    np.testing.assert_allclose(found[name], rows[f"{name}_logits"], rtol=1e-5)
+    plain = _method().class_logits(params, {}, batch["image"])
+    np.testing.assert_allclose(plain["parameters"], rows["logits"], rtol=1e-5)
+    assert np.abs(plain["parameters"] - found[name]).max() > 0.01
+
+
 def test_the_loss_of_mixed_images_is_that_of_both_labels():
     keys = dict(loss="combined", smoothing=0.1, class_weights=(0.5, 1.0, 2.0))
     m = _method(objective=keys, mix=dict(mixup=0.8))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import config, ranges, tree
+from vitssl import config, errors, ranges, tree
 from vitssl.data import sources
 from vitssl.methods import base, table
 from vitssl.methods.parts import kinds, measures, objective, views
@@ -170,6 +170,23 @@ def test_the_average_follows_the_weights_and_is_what_is_evaluated():
     rows = outputs(m, other, extra, given)
     plain = outputs(method(), want, {}, given)
     np.testing.assert_allclose(rows["logits"], plain["logits"], rtol=1e-4, atol=1e-5)
+    named = jax.jit(m.class_logits)(other, extra, given["image"])
+    np.testing.assert_allclose(named["average"], rows["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_classes_are_not_named_without_the_masks_that_a_kind_needs():
+    m = method(parts=dict(kind="baseline", pooling="late_mask"))
+    with pytest.raises(errors.UsageError, match="late_mask: classifies by the masks"):
+        m.class_logits({}, {}, batch()["image"])
+
+
+def test_a_network_without_parts_shows_its_attention():
+    m = method(parts=dict(kind="baseline"))
+    image = batch()["image"]
+    params, extra = init(m, image)
+    found = m.pictures(params, extra, {}, image)
+    assert found["grid"] == (4, 4) and found["attention"].shape == (4, 1, 2, 18, 18)
+    np.testing.assert_allclose(found["attention"].sum(-1), 1.0, rtol=1e-5)
 
 
 def test_leaving_a_part_out_is_removing_it():

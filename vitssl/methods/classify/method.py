@@ -234,8 +234,22 @@ class Classify(base.Method):
 
     def pictures(self, params, extra, batch, image) -> dict:
         """Return fields of `pictures.drawing.Material`."""
-        del extra, batch
-        return self.attention(params["backbone"], image)
+        del batch  # The average is shown where there is one: it names the classes.
+        return self.attention(extra.get("ema", params)["backbone"], image)
+
+    def class_logits(self, params, extra, image) -> dict:
+        """Return {name: logits [B, K]} of the best of `outputs`.
+
+        By the average where there is one, over the views of `scoring.tta`.
+        """
+        own, views = extra.get("ema", params), self.scoring.tta != "none"
+        names = ["ema"] * ("ema" in extra) + ["tta"] * views
+
+        def logits(image):
+            return self.logits(own, extra, image)
+
+        found = self.scoring.averaged(logits, image) if views else logits(image)
+        return {"_".join(names) or "parameters": found}
 
     def outputs(self, params, extra, batch) -> dict:
         """Return "logits", "ema_logits" of the average, "tta_..." of either, [B, K]."""

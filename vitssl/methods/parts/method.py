@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from vitssl import ranges, tree
+from vitssl import errors, ranges, tree
 from vitssl.methods import base
 from vitssl.methods.parts import affine as warps
 from vitssl.methods.parts import kinds, maps, networks, pictures, scores, views
@@ -261,6 +261,16 @@ class PartDiscovery(base.Method):
         if self.parts.finds_parts:
             return self.predict(params, extra, batch[key])
         return self._evaluate(params, extra, batch[key], *self._given(batch))
+
+    def class_logits(self, params, extra, image) -> dict:
+        """Return {"average" or "parameters": logits [B, K]} of images [B, H, W, C]."""
+        if self.parts.masked:
+            raise errors.UsageError(
+                f"parts.kind={self.parts.kind}, parts.pooling={self.parts.pooling}: "
+                "classifies by the masks of a data set, which plain images lack"
+            )
+        name = "average" if "average" in extra else "parameters"
+        return {name: self._outputs(params, extra, {"image": image}).logits}
 
     def outputs(self, params, extra, batch) -> dict:
         """Return what the scores of a test batch need, one row per image."""

@@ -5,14 +5,14 @@ import functools
 import jax
 import numpy as np
 
-from vitssl.models import patches
 from vitssl.pictures import overlays
 
 
 def arrays(method, params, extra, image) -> dict:
     """Return fields of `pictures.drawing.Material` of images uint8 [B, H, W, C]."""
     if not method.parts.finds_parts:
-        return {"grid": patches.grid(image, method.model.patch)}
+        weights = extra.get("average", params)
+        return method.attention(weights["stage_2"]["backbone"], image)
     maps = _maps(params, extra, image, method=method)
     return {"grid": method.grid(image), "parts": np.asarray(maps)}
 
