@@ -241,7 +241,7 @@ def _decide(root, lone, others) -> None:
     if folders(root / lone) or BESIDE & {name.lower() for name in others}:
         raise errors.DataError(
             f"{beside}: splits or classes? Set data.options.divided=yes (splits; the "
-            "others are left out) or no (classes)"
+            "others are left out) or no (classes); extract has --divided"
         )
     layout.once(
         f"{beside}: taken for a class; data.options.divided=yes makes it a split"
