@@ -49,14 +49,15 @@ def check(settings, method, source=None) -> None:
     taught = {data.bank_split: "data.bank_split"}
     if method.labelled and source is not None:
         taught |= {data.split: "data.split"}
+    keys = {split: key for key, split in reversed(splits.items())} | taught
     named = {
-        split: (f"{key}={split!r}", agreement.present(opened[split]))
-        for split, key in ({v: k for k, v in splits.items() if v} | taught).items()
+        split: (f"{keys[split]}={split!r}", agreement.present(found))
+        for split, found in opened.items()
+        if split in keys
     }
     for split in taught:
-        for key in ("data.test_split", "evals.final_split"):
-            if (scored := splits[key]) not in ("", split):
-                agreement.same_classes(named[split], named[scored])
+        for scored in sorted({data.test_split, section.final_split} - {"", split}):
+            agreement.same_classes(named[split], named[scored])
 
 
 def reads(section: suite.Evals, method) -> bool:
