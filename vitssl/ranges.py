@@ -19,12 +19,17 @@ _UNIONS = (types.UnionType, typing.Union)
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; an open end is not among them."""
+    """Numbers from `low` to `high`; an open end is not among them.
+
+    Attributes:
+        hint: what to do about numbers outside.
+    """
 
     low: float = float("-inf")
     high: float = float("inf")
     open_low: bool = False
     open_high: bool = False
+    hint: str = ""
 
     def __contains__(self, value) -> bool:
         """Return whether a number is allowed."""
@@ -39,7 +44,8 @@ class Range:
             return f"above {low}" if self.open_low else f"{low} or more"
         if self.low == float("-inf"):
             return f"below {high}" if self.open_high else f"{high} or less"
-        return f"in {'[('[self.open_low]}{low}, {high}{'])'[self.open_high]}"
+        within = f"in {'[('[self.open_low]}{low}, {high}{'])'[self.open_high]}"
+        return f"{within}; {self.hint}" if self.hint else within
 
 
 Positive = Annotated[float, Range(0, open_low=True)]

@@ -177,6 +177,35 @@ def test_extract_writes_every_image_once_with_its_class_and_path(weights, tmp_pa
         np.testing.assert_allclose(found["pooled"][3], want, rtol=1e-4, atol=1e-5)
 
 
+def test_extract_takes_what_lies_in_no_class_too(weights, tmp_path):
+    images = _folder_of_images(tmp_path / "images")
+    cv2.imwrite(str(images / "loose.png"), _pixels(1, 40)[0])
+    made = vitssl.load(weights[1])
+    got = extract.run(made, images, tmp_path / "f.npz", show=lambda line: None)
+    assert got["label"].tolist() == [0, 0, 1, 1, 1, -1]
+    assert pathlib.Path(got["path"][5]).name == "loose.png"
+    (images / "train/a").mkdir(parents=True)
+    cv2.imwrite(str(images / "train/a/6.png"), _pixels(1, 40)[0])
+    with pytest.raises(errors.DataError, match="extract has --divided"):
+        extract.run(made, images, tmp_path / "f.npz", show=lambda line: None)
+    options = dict(divided="no", show=lambda line: None)
+    got = extract.run(made, images, tmp_path / "f.npz", **options)
+    assert got["classes"].tolist() == ["cat", "dog", "train"]
+    assert got["label"].tolist() == [0, 0, 1, 1, 1, 2, -1]
+
+
+def test_floats_that_no_pixel_becomes_are_refused(weights):
+    made = vitssl.load(weights[1])
+    pixels = _pixels(2)
+    said = r"floats up to 2\d\d.*mean=\(0\.\d+.*or uint8 pixels"
+    with pytest.raises(errors.UsageError, match=said):
+        made(pixels.astype(np.float32))
+    standard = (pixels / 255 - np.array(made.mean)) / np.array(made.std)
+    want, got = made(pixels), made(standard.astype(np.float32))
+    np.testing.assert_allclose(got["pooled"], want["pooled"], rtol=1e-4, atol=1e-4)
+    jax.jit(lambda x: made(x)["pooled"])(standard.astype(np.float32))
+
+
 def test_progress_counts_images_not_batches():
     told = []
     got = list(writing.watched(iter("abc"), 5, 2, told.append, every=0.0))

@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import pickle
 import threading
 
@@ -247,7 +248,7 @@ def test_more_than_one_percent_broken_stops():
     with pytest.raises(errors.DataError, match="3 of 200 images are broken") as error:
         source[7]
     assert "file 8" in str(error.value)
-    assert "1%" in str(error.value)
+    assert "more than data.bad_share=0.01 allows" in str(error.value)
 
 
 def test_policy_raise_names_the_file():
@@ -285,3 +286,88 @@ def test_many_threads_count_each_broken_image_once():
     truth = [i + (i % 100 == 0) for i in range(1000)]
     assert got == [truth] * 8
     assert len(source.bad) == 10
+
+
+def _xmp(orientation):
+    """Return the APP1 segment of an XMP packet that alone tells the orientation."""
+    packet = (
+        b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'>"
+        b'<rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
+    )
+    return b"\xff\xe1" + (len(packet) + 2).to_bytes(2, "big") + packet
+
+
+def test_orientation_is_found_behind_long_headers_and_in_xmp_alone(backend):
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:8, :16] = 250, 10, 10
+    turned = image.transpose(1, 0, 2)[:, ::-1]
+    exif = Image.Exif()
+    exif[decode.ORIENTATION] = 6
+    plain = _file(Image.fromarray(image), "JPEG", quality=95)
+    tagged = _file(Image.fromarray(image), "JPEG", quality=95, exif=exif)
+    profile = b"\xff\xe2" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    for data in (
+        tagged[:2] + 2 * profile + tagged[2:],
+        plain[:2] + _xmp(6) + plain[2:],
+        plain[:2] + 2 * profile + _xmp(6) + plain[2:],
+    ):
+        got = decode.decode(data, channels=3)
+        assert got.shape == turned.shape
+        assert np.abs(got.astype(int) - turned).mean() < 6
+    upright = decode.decode(plain[:2] + 2 * profile + _xmp(1) + plain[2:], channels=3)
+    np.testing.assert_array_equal(upright, decode.decode(plain, channels=3))
+
+
+def _saved(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def test_a_given_range_becomes_black_to_white():
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    want = np.rint(np.arange(4096) / 4095 * 255).reshape(64, 64)
+    twelve = dict(channels=1, bounds=(0, 4095))
+    png = cv2.imencode(".png", ramp)[1].tobytes()
+    assert decode.decode(png, channels=1).max() == 16  # Of all 16 bits.
+    np.testing.assert_array_equal(decode.decode(png, **twelve)[..., 0], want)
+    for kind in (np.int32, np.float32):
+        tiff = _file(Image.fromarray(ramp.astype(kind)), "TIFF")
+        np.testing.assert_array_equal(decode.decode(tiff, **twelve)[..., 0], want)
+        data = _saved(ramp.astype(kind))
+        np.testing.assert_array_equal(decode.decode(data, **twelve)[..., 0], want)
+    colour = np.stack([ramp, ramp[::-1], ramp // 2], -1)
+    png = cv2.imencode(".png", colour[..., ::-1])[1].tobytes()
+    got = decode.decode(png, channels=3, bounds=(0, 4095))
+    np.testing.assert_array_equal(got, np.rint(colour / 4095 * 255))
+    # Outside it is cut, and images of eight bits are what they are.
+    assert decode.decode(_saved(ramp), channels=1, bounds=(100, 200)).max() == 255
+    data = _file(Image.fromarray(PICTURE), "PNG")
+    got = decode.decode(data, channels=3, bounds=(0, 4095))
+    np.testing.assert_array_equal(got, PICTURE)
+    gap = np.array([[[np.nan], [1.0]]], np.float32)
+    got = decode.decode(_saved(gap), channels=1, bounds=(0, 1))
+    assert got.ravel().tolist() == [0, 255]
+
+
+def test_without_a_range_what_has_none_is_refused_with_the_option():
+    ramp = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    for array in (ramp, ramp.astype(np.int32) - 9):
+        with pytest.raises(errors.DataError, match=r"data\.options\.value_range"):
+            decode.decode(_file(Image.fromarray(array), "TIFF"), channels=1)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(errors.DataError, match=r"a\.jpg: cannot be read: no regular"):
+        decode.read(tmp_path / "a.jpg", channels=3)
+
+
+def test_one_broken_image_of_a_few_ends_nothing():
+    source = wrappers.Tolerant(_Some(12, {3}), "skip")
+    assert source[3]["index"] == 4
+    with pytest.raises(errors.DataError, match=r"2 of 12 .*bad_share=0\.01 allows"):
+        wrappers.Tolerant(_Some(12, {3, 4}), "skip")[3]
+    source = wrappers.Tolerant(_Some(12, {3, 4, 5}), "skip", 0.25)
+    assert source[3]["index"] == 6
+    assert pickle.loads(pickle.dumps(source)).share == 0.25

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from tests.data.test_colour import gap, picture
-from vitssl.data import views
+from vitssl.data import geometry, resample, views
 
 
 @pytest.mark.parametrize("size", [(60, 84), (84, 60), (50, 50), (20, 90)])
@@ -67,3 +67,27 @@ def test_a_single_crop_is_a_crop_and_nothing_else():
     cut = Image.fromarray(image[top : top + height, left : left + width])
     want = cut.resize((24, 24), Image.Resampling.BICUBIC)
     assert gap(rows[0]["global"][0], want).max() == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 900), (900, 2), (3, 1001)])
+def test_a_line_of_pixels_is_cut_before_it_is_resized(shape, monkeypatch):
+    image, sizes = picture(shape), []
+    whole = geometry.centre_crop(geometry.resize_over(image, (36, 36)), 32)
+    resize = resample.resize
+
+    def watched(image, size, *args):
+        sizes.append(size)
+        return resize(image, size, *args)
+
+    monkeypatch.setattr(resample, "resize", watched)
+    got = views.Evaluate(32)({"image": image})["image"]
+    assert max(sizes[0]) <= 36 * 9
+    assert np.abs(got.astype(int) - whole).max() <= 2
+
+
+def test_an_image_eight_times_as_long_as_wide_is_not_cut():
+    image = picture((10, 80))
+    assert geometry.middle(image, (36, 36)) is not None
+    assert geometry.middle(image, (36, 36)).shape == image.shape
+    assert geometry.middle(picture((10, 82)), (36, 36)).shape[1] == 80
+    assert geometry.middle(picture((80, 10)), (36, 72)).shape[0] == 40

@@ -10,6 +10,8 @@ from vitssl import errors, ranges
 from vitssl.data import sources
 from vitssl.data.sources import layout, wrappers
 
+_OF_255 = "of pixels in 0..255: divide by 255"
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -26,12 +28,13 @@ class Data:
         sampling: shuffle visits every image once per epoch; balanced draws with
             replacement, every class equally often (weight 1 / its count).
         on_bad_image: a file that does not decode is replaced by the next one and
-            counted ("skip", at most 1 % of the set) or ends the run ("raise").
+            counted ("skip", at most `bad_share` of the set) or ends the run ("raise").
         threads, workers: decoding threads and processes of each process of the run;
             -1 = what suits the machine (`pipeline.resources`).
         per_class: if not 0, the training split has so many labelled images of every
             class and no others, drawn by the run's seed; a smaller number is a part of
             a larger one.
+        bad_share: share of the set that may be broken; one image always may.
         options: keyword arguments of the source.
     """
 
@@ -41,13 +44,14 @@ class Data:
     bank_split: str
     test_split: str
     channels: ranges.Count
-    mean: tuple[float, ...]
-    std: tuple[ranges.Positive, ...]
+    mean: tuple[Annotated[float, ranges.Range(0, 1, hint=_OF_255)], ...]
+    std: tuple[Annotated[float, ranges.Range(0, 1, True, hint=_OF_255)], ...]
     sampling: Literal["shuffle", "balanced"] = "shuffle"
     on_bad_image: Literal["skip", "raise"] = "skip"
     threads: Annotated[int, ranges.Range(-1)] = -1
     workers: Annotated[int, ranges.Range(-1)] = -1
     per_class: ranges.OrNone = 0
+    bad_share: ranges.Probability = 0.01
     options: Any = dataclasses.field(default_factory=dict)
 
     def check(self) -> Iterator[str]:

@@ -12,6 +12,7 @@ from vitssl.data import resample
 
 RATIO = (3 / 4, 4 / 3)  # Width / height of a crop box.
 ATTEMPTS = 10
+LONGEST = 8  # Times as long as wanted is an image at most when it is resized.
 
 
 def draw_box(rng, size, scale, ratio=RATIO, attempts=ATTEMPTS):
@@ -74,6 +75,19 @@ def relative(box, size, flip):
     """Return (top, left, height, width, flipped), lengths as shares of the image."""
     (top, left, height, width), (rows, columns) = box, size
     return top / rows, left / columns, height / rows, width / columns, float(flip)
+
+
+def middle(image, shape):
+    """Return an image without its ends, where it is far longer than a shape.
+
+    Of what is cut out at the centre nothing changes, and a line of pixels is not
+    resized to gigabytes. The ends are of equal length.
+    """
+    rows, columns = image.shape[:2]
+    height, width = sizes.pair(shape)
+    across = max(0, columns - math.ceil(LONGEST * rows * width / height))
+    down = max(0, rows - math.ceil(LONGEST * columns * height / width))
+    return image[down // 2 : rows - down // 2, across // 2 : columns - across // 2]
 
 
 def resize_over(image, least, interpolation="bicubic"):

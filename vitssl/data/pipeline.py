@@ -308,6 +308,7 @@ def train(
     start_step=0,
     process=(0, 1),
     on_bad_image="skip",
+    bad_share=0.01,
     sampling="shuffle",
     **loading,
 ) -> Loader:
@@ -320,7 +321,7 @@ def train(
         batch_size: B, of the global batch.
         seed: of order and augmentation.
         process: (index, n).
-        on_bad_image: "skip" or "raise"; see `wrappers.Tolerant`.
+        on_bad_image, bad_share: see `wrappers.Tolerant`.
         sampling: "shuffle", or "balanced" (see `balanced`).
         loading: threads, workers, prefetch: see `resources`.
 
@@ -338,7 +339,7 @@ def train(
                 "images are read; use shuffle"
             )
         labels = np.asarray(source.labels, np.int32).tobytes()
-    source = wrappers.Tolerant(source, on_bad_image)
+    source = wrappers.Tolerant(source, on_bad_image, bad_share)
     batches = _Training(source, transform, seed, batch_size, process, labels)
     return Loader(batches, start_step, **loading)
 
@@ -351,6 +352,7 @@ def evaluate(
     seed=0,
     process=(0, 1),
     on_bad_image="skip",
+    bad_share=0.01,
     **loading,
 ) -> Loader:
     """Return every image once, in order, in batches of one size.
@@ -358,6 +360,6 @@ def evaluate(
     The last batch is filled up with rows whose "valid" (bool [B/n]) is False, label
     and index -1; so are rows whose image is broken. Arguments are those of `train`.
     """
-    source = wrappers.Tolerant(source, on_bad_image)
+    source = wrappers.Tolerant(source, on_bad_image, bad_share)
     batches = _Evaluation(source, transform, seed, batch_size, process)
     return Loader(batches, **loading)

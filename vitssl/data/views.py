@@ -41,7 +41,8 @@ class Evaluate:
         """Return {image [h, w, C], label, index}."""
         # The quotient of two integers must not lose a pixel to rounding.
         least = [max(n, int(self.ratio * n + 1e-6)) for n in sizes.pair(self.size)]
-        image = geometry.resize_over(example["image"], least, self.interpolation)
+        image = geometry.middle(example["image"], least)
+        image = geometry.resize_over(image, least, self.interpolation)
         return _one(example, geometry.centre_crop(image, self.size))
 
 

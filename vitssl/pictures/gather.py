@@ -85,7 +85,8 @@ def evaluation(data, size, points, seed):
     {"image": uint8 [M, size, size, C], "label", "index": int32 [M]}, in random order,
     so that any first few are of all classes.
     """
-    source = wrappers.Tolerant(data.open(data.test_split), data.on_bad_image)
+    source = data.open(data.test_split)
+    source = wrappers.Tolerant(source, data.on_bad_image, data.bad_share)
     chosen = extraction.subset(len(source), points, seed=seed)
     view = views.Evaluate(size)
     rows = []

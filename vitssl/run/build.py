@@ -77,6 +77,7 @@ def _stream(source, method, settings, start: int):
         workers=settings.data.workers,
         process=(jax.process_index(), jax.process_count()),
         on_bad_image=settings.data.on_bad_image,
+        bad_share=settings.data.bad_share,
         sampling=settings.data.sampling,
     )
 
@@ -138,17 +139,24 @@ def _check_labels(experiment, source, counts) -> None:
     """Refuse data that cannot teach a classifier.
 
     Raises:
-        DataError: fewer than two classes; no images, or of one class only, with labels.
+        DataError: fewer than two classes; no images, or of one class only, with labels;
+            images without.
     """
     if not experiment.kind.labelled:
         return
     classes = len(source.classes)
     seen = np.count_nonzero(counts) if counts else classes
+    s = experiment.settings
     if seen < 2:
-        s = experiment.settings
         raise errors.DataError(
             f"data.split={s.data.split!r}: {source.name} has images of {seen} of "
             f"{classes} classes with labels; method={s.method} needs 2 or more"
+        )
+    bare = len(source) - sum(counts) if counts else 0
+    if bare:
+        raise errors.DataError(
+            f"data.split={s.data.split!r}: {bare} of {len(source)} images of "
+            f"{source.name} have no label (-1); method={s.method} learns from labels"
         )
 
 

@@ -12,7 +12,7 @@ from vitssl import errors, tree
 from vitssl.data import pipeline
 from vitssl.data.sources import wrappers
 from vitssl.evals import extraction, suite
-from vitssl.run import devices
+from vitssl.run import agreement, devices
 
 logger = logging.getLogger(__name__)
 
@@ -20,25 +20,44 @@ _NONE = "no final evaluation (evals.final is empty)"
 LEAST = 2  # Images that an evaluation needs.
 
 
-def check(settings, method) -> None:
+def check(settings, method, source=None) -> None:
     """Open the splits that an evaluation will read, if any will.
 
+    Args:
+        source: of the split that trains, if it is open.
+
     Raises:
-        DataError: one is not there, or has too few images.
+        DataError: one is not there, has too few images, or no class of the others.
     """
     data, section = settings.data, settings.evals
     if not reads(section, method) and not settings.log.pictures:
         return
+    opened = {} if source is None else {data.split: source}
     splits = {"data.bank_split": data.bank_split, "data.test_split": data.test_split}
-    for key, split in (splits | {"evals.final_split": section.final_split}).items():
-        if split in ("", data.split):  # Which is open already.
+    splits["evals.final_split"] = section.final_split
+    for key, split in splits.items():
+        if split in ("", *opened):
             continue
-        count = len(data.open(split, settings.seed))
+        opened[split] = data.open(split, settings.seed)
+        count = len(opened[split])
         if count < LEAST:
             raise errors.DataError(
                 f"{key}={split!r}: {count} image(s) of {data.source}; evaluations "
                 f"need {LEAST} or more"
             )
+    # The bank teaches k-NN and probes; a classifier learns from what trains.
+    taught = {data.bank_split: "data.bank_split"}
+    if method.labelled and source is not None:
+        taught |= {data.split: "data.split"}
+    keys = {split: key for key, split in reversed(splits.items())} | taught
+    named = {
+        split: (f"{keys[split]}={split!r}", agreement.present(found))
+        for split, found in opened.items()
+        if split in keys
+    }
+    for split in taught:
+        for scored in sorted({data.test_split, section.final_split} - {"", split}):
+            agreement.same_classes(named[split], named[scored])
 
 
 def reads(section: suite.Evals, method) -> bool:
@@ -134,6 +153,7 @@ class Evaluation:
             threads=data.threads,
             process=(jax.process_index(), jax.process_count()),
             on_bad_image=data.on_bad_image,
+            bad_share=data.bad_share,
         )
 
     @property

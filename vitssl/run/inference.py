@@ -65,7 +65,8 @@ class Features:
                 method that reads several arrays a dict of them, see its `features`.
 
         Raises:
-            UsageError: another rank, dtype or number of channels.
+            UsageError: another rank, dtype or number of channels, or floats that are
+                not normalised.
         """
         if isinstance(images, dict):
             found = _compiled(self.apply)(self.state, images)
@@ -80,8 +81,21 @@ class Features:
                 f"images are {images.dtype}: want uint8 pixels, or floats normalised "
                 "by mean and std"
             )
+        self._check_normalised(images)
         found = _compiled(self.apply)(self.state, images)
         return {name: found[name] for name in NAMES}
+
+    def _check_normalised(self, images) -> None:
+        """Refuse floats that no pixel becomes by mean and std."""
+        if images.dtype == np.uint8 or isinstance(images, jax.core.Tracer):
+            return
+        ends = (np.array([[0.0], [1.0]]) - self.mean) / self.std
+        most = float(abs(images).max(initial=0))
+        if most > max(10.0, 2 * abs(ends).max()):
+            raise errors.UsageError(
+                f"images are floats up to {most:.4g}: want (x / 255 - mean) / std with "
+                f"mean={self.mean}, std={self.std}, or uint8 pixels"
+            )
 
     @property
     def headline(self) -> str:

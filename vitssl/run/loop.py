@@ -17,6 +17,7 @@ import numpy as np
 
 from vitssl import config, errors
 from vitssl.run import (
+    agreement,
     build,
     checkpoint,
     devices,
@@ -57,7 +58,8 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         signals = stack.enter_context(guard.Signals())
         parts = build.build(experiment)
         s = experiment.settings
-        evaluation.check(s, parts.method)
+        evaluation.check(s, parts.method, parts.source)
+        agreement.bright(s.data, parts.source)
         saves = stack.enter_context(
             checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
         )
@@ -114,6 +116,8 @@ def _first_state(parts, saves, workdir, name) -> tuple:
     elif s.init.from_:
         past = opened.past(s.init.from_)
         warmstart.check_classes(s.init, past, parts.source.classes, state.params)
+        size = parts.experiment.training_size
+        agreement.with_checkpoint(s.init, past, s.data, size, state.params)
         params, skipped = warmstart.load(s.init, past, state.params)
         extra = parts.method.adopt(params, state.extra)
         state = state.replace(params=params, extra=extra)

@@ -80,7 +80,7 @@ def load(spec: Init, past, params):
         if name not in stored:
             faults.append(f"{name}: not in the checkpoint")
         elif stored[name].shape != leaf.shape:
-            faults.append(f"{name}: {stored[name].shape} stored, {leaf.shape} here")
+            faults.append(f"{name}: {_misfit(name, stored[name].shape, leaf.shape)}")
         else:
             taken[name] = stored[name]
     if faults or not taken:
@@ -105,6 +105,17 @@ def load(spec: Init, past, params):
         return jax.device_put(value, getattr(leaf, "sharding", None))
 
     return tree.nest({k: place(k, v) for k, v in leaves.items()}), tuple(skipped)
+
+
+def _misfit(name, there, here) -> str:
+    """Return what is wrong with a shape; of the kernel that reads pixels, in words."""
+    reads = name.endswith("patch_embed/kernel") and len(there) == len(here) == 4
+    if reads and there[2] != here[2]:
+        return (
+            f"it was trained on {there[2]} channel(s), data.channels gives it {here[2]}"
+            "; set data.channels, data.mean and data.std to its own"
+        )
+    return f"{there} stored, {here} here"
 
 
 def check_classes(spec: Init, past, classes, params) -> None:

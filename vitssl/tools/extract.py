@@ -3,6 +3,7 @@
     vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
         [--image_size=N] [--batch_size=64] [--names=pooled,tokens] [--pool=cls|mean]
         [--part=target|encoder] [--output_patch=N] [--upsampling=shift]
+        [--divided=auto|yes|no]
     vitssl extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
 
 WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
@@ -32,6 +33,7 @@ def run(
     to,
     *,
     batch_size: int = 64,
+    divided: str = "auto",
     names: tuple[str, ...] = ("pooled",),
     show=print,
 ) -> dict[str, np.ndarray]:
@@ -41,9 +43,11 @@ def run(
 
     Args:
         weights: of `inference.load`.
-        images: folder, with one sub-folder per class or flat.
+        images: folder, with one sub-folder per class or flat; every image is taken,
+            with label -1 where it lies in no class.
         to: `.npz` or `.parquet` file.
         batch_size: images at once.
+        divided: "yes", "no" or "auto": whether the first folders are splits.
         names: of "pooled" and "tokens".
         show: receives lines of progress.
 
@@ -59,7 +63,8 @@ def run(
         raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
     if not weights.image_size:
         raise errors.UsageError("--image_size=N is missing; these weights have none")
-    source = folder.open(str(images), "all", channels=weights.channels)
+    options = dict(channels=weights.channels, divided=divided, labels="any")
+    source = folder.open(str(images), "all", **options)
     transform = views.Evaluate(weights.image_size, 1.0)
     with pipeline.evaluate(source, transform, batch_size=batch_size) as batches:
         found = extraction.extract(
@@ -113,6 +118,7 @@ def _main(argv) -> int:
     flags.add_argument("--image_size", type=int, default=0)
     flags.add_argument("--batch_size", type=int, default=64)
     flags.add_argument("--batch", default="b", help="fixed size of a program's batch")
+    flags.add_argument("--divided", default="auto", choices=("auto", "yes", "no"))
     flags.add_argument("--names", default="pooled")
     flags.add_argument("--pool", default="")
     flags.add_argument("--part", default="")
@@ -133,7 +139,8 @@ def _main(argv) -> int:
         print(inference.export_program(found, f.program, batch=f.batch))
         return 0
     names = tuple(f.names.split(","))
-    run(found, f.images, f.to, batch_size=f.batch_size, names=names)
+    options = dict(batch_size=f.batch_size, divided=f.divided, names=names)
+    run(found, f.images, f.to, **options)
     return 0
 
 

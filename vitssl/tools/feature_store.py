@@ -68,7 +68,7 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
     params = tree.nest(past.params())
     data = made.settings.data
     source = data.open(data.split, made.settings.seed)
-    source = wrappers.Tolerant(source, data.on_bad_image)
+    source = wrappers.Tolerant(source, data.on_bad_image, data.bad_share)
 
     @jax.jit
     def run(image):

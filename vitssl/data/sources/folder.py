@@ -1,5 +1,6 @@
 """A folder of images: one sub-folder per class, or no classes at all."""
 
+import collections
 import dataclasses
 import hashlib
 import os
@@ -7,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from vitssl import ranges
+from vitssl import errors, ranges
 from vitssl.data import decode
 from vitssl.data.sources import layout
 
@@ -17,6 +18,13 @@ EXPECTED = (
 )
 SPLITS = {alias: key for key, names in layout.ALIASES.items() for alias in names}
 SPLITS["all"] = "all"
+# What systems put into folders: thumbnails, and what was deleted.
+SYSTEM = frozenset(
+    ("@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin")
+    + ("lost+found", "system volume information", "__macosx")
+)
+# Folders that lie beside those of splits, and are no classes beside one of them.
+BESIDE = frozenset("unlabeled unlabelled unsupervised extra holdout heldout".split())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +37,7 @@ class Files(layout.Source):
     Attributes:
         paths: relative to root, joined.
         ends: int64 [N], where each path ends in `paths`.
+        bounds: see `decode.decode`.
     """
 
     root: str
@@ -39,6 +48,7 @@ class Files(layout.Source):
     channels: int
     name: str
     split: str
+    bounds: tuple[float, ...] = ()
 
     def relative(self, i: int) -> str:
         """Return where image i is, from `root`."""
@@ -51,17 +61,62 @@ class Files(layout.Source):
 
     def image(self, i: int) -> np.ndarray:
         """Return image i, decoded."""
-        return decode.read(self.path(i), channels=self.channels)
+        return decode.read(self.path(i), channels=self.channels, bounds=self.bounds)
 
 
-def files(root, members, *, classes, channels, name, split) -> Files:
+def files(root, members, *, classes, channels, name, split, bounds=()) -> Files:
     """Return the (path relative to root, label) pairs `members`, as ordered."""
     encoded = [os.fsencode(path) for path, _ in members]
     ends = np.cumsum([len(p) for p in encoded], dtype=np.int64)
     labels = np.array([label for _, label in members], np.int32)
-    return Files(
-        str(root), b"".join(encoded), ends, labels, classes, channels, name, split
-    )
+    about = (classes, channels, name, split, tuple(bounds))
+    return Files(str(root), b"".join(encoded), ends, labels, *about)
+
+
+class Census:
+    """What a walk meets and does not return: what is no image, what it met before.
+
+    Attributes:
+        out: {what: how many}.
+        seen: the files that were met.
+    """
+
+    def __init__(self, seen=()):
+        self.out = collections.Counter()
+        self.seen = set(seen)
+
+    def leave_out(self, entry) -> None:
+        """Count an entry that is no image: by its suffix, or what it is."""
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir():
+            self.out[f"folder(s) {entry.name}"] += 1
+        elif not _is_file(entry):
+            self.out["pipe(s) or device(s)"] += 1
+        else:
+            self.out[suffix or "without a suffix"] += 1
+
+    def first(self, entry, device: int) -> bool:
+        """Return whether a file is met for the first time; links are followed.
+
+        Args:
+            device: of the folder that the entry is in.
+        """
+        key = device << 64 | entry.inode()
+        # A folder may tell other numbers than its files do.
+        if (entry.is_symlink() or key in self.seen) and os.path.exists(entry.path):
+            found = os.stat(entry.path)
+            key = found.st_dev << 64 | found.st_ino
+        if key in self.seen:
+            self.out["second path(s) to one file, by links"] += 1
+            return False
+        self.seen.add(key)
+        return True
+
+    def __str__(self) -> str:
+        """Return "3 .heic, 1 without a suffix", most first."""
+        most = sorted(self.out.items(), key=lambda item: (-item[1], item[0]))
+        more = f", {len(most) - 8} more kinds" if len(most) > 8 else ""
+        return ", ".join(f"{n} {decode.printable(k)}" for k, n in most[:8]) + more
 
 
 def _entries(folder):
@@ -73,9 +128,18 @@ def _entries(folder):
         return sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
 
 
+def _is_file(entry):
+    # A link that leads nowhere is named as a broken image, where it is read.
+    return entry.is_file() or not os.path.exists(entry.path)
+
+
 def _is_image(entry):
     suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in decode.SUFFIXES and not entry.is_dir()
+    return suffix in decode.SUFFIXES and _is_file(entry)
+
+
+def _is_folder(entry):
+    return entry.is_dir() and entry.name.lower() not in SYSTEM
 
 
 def _identity(folder):
@@ -83,25 +147,32 @@ def _identity(folder):
     return stat.st_dev, stat.st_ino
 
 
-def walk(folder, *, above=()):
+def walk(folder, *, above=(), census=None):
     """Yield every image file below a folder, as sorted paths relative to it.
 
     Links are followed, except those that lead back to a folder on the way.
+
+    Args:
+        above: identities of the folders on the way.
+        census: counts what is left out; a file that it has met comes once.
     """
     here = _identity(folder)
     if here in above:
         return
     for entry in _entries(folder):
-        if entry.is_dir():
-            below = walk(entry.path, above=(*above, here))
+        if _is_folder(entry):
+            below = walk(entry.path, above=(*above, here), census=census)
             yield from (f"{entry.name}/{path}" for path in below)
-        elif _is_image(entry):
+        elif not _is_image(entry):
+            if census:
+                census.leave_out(entry)
+        elif not census or census.first(entry, here[0]):
             yield entry.name
 
 
 def folders(path) -> list[str]:
     """Return the names of the sub-folders that hold an image somewhere, sorted."""
-    return [e.name for e in _entries(path) if e.is_dir() and any(walk(e.path))]
+    return [e.name for e in _entries(path) if _is_folder(e) and any(walk(e.path))]
 
 
 def classes_of(base, parts) -> tuple[str, ...]:
@@ -109,23 +180,31 @@ def classes_of(base, parts) -> tuple[str, ...]:
 
     So a class that one split lacks shifts no label.
     """
-    return tuple(sorted({c for part in parts for c in folders(base / part)}))
+    places = [base / part for part in parts]
+    names = {c for at in places for c in folders(at) if not _second_name(at / c)}
+    return tuple(sorted(names))
 
 
-def members(base, part: str, classes) -> list[tuple[str, int]]:
+def _second_name(path) -> bool:
+    """Return whether a folder is a link to one beside it."""
+    return path.is_symlink() and path.resolve().parent == path.parent.resolve()
+
+
+def members(base, part: str, classes, census=None) -> list[tuple[str, int]]:
     """Return (path relative to base, label) of the class folders of a split.
 
     Class by class, in the order of `classes`; images beside the folders are left out.
 
     Args:
         part: folder of the split, "" for `base` itself.
+        census: see `walk`.
     """
     above = (_identity(base / part),)
     return [
         (os.path.join(part, name, path), label)
         for label, name in enumerate(classes)
         if (base / part / name).is_dir()
-        for path in walk(base / part / name, above=above)
+        for path in walk(base / part / name, above=above, census=census)
     ]
 
 
@@ -134,6 +213,9 @@ def split_folders(root, divided: str) -> dict[str, str]:
 
     With divided="auto" it is when no other folder of root holds images, or when two
     splits are there: a lone "train" among "bus" and "tram" is a class.
+
+    Raises:
+        DataError: it may be either.
     """
     if divided == "no":
         return {}
@@ -141,8 +223,29 @@ def split_folders(root, divided: str) -> dict[str, str]:
     for split, aliases in layout.ALIASES.items():
         if own := [name for name in present if name.lower() in aliases]:
             found[split] = own[0]
-    sure = divided == "yes" or len(found) in (len(present), 2, 3)
-    return found if sure else {}
+    others = [name for name in present if name not in found.values()]
+    if divided == "auto" and len(found) == 1 and others:
+        _decide(root, *found.values(), others)
+        return {}
+    return found
+
+
+def _decide(root, lone, others) -> None:
+    """Warn that a folder with the name of a split is taken for a class.
+
+    Raises:
+        DataError: it has folders of its own, or what lies beside it is no class.
+    """
+    said = ", ".join(map(decode.printable, others[:4])) + ", ..." * (len(others) > 4)
+    beside = f"folder: {decode.printable(root)}: {lone!r} beside {said}"
+    if folders(root / lone) or BESIDE & {name.lower() for name in others}:
+        raise errors.DataError(
+            f"{beside}: splits or classes? Set data.options.divided=yes (splits; the "
+            "others are left out) or no (classes); extract has --divided"
+        )
+    layout.once(
+        f"{beside}: taken for a class; data.options.divided=yes makes it a split"
+    )
 
 
 def held_out(paths, labels, fraction: float) -> np.ndarray:
@@ -167,8 +270,9 @@ def open(
     *,
     channels=3,
     holdout: ranges.BelowOne = 0.1,
-    labels: Literal["folder", "none"] = "folder",
+    labels: Literal["folder", "none", "any"] = "folder",
     divided: Literal["auto", "yes", "no"] = "auto",
+    value_range: tuple[float, ...] = (),
 ):
     """Images below `root`, any depth; the class is the first folder of the path.
 
@@ -180,28 +284,48 @@ def open(
         split: "train", "val", "test" or "all".
         channels: 1 or 3, or more for `.npy` files.
         holdout: share of the images to hold out where there are no split folders.
-        labels: "folder" or "none" (every image is unlabelled, -1).
+        labels: "folder" (images beside the class folders are left out), "none" (every
+            image is unlabelled, -1) or "any" (only those beside are).
         divided: "yes", "no" or "auto": whether ROOT's first folders are splits.
+        value_range: lowest and highest value, which become 0 and 255, of images of
+            more than 8 bits; () = 0 and 65535.
 
     Raises:
         DataError: nothing there, or not that split.
     """
+    if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
+        raise errors.UsageError(
+            f"data.options.value_range={value_range}: (lowest, highest), or ()"
+        )
     split = layout.split_of("folder", split, SPLITS)
     base = layout.root_of("folder", root, EXPECTED)
     splits = split_folders(base, divided)
     if divided == "yes" and not splits:
         layout.fail("folder", "no train, val or test folder", base, EXPECTED)
     parts = _parts(base, split, splits)
-    classes = ()
-    if labels == "folder":
+    classes, census = (), Census()
+    if labels != "none":
         classes = classes_of(base, splits.values() or ("",))
-    found = [m for part in parts for m in _members(base, part, classes)]
+    found = [m for part in parts for m in _members(base, part, classes, census)]
+    if labels == "any":
+        rest = ("",) if split == "all" else parts
+        more = Census(census.seen)
+        found += [m for part in rest for m in _members(base, part, (), more)]
+    else:
+        for place, known in ((base / p, classes) for p in parts if classes):
+            _beside(place, known, census)
+        if splits:
+            _beside(base, splits.values(), census)
+    if census.out:
+        where = decode.printable(base / (parts[0] if len(parts) == 1 else ""))
+        layout.once(f"folder: {where}: left out: {census}")
     if found and not splits and split != "all":
         keep = held_out(*zip(*found, strict=True), holdout) == (split != "train")
         found = [m for m, k in zip(found, keep, strict=True) if k]
     if not found:
-        layout.fail("folder", f"no image in split {split!r}", base, EXPECTED)
-    about = dict(classes=classes, name="folder", split=split)
+        out = f" (left out: {census})" if census.out else ""
+        layout.fail("folder", f"no image in split {split!r}{out}", base, EXPECTED)
+    about = dict(classes=classes, name="folder", split=split, bounds=value_range)
     return files(base, found, channels=channels, **about)
 
 
@@ -227,16 +351,22 @@ def _parts(base, split, splits):
     return (found,)
 
 
-def _members(base, part, classes):
+def _members(base, part, classes, census):
     """Return (path relative to base, label) of every image of a part."""
-    if not classes:
-        return [(os.path.join(part, path), -1) for path in walk(base / part)]
-    loose = sum(map(_is_image, _entries(base / part)))
-    if loose:
-        layout.logger.warning(
-            "folder: %s: %d image(s) lie beside the class folders, in none of them: "
-            "left out (labels='none' takes them all)",
-            decode.printable(base),
-            loose,
-        )
-    return members(base, part, classes)
+    if classes:
+        return members(base, part, classes, census)
+    return [(os.path.join(part, p), -1) for p in walk(base / part, census=census)]
+
+
+def _beside(place, known, census):
+    """Count what lies in a folder beside the folders of it that are known."""
+    above = (_identity(place),)
+    for entry in _entries(place):
+        if _is_image(entry):
+            census.out["image(s) beside the folders (labels='none' takes all)"] += 1
+        elif not _is_folder(entry):
+            census.leave_out(entry)
+        elif entry.name not in known:
+            images = sum(1 for _ in walk(entry.path, above=above, census=census))
+            if images:
+                census.out[f"image(s) in {entry.name}"] += images

@@ -1,6 +1,7 @@
 """What every source shares: examples, split names, errors that say what was found."""
 
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -14,8 +15,8 @@ logger = logging.getLogger("vitssl.data")
 
 ALIASES = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval"),
 }
 
 
@@ -63,6 +64,12 @@ def split_of(name: str, split: str, known: dict) -> str:
             f"{name}: no split {split!r}; there is: {', '.join(known)}"
         )
     return known[split]
+
+
+@functools.cache
+def once(line: str) -> None:
+    """Warn, but only once of the same: a run opens its splits several times."""
+    logger.warning("%s", line)
 
 
 def fail(name: str, problem: str, path, expected: str):
@@ -126,7 +133,7 @@ def beside(paths, root, suffix: str, what: str) -> tuple[str, ...]:
         DataError: some images have none, with an example.
     """
     found = [os.path.join(root, os.path.splitext(p)[0] + suffix) for p in paths]
-    missing = [p for p in found if not os.path.exists(p)]
+    missing = [p for p in found if not os.path.isfile(p)]
     if missing:
         raise errors.DataError(
             f"{len(missing)} of {len(found)} images have no {what}, for example "

@@ -44,7 +44,7 @@ def open(root, split, *, masks=False, channels=3):
         if not place.is_dir():
             layout.fail("siim_acr", f"no folder {name}/{label}", base, EXPECTED)
         for entry in sorted(os.listdir(place)):
-            if os.path.splitext(entry)[1].lower() in (".dcm", *decode.SUFFIXES):
+            if os.path.splitext(entry)[1].lower() in decode.SUFFIXES:
                 members.append((f"{name}/{label}/{entry}", label))
     about = dict(classes=CLASSES, name="siim_acr", split=split)
     files = folder.files(base, members, channels=channels, **about)

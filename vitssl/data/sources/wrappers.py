@@ -14,7 +14,6 @@ from vitssl.data.sources import layout
 logger = logging.getLogger("vitssl.data")
 
 SHARED = ("name", "root", "split", "classes", "channels", "labels", "path")
-MOST_BROKEN = 0.01  # Share of a data set.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,8 +88,11 @@ class Tolerant(Wrapper):
         bad: what is broken (index, or in a mixture the file), and why.
     """
 
-    def __init__(self, whole, policy: Literal["skip", "raise"]):
+    def __init__(self, whole, policy: Literal["skip", "raise"], share: float = 0.01):
         """Wrap any source; broken means that `whole[i]` raises a DataError.
+
+        Args:
+            share: of the set that may be broken; one image always may.
 
         Raises:
             UsageError: no such policy.
@@ -100,12 +102,12 @@ class Tolerant(Wrapper):
             raise errors.UsageError(
                 f"data.on_bad_image={policy!r}: one of 'skip', 'raise'"
             )
-        self.policy = policy
+        self.policy, self.share = policy, share
         self.bad = {}
         self._lock = threading.Lock()
 
     def __reduce__(self):
-        return Tolerant, (self.whole, self.policy)
+        return Tolerant, (self.whole, self.policy, self.share)
 
     def __getitem__(self, i):
         return self.at(i, 0)
@@ -114,7 +116,7 @@ class Tolerant(Wrapper):
         """Return example i as it is in an epoch; only mixtures differ between epochs.
 
         Raises:
-            DataError: as the policy and `MOST_BROKEN` say.
+            DataError: as the policy and the share say.
         """
         if self.policy == "raise":
             return {**self._take(i, epoch), "index": i}
@@ -143,11 +145,11 @@ class Tolerant(Wrapper):
                 self.bad[file] = str(error)
                 logger.warning("skipped a broken image: %s", error)
             bad = list(self.bad.values())
-        if len(bad) > MOST_BROKEN * len(self):
+        if len(bad) > max(1, self.share * len(self)):
             shown = "\n  ".join(bad[:5])
             raise errors.DataError(
                 f"{self.name}: {decode.printable(self.root)}: {len(bad)} of "
-                f"{len(self)} images are broken, more than {MOST_BROKEN:.0%} of the "
-                "set; repair them or take them out of the folder"
+                f"{len(self)} images are broken, more than data.bad_share={self.share} "
+                "allows; repair them or take them out of the folder"
                 f"\n  {shown}" + "\n  ..." * (len(bad) > 5)
             )

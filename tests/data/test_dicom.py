@@ -1,0 +1,96 @@
+"""DICOM values as a screen shows them; every file is made here."""
+
+import numpy as np
+import pytest
+
+from tests.layouts import radiographs
+from vitssl import errors
+from vitssl.data import decode
+
+RAMP = np.arange(4096, dtype="<u2").reshape(64, 64)  # All values of 12 bits.
+
+
+def _file(pixels, *, stored=12, signed=0, kind=b"MONOCHROME2 ", samples=1, **texts):
+    """Return an explicit little-endian DICOM of 16 bits a value."""
+    short = lambda n: int(n).to_bytes(2, "little")  # noqa: E731
+    tags = dict(centre=0x1050, width=0x1051, intercept=0x1052, slope=0x1053)
+    tags["curve"] = 0x1056
+    more = []
+    for name, text in texts.items():
+        value = str(text).encode()
+        kinds = b"LO" if name == "curve" else b"DS"
+        value += b" " * (len(value) % 2)
+        more.append(radiographs._element(0x0028, tags[name], kinds, value))
+    element = radiographs._element
+    return b"".join(
+        [
+            b"\0" * 128 + b"DICM",
+            element(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0"),
+            element(0x0028, 0x0002, b"US", short(samples)),
+            element(0x0028, 0x0004, b"CS", kind),
+            element(0x0028, 0x0010, b"US", short(pixels.shape[0])),
+            element(0x0028, 0x0011, b"US", short(pixels.shape[1])),
+            element(0x0028, 0x0100, b"US", short(16)),
+            element(0x0028, 0x0101, b"US", short(stored)),
+            element(0x0028, 0x0103, b"US", short(signed)),
+            *more,
+            element(0x7FE0, 0x0010, b"OW", pixels.tobytes()),
+        ]
+    )
+
+
+def _grey(*args, **options):
+    return decode.decode(_file(*args, **options), channels=1)[..., 0].ravel()
+
+
+def test_twelve_bits_fill_the_range():
+    got = _grey(RAMP)
+    np.testing.assert_array_equal(got, np.rint(np.arange(4096) / 4095 * 255))
+    assert (got[0], got[-1]) == (0, 255)
+    np.testing.assert_array_equal(_grey(RAMP, kind=b"MONOCHROME1 "), 255 - got)
+    # Bits above those stored are an overlay, no part of the value.
+    np.testing.assert_array_equal(_grey(RAMP | 0xA000), got)
+
+
+def test_sixteen_bits_are_as_before():
+    wide = np.linspace(0, 65535, 4096).astype("<u2").reshape(64, 64)
+    assert np.abs(_grey(wide, stored=16) - wide.ravel() / 257).max() <= 0.5
+
+
+def test_a_window_is_what_becomes_black_to_white():
+    # The standard's example: a width of 1001 around 1000.5 runs from 500 to 1500.
+    got = _grey(RAMP, centre="1000.5", width="1001").astype(int)
+    assert (got[500], got[1500]) == (0, 255)
+    assert got[:501].max() == 0 and got[1500:].min() == 255
+    assert got[1000] in (127, 128) and got[750] in (63, 64)
+    # The first of several windows.
+    several = _grey(RAMP, centre="1000.5\\40", width="1001\\400")
+    np.testing.assert_array_equal(several, got)
+
+
+def test_the_curve_of_a_window_may_be_a_sigmoid():
+    got = _grey(RAMP, centre=1000, width=400, curve="SIGMOID")
+    want = 255 / (1 + np.exp(-4 * (np.arange(4096) - 1000) / 400))
+    assert np.abs(got - want).max() <= 0.51
+    exact = _grey(RAMP, centre=1000, width=400, curve="LINEAR_EXACT")
+    assert (exact[800], exact[1000], exact[1200]) == (0, 128, 255)
+
+
+def test_hounsfield_units_are_rescaled_before_the_window():
+    # Stored 1024 is 0 HU; a soft-tissue window of 401 around 40.5 ends at -160, 240.
+    tissue = dict(intercept=-1024, slope=1, centre="40.5", width=401)
+    got = _grey(RAMP, **tissue)
+    assert (got[1024 - 160], got[1024 + 240]) == (0, 255)
+    assert got[1024 + 40] in (127, 128)
+    # Signed values hold them as they are.
+    signed = (RAMP.astype(np.int32) - 2048).astype("<i2")
+    got = _grey(signed, signed=1, centre="40.5", width=401)
+    assert (got[2048 - 160], got[2048 + 240]) == (0, 255)
+    got = _grey(signed, signed=1)
+    np.testing.assert_array_equal(got, np.rint(np.arange(4096) / 4095 * 255))
+
+
+def test_a_colour_dicom_is_refused_by_name():
+    for kind, samples in ((b"RGB ", 3), (b"PALETTE COLOR ", 1)):
+        with pytest.raises(errors.DataError, match="only grey ones are read"):
+            _grey(RAMP, kind=kind, samples=samples)
