@@ -19,7 +19,7 @@ One override away:
     --config.masking.strategy=cross_crop_prediction
     --config.multicrop.num_local_crops=0            (single resolution)
     --config.multicrop.local_crop_size=64
-    --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
+    --config.multicrop.adaptive=True --config.multicrop.adaptive_warmup_epochs=30
     --config.data.source=folder --config.data.root=DIR --config.data.channels=3 ...
 
 Published results: none (the original reports targets only).
