@@ -19,7 +19,7 @@ One override away:
     --config.masking.strategy=cross_crop_prediction
     --config.multicrop.num_local_crops=0            (single resolution)
     --config.multicrop.local_crop_size=64
-    --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
+    --config.multicrop.adaptive=True --config.multicrop.adaptive_warmup_epochs=30
     --config.data.source=folder --config.data.root=DIR --config.data.channels=3 ...
 
 Published results: none (the original reports targets only).
@@ -86,7 +86,11 @@ def _demo():
 
 
 def _published(size, data, image=224, patch=16):
-    """Return the original's numbers for a ViT of `size` on 224 px images."""
+    """Return the original's numbers for a ViT of `size` on 224 px images.
+
+    So is the number of target blocks, the same at every level: coarse ones often find
+    no room and fall back to small blocks. masking.targets_per_level=shrink avoids it.
+    """
     c = _demo()
     c.precision = "bfloat16"
     c.data.update(source=data, test_split="val", **base.RGB)
@@ -131,11 +135,14 @@ def _imagenet(size):
 
 
 def _ijepa_vith14():
-    """Return I-JEPA's recipe (arXiv:2301.08243, appendix A): one crop, one level."""
+    """Return I-JEPA's recipe (arXiv:2301.08243, appendix A): one crop, one level.
+
+    What differs: the four blocks of a crop are predicted together, their union once.
+    """
     c = _published("h", "imagenet", patch=14)
     c.batch_size, c.epochs = 2048, 300.0
-    c.model.remat = True
-    c.predictor.width = 384
+    c.model.update(remat=True, positions="sincos", cls=False)
+    c.predictor.update(width=384, positions="sincos")
     c.masking.update(
         sampler="ijepa",
         num_hierarchies=1,
@@ -144,7 +151,7 @@ def _ijepa_vith14():
         min_keep=10,
         levels="finest",
     )
-    c.levels.norm = "none"
+    c.levels.norm = "targets"
     c.multicrop.update(
         num_global_crops=1,
         num_local_crops=0,

@@ -288,6 +288,19 @@ def test_stairs():
     assert line.startswith("optim.stair_epochs=0.0: schedule=stairs needs")
 
 
+def test_stairs_count_from_the_end_of_the_warm_up():
+    spec = dict(schedule="stairs", stair_epochs=7.0, gamma=0.5, warmup_epochs=2.0)
+    steps = dict(steps_per_epoch=3, total_steps=60)
+    epochs = (0, 1, 2, 7, 8, 9, 15, 16)
+    made = _make(**spec, **steps)
+    rates = [float(made.lr(3 * e)) / 0.01 for e in epochs]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 1, 0.5, 0.5, 0.25])
+    # Unless the schedule does not wait for the warm-up.
+    made = _make(**spec, **steps, warmup_over=True)
+    rates = [float(made.lr(3 * e)) / 0.01 for e in epochs]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 0.5, 0.5, 0.5, 0.25, 0.25])
+
+
 def _made_spec(**changes):
     return optim.Optim(**{**VALUES, **changes})
 

@@ -3,7 +3,10 @@
 import json
 import logging
 import signal
+import sys
+import types
 
+import numpy as np
 import pytest
 
 from vitssl import errors
@@ -91,13 +94,109 @@ def test_a_writer_that_fails_is_dropped_with_one_warning(tmp_path, monkeypatch):
 
 
 def test_wandb_that_is_not_there_does_not_matter(tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "wandb", None)
     spec = log.Log(every_steps=1, tensorboard=False, wandb="project")
     writers = log.Writers(tmp_path, spec, 0, {}, "x")
     writers.scalars(1, {"loss": 1.0})
     assert writers._others == {}
+
+
+class _Wandb(types.ModuleType):
+    """Stands in for wandb: remembers what it was given."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.lines = [], []
+
+    def init(self, **given):
+        self.runs.append(given)
+        return self
+
+    def log(self, values, step):
+        self.lines.append((step, values))
+
+    def finish(self):
+        pass
+
+    def Histogram(self, np_histogram):  # noqa: N802 - as wandb calls it.
+        return np_histogram
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", module := _Wandb())
+    return module
+
+
+def _to_wandb(workdir, **keys):
+    spec = log.Log(every_steps=1, tensorboard=False, wandb="project", **keys)
+    workdir.mkdir(exist_ok=True)
+    return log.Writers(workdir, spec, 0, {"seed": 1}, "demo")
+
+
+def test_every_workdir_is_a_wandb_run_of_its_own_and_stays_it(wandb, tmp_path):
+    for name in ("a", "b", "a"):
+        _to_wandb(tmp_path / name)
+    first, second, resumed = (run["id"] for run in wandb.runs)
+    assert first == resumed != second and len(first) == 16
+    assert (tmp_path / "a" / "wandb_id").read_text() == first + "\n"
+    assert {run["name"] for run in wandb.runs} == {"demo"}
+
+
+def test_a_given_wandb_run_is_gone_on_with_and_kept(wandb, tmp_path):
+    for given in ("", "other", ""):
+        _to_wandb(tmp_path, wandb_id=given)
+    ids = [run["id"] for run in wandb.runs]
+    assert ids[0] != "other" and ids[1:] == ["other", "other"]
+
+
+def test_wandb_is_told_what_the_config_says(wandb, tmp_path):
+    keys = dict(wandb_group="g", wandb_job_type="train", wandb_tags=("x", "y"))
+    writers = _to_wandb(tmp_path, wandb_entity="lab", **keys)
+    writers.scalars(3, {"loss": 0.5})
+    _to_wandb(tmp_path)
+    told, plain = wandb.runs
+    want = dict(entity="lab", group="g", job_type="train", tags=("x", "y"))
+    assert told.items() >= want.items()
+    assert told.items() >= dict(project="project", resume="allow").items()
+    assert {plain[key] for key in want} == {None}
+    assert wandb.lines == [(3, {"loss": 0.5})]
+
+
+def test_histograms_go_to_wandb_and_tensorboard_but_not_into_the_lines(wandb, tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    metrics = log.Metrics(SPEC, {})
+    # Between -1 and 3: one value in the first half, three in the second.
+    arrays = {"grad/head": np.array([-1.0, 3.0, 1.0, 3.0], np.float32)}
+    metrics.push(0, _values(1.0) | arrays)
+    metrics.drain()
+    assert "grad/head" not in metrics.means()
+    writers = log.Writers(
+        tmp_path, log.Log(every_steps=1, wandb="project"), 0, {}, "demo"
+    )
+    writers.histograms(7, metrics.histograms | {"grad/body": np.zeros(4)})
+    writers.close()
+    ((step, found),) = wandb.lines
+    counts, edges = found["grad/head"]
+    assert step == 7 and set(found) == {"grad/head"}
+    assert counts.tolist() == [1, 3] and edges.tolist() == [-1, 1, 3]
+    assert (tmp_path / "metrics.jsonl").exists() is False
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["histograms"] == ["grad/head"]
+    (event,) = events.Histograms("grad/head")
+    value = event.histogram_value
+    assert (event.step, value.min, value.max, value.num) == (7, -1, 3, 4)
+    assert (value.bucket_limit, value.bucket) == ([1, 3], [1, 3])
+
+
+def test_a_step_that_was_not_finite_has_no_histograms():
+    metrics = log.Metrics(SPEC, {})
+    for i, bad in enumerate((0.0, 1.0)):
+        metrics.push(i, _values(1.0, bad) | {"grad/head": np.ones(4)})
+    metrics.drain()
+    assert metrics.histograms == {}
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path):

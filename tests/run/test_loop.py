@@ -91,6 +91,27 @@ def test_local_crops_that_grow_are_compiled_ahead_and_trained(tmp_path):
     assert all(m["nonfinite_steps"] == 0 for m in lines)
 
 
+def test_histograms_are_written_with_the_line_of_their_step(tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    keys = dict(steps=3, log__every_steps=2, log__tensorboard=True)
+    loop.run(_read(tmp_path, **keys, log__histograms=True), tmp_path, name="test")
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    # The last line is of a step that is not due.
+    assert [e.step for e in events.Histograms("grad/encoder/block_0")] == [2]
+    names = {name.partition("/")[2] for name in events.Tags()["histograms"]}
+    size = sum(x.size for k, x in runs.state(tmp_path, 3).items() if "params" in k)
+    seen = [events.Histograms(f"param/{k}")[0].histogram_value for k in names]
+    assert sum(value.num for value in seen) == size
+    for line in runs.metrics(tmp_path):
+        parts = [v for k, v in line.items() if k.startswith("grad_norm/")]
+        assert len(parts) == len(names)
+        if line["step"] == 3:  # A line of one step.
+            whole = np.linalg.norm(parts)
+            np.testing.assert_allclose(whole, line["grad_norm"], rtol=1e-5)
+
+
 def test_init_from_takes_the_parameters_of_a_run(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     loop.run(_read(first, steps=1), first, name="a")

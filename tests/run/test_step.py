@@ -29,6 +29,36 @@ def _run(method, optimizer, steps=3, accumulate=1, batches=None):
     return state, seen
 
 
+def test_histograms_are_of_the_gradients_and_of_the_new_parameters():
+    method = toy.make()
+    # A plain step, so that it tells the gradient.
+    plain = dict(name="sgd", lr=0.1, momentum=0.0, wd=0.0, clip_norm=0.0)
+    flat = dict(schedule="constant", warmup_epochs=0.0)
+    optimizer = toy.optimizer(method, **plain, **flat)
+    before, phase = _start(method, optimizer)
+    fn = jax.jit(step.make(method, optimizer, histograms_every=2), static_argnums=2)
+    middle, first = fn(before, toy.batch(), phase)
+    after, second = fn(middle, toy.batch(), phase)
+    names = {k.partition("/")[2] for k in second if k.startswith("grad/")}
+    assert {"head", "model/block_0", "model/block_1", "model"} <= names
+    for k in names:
+        assert not np.any(first[f"grad/{k}"]) and not np.any(first[f"param/{k}"])
+    old, new = (tree.flat(s.params) for s in (middle, after))
+    mine = [k for k in new if k.startswith("model/block_1/")]
+    join = lambda of: np.concatenate([np.ravel(of[k]) for k in mine])  # noqa: E731
+    grads = join({k: (old[k] - new[k]) / 0.1 for k in mine})
+    for kind, values in (("grad", grads), ("param", join(new))):
+        low, high, *counts = np.asarray(second[f"{kind}/model/block_1"])
+        norm = second[f"{kind}_norm/model/block_1"]
+        np.testing.assert_allclose(norm, np.linalg.norm(values), rtol=1e-3)
+        np.testing.assert_allclose((low, high), (values.min(), values.max()), 1e-3)
+        assert sum(counts) == values.size
+        want, _ = np.histogram(values, 64, (low, high))
+        # The gradient is read off the step, so a value may change its bin.
+        assert np.abs(np.array(counts) - want).sum() <= 0.02 * values.size
+    assert not [k for k in _run(method, optimizer, steps=1)[1][0] if "/" in k]
+
+
 def _first(*blocks):
     """lr_rules that freeze the embeddings and these blocks."""
     frozen = [("model/(cls|pos_embed|patch_embed/.*)", 0.0)]

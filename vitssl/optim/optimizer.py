@@ -38,9 +38,9 @@ class Optim:
             lr * batch_size / lr_batch (MAE's `blr` has 256).
         lr_batch_power: of that quotient; 0.5 is the square-root rule.
         schedule: shape after the warm-up; ends at `min_lr`. "stairs" multiplies by
-            `gamma` every `stair_epochs` instead. "onecycle" has no warm-up and no
-            `min_lr`: it rises from lr / `cycle_div` over `cycle_rise` of the run and
-            falls to lr / (`cycle_div` `cycle_final_div`).
+            `gamma` every `stair_epochs` since then instead. "onecycle" has no warm-up
+            and no `min_lr`: it rises from lr / `cycle_div` over `cycle_rise` of the
+            run and falls to lr / (`cycle_div` `cycle_final_div`).
         cycle_b1: with "onecycle", Adam's b1 goes from the second to the first value
             while the rate rises, and back; () leaves b1 alone. PyTorch's default is
             (0.85, 0.95).

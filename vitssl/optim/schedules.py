@@ -38,11 +38,11 @@ def constant(step, *, base, warmup_steps=0, start=0.0):
 
 
 def stairs(step, *, base, length, gamma, warmup_steps=0, start=0.0):
-    """Linear warm-up, then base times gamma for every `length` steps since step 0.
+    """Linear warm-up, then base times gamma for every `length` steps since its end.
 
-    Source: torch.optim.lr_scheduler.StepLR.
+    Source: timm's StepLRScheduler; with no warm-up it is torch's StepLR.
     """
-    decay = base * gamma ** jnp.floor(step / length)
+    decay = base * gamma ** jnp.floor((step - warmup_steps) / length)
     return warmup(step, decay, start=start, base=base, warmup_steps=warmup_steps)
 
 

@@ -18,6 +18,7 @@ from vitssl.pictures import (
     masking,
     multicrop,
     overlays,
+    reconstruction,
     space,
 )
 from vitssl.pictures import features as tokens
@@ -41,6 +42,8 @@ class Material:
         parts: [B, h, w, K+1] of these images: soft maps of parts, background last.
         prediction: (images [B, H, W, C], predicted, target, valid), see
             `tokens.prediction`.
+        reconstruction: (images [B, H, W, C], hidden, stages), see
+            `reconstruction.reconstruction`.
         features: {name: [M, D]}; the first is the one to look at.
         bank: uint8 [M, H, W, C], the images of `features`.
         labels: int [M], -1 unknown; None if there are none.
@@ -62,6 +65,7 @@ class Material:
     draws: tuple | None = None
     samplers: dict = dataclasses.field(default_factory=dict)
     prediction: tuple | None = None
+    reconstruction: tuple | None = None
     features: dict = dataclasses.field(default_factory=dict)
     bank: object = None
     labels: object = None
@@ -138,6 +142,9 @@ def _of_images(m: Material):
         yield "prediction.png", partial(tokens.prediction, *m.prediction)
         levels = partial(tokens.level_statistics, *m.prediction[1:])
         yield "prediction_levels.png", levels
+    if m.reconstruction is not None:
+        drawn = partial(reconstruction.reconstruction, *m.reconstruction)
+        yield "reconstruction.png", drawn
 
 
 def _of_features(m: Material):

@@ -130,7 +130,8 @@ def build(experiment) -> Parts:
         key = jax.eval_shape(lambda: jax.random.key(0))
         return step.abstract(method, optimizer, key, shapes, phase)
 
-    function = step.make(method, optimizer, s.accumulate, mesh)
+    every = s.log.every_steps if s.log.histograms else 0
+    function = step.make(method, optimizer, s.accumulate, mesh, every)
     compiled = step.Compiled(function, abstract, mesh, s.mesh)
     return Parts(experiment, source, method, optimizer, run, mesh, compiled)
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pathlib
+import secrets
 import socket
 import sys
 import time
@@ -34,6 +35,12 @@ class Log:
         tensorboard: write event files (read them with the tensorboard package).
         wandb: Weights & Biases project; "" is off. Needs the extra `[wandb]`; a run
             without it, or without a network, goes on unchanged.
+        wandb_entity, wandb_group, wandb_job_type, wandb_tags: as `wandb.init` has them;
+            empty is none.
+        wandb_id: of the W&B run to go on with; "" is the one in WORKDIR/wandb_id, which
+            is drawn when a workdir is new and stays.
+        histograms: norms of gradients and parameters of every module, and at each line
+            their histograms, for TensorBoard and W&B. It makes steps slower.
         nonfinite_limit: so many non-finite steps in a row end the run (exit code 5).
         stall_seconds: a step that takes longer ends the run (exit code 7); 0 is off.
         pictures: write WORKDIR/pictures/*.png at the end (crops, masks, attention,
@@ -45,6 +52,12 @@ class Log:
     tensorboard: bool = True
     wandb: str = ""
     wandb_mode: Literal["online", "offline"] = "offline"
+    wandb_entity: str = ""
+    wandb_group: str = ""
+    wandb_job_type: str = ""
+    wandb_tags: tuple[str, ...] = ()
+    wandb_id: str = ""
+    histograms: bool = False
     nonfinite_limit: ranges.Count = 3
     stall_seconds: ranges.NotNegative = 1800.0
     pictures: bool = False
@@ -80,6 +93,15 @@ class Writers:
                 f.write(line)
         except OSError as e:  # A full disk must not end the run.
             logger.warning("%s: %s; this line is lost: %s", self._path, e, line[:200])
+        self._write(step, values)
+
+    def histograms(self, step: int, values: dict) -> None:
+        """Write {name: [2 + bins]} of `histograms.metrics`, not to metrics.jsonl."""
+        # Those of a step that was not due, or of another line, are empty.
+        if values := {k: v for k, v in values.items() if v[2:].any()}:
+            self._write(step, values)
+
+    def _write(self, step, values):
         for name in list(self._others):
             write, _ = self._others[name]
             self._guard(name, lambda write=write: write(step, values))
@@ -127,9 +149,21 @@ def _tensorboard(workdir, step):
 
     def write(step, values):
         for key, value in values.items():
-            writer.add_scalar(key, value, step)
+            if np.ndim(value):
+                counts, edges = _bins(value)
+                middle = (edges[1:] + edges[:-1]) / 2
+                sums = counts @ middle, counts @ middle**2
+                about = value[0], value[1], counts.sum(), *sums
+                writer.add_histogram_raw(key, *about, edges[1:], counts, step)
+            else:
+                writer.add_scalar(key, value, step)
 
     return write, writer.close
+
+
+def _bins(value):  # [2 + bins] -> counts [bins], edges [bins + 1]
+    value = np.asarray(value, np.float64)
+    return value[2:], np.linspace(value[0], value[1], len(value) - 1)
 
 
 def _wandb(workdir, spec, config, name):
@@ -138,13 +172,37 @@ def _wandb(workdir, spec, config, name):
     run = wandb.init(
         project=spec.wandb,
         name=name,
-        id=name.replace("/", "-"),
+        id=_wandb_id(workdir / "wandb_id", spec.wandb_id),
+        entity=spec.wandb_entity or None,
+        group=spec.wandb_group or None,
+        job_type=spec.wandb_job_type or None,
+        tags=spec.wandb_tags or None,
         dir=str(workdir),
         config=config,
         mode=spec.wandb_mode,
         resume="allow",
     )
-    return (lambda step, values: run.log(values, step=step)), run.finish
+
+    def write(step, values):
+        shown = {
+            k: wandb.Histogram(np_histogram=_bins(v)) if np.ndim(v) else v
+            for k, v in values.items()
+        }
+        run.log(shown, step=step)
+
+    return write, run.finish
+
+
+def _wandb_id(path, given):
+    """Return the W&B run of a workdir, which is kept in a file: `given`, or a new one.
+
+    A name would not do: runs of one recipe with other seeds share it.
+    """
+    kept = path.read_text().strip() if path.exists() else ""
+    chosen = given or kept or secrets.token_hex(8)
+    if chosen != kept:
+        path.write_text(chosen + "\n")
+    return chosen
 
 
 class Metrics:
@@ -162,14 +220,14 @@ class Metrics:
         self.count = int(state.get("count", 0))
         self.nonfinite = int(state.get("nonfinite", 0))
         self.in_a_row = int(state.get("in_a_row", 0))
-        self.last = {}
+        self.last, self.histograms = {}, {}
 
     def push(self, step: int, metrics, ids=None) -> None:
         """Hand over the device metrics of `step`, and read those of the step before.
 
         Args:
             step: 0-based.
-            metrics: scalars on the device.
+            metrics: scalars on the device, and arrays that are `histograms`.
             ids: sample ids of the batch [b], for the report of a non-finite step.
 
         Raises:
@@ -186,7 +244,9 @@ class Metrics:
             self._read(*previous)
 
     def _read(self, step, metrics, ids):
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        self.histograms = {}
+        values = {k: float(v) for k, v in found.items() if not np.ndim(v)}
         self.last = values
         if values["nonfinite"]:
             self.nonfinite += 1
@@ -207,6 +267,7 @@ class Metrics:
                     "or precision=float32"
                 )
             return
+        self.histograms = {k: v for k, v in found.items() if np.ndim(v)}
         self.in_a_row = 0
         self.count += 1
         for key, value in values.items():

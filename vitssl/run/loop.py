@@ -349,6 +349,8 @@ class _Loop:
         if "peak_bytes_in_use" in stats:
             values["memory/peak_bytes"] = stats["peak_bytes_in_use"]
         self.write(at, values)
+        if self.writers is not None:
+            self.writers.histograms(at, self.metrics.histograms)
         if devices.is_main():
             total = self.parts.run.total_steps
             logger.info("%s", log.progress(at, total, values))

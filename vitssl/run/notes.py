@@ -8,7 +8,7 @@ import jax
 
 from vitssl import sizes, tree
 from vitssl.optim import optimizer as optim
-from vitssl.run import devices
+from vitssl.run import devices, histograms
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -80,8 +80,7 @@ def parameter_table(params, optimizer: optim.Optimizer) -> list[str]:
     """Return lines: parameters per module, what trains, decays and freezes."""
     rows, at_first = {}, optimizer.frozen(0)
     for name, leaf in tree.flat(params).items():
-        parts = name.split("/")
-        head = "/".join(parts[: min(2, len(parts) - 1)]) or name
+        head = histograms.module(name)
         row = rows.setdefault(head, [0, 0, 0, set(), set()])
         first_frozen = optimizer.frozen_from.get(name)
         row[0] += leaf.size

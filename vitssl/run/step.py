@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vitssl import errors, tree
 from vitssl.optim import optimizer as optim
-from vitssl.run import devices
+from vitssl.run import devices, histograms
 
 
 class State(flax.struct.PyTreeNode):
@@ -78,7 +78,13 @@ def enter(state: State, phase: Phase, optimizer: optim.Optimizer) -> State:
     return state.replace(opt=optimizer.release(opt, trainable))
 
 
-def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
+def make(
+    method,
+    optimizer: optim.Optimizer,
+    accumulate: int = 1,
+    mesh=None,
+    histograms_every: int = 0,
+):
     """Return step(state, batch, phase) -> (state, metrics), pure, not jitted.
 
     A step whose loss or gradient is not finite changes nothing but the step count and
@@ -90,6 +96,7 @@ def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
         accumulate: the batch is split into this many micro-batches whose gradients
             are averaged; refused for a loss that mixes the samples of a batch.
         mesh: devices of the run; None for one device.
+        histograms_every: so many steps have one with histograms; 0 adds nothing.
 
     Raises:
         UsageError: accumulation with a batch-coupled loss.
@@ -128,6 +135,9 @@ def make(method, optimizer: optim.Optimizer, accumulate: int = 1, mesh=None):
         extra = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, extra)
         metrics = {"loss": value, **metrics, **of_update}
         metrics["nonfinite"] = 1.0 - finite
+        if histograms_every:
+            due = (state.step + 1) % histograms_every == 0
+            metrics |= histograms.metrics(grads, new, due)
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
         return State(state.step + 1, params, extra, opt, state.rng), metrics
 

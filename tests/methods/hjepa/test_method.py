@@ -200,6 +200,19 @@ IMPOSSIBLE = [
         "accumulate_crops=True",
         "batchnorm",
     ),
+    (
+        dict(predictor=dict(positions="sincos")),
+        "positions=sincos",
+        "num_local_crops=0",
+    ),
+    (
+        dict(
+            predictor=dict(positions="sincos", width=6),
+            multicrop=dict(num_local_crops=0),
+        ),
+        "positions=sincos",
+        "multiple of 4, not 6",
+    ),
 ]
 
 
@@ -217,6 +230,8 @@ def test_what_cannot_be_combined_is_said_in_one_line(sections, key, fix):
         ("predictor", dict(depth=0), "depth=0"),
         ("predictor", dict(drop_path=1.0), "drop_path=1.0"),
         ("levels", dict(fpn_width=-1), "fpn_width=-1"),
+        ("levels", dict(norm="targets", target="ema"), "target=ema"),
+        ("levels", dict(norm="targets", fpn="add"), "fpn=add"),
         ("objective", dict(weights=(0.0,)), "weights=(0.0,)"),
         ("objective", dict(temperature=0.0), "temperature=0.0"),
         ("objective", dict(view_weight=-0.1), "view_weight=-0.1"),

@@ -47,6 +47,24 @@ def test_thin_takes_another_limit_for_every_set():
     np.testing.assert_array_equal(kept.sum(-1), [0, 4, 10])
 
 
+def test_a_table_of_its_own_is_added_to_embedded_context_and_mask_tokens():
+    """As if embedded context and positions had been given to a predictor without it."""
+    net, plain = _net(positions="sincos", width=D), _net()
+    context, query, place = _draw(0, 2, 5, D), _draw(1, 2, 3, D), _draw(2, 2, 5, D)
+    params = net.init(jax.random.key(0), context, query, place=place)["params"]
+    embed = params["embed"]
+    given = context @ embed["kernel"] + embed["bias"] + place
+    rest = {"params": {k: v for k, v in params.items() if k != "embed"}}
+    want = plain.apply(rest, given, query)
+    got = net.apply({"params": params}, context, query, place=place)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    narrow = _net(positions="sincos", width=8)
+    found = narrow.init(
+        jax.random.key(0), context, query[..., :8], place=place[..., :8]
+    )
+    assert found["params"]["mask_token"].shape == (1, 1, 8)
+
+
 def test_every_sample_of_a_padded_batch_is_predicted_as_if_alone():
     net = _net(roles=True)
     params = _init(net)

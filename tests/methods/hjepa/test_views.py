@@ -242,6 +242,13 @@ def test_section_reports_every_bad_value():
     ]
 
 
+def test_adaptive_crops_that_could_never_grow_are_refused():
+    grow = change(adaptive=True, min_local_crops=2, max_local_crops=10)
+    (line,) = grow.check()
+    assert line.startswith("adaptive_warmup_epochs=0: adaptive=True never leaves min_")
+    assert not list(dataclasses.replace(grow, adaptive_warmup_epochs=30).check())
+
+
 def test_the_plain_single_crop_is_one_global_crop_and_nothing_else():
     section = change(
         num_global_crops=1,

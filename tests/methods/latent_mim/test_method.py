@@ -182,6 +182,29 @@ def test_a_moving_target_follows_with_the_momentum_of_the_next_step():
     np.testing.assert_allclose(after["target"]["a"], 2 - (0.9 + 4 * 0.1 / 10))
 
 
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({}, "output patch 2 px, target patch 2 px; upsampler skip, decoder mixed"),
+        (
+            dict(decoder="processing", upsampler="nearest", visible_loss_weight=0.0),
+            "output patch 2 px, target patch 4 px; upsampler nearest, decoder process",
+        ),
+        (
+            dict(output_patch_size=0, visible_loss_weight=0.0),
+            "output patch the same, target patch the same; upsampler skip",
+        ),
+    ],
+)
+def test_the_start_says_the_patches_of_both_sides(changes, want, monkeypatch):
+    said = []
+    monkeypatch.setattr(latent_mim.logger, "info", lambda text, *a: said.append(a[0]))
+    latent_mim._announce.cache_clear()
+    method(hybrid=changes).transform()
+    first = "Hybrid patch size configuration: processing patch 4 px, "
+    assert first + want in said[0]
+
+
 def test_phases_say_the_shapes_of_their_batches():
     m = method(
         hybrid=dict(processing_patch_size=(4, 2), output_patch_size=2),

@@ -12,7 +12,7 @@ from vitssl import config, tree
 from vitssl.bench import flops
 from vitssl.methods import base
 from vitssl.methods.localmim import decoder, method, random_masking, stages, targets
-from vitssl.models import vit
+from vitssl.models import patches, vit
 from vitssl.optim import freezeout
 from vitssl.run import step
 
@@ -294,6 +294,38 @@ def test_features_are_those_of_the_whole_image():
     assert found["tokens"].shape == (2, 6 * 4, 16)
     np.testing.assert_allclose(found["pooled"], found["tokens"].mean(1), atol=1e-6)
     np.testing.assert_allclose(found["gap"].mean(-1), 0.0, atol=1e-5)
+
+
+def test_pictures_show_the_predictions_that_the_loss_measures():
+    m = _method(channels=1, stages=dict(targets=("hog", "pixel", "hog", "pixel")))
+    (params, extra), batch = _fresh(m), _batch(m)
+    found = m.pictures(params, extra, batch, None)["reconstruction"]
+    crops, hidden, stages_ = found
+    np.testing.assert_array_equal(crops, batch["global"][:, 0])
+    assert (hidden.sum((1, 2)) == 12).all()
+    names = ["stage 0: hog", "stage 1: pixel", "stage 2: hog", "stage 3: pixel"]
+    assert list(stages_) == names
+    # True pixels are the image, whatever normalised them.
+    for name in (names[1], names[3]):
+        _, true = stages_[name]["pixels"]
+        np.testing.assert_allclose(true, crops / 255, atol=1e-4)
+    image = patches.normalise(jnp.asarray(crops), m.run.mean, m.run.std)
+    masks = m.masking.draw(jax.random.key(0), 4, m.grid, 4)
+    losses = m.stage_losses(params, extra, image, masks, (0, 2), m.phase(0).blocks)
+    for k, cells in ((0, 4), (2, 1)):
+        ours, true = stages_[names[k]]["hog"]
+        where = hidden.repeat(cells, 1).repeat(cells, 2)
+        error = np.square(ours - true)[where].mean()
+        np.testing.assert_allclose(error, losses[k], rtol=1e-4)
+
+
+def test_pictures_of_features_have_a_vector_per_patch():
+    m = _method(stages=dict(targets=("feature",), scales=(1.0,) * 4))
+    (params, extra), batch = _fresh(m), _batch(m)
+    stages_ = m.pictures(params, extra, batch, None)["reconstruction"][2]
+    ours, true = stages_["stage 3: feature"]["tokens"]
+    assert ours.shape == true.shape == (4, 4, 4, 16)
+    np.testing.assert_allclose(true.mean(-1), 0.0, atol=1e-5)
 
 
 def _lines(**own):

@@ -4,7 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+
+from vitssl.models import posemb
 
 
 @dataclasses.dataclass
@@ -15,7 +18,7 @@ class Networks:
     nothing else does.
 
     Attributes:
-        params: {"encoder", "predictor", "levels"}.
+        params: {"encoder", "predictor", "levels"}; the last only if it has any.
         target: parameters of the target encoder; those of the encoder itself for
             training without one.
         target_levels: parameters of the levels on the target side.
@@ -67,7 +70,10 @@ class Networks:
         return jax.lax.stop_gradient(tokens) if self.detach else tokens
 
     def positions(self, grid):
-        """Return the encoder's position table of a grid: [N, D]."""
+        """Return the position table of a grid that the predictor uses: [N, D]."""
+        if self.predictor.positions == "sincos":
+            width = self.predictor.width or self.encoder.width
+            return jnp.asarray(posemb.sincos(grid, width))
         weights = {"params": self.params["encoder"]}
         return self.encoder.apply(weights, grid, method="position_table")
 
@@ -80,10 +86,10 @@ class Networks:
 
     def project(self, *args, target=False, **kwargs):
         """Return what the levels make of features; see `levels.Levels`."""
-        params = self.target_levels if target else self.params["levels"]
+        params = self.target_levels if target else self.params.get("levels", {})
         if target and self.detach:
             params = jax.lax.stop_gradient(params)
-        kwargs["train"] = self.train
+        kwargs |= {"train": self.train, "target": target}
         if not self.stats:
             return self.levels.apply({"params": params}, *args, **kwargs)
         variables = {"params": params, "batch_stats": self.stats}

@@ -51,6 +51,7 @@ class Context(flax.struct.PyTreeNode):
         seen: [B, C, K, S] bool, rows of visible patches. With "zero" masking the rows
             of hidden patches are context too.
         role: of these crops when they are extra context.
+        where: [B, C, K, S] raster indices of the rows; None = all N in order.
     """
 
     tokens: jax.Array  # [B, C, K, S, D]
@@ -58,6 +59,7 @@ class Context(flax.struct.PyTreeNode):
     seen: jax.Array
     cls: jax.Array | None  # [B, C, K, D]
     role: int = flax.struct.field(pytree_node=False)
+    where: jax.Array | None = None
 
     @property
     def pooled(self):  # -> [B, C, D]
@@ -174,7 +176,7 @@ def encode_visible(net: Networks, crops: Masked, mode) -> Context:
     x = jnp.broadcast_to(image[:, :, None], (b, c, k, *image.shape[2:]))
     x, seen = (einops.rearrange(a, "b c k ... -> (b c k) ...") for a in (x, seen))
     if mode == "zero":
-        count = None
+        keep = count = None
         cls, tokens = net.encode(x, hide=~seen)
     else:
         keep, count = patches.pack(predictor.thin(seen, room), room)
@@ -186,7 +188,8 @@ def encode_visible(net: Networks, crops: Masked, mode) -> Context:
             return None
         return einops.rearrange(a, "(b c k) ... -> b c k ...", b=b, c=c)
 
-    return Context(*map(split, (tokens, count, seen, cls)), role=crops.role)
+    rows = map(split, (tokens, count, seen, cls))
+    return Context(*rows, role=crops.role, where=split(keep))
 
 
 def find_targets(net: Networks, crops: Masked) -> Targets:
@@ -230,13 +233,16 @@ def predict(net: Networks, context: Context, targets: Targets, extra, slots: Slo
     def flat(a):
         return None if a is None else einops.rearrange(a, "b c k ... -> (b c k) ...")
 
-    where = flat(targets.where)
-    query = patches.take(net.positions(targets.grid)[None], where)  # [B C K, M, D]
+    where, table = flat(targets.where), net.positions(targets.grid)[None]
+    query = patches.take(table, where)  # [B C K, M, D]
+    if context.where is not None:
+        table = patches.take(table, flat(context.where))  # [B C K, S, D]
     own, asked = flat(context.count), flat(targets.count)
     room = slots.sequence + sum(e.tokens.shape[1] for e in extra)
     guess = net.predict(
         flat(context.tokens),
         query,
+        place=table,
         context_count=own,
         query_count=asked,
         extra=extra,

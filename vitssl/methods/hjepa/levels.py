@@ -6,7 +6,7 @@ then padding.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import flax.struct
@@ -18,7 +18,7 @@ from vitssl import ranges
 from vitssl.models import layers, patches
 
 Pooling = Literal["spatial", "sequence"]
-Norm = Literal["layernorm", "batchnorm", "none"]
+Norm = Literal["layernorm", "batchnorm", "none", "targets"]
 Pyramid = Literal["", "add", "concat"]
 
 
@@ -29,7 +29,8 @@ class Spec:
     Attributes:
         pooling: spatial: means over 2^k x 2^k cells. sequence: over 2^k consecutive
             entries of the list of targets (the original).
-        norm: of the projections.
+        norm: of the projections. targets: there are none; targets are normalised
+            without parameters, predictions are compared as they are (I-JEPA).
         fpn: "" for none; feature pyramid by "add" or "concat".
         fpn_width: of the pyramid; 0 = the encoder's width.
         target: shared: targets pass the layers that are being trained (the original).
@@ -41,6 +42,13 @@ class Spec:
     fpn: Pyramid = ""
     fpn_width: ranges.OrNone = 0
     target: Literal["shared", "ema"] = "shared"
+
+    def check(self) -> Iterator[str]:
+        """Yield what needs parameters and has none."""
+        for key, wrong in (("fpn", self.fpn), ("target", self.target == "ema")):
+            if self.norm == "targets" and wrong:
+                value = getattr(self, key)
+                yield f"{key}={value}: norm=targets has no parameters; drop one of them"
 
 
 class Members(flax.struct.PyTreeNode):
@@ -222,7 +230,8 @@ class Levels(nn.Module):
         def part(n, norm="layernorm"):
             return Project(n, norm, self.dtype)
 
-        self.proj = [part(self.width, self.norm) for _ in h]
+        if self.norm != "targets":
+            self.proj = [part(self.width, self.norm) for _ in h]
         if self.fpn:
             self.lateral = [part(f) for _ in h]
             self.top_down = [part(f) for _ in h[1:]]
@@ -230,7 +239,13 @@ class Levels(nn.Module):
             self.fuse = [part(f) for _ in h[1:]]
 
     def __call__(
-        self, x, members: Members, *, only: Sequence[int] | None = None, train=False
+        self,
+        x,
+        members: Members,
+        *,
+        only: Sequence[int] | None = None,
+        target=False,
+        train=False,
     ):
         """Return {level: (features [B, n, D] float32, valid [B, n] bool)}.
 
@@ -238,6 +253,7 @@ class Levels(nn.Module):
             x: [B, M, D] one row per member.
             members: which patches the rows belong to.
             only: levels wanted; None = all.
+            target: the rows are targets, not predictions.
             train: batch statistics of the valid rows, and update the running ones
                 (make "batch_stats" mutable).
         """
@@ -250,15 +266,21 @@ class Levels(nn.Module):
                 y, valid = pyramid[k]
                 out[k] = self.proj[k](y, valid, train).astype(jnp.float32), valid
             else:
-                y = self.proj[k](x, members.valid, train)
+                y = self._project(k, x, members.valid, target, train)
                 out[k] = pool(y, members, k, self.pooling)
         return out
 
-    def coarse(self, x, train=False):  # [..., D] -> [..., D]
+    def coarse(self, x, target=False, train=False):  # [..., D] -> [..., D]
         """Return the coarsest level of feature vectors that stand alone."""
         if self.fpn:
             x = self.lateral[-1](x)
-        return self.proj[-1](x, None, train).astype(jnp.float32)
+        return self._project(-1, x, None, target, train).astype(jnp.float32)
+
+    def _project(self, k, x, valid, target, train):
+        if self.norm != "targets":
+            return self.proj[k](x, valid, train)
+        x = x.astype(jnp.float32)
+        return jax.nn.standardize(x, epsilon=1e-5) if target else x
 
     def _pyramid(self, x, members, finest):
         """Return {level: (features [B, n, F], valid)} from the coarsest to `finest`."""

@@ -55,9 +55,10 @@ class Ema:
 class HJEPA(base.Method):
     """The method; fields are the sections of its config.
 
-    Parameters: {"encoder", "predictor", "levels"}. Extra: "target" and "momentum", the
-    EMA of the encoder and the momentum last used; "target_levels" (levels.target=ema);
-    "stats" (batch normalisation); "vicreg" (adaptive weights).
+    Parameters: {"encoder", "predictor", "levels"}, the last not with
+    levels.norm=targets. Extra: "target" and "momentum", the EMA of the encoder and the
+    momentum last used; "target_levels" (levels.target=ema); "stats" (batch
+    normalisation); "vicreg" (adaptive weights).
     """
 
     run: base.Run
@@ -107,7 +108,7 @@ class HJEPA(base.Method):
             levels=self.levels_module,
             params=params,
             target=extra["target"] if self.ema.target_encoder else params["encoder"],
-            target_levels=extra.get("target_levels", params["levels"]),
+            target_levels=extra.get("target_levels", params.get("levels", {})),
             stats=extra.get("stats", {}),
             detach=self.ema.target_encoder,
             train=train,
@@ -153,13 +154,18 @@ class HJEPA(base.Method):
         image = jnp.zeros((1, *batch["global"].shape[2:]))
         row = jnp.zeros((1, 2 ** (self.masking.num_hierarchies - 1), self.model.width))
         members = levels.everything(1, (1, row.shape[1]))
-        guess = self.predictor_module.init(keys[1], row, row)["params"]
+        table = row
+        if self.predictor.positions == "sincos":
+            width = self.predictor.width or self.model.width
+            table = jnp.zeros((*row.shape[:2], width))
+        guess = self.predictor_module.init(keys[1], row, table, place=table)["params"]
         found = self.levels_module.init(keys[2], row, members)
         params = {
             "encoder": self.model.init(keys[0], image)["params"],
             "predictor": predictor.xavier(keys[3], guess),
-            "levels": found["params"],
         }
+        if "params" in found:
+            params["levels"] = found["params"]
         extra = self.adopt(params, {})
         if self.ema.target_encoder:
             extra["momentum"] = jnp.float32(self.ema.start)
@@ -343,6 +349,8 @@ class HJEPA(base.Method):
                 f"predictor.heads={self.predictor.heads}: must divide the predictor's "
                 f"width {width}"
             )
+        if self.predictor.positions == "sincos":
+            yield from self._check_table(width)
         if not self.ema.target_encoder:
             if not self.objective.sees_sigreg:
                 yield (
@@ -355,6 +363,19 @@ class HJEPA(base.Method):
             yield (
                 "masking.accumulate_crops=True: levels.norm=batchnorm needs all crops "
                 "at once; use layernorm"
+            )
+
+    def _check_table(self, width):
+        """Yield why the predictor cannot have a table of its own."""
+        if width % 4:
+            yield (
+                f"predictor.positions=sincos: needs a width of a multiple of 4, not "
+                f"{width}"
+            )
+        if self.uses_locals and self._most_locals:
+            yield (
+                "predictor.positions=sincos: takes no local crops; set "
+                "multicrop.num_local_crops=0"
             )
 
     def _check_crops(self):

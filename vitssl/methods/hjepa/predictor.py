@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import linen as nn
 from vitssl import ranges
 from vitssl.models import layers, patches
 
+Positions = Literal["encoder", "sincos"]
 GLOBAL, LOCAL = 0, 1  # Roles of extra context: rows of the role vectors.
 
 
@@ -26,6 +27,9 @@ class Spec:
             layer in front (the last layer maps back), as in I-JEPA.
         mlp_ratio: hidden width of the MLP over width.
         drop_path: of the last block; grows linearly from 0 in the first.
+        positions: encoder: queries have the encoder's position embeddings, context
+            tokens have theirs already. sincos: a fixed table of this width is added to
+            both (I-JEPA).
         remat: as in the encoder.
     """
 
@@ -34,6 +38,7 @@ class Spec:
     width: ranges.OrNone = 0
     mlp_ratio: ranges.Positive = 4.0
     drop_path: ranges.BelowOne = 0.0
+    positions: Positions = "encoder"
     remat: bool = False
 
 
@@ -63,10 +68,10 @@ class Predictor(nn.Module):
 
     A query is a learned mask token plus the encoder's position embedding of a patch,
     or, without a position, plus a learned vector. Context tokens carry their position
-    already; extra context gets one learned vector per role. Nothing but attention
-    relates the rows, so their order is free: queries come first, which makes the
-    predictions a static slice, and the valid rows a prefix, which is all a fused
-    attention kernel understands of padding.
+    already (but see `Spec.positions`); extra context gets one learned vector per role.
+    Nothing but attention relates the rows, so their order is free: queries come first,
+    which makes the predictions a static slice, and the valid rows a prefix, which is
+    all a fused attention kernel understands of padding.
 
     Attributes:
         roles: extra context is used, so that its vectors exist.
@@ -74,7 +79,8 @@ class Predictor(nn.Module):
         others: see `Spec`; dtype and attention are as in the ViT.
 
     Source: jonwiggins/H-JEPA src/models/predictor.py (full width, LayerNorm epsilon
-    1e-5, positions of the encoder); roles are vitssl's.
+    1e-5, positions of the encoder); facebookresearch/ijepa (a table of its own); roles
+    are vitssl's.
     """
 
     depth: int
@@ -82,6 +88,7 @@ class Predictor(nn.Module):
     width: int = 0
     mlp_ratio: float = 4.0
     drop_path: float = 0.0
+    positions: Positions = "encoder"
     remat: bool = False
     roles: bool = False
     pooled: bool = False
@@ -94,6 +101,7 @@ class Predictor(nn.Module):
         context,
         query=None,
         *,
+        place=None,
         context_count=None,
         query_count=None,
         extra: Sequence[Extra] = (),
@@ -104,8 +112,10 @@ class Predictor(nn.Module):
 
         Args:
             context: [B, K, D] tokens of the crop itself, without class token.
-            query: [B, M, D] position embeddings of the patches to predict; None for
+            query: [B, M, D] position embeddings of the patches to predict (with
+                positions=sincos of the predictor's width, as `place`); None for
                 one query without a position (M = 1).
+            place: those of the context, [B or 1, K, D], which positions=sincos adds.
             context_count, query_count: [B] int32, how many leading rows are meant;
                 None = all.
             extra: more context, see `Extra`.
@@ -122,7 +132,12 @@ class Predictor(nn.Module):
             raise ValueError("Predictor: roles=False takes no extra context")
         if self.roles:
             roles = self.param("roles", layers.normal, (2, d))
-        query = self._queries(query, len(context), d)  # [B, M, D]
+        width = self.width or d
+        if own := self.positions == "sincos":
+            context = layers.dense(width, self.dtype, "embed")(context)
+            context = context + place.astype(context.dtype)
+        inner = width if own else d
+        query = self._queries(query, len(context), inner)  # [B, M, D]
         m = query.shape[1]
         parts = [query, context]
         parts += [e.tokens + roles[e.role].astype(e.tokens.dtype) for e in extra]
@@ -132,8 +147,7 @@ class Predictor(nn.Module):
         if slots < m:
             raise ValueError(f"Predictor: slots={slots} do not hold {m} queries")
         x, length = pack(x, valid, slots, m)  # [B, slots, D]
-        width = self.width or d
-        if width != d:
+        if width != inner:
             x = layers.dense(width, self.dtype, "embed")(x)
         for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
             block = layers.block(

@@ -41,8 +41,7 @@ class MultiCrop:
             crops, local crops).
         solarize_prob: probability of solarisation, for global crop 1 only.
         adaptive: let the number of local crops grow with the epoch, from
-            min_local_crops to max_local_crops at adaptive_warmup_epochs. With
-            adaptive_warmup_epochs=0 it stays at min_local_crops (as the original does);
+            min_local_crops to max_local_crops at adaptive_warmup_epochs;
             num_local_crops is not used.
     """
 
@@ -73,6 +72,11 @@ class MultiCrop:
         if self.adaptive and self.min_local_crops > self.max_local_crops:
             most = self.max_local_crops
             yield f"min_local_crops={self.min_local_crops}: 0 to max_local_crops={most}"
+        elif self.adaptive and not self.adaptive_warmup_epochs:
+            yield (
+                "adaptive_warmup_epochs=0: adaptive=True never leaves min_local_crops="
+                f"{self.min_local_crops}; give the epoch of max_local_crops"
+            )
 
     def locals_at(self, epoch: int) -> int:
         """Return the number of local crops of an epoch (0-based)."""
@@ -80,7 +84,7 @@ class MultiCrop:
             return self.num_local_crops
         low, high = self.min_local_crops, self.max_local_crops
         if not self.adaptive_warmup_epochs:
-            return low
+            return low  # As the original does; `check` refuses it.
         return int(low + (high - low) * min(1.0, epoch / self.adaptive_warmup_epochs))
 
     def grid(self, kind: Literal["global", "local"], patch: int) -> tuple[int, int]:

@@ -357,7 +357,9 @@ class LatentMIM(base.Method):
         """Return two lines: the patches, and the tokens of the first step."""
         h, s, shape = self.hybrid, self.sampling, self.phase(0)
         drawn = f"{s.min_patch} to {s.max_patch}"
-        sides = ", ".join(map(str, h.processing_patch_size)) or drawn
+        sides = (", ".join(map(str, h.processing_patch_size)) or drawn) + " px"
+        fine = f"{h.output_patch_size} px" if h.output_patch_size else "the same"
+        goal = fine if h.decoder != "processing" else sides
         counts = [
             sum(
                 math.prod(k.tokens(shape.side * r if k.space else 1, shape.times))
@@ -366,9 +368,9 @@ class LatentMIM(base.Method):
             for r in (1, shape.p // shape.q)
         ]
         return (
-            f"  hybrid    processing patch {sides} px, output patch "
-            f"{h.output_patch_size or 'the same'} px; upsampler {h.upsampler}, "
-            f"decoder {h.decoder}\n"
+            f"  Hybrid patch size configuration: processing patch {sides}, output "
+            f"patch {fine}, target patch {goal}; upsampler {h.upsampler}, decoder "
+            f"{h.decoder}\n"
             f"  tokens    {shape.side} x {shape.side} patches, {shape.times} time "
             f"step(s) at step 0: {counts[0]:,} a sample at {shape.p} px, "
             f"{counts[1]:,} at {shape.q} px"

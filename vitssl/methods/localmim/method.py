@@ -21,7 +21,7 @@ from flax import linen as nn
 from vitssl import errors, ranges, sizes, tree
 from vitssl.data import views
 from vitssl.methods import base
-from vitssl.methods.localmim import random_masking, store, targets
+from vitssl.methods.localmim import pictures, random_masking, store, targets
 from vitssl.methods.localmim.decoder import Decoder, StageDecoder
 from vitssl.methods.localmim.stages import Stages
 from vitssl.models import layers, patches, vit
@@ -222,16 +222,13 @@ class LocalMIM(base.Method):
             tokens: of the whole images at `prefix.boundary`, which are then masked;
                 None masks the patches.
         """
-        outputs = self._encode(params, image, masks, drop, tokens)
+        outputs = self.encode(params, image, masks, drop, tokens)
         goals = self.goals(params, extra, image, active, tokens)
         losses = {}
         for k in active:
             scale = self.stages.scales[k]
-            latent = self._stage_norm(params, k, outputs[blocks[k]])
             only = masks.hidden if scale >= 1 else None
-            predict = self.decoder_module(k)
-            own = {"params": params[f"decoder_{k}"]}
-            predicted = predict.apply(own, latent, masks.restore, self.grid, only)
+            predicted = self.predicted(params, outputs[blocks[k]], masks, k, only)
             goal = goals[k]  # [B, N, s, s, C]
             if only is not None:
                 goal = jnp.take_along_axis(goal, only[:, :, None, None, None], axis=1)
@@ -243,7 +240,14 @@ class LocalMIM(base.Method):
             losses[k] = (error[:, :, 0, 0] * weight).sum() / weight.sum()
         return losses
 
-    def _encode(self, params, image, masks, drop, tokens) -> dict:
+    def predicted(self, params, output, masks, k, only=None):  # [B, 1 + K, D]
+        """Return what the decoder of stage k makes of a block's output."""
+        latent = self._stage_norm(params, k, output)
+        own = {"params": params[f"decoder_{k}"]}
+        net = self.decoder_module(k)
+        return net.apply(own, latent, masks.restore, self.grid, only)
+
+    def encode(self, params, image, masks, drop=None, tokens=None) -> dict:
         """Return {block: its output [B, 1 + K, D]} for the visible tokens."""
         net = {"params": params["encoder"]}
         options = {"train": drop is not None and self.model.drop_path > 0}
@@ -293,6 +297,11 @@ class LocalMIM(base.Method):
         """Return tokens, each with mean 0 and variance 1."""
         x = targets.standardise(x)
         return einops.rearrange(x, "b (h w) d -> b h w d", h=self.grid[0])
+
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `pictures.drawing.Material`."""
+        del image
+        return pictures.arrays(self, params, extra, batch)
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers` of this model: a stage goes with its block."""
