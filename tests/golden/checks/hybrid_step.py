@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from vitssl import convert
 from vitssl.bench import flops, hybrid_flops
 from vitssl.convert import vit_names
@@ -25,6 +26,7 @@ def _upsampler(case):
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
     p, q = c["processing_patch_size"], c["output_patch_size"]
+    reading.agree(c, factor=p // q, D=x[mods[0].name].shape[-1])
     fine, states = upsample.Upsampler(mods, p, q).apply({}, x, mask, {})
     for m in mods:
         case.close(m.name, fine[m.name])
@@ -65,6 +67,8 @@ def _skip(case):
             k: case.param[f"fine_embed.{g}.{k}"] for k in ("kernel", "bias")
         }
     p, q = c["processing_patch_size"], c["output_patch_size"]
+    d, hidden = case.param["mlp.0.kernel"].shape
+    reading.agree(c, D=d, mlp_ratio=hidden / d)
     module = upsample.Upsampler((field,), p, q, "skip")
     x, mask, pixels = (jnp.asarray(case.inputs[k]) for k in ("tokens", "mask", "x"))
     fine, states = module.apply(
@@ -122,6 +126,7 @@ def total_of(module, c, frozen, a, b):
 
 def _step(case):
     c, mods = case.config, parts.fields_of(case.config)
+    reading.agree(c, token_exit_cfg=0)  # The target is the projection alone.
     module = system_of(c, mods)
     a, b = _views(case)
     like = {
@@ -199,6 +204,7 @@ def _folded(state, prefix):
 
 def _vit(case):
     c = case.config
+    reading.agree(c, qkv_bias=True)
     # Whether the position table has rows for what precedes the patches.
     rows = c["pos_embed_tokens"] > (c["img_size"] // c["base_patch"]) ** 2
     net = vit.ViT(

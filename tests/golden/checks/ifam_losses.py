@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from tests.golden.checks.ifam_model import first, last
 from vitssl.methods.classify import objective as classify
 from vitssl.methods.parts import affine, objective
@@ -12,6 +13,7 @@ from vitssl.methods.parts import maps as partmaps
 
 def _on_maps(case, loss):
     """Compare a loss of maps, and its gradient, on every set of maps of a case."""
+    reading.agree(case.config, weight_applied=False, reduction="mean")
     i = 0
     while f"maps{i}" in case.inputs:
         value, grad = jax.value_and_grad(loss)(last(case.inputs[f"maps{i}"]))
@@ -57,6 +59,7 @@ def _equivariance(case):
     maps, moved = last(case.inputs["maps"]), last(case.inputs["equiv_maps"])
     for name, c in case.config.items():
         w, size = warp(c), c["image_size"]
+        reading.agree(c, map_size=maps.shape[1])
         image = affine.bilinear(last(case.inputs["img"]), w)
         case.close(f"forward_{name}", first(image))
         case.close(f"backward_maps_{name}", first(affine.undo(moved, w, size)))
