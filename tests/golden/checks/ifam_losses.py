@@ -1,5 +1,7 @@
 """iFAM's losses with their gradients, the warp, and the masks."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,8 @@ def _equivariance(case):
 def _loss(case):
     c, kind = case.config, case.config.get("loss_type")
     name = case.meta["case"]
+    known = typing.get_args(objective.Background) + typing.get_args(objective.Presence)
+    assert kind in (None, *known), f"loss_type {kind!r}: there is {known}"
     if name.startswith("loss_enforced_presence"):
         _on_maps(case, lambda m: objective.background_presence(m, kind))
     elif name.startswith("loss_presence"):

@@ -134,12 +134,13 @@ def _lars(case):
 
 def _probe(case):
     c = case.config
-    reading.agree(c, batch=len(case.inputs["x0"]), bn_eps=head.EPS, bn_momentum=0.1)
     module = head.Head(pool="mean", batchnorm=True)
     params = {
         "kernel": jnp.asarray(case.param["linear.weight"]).T,
         "bias": jnp.asarray(case.param["linear.bias"]),
     }
+    reading.agree(c, batch=len(case.inputs["x0"]), classes=len(params["bias"]))
+    reading.agree(c, bn_eps=head.EPS, bn_momentum=0.1)
     _, stats = module.init(jax.random.key(0), c["dim"], c["classes"])
     for t in range(sum(name.startswith("x") for name in case.inputs)):
         x = jnp.asarray(case.inputs[f"x{t}"])
