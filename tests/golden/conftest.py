@@ -1,4 +1,4 @@
-"""Finds the golden cases and the check of each (see README of this folder)."""
+"""Finds the golden cases and the check of each."""
 
 import dataclasses
 import json
