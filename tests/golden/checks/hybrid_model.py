@@ -72,7 +72,7 @@ def encoder_of(c, mods):
         width=c["embedding_size"],
         depth=c.get("depth", c.get("encoder_depth")),
         heads=c["num_heads"],
-        mlp_ratio=c["mlp_ratio"],
+        mlp_ratio=c.get("mlp_ratio", 4.0),
         base=c["base_patch_size"],
         drop_path=c.get("drop_path", 0.0),
         registers=c.get("num_register_tokens", 0),
@@ -99,7 +99,7 @@ def predictor_of(c, mods):
         inner=c["decoder_embedding_size"],
         depth=c.get("depth", c.get("decoder_depth")),
         heads=c["num_heads"],
-        mlp_ratio=c["mlp_ratio"],
+        mlp_ratio=c.get("mlp_ratio", 4.0),
     )
 
 
@@ -356,7 +356,7 @@ def _encoder(case):
     rules = olmoearth.encoder(mods)
     params = {"params": convert.convert(case.param, encoder_like(module), rules)}
     batch, patch = split_masks(case), c["patch_size"]
-    resolution = float(c["input_res"])
+    resolution = float(c.get("input_res", 10))
     seen = max(
         sum(
             int((np.asarray(embed.token_mask(batch, m, patch))[b] == 0).sum())
@@ -368,9 +368,8 @@ def _encoder(case):
     @quick
     def run(params, batch):
         apply = functools.partial(module.apply, params, resolution=resolution)
-        exits = c["token_exit_cfg"] and {
-            m.name: c["token_exit_cfg"][m.name] for m in mods
-        }
+        depths = c.get("token_exit_cfg")
+        exits = depths and {m.name: depths[m.name] for m in mods}
         left = apply(unmask(batch), patch, exits=exits) if exits else None
         return (
             apply(batch, patch, slots=seen),
@@ -406,7 +405,7 @@ def _predictor(case):
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
     dates, patch = jnp.asarray(case.inputs["timestamps"]), c["patch_size"]
-    shapes, resolution = tokens.shapes_of(x), float(c["input_res"])
+    shapes, resolution = tokens.shapes_of(x), float(c.get("input_res", 10))
     whole = tokens.flatten(x, mods)
     state = tokens.flatten_mask(mask, mods)
     packed = tokens.pack(whole, state == states.ONLINE, 0)

@@ -87,7 +87,7 @@ def system_of(c, mods, **own):
         p=c["processing_patch_size"],
         q=c["output_patch_size"],
         decoder="mixed" if mode == "plain" else mode,
-        pool_at=c["pool_at"],
+        pool_at=c.get("pool_at", "processing"),
         **own,
     )
 
@@ -109,16 +109,18 @@ def total_of(module, c, frozen, a, b):
             projection, frozen, parts.unmask(batch), seen.asked, module.target_patch
         )
         both = {k: Pair(v.prediction, goal[k], v.valid) for k, v in seen.asked.items()}
-        loss, _ = objective.patch_discrimination(both, kind=c["loss"], tau=c["tau"])
+        loss, _ = objective.patch_discrimination(
+            both, kind=c["loss"], tau=c.get("tau", 0.1)
+        )
         return loss, seen, goal
 
     def total(params):
         la, va, goal = view(params, a)
         lb, vb, _ = view(params, b)
         pull = contrastive.infonce_one_way(
-            va.pooled, vb.pooled, temperature=c["infonce_tau"]
+            va.pooled, vb.pooled, temperature=c.get("infonce_tau", 0.1)
         )
-        pull = c["infonce_weight"] * pull
+        pull = c.get("infonce_weight", 0.1) * pull
         return (la + lb) / 2 + pull, (la, lb, pull, va, vb, goal)
 
     return total

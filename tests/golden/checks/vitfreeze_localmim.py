@@ -192,7 +192,7 @@ def _decoder(case):
 
 def _masks_of(case, method, noise):
     n = method.grid[0] * method.grid[1]
-    ratio = case.config["mask_ratio"]
+    ratio = case.config.get("mask_ratio", 0.75)
     visible = random_masking.Masking(ratio=ratio).visible(n, 0.0)
     return random_masking.masks(jnp.asarray(noise), visible)
 
@@ -369,7 +369,7 @@ def _one_trace(case, method, names, start, images, run):
     )
 
     n = method.grid[0] * method.grid[1]
-    visible = random_masking.Masking(ratio=run["mask_ratio"]).visible(n, 0.0)
+    visible = random_masking.Masking(ratio=run.get("mask_ratio", 0.75)).visible(n, 0.0)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
     params, frozen = start, frozenset()
     opt = optimizer.init(tree.split(params, frozen)[0])
