@@ -1,4 +1,4 @@
-"""Finds the golden cases and the check of each (see README of this folder)."""
+"""Finds the golden cases and the check of each."""
 
 import dataclasses
 import json
@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 import pytest
+
+from tests.golden import reading
 
 
 @dataclasses.dataclass
@@ -17,7 +19,7 @@ class Case:
     def __post_init__(self):
         """Read the description, then the arrays, if the case has any."""
         self.meta = json.loads(self.path.read_text())
-        self.config = self.meta.get("config", {})
+        self.config = reading.recorded(self.meta.get("config", {}))
         tolerance = self.meta.get("tolerance", 1e-4)
         # Statistics say in words how they compare; their check knows.
         worded = isinstance(tolerance, str)

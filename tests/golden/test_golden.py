@@ -4,6 +4,8 @@ import importlib
 import pathlib
 import pkgutil
 
+from tests.golden import reading
+
 from . import checks
 
 SYSTEMS = {}
@@ -24,6 +26,9 @@ def test_case_matches_the_original(case):
     known[component](case)
     left = set(case.out) - case.compared
     assert not left, f"never compared: {sorted(left)}"
+    # A number of the config that a check has of its own is right for one case only.
+    unread = reading.forgotten(case)
+    assert not unread, f"config keys never read: {unread}"
 
 
 def test_there_are_cases(request):

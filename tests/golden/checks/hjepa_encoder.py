@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from vitssl import convert
 from vitssl.convert import vit_names
 from vitssl.models import patches, posemb, vit
@@ -12,15 +13,17 @@ from vitssl.models import patches, posemb, vit
 def build(config):
     """The encoder that the configuration of a case describes."""
     size = config["encoder"]
+    reading.agree(config, embed_dim=size["embed_dim"])
+    scaled = config.get("use_layerscale", False)
     return vit.ViT(
         width=size["embed_dim"],
         depth=size["depth"],
         heads=size["num_heads"],
         patch=size["patch_size"],
         image_size=config["img_size"],
-        mlp_ratio=size["mlp_ratio"],
-        drop_path=config["drop_path_rate"],
-        layerscale=config["layerscale_init"] if config["use_layerscale"] else 0.0,
+        mlp_ratio=size.get("mlp_ratio", 4.0),
+        drop_path=config.get("drop_path_rate", 0.0),
+        layerscale=config.get("layerscale_init", 1e-5) if scaled else 0.0,
         rope=config.get("use_rope", False),
         rope_theta=config.get("rope_theta", 10000.0),
     )

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from tests.golden import reading
 from vitssl.evals import fewshot, knn, linear
 
 
@@ -25,6 +26,8 @@ def linear_probe(case):
     config = case.config
     features, label = case.inputs["features"], case.inputs["labels"]
     classes = config["num_classes"]
+    hidden = len(case.param["attention.0.bias"])
+    reading.agree(config, input_dim=features.shape[-1], attention_hidden=hidden)
     for name in case.out:
         if found := re.fullmatch(r"(\w+?)_norm([01])_logits", name):
             pooling, normalise = found[1], found[2] == "1"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from vitssl.losses import contrastive, regression, sigreg, vicreg
 from vitssl.methods.hjepa import forward, objective
 
@@ -175,6 +176,8 @@ def contrastive_losses(case):
         case.close(f"{name}_positive_similarity", logit)
         _close_gradient(case, f"{name}_grad_i", slope)
     own = config["cjepa"]
+    # The targets, which the original contrasts by default, have no gradient.
+    reading.agree(own, contrastive_on_context=True)
     jepa, _ = _hierarchical(
         _levels(case, "prediction"),
         _levels(case, "target"),
@@ -194,6 +197,7 @@ def contrastive_losses(case):
 def hybrid(case):
     """VICReg + SIGReg; the original weights the regulariser by sigreg_weight twice."""
     config = case.config
+    reading.agree(config, num_slices=len(case.inputs["slices"]))
     loss, parts = objective.hybrid(
         objective.Pair(*(jnp.asarray(case.inputs[z]) for z in ("z_a", "z_b"))),
         vicreg_weight=config["vicreg_weight"],
@@ -244,6 +248,7 @@ def combined_losses(case):
     """The prediction loss plus a regulariser, in every placement."""
     config = case.config
     predictions, targets = _levels(case, "prediction"), _levels(case, "target")
+    reading.agree(config, num_hierarchies=len(predictions))
     jepa, _ = _hierarchical(
         predictions,
         targets,

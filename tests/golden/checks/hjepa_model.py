@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.golden import hjepa_names as names
+from tests.golden import reading
+from tests.golden.checks import hjepa_encoder
 from vitssl import convert, tree
 from vitssl.losses import regression
 from vitssl.methods import base
 from vitssl.methods.hjepa import apply, levels, masks, predictor, views
 from vitssl.methods.hjepa import method as hjepa
 from vitssl.methods.hjepa import objective as hjepa_losses
-from vitssl.models import vit
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
@@ -35,10 +36,8 @@ MASKS = dict(
 
 def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
     """The method that a case's `config` describes."""
-    e = c["encoder"]
     size = c.get("gsize", c["img_size"])
-    fpn = c["fpn_fusion_method"] if c["use_fpn"] else ""
-    scale = c["layerscale_init"] if c["use_layerscale"] else 0.0
+    fpn = c.get("fpn_fusion_method", "add") if c.get("use_fpn") else ""
     cropping = dict.fromkeys(("global_crop_scale", "local_crop_scale"), (0.1, 1.0))
     return hjepa.HJEPA(
         run=base.Run(
@@ -48,27 +47,17 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             mean=(0.0,) * 3,
             std=(1.0,) * 3,
         ),
-        model=vit.ViT(
-            width=e["embed_dim"],
-            depth=e["depth"],
-            heads=e["num_heads"],
-            patch=e["patch_size"],
-            image_size=c["img_size"],
-            mlp_ratio=e["mlp_ratio"],
-            layerscale=scale,
-            rope=c.get("use_rope", False),
-            rope_theta=c.get("rope_theta", 10000.0),
-        ),
+        model=hjepa_encoder.build(c),
         predictor=predictor.Spec(
             depth=c["predictor_depth"],
             heads=c["predictor_num_heads"],
-            mlp_ratio=c["predictor_mlp_ratio"],
+            mlp_ratio=c.get("predictor_mlp_ratio", 4.0),
         ),
         levels=levels.Spec(
             pooling=pooling,
-            norm=c["projection_norm"],
+            norm=c.get("projection_norm", "layernorm"),
             fpn=fpn,
-            fpn_width=c["fpn_feature_dim"] or 0,
+            fpn_width=c.get("fpn_feature_dim") or 0,
         ),
         multicrop=views.MultiCrop(
             num_global_crops=c.get("ng", 1),
@@ -87,7 +76,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
         masking=masks.Masking(
             **MASKS
             | dict(strategy="global_only", levels="finest", mode=mode)
-            | dict(num_hierarchies=c["num_hierarchies"])
+            | dict(num_hierarchies=c.get("num_hierarchies", 3))
             | (masking or {})
         ),
         objective=hjepa_losses.Objective(
@@ -95,7 +84,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             | (objective or {})
         ),
         ema=hjepa.Ema(
-            **dict(start=0.0, end=0.0, target_encoder=c["use_target_encoder"])
+            **dict(start=0.0, end=0.0, target_encoder=c.get("use_target_encoder", True))
             | (ema or {})
         ),
     )
@@ -128,6 +117,7 @@ def _predictor(case):
         pooled=True,
     )
     row = jnp.zeros((1, 1, c["embed_dim"]))
+    reading.agree(c, dropout=0.0)
     like = jax.eval_shape(net.init, jax.random.key(0), row, row)["params"]
     params = convert.convert(case.param, like, names.predictor())
     context = jnp.asarray(x["context_features"])
@@ -140,6 +130,7 @@ def _predictor(case):
 
 def _batch_norm(case):
     c, x = case.config, jnp.asarray(case.inputs["x"])
+    reading.agree(c, dim=x.shape[-1])
     net = levels.BatchNorm(eps=c["eps"], momentum=c["momentum"])
     fresh = net.init(jax.random.key(0), x)
     named = {"params": "params", "batch_stats": "stats"}
@@ -273,6 +264,7 @@ def _multicrop(case):
         if count:
             images = [case.inputs[f"{side}_{i}"] for i in range(count)]
             batch[side] = jnp.stack([_image(x) for x in images], 1)
+            reading.agree(c, B=len(batch[side]))
         for mask in ("context", "targets"):
             if (key := f"{side}_{mask}") in case.inputs:
                 batch[key] = jnp.asarray(case.inputs[key]).swapaxes(0, 1) > 0
@@ -304,6 +296,7 @@ def _train(case):
     c, x = case.config, case.inputs
     lr, ema, steps = c["lr"], c["ema"], len(case.out["loss"])
     per_epoch, total = lr["steps_per_epoch"], lr["epochs"] * lr["steps_per_epoch"]
+    reading.agree(ema, epochs=lr["epochs"], steps_per_epoch=per_epoch)
     method = _method(
         c,
         mode=c["masking"],

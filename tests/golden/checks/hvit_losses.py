@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from vitssl import tree
 from vitssl.data import pipeline
 from vitssl.data.sources import sarcld
@@ -18,6 +19,8 @@ from vitssl.run import checkpoint
 
 def _contrastive(case):
     a, b = (jnp.asarray(case.inputs[f"features{i}"]) for i in (1, 2))
+    given = {float(k.split("_t")[1]) for k in case.out if "_grad" not in k}
+    reading.agree(case.config, temperatures=sorted(given))
     for name in case.out:
         if name.endswith(("_grad1", "_grad2")):
             continue
@@ -37,6 +40,7 @@ def _class_losses(case):
     c, i = case.config, case.inputs
     label, other = i["y"].astype(np.int32), i["y_b"].astype(np.int32)
     weight, vector = i["class_weights"], i["alpha_vector"]
+    reading.agree(c, num_classes=i["logits"].shape[-1])
 
     def focal(x, y, alpha=c["focal_alpha"], reduction="mean"):
         return objective.focal(
@@ -108,6 +112,7 @@ def _mixing(case):
 
 def _ema(case):
     decay = case.config["decay"]
+    reading.agree(case.config, steps=len(case.inputs["live"]))
     for name, rule in (
         ("ema", lambda n: decay),
         ("ema_adaptive", lambda n: schedules.averaging_counted(n, decay=decay)),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests import whole_hvit
+from tests.golden import reading
 from vitssl import convert
 from vitssl.convert import Rule, Table, family, hvit_names, vit_names
 from vitssl.methods.simclr import method as simclr
@@ -29,13 +30,13 @@ def backbone(config):
     """The backbone that the configuration of a case describes."""
     c = config["hvt_params"]
     height, width = _size(config)
-    widths = c["embed_dim_rgb"], c.get("embed_dim_spectral", c["embed_dim_rgb"])
+    widths = c.get("embed_dim_rgb", 96), c.get("embed_dim_spectral", 96)
     fusion = "concat" if widths[0] == widths[1] else "none"
     return hvit.HViT(
         width=widths[0],
-        depths=tuple(c["depths"]),
-        heads=tuple(c["num_heads"]),
-        patch=c["patch_size"],
+        depths=tuple(c.get("depths", (2, 2, 6, 2))),
+        heads=tuple(c.get("num_heads", (3, 6, 12, 24))),
+        patch=c.get("patch_size", 16),
         image_size=height,
         image_width=width,
         mlp_ratio=c.get("mlp_ratio", 4.0),
@@ -106,6 +107,8 @@ def load(case):
 def _forward(case):
     net, variables, images = load(case)
     rgb, spectral = images["rgb"], images["spectral"]
+    config, (height, width) = case.config, rgb.shape[1:3]
+    reading.agree(config, run_img_size=[height, width])
 
     def run(variables):
         out = net.apply(variables, rgb, spectral=spectral)
@@ -116,6 +119,8 @@ def _forward(case):
         return out | {"first": first, "positions": positions}
 
     out = jax.jit(run, compiler_options=QUICK)(variables)
+    odd = any(side % 2 for grid in out["grids"][:-1] for side in grid)
+    assert config.get("pad_odd", False) or not odd, "an odd grid needs pad_odd"
     found = {
         "rgb_patch_embed": out["first"],
         "rgb_pos_embed_used": out["positions"],
@@ -210,7 +215,10 @@ def _dfca(case):
     rgb, spectral = (
         jnp.asarray(case.inputs[k]).swapaxes(0, 1) for k in ("rgb", "spectral")
     )
-    net = hvit.DFCA(heads=c["num_heads"], disease_mask=c.get("use_disease_mask", True))
+    reading.agree(c, embed_dim=rgb.shape[-1])
+    net = hvit.DFCA(
+        heads=c.get("num_heads", 12), disease_mask=c.get("use_disease_mask", True)
+    )
     weights = _part(case, net, hvit_names.DFCA, "", rgb, spectral)
     case.close("fused", net.apply(weights, rgb, spectral).swapaxes(0, 1))
     attn = hvit.CrossAttention(c["num_heads"])
@@ -246,6 +254,7 @@ def _drop_path(case):
 def _positions(case):
     c = case.config
     old, table_ = tuple(c["base_grid"]), case.inputs["pos_embed"]
+    reading.agree(c, dim=table_.shape[-1])
     for h, w in c["targets"]:
         got = posemb.resample(table_, old, (h, w), "plain")
         case.close(f"to_{h}x{w}", got)
@@ -276,6 +285,8 @@ def _projectors(case):
 
 def _rollout(case):
     matrices = case.inputs["attn"]  # [layers, B, heads, N, N]
+    layers, _, heads, tokens, _ = matrices.shape
+    reading.agree(case.config, layers=layers, heads=heads, tokens=tokens)
     rolled = [attention.rollout(m) for m in matrices.swapaxes(0, 1)]
     case.close("rollout", np.stack(rolled))
     maps = [attention.on_patches(r, matrices.shape[-1]) for r in rolled]

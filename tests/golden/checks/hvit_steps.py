@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import whole_hvit
 from vitssl import convert, tree
 from vitssl.convert import hvit_names
 from vitssl.evals import accuracy
@@ -17,7 +16,7 @@ from vitssl.methods.classify import objective as classification
 from vitssl.methods.classify import views as classify_views
 from vitssl.methods.simclr import method as simclr
 from vitssl.methods.simclr import views
-from vitssl.models import head, hvit
+from vitssl.models import head
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
@@ -26,25 +25,6 @@ from . import hvit_model
 # The rules of configs/finetune_hvit.py and configs/simclr_hvit.py.
 HEAD = r"(head|aux_\w+)/.*"
 NO_DECAY = r".*/(bias|scale|pos_embed|disease_mask)"
-
-
-def _model(case):
-    """Return the backbone of a case."""
-    h, size = case.config["hvt_params"], case.config["img_size"]
-    fields = dict(
-        width=h["embed_dim_rgb"],
-        depths=tuple(h["depths"]),
-        heads=tuple(h["num_heads"]),
-        patch=h["patch_size"],
-        image_size=size[0],
-        image_width=size[1],
-        mlp_ratio=h["mlp_ratio"],
-        qkv_bias=h["qkv_bias"],
-        spectral_channels=h["spectral_channels"],
-        spectral_width=h["embed_dim_spectral"] if h["spectral_channels"] else 0,
-        dfca_heads=h.get("dfca_num_heads", 12),
-    )
-    return hvit.HViT(**fields)
 
 
 def _run(classes=0, batch_size=1, total=1, counts=()):
@@ -65,7 +45,7 @@ def _classifier(case, objective=None, batch_size=2, **own):
     c = case.config
     made = classify.Classify(
         run=_run(c["num_classes"], batch_size, c.get("steps", 1)),
-        model=_model(case),
+        model=hvit_model.backbone(c),
         augment=classify_views.Augment(size=c["img_size"][0]),
         head=head.Head(pool="mean_norm", norm_eps=1e-5),
         objective=objective or classification.Objective(),
@@ -73,8 +53,8 @@ def _classifier(case, objective=None, batch_size=2, **own):
     )
     image = jax.ShapeDtypeStruct((1, *c["img_size"], 3), jnp.float32)
     like, _ = jax.eval_shape(made.init, jax.random.key(0), {"image": image})
-    depths = tuple(c["hvt_params"]["depths"])
-    params = convert.convert(case.param, like, hvit_names.table(depths))
+    names = hvit_names.table(made.model.depths)
+    params = convert.convert(case.param, like, names)
     return made, jax.tree.map(jnp.asarray, params)
 
 
@@ -207,7 +187,7 @@ def _pretrain(case):
     c = case.config
     method = simclr.SimCLR(
         run=_run(batch_size=c["batch"], total=c["total_steps"]),
-        model=_model(case),
+        model=hvit_model.backbone(c),
         augment=views.Views(size=c["img_size"][0]),
         projector=simclr.Projector(width=c["projection_dim"]),
         objective=simclr.Objective(
@@ -218,8 +198,7 @@ def _pretrain(case):
     pairs = zip(case.inputs["view1"], case.inputs["view2"], strict=True)
     batches = [{"global": jnp.stack([*map(_channels_last, p)], 1)} for p in pairs]
     like, _ = jax.eval_shape(method.init, jax.random.key(0), batches[0])
-    depths = tuple(c["hvt_params"]["depths"])
-    names = hvit_names.encoder(depths).under("backbone.", "encoder/")
+    names = hvit_names.encoder(method.model.depths).under("backbone.", "encoder/")
     head_names = hvit_model.projections(False).under("projection_head.", "")
     # The classifier is not on the path: it is no parameter of this method.
     mine = {k: v for k, v in case.param.items() if ".classifier_head" not in k}
@@ -227,10 +206,14 @@ def _pretrain(case):
     found = convert.convert(mine, flat, names + head_names)
     params = {"encoder": found["encoder"], "projector": found["params"]}
     params = jax.tree.map(jnp.asarray, params)
+    ours = [(names + head_names).forward(name)[1] for name in c.get("wd_excluded", ())]
+    still = ((name.replace("params/", "projector/"), 0.0) for name in ours)
     optimizer = _optimizer(
         params,
         c["total_steps"],
+        name=c.get("optimizer", "adamw"),
         lr=c["lr"],
+        wd_rules=(*still, (".*", 1.0)),
         warmup_epochs=float(c["warmup_steps"]),
         wd=c["weight_decay"],
         b1=c["betas"][0],
@@ -250,19 +233,13 @@ def _pretrain(case):
 
 
 def _groups(case):
-    h = case.config["hvt_params"]
-    depths = tuple(h["depths"])
-    model = whole_hvit.HViTModel(
-        _model(case),
-        classes=case.config["num_classes"],
-        consistency=h["enable_consistency_loss_heads"],
-    )
-    h_w = case.config["img_size"]
-    image = jnp.zeros((1, *h_w, 3 + h["spectral_channels"]))
+    model = hvit_model.model(case.config)
+    channels = 3 + model.backbone.spectral_channels
+    image = jnp.zeros((1, *case.config["img_size"], channels))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     sizes = {k: v.size for k, v in tree.flat(shapes).items()}
     case.close("num_params_total", sum(sizes.values()))
-    table = hvit_names.table(depths)
+    table = hvit_names.table(model.backbone.depths)
     ours = {name: table.forward(name)[1] for name in case.meta["all_names"]}
     assert set(ours.values()) == set(sizes)
     # By module, not by a piece of its name, which also finds every mlp.fc1.

@@ -6,6 +6,7 @@ import tempfile
 import h5py
 import numpy as np
 
+from tests.golden import reading
 from vitssl import errors
 from vitssl.data import modalities
 from vitssl.data.sources import olmoearth
@@ -21,13 +22,14 @@ def _dtype(name, dtypes):
         return dtypes["masks"]
     if name.startswith(("sentinel2", "landsat")):
         return dtypes["s2_landsat"]
-    known = {"sentinel1": "float32"}
-    return known.get(name, dtypes["static"])
+    return dtypes.get(name, dtypes["static"])
 
 
 def _reader(case):
     c = case.config
     names = c["training_modalities"]
+    absent = [name for name in names if f"h5/{name}" not in case.inputs]
+    reading.agree(c, absent=absent)
     with tempfile.TemporaryDirectory() as root:
         path = pathlib.Path(root) / "sample_0.h5"
         with h5py.File(path, "w") as file:
@@ -50,9 +52,12 @@ def _reader(case):
 
 
 def _normalizer(case):
+    reading.agree(case.config, std_multiplier=2)
     for name, x in case.inputs.items():
         kind = modalities.find(name)
         assert list(kind.bands) == case.config["band_order"][name]
+        computed = "computed" if name in modalities._COMPUTED else "predefined"
+        reading.agree(case.config["strategy_used"], **{name: computed})
         case.close(name, modalities.normalise(name, x))
 
 
@@ -66,19 +71,22 @@ def _budget(case):
             found = None
         assert found == one["max_t"], one
     for one in c["valid_starts"]:
-        starts = views.valid_starts(one["masks"], one["max_t"], one["current_length"])
+        masks = dict(one["masks"].items())
+        starts = views.valid_starts(masks, one["max_t"], one["current_length"])
         assert starts.tolist() == one["valid_starts"], one
     for one in c["crop"]:
         masks = {k: np.array(v) for k, v in one["masks"].items()}
         rows = np.arange(len(next(iter(masks.values()))))
         kept, cropped = olmoearth.crop_times(rows, masks)
         assert (kept[0], len(kept)) == (one["first_row"], one["length"])
-        assert {k: v.tolist() for k, v in cropped.items()} == one["cropped"]
+        want = dict(one["cropped"].items())
+        assert {k: v.tolist() for k, v in cropped.items()} == want
 
 
 def _turns(case):
     order = [name for name, _, _ in views.TURNS]
     assert order == case.config["order"]
+    reading.agree(case.config, modalities=list(case.inputs))
     for which, name in enumerate(order):
         for key, x in case.inputs.items():
             turned = np.stack([views.turn(one, which) for one in x])

@@ -8,7 +8,7 @@ import numpy as np
 
 from vitssl.data import modalities, states
 from vitssl.losses import contrastive, regression
-from vitssl.methods.latent_mim import objective, tokens
+from vitssl.methods.latent_mim import objective, target, tokens
 from vitssl.methods.latent_mim.objective import Pair
 from vitssl.optim import optimizer, schedules
 
@@ -248,7 +248,8 @@ def _schedules(case):
     got = schedules.cosine(at, base=lr, final=final, total_steps=end, **rise)
     case.close("lr", got)
     start, stop = c["ema"]
-    case.close("ema", schedules.momentum(at, start=start, end=stop, total_steps=end))
+    # Beyond the last step the line goes on, as in the original.
+    case.close("ema", target.Target(start=start, end=stop).momentum(at, end))
     p = c["probe"]
     got = schedules.cosine(
         case.inputs["probe_epochs"],

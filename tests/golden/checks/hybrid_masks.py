@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tests.golden import reading
 from vitssl.data import modalities, states
 from vitssl.methods.latent_mim import bandsets
 from vitssl.methods.latent_mim import masks as field_masks
@@ -31,24 +32,39 @@ NAMES = {
 DEFAULTS = {"same_bandset": False, "decode_only": ()}  # The original's.
 
 
+# One coin serves a whole batch of the original: all its samples are of one kind.
+BY_COIN = (
+    *("space_time", "random_space", "modality_space_time"),
+    *("modality_cross_space_time", "random_time_with_decode"),
+)
+FRACTIONS = "fractions_[ONLINE,TARGET_ONLY,DECODER,MISSING]"
+
+
 def strategy(given) -> field_masks.Strategy:
-    """Return our strategy of the original's options."""
-    options = {NAMES.get(k, k): v for k, v in given.items() if v is not None}
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    """Return our strategy of the original's options; no bound is our 0, its None."""
+    options = {}
+    for key, value in given.items():
+        if value is None and not key.startswith(("min_", "max_")):
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        options[NAMES.get(key, key)] = 0 if value is None else value
     return field_masks.Strategy(**DEFAULTS | options)
 
 
 def _statistics(case):
     for one in case.config:
-        _one(one)
+        made = strategy(one["strategy"])
+        coins = (None, 0.1, 0.5, 0.9) if made.type in BY_COIN else (None,)
+        faults = [_fault(one, made, coin) for coin in coins]
+        assert not all(faults), f"{made}: {faults[0]}"
 
 
-def _one(one):
+def _drawn(one, made, coin):
+    """{modality: [B, 4] fractions of our states}; each sample its own coin if None."""
     kinds = [modalities.find(name) for name in one["modalities"]]
-    count, side, patch = one["B"], one["hw_p"], one["patch_size"]
-    made = strategy(one["strategy"])
+    side, patch = one["hw_p"], one["patch_size"]
     found = {k.name: [] for k in kinds}
-    for i in range(count):
+    for i in range(one["B"]):
         rng = np.random.default_rng(i)
         # A whole sample, with pixels and patches, as the reader hands it on.
         gone = {
@@ -59,27 +75,44 @@ def _one(one):
             )
             for k in kinds
         }
-        masks = field_masks.draw(made, kinds, gone, rng, coin=rng.random())
+        own = rng.random() if coin is None else coin
+        masks = field_masks.draw(made, kinds, gone, rng, coin=own)
         for name, mask in masks.items():
             found[name].append([(mask == state).mean() for state in range(4)])
-    for name, want in one["fractions_[ONLINE,TARGET_ONLY,DECODER,MISSING]"].items():
-        got = np.array(found[name])
-        kind = modalities.find(name)
-        assert want["tokens_per_sample"] == np.prod(kind.tokens(side, one["T"]))
+    return {name: np.array(rows) for name, rows in found.items()}
+
+
+def _fault(one, made, coin):
+    """Which modality, and what of it, is not as measured; "" if all are."""
+    drawn, shape = _drawn(one, made, coin), (one["hw_p"], one["T"])
+    for name, want in one[FRACTIONS].items():
+        got = drawn[name]
+        reading.agree(
+            want,
+            tokens_per_sample=int(np.prod(modalities.find(name).tokens(*shape))),
+            constant_within_patch=True,  # Ours are masks of patches.
+        )
         # Both means are of a sample of draws.
         std = np.maximum(want["std"], got.std(0))
-        limit = 4 * np.sqrt(2) * std / np.sqrt(count) + 1e-6
-        label = f"{one['strategy']} {name}"
-        assert (abs(got.mean(0) - want["mean"]) <= limit).all(), label
         slack = 1e-6 + (0.1 if max(want["std"]) > 0 else 0.0)
-        assert (got.min(0) >= np.array(want["min"]) - slack).all(), label
-        assert (got.max(0) <= np.array(want["max"]) + slack).all(), label
-        assert abs(got.std(0) - want["std"]).max() <= 0.05, label
+        limits = {
+            "mean": 4 * np.sqrt(2) * std / np.sqrt(one["B"]) + 1e-6,
+            "std": 0.05,
+        }
+        for what, limit in limits.items():
+            if (abs(getattr(got, what)(0) - want[what]) > limit).any():
+                return f"{what} of {name}"
+        if (got.min(0) < np.array(want["min"]) - slack).any():
+            return f"min of {name}"
+        if (got.max(0) > np.array(want["max"]) + slack).any():
+            return f"max of {name}"
+    return ""
 
 
 def _rules(case):
     c = case.config
     kinds = [modalities.find(name) for name in c["modalities"]]
+    reading.agree(c, missing_value=modalities.MISSING)
     missing = {k.name: states.missing(k, case.inputs[k.name]) for k in kinds}
     filled = {}
     for name, gone in missing.items():

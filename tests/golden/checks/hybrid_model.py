@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from tests.golden import reading
 from vitssl import convert
 from vitssl.data import modalities, states
 from vitssl.methods.latent_mim import blocks, embed, encodings, network, tokens
 from vitssl.methods.latent_mim import names as olmoearth
-from vitssl.models import layers
+from vitssl.models import layers, xavier
 from vitssl.ops import resize
 
 # Compiling is most of the time of these checks: quicker without optimisation.
@@ -71,7 +72,7 @@ def encoder_of(c, mods):
         width=c["embedding_size"],
         depth=c.get("depth", c.get("encoder_depth")),
         heads=c["num_heads"],
-        mlp_ratio=c["mlp_ratio"],
+        mlp_ratio=c.get("mlp_ratio", 4.0),
         base=c["base_patch_size"],
         drop_path=c.get("drop_path", 0.0),
         registers=c.get("num_register_tokens", 0),
@@ -98,7 +99,7 @@ def predictor_of(c, mods):
         inner=c["decoder_embedding_size"],
         depth=c.get("depth", c.get("decoder_depth")),
         heads=c["num_heads"],
-        mlp_ratio=c["mlp_ratio"],
+        mlp_ratio=c.get("mlp_ratio", 4.0),
     )
 
 
@@ -157,6 +158,8 @@ def without_masks(batch):
 def _flexi(case):
     c = case.config
     factor = c["image_tile_size_factor"]
+    assert modalities.find(c["modality"]).factor == factor
+    reading.agree(c, bias=True, interpolation="bicubic", antialias=True)
     module = embed.FlexiPatchEmbed(
         c["embedding_size"], c["base_patch_size"] * factor, c["in_chans"]
     )
@@ -172,16 +175,23 @@ def _flexi(case):
     x = jnp.asarray(np.moveaxis(x, 3, 1) if timed else x)
     sizes = {f"ps{p}": p for p in c["patch_sizes"]} | {"base": c["base_patch_size"]}
     for name, patch in sizes.items():
-        got = module.apply({"params": params}, x, patch * factor)
+        image = x if patch != c["base_patch_size"] else whole(x, patch * factor)
+        got = module.apply({"params": params}, image, patch * factor)
         case.close(name, jnp.moveaxis(got, 1, 3) if timed else got)
         if timed:
             _some(case, module, params, name, patch * factor)
 
 
+def whole(x, patch):
+    """Images [..., H, W, C] without what fills no patch, as a convolution sees them."""
+    h, w = (side // patch * patch for side in x.shape[-3:-1])
+    return x[..., :h, :w, :]
+
+
 def _some(case, module, params, name, patch):
     """The same, for a few patches alone."""
     image = jnp.asarray(case.inputs["x"])
-    if image.shape[1] % patch:
+    if image.shape[1] % patch or image.shape[2] % patch:
         return
     b, h, w, t, _ = case.out[name].shape
     flat = np.random.default_rng(0).integers(0, h * w * t, (b, 7))
@@ -203,6 +213,7 @@ def _reconstruction(case):
     )
     params = convert.by_name(case.param, rules)
     x = jnp.asarray(case.inputs["x"])
+    reading.agree(c, embedding_size=x.shape[-1])
     timed = x.ndim == 5
     x = jnp.moveaxis(x, 3, 1) if timed else x
     for patch in c["patch_sizes"]:
@@ -219,7 +230,7 @@ def _pi_resize(case):
     for n in c["sizes"]:
         got = resize.kernel(jnp.asarray(kernel), n)
         case.close(f"w{n}", einops.rearrange(got, "p q c d -> d c p q"))
-        case.close(f"emb{n}", module.apply({"params": params}, x, n))
+        case.close(f"emb{n}", module.apply({"params": params}, whole(x, n), n))
 
 
 def _triangle(x):
@@ -228,14 +239,17 @@ def _triangle(x):
 
 
 def _resize(case):
+    c = case.config
     for name, x in case.inputs.items():
-        i = name[-1]
+        i = int(name.lstrip("xtok"))
         if name.startswith("tok"):
-            r = case.out[f"tok_nearest{i}"].shape[1] // x.shape[1]
+            h, w, r, d = c["token_cases_h_w_r_D"][i]
+            assert x.shape[1:] == (h, w, d)
             case.close(f"tok_bilinear{i}", resize.bilinear(jnp.asarray(x), r))
             case.close(f"tok_nearest{i}", resize.nearest(jnp.asarray(x), r))
             continue
-        new = case.out[f"bicubic_aa{i}"].shape[-1]
+        old, new = c["sizes"][i]
+        assert x.shape[-1] == old
         image = jnp.moveaxis(jnp.asarray(x), 1, -1)
         got = resize.image(image, new, new)
         case.close(f"bicubic_aa{i}", jnp.moveaxis(got, -1, 1))
@@ -303,6 +317,7 @@ def _composite(case):
 
 def _block(case):
     c = case.config
+    reading.agree(c, qkv_bias=True, layer_norm_eps=xavier.EPS, gelu="exact")
     kinds = {"self": False, "cross": False, "self_qknorm": True}
     for kind, qk_norm in kinds.items():
         state = {
@@ -341,7 +356,7 @@ def _encoder(case):
     rules = olmoearth.encoder(mods)
     params = {"params": convert.convert(case.param, encoder_like(module), rules)}
     batch, patch = split_masks(case), c["patch_size"]
-    resolution = float(c["input_res"])
+    resolution = float(c.get("input_res", 10))
     seen = max(
         sum(
             int((np.asarray(embed.token_mask(batch, m, patch))[b] == 0).sum())
@@ -353,9 +368,8 @@ def _encoder(case):
     @quick
     def run(params, batch):
         apply = functools.partial(module.apply, params, resolution=resolution)
-        exits = c["token_exit_cfg"] and {
-            m.name: c["token_exit_cfg"][m.name] for m in mods
-        }
+        depths = c.get("token_exit_cfg")
+        exits = depths and {m.name: depths[m.name] for m in mods}
         left = apply(unmask(batch), patch, exits=exits) if exits else None
         return (
             apply(batch, patch, slots=seen),
@@ -391,7 +405,7 @@ def _predictor(case):
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
     dates, patch = jnp.asarray(case.inputs["timestamps"]), c["patch_size"]
-    shapes, resolution = tokens.shapes_of(x), float(c["input_res"])
+    shapes, resolution = tokens.shapes_of(x), float(c.get("input_res", 10))
     whole = tokens.flatten(x, mods)
     state = tokens.flatten_mask(mask, mods)
     packed = tokens.pack(whole, state == states.ONLINE, 0)
@@ -448,6 +462,7 @@ def _pooling(case):
     c, mods = case.config, fields_of(case.config)
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
+    reading.agree(c, D=x[mods[0].name].shape[-1])
     case.close("inst_mean", tokens.pool(x, mask))
     flat = tokens.flatten(x, mods)
     seen = tokens.flatten_mask(mask, mods)[..., None] == states.ONLINE
@@ -484,8 +499,13 @@ def _inventory(case):
             size, mlp_ratio=dims["mlp_ratio"], base_patch=c["base_patch_size"]
         )
         encoder, predictor = section.build(mods, "float32")
-        assert encoder.depth == dims["encoder_depth"]
-        assert predictor.depth == dims["decoder_depth"]
+        for part, module, own in (
+            ("encoder", encoder, encoder.width),
+            ("decoder", predictor, predictor.inner),
+        ):
+            assert module.depth == dims[f"{part}_depth"]
+            assert module.heads == dims[f"{part}_num_heads"]
+            assert own == dims[f"{part}_embedding_size"]
         found = {
             "encoder": convert.tree.flat(encoder_like(encoder)),
             "decoder": convert.tree.flat(predictor_like(predictor, encoder.width)),

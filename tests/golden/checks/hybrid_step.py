@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from vitssl import convert
 from vitssl.bench import flops, hybrid_flops
 from vitssl.convert import vit_names
@@ -25,6 +26,7 @@ def _upsampler(case):
     x = {m.name: jnp.asarray(case.inputs[m.name]) for m in mods}
     mask = {m.name: jnp.asarray(case.inputs[f"{m.name}_mask"]) for m in mods}
     p, q = c["processing_patch_size"], c["output_patch_size"]
+    reading.agree(c, factor=p // q, D=x[mods[0].name].shape[-1])
     fine, states = upsample.Upsampler(mods, p, q).apply({}, x, mask, {})
     for m in mods:
         case.close(m.name, fine[m.name])
@@ -65,6 +67,8 @@ def _skip(case):
             k: case.param[f"fine_embed.{g}.{k}"] for k in ("kernel", "bias")
         }
     p, q = c["processing_patch_size"], c["output_patch_size"]
+    d, hidden = case.param["mlp.0.kernel"].shape
+    reading.agree(c, D=d, mlp_ratio=hidden / d)
     module = upsample.Upsampler((field,), p, q, "skip")
     x, mask, pixels = (jnp.asarray(case.inputs[k]) for k in ("tokens", "mask", "x"))
     fine, states = module.apply(
@@ -83,7 +87,7 @@ def system_of(c, mods, **own):
         p=c["processing_patch_size"],
         q=c["output_patch_size"],
         decoder="mixed" if mode == "plain" else mode,
-        pool_at=c["pool_at"],
+        pool_at=c.get("pool_at", "processing"),
         **own,
     )
 
@@ -105,16 +109,18 @@ def total_of(module, c, frozen, a, b):
             projection, frozen, parts.unmask(batch), seen.asked, module.target_patch
         )
         both = {k: Pair(v.prediction, goal[k], v.valid) for k, v in seen.asked.items()}
-        loss, _ = objective.patch_discrimination(both, kind=c["loss"], tau=c["tau"])
+        loss, _ = objective.patch_discrimination(
+            both, kind=c["loss"], tau=c.get("tau", 0.1)
+        )
         return loss, seen, goal
 
     def total(params):
         la, va, goal = view(params, a)
         lb, vb, _ = view(params, b)
         pull = contrastive.infonce_one_way(
-            va.pooled, vb.pooled, temperature=c["infonce_tau"]
+            va.pooled, vb.pooled, temperature=c.get("infonce_tau", 0.1)
         )
-        pull = c["infonce_weight"] * pull
+        pull = c.get("infonce_weight", 0.1) * pull
         return (la + lb) / 2 + pull, (la, lb, pull, va, vb, goal)
 
     return total
@@ -122,6 +128,7 @@ def total_of(module, c, frozen, a, b):
 
 def _step(case):
     c, mods = case.config, parts.fields_of(case.config)
+    reading.agree(c, token_exit_cfg=0)  # The target is the projection alone.
     module = system_of(c, mods)
     a, b = _views(case)
     like = {
@@ -199,6 +206,7 @@ def _folded(state, prefix):
 
 def _vit(case):
     c = case.config
+    reading.agree(c, qkv_bias=True)
     # Whether the position table has rows for what precedes the patches.
     rows = c["pos_embed_tokens"] > (c["img_size"] // c["base_patch"]) ** 2
     net = vit.ViT(

@@ -6,6 +6,7 @@ import tempfile
 import cv2
 import numpy as np
 
+from tests.golden import reading
 from tests.layouts import radiographs
 from vitssl.data import sources
 from vitssl.methods.parts import measures, views
@@ -48,7 +49,8 @@ def _cub(case):
                 assert len(source.classes) == expected["num_classes"]
         reader = c["parts_reader"]
         source = sources.open("cub", root, reader["split"])
-        spec = views.Augment(reader["resize"])
+        crops = "crop" if reader.get("center_crop", True) else "warp"
+        spec = views.Augment(reader["resize"], evaluation=crops)
         view = views.Evaluation(spec, reader["resize"])
         rows = [view(source[i]) for i in range(len(source))]
     # The original puts the number of the keypoint, or of the image, in front.
@@ -111,6 +113,7 @@ def _crop(case):
 
 
 def _planckian(case):
+    reading.agree(case.config, num_illuminants=len(views.ILLUMINANTS))
     np.testing.assert_allclose(views.ILLUMINANTS, case.inputs["table"], atol=1e-6)
     image = _uint8(case.inputs["image"])
     for i, index in enumerate(case.inputs["index"].astype(int)):
@@ -151,6 +154,7 @@ def _transform(case):
     c = case.config
     size = c["image_size"]
     grey = isinstance(c.get("mean"), float)
+    reading.agree(c, crop_pct=0.875)
     spec = views.Augment(
         size,
         "siim_acr" if grey else "cub_original",

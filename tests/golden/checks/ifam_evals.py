@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from tests.golden.checks.ifam_model import last
 from vitssl.methods.parts import maps as partmaps
 from vitssl.methods.parts import measures, scores
@@ -12,6 +13,13 @@ from vitssl.pictures import overlays
 def _points(case, prefix):
     """Rows of `measures.of_maps` for one split of a case, in batches of three."""
     keypoints = jnp.asarray(case.inputs[f"{prefix}keypoints"])[..., 1:]
+    _, channels, side, _ = case.inputs[f"{prefix}maps"].shape
+    reading.agree(
+        case.config,
+        map_size=side,
+        num_parts=channels - 1,
+        num_keypoints=keypoints.shape[1],
+    )
     size = case.config["image_size"]
     batch = {
         "image": np.zeros((len(keypoints), size, size, 1)),
@@ -53,6 +61,8 @@ def _dense(case):
 
 def _overlap(case):
     masks = jnp.asarray(case.inputs["masks"])
+    parts = case.inputs["maps"].shape[1] - 1
+    reading.agree(case.config, image_size=masks.shape[-1], num_parts=parts)
     counts = measures.overlap(last(case.inputs["maps"]), masks)
     found = scores.intersection_over_union(np.asarray(counts))
     for name in ("iou_fg", "iou_bg"):
@@ -61,6 +71,7 @@ def _overlap(case):
 
 def _classification(case):
     logits, labels = case.inputs["logits"], case.inputs["targets"].astype(int)
+    reading.agree(case.config, num_classes=logits.shape[1])
     found = scores.classification(logits, labels)
     for theirs, ours in (
         ("micro", "top1"),
@@ -101,6 +112,7 @@ def _thresholds(case):
     owner = maps.argmax(-1)
     own = np.take_along_axis(dot, owner[..., None], axis=-1)[..., 0]
     parts = maps.shape[-1] - 1
+    reading.agree(case.config, num_parts=parts)
     found = scores.thresholds(owner, own, parts, case.config["quantiles"])
     for name, want in case.meta["expected"].items():
         got = next(v for q, v in found.items() if abs(1 - q - float(name)) < 1e-9)
@@ -142,6 +154,7 @@ def _picture(case):
             columns, rows = overlays.layout(want["batch"])
             assert (columns, rows) == (want["ncols"], want["nrows"])
         return
+    reading.agree(case.config, background_label=case.inputs["maps"].shape[1] - 1)
     got = overlays.labels(last(case.inputs["maps"]), case.config["save_resolution"])
     # Ties of enlarged maps are decided by the last bit: the case asks for 99 %.
     assert (got == case.out["labels"]).mean() >= 0.99

@@ -1,9 +1,12 @@
 """iFAM's losses with their gradients, the warp, and the masks."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import reading
 from tests.golden.checks.ifam_model import first, last
 from vitssl.methods.classify import objective as classify
 from vitssl.methods.parts import affine, objective
@@ -12,6 +15,7 @@ from vitssl.methods.parts import maps as partmaps
 
 def _on_maps(case, loss):
     """Compare a loss of maps, and its gradient, on every set of maps of a case."""
+    reading.agree(case.config, weight_applied=False, reduction="mean")
     i = 0
     while f"maps{i}" in case.inputs:
         value, grad = jax.value_and_grad(loss)(last(case.inputs[f"maps{i}"]))
@@ -57,6 +61,7 @@ def _equivariance(case):
     maps, moved = last(case.inputs["maps"]), last(case.inputs["equiv_maps"])
     for name, c in case.config.items():
         w, size = warp(c), c["image_size"]
+        reading.agree(c, map_size=maps.shape[1])
         image = affine.bilinear(last(case.inputs["img"]), w)
         case.close(f"forward_{name}", first(image))
         case.close(f"backward_maps_{name}", first(affine.undo(moved, w, size)))
@@ -73,6 +78,8 @@ def _equivariance(case):
 def _loss(case):
     c, kind = case.config, case.config.get("loss_type")
     name = case.meta["case"]
+    known = typing.get_args(objective.Background) + typing.get_args(objective.Presence)
+    assert kind in (None, *known), f"loss_type {kind!r}: there is {known}"
     if name.startswith("loss_enforced_presence"):
         _on_maps(case, lambda m: objective.background_presence(m, kind))
     elif name.startswith("loss_presence"):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.golden import ifam_names
+from tests.golden import ifam_names, reading
 from vitssl import convert
 from vitssl.methods.parts import heads, names, networks
 from vitssl.methods.parts import maps as partmaps
@@ -33,8 +33,13 @@ def backbone(config, **options):
         c = config["vit"]
         shape = dict(width=c["D"], depth=c["depth"], heads=c["heads"])
         shape |= dict(patch=c["patch"], image_size=c["img"], registers=c["reg"])
-        shape |= dict(class_position=False, mlp_ratio=c.get("mlp_ratio", 4))
+        shape |= dict(class_position=not c.get("no_embed_class", True))
+        shape |= dict(mlp_ratio=c.get("mlp_ratio", 4))
+        shape |= dict(norm_eps=c.get("block_norm_eps", config.get("norm_eps", 1e-6)))
+        scaled = c.get("layer_scale", True)
+        reading.agree(c, qkv_bias=True, act="gelu(erf)")
     else:
+        scaled = True
         shape = dict(
             width=config["hidden_size"],
             depth=config["num_hidden_layers"],
@@ -45,7 +50,7 @@ def backbone(config, **options):
             norm_eps=config.get("layer_norm_eps", 1e-6),
             resampling="plain",
         )
-    return vit.ViT(layerscale=1e-5, **shape | options)
+    return vit.ViT(layerscale=1e-5 if scaled else 0.0, **shape | options)
 
 
 def apply(net, variables, *args, **kwargs):
@@ -131,6 +136,7 @@ def _stage1(case):
 def _stage2(case):
     c = case.config
     masking = "soft" if c["use_soft_masks"] else "hard"
+    reading.agree(c, fc_norm_eps=1e-5)
     ways = ["soft"] if c["use_soft_masks"] else ["hard", "straight_through"]
     net = networks.MaskedClassifier(
         backbone(c), c["num_classes"], rooms=(0.25, 0.5, 1.0)
@@ -172,6 +178,7 @@ def _pdiscoformer(case):
     else:
         kind = "original" if "modulation" in case.param else "layer_norm"
         net, rules = networks.PartNet(_cnn(c), head(c, kind)), _cnn_table(c)
+        reading.agree(c, image=image(case).shape[1])
         like = jax.eval_shape(net.init, jax.random.key(0), image(case))
         variables = convert.convert(case.param, like, rules)
     found = apply(net, variables, image(case), draws(case))
@@ -186,6 +193,8 @@ def _pdiscoformer(case):
 
 
 def _cnn(c):
+    widths = c["dims"] if "dims" in c else c["channels"]
+    reading.agree(c, feature_dim=sum(widths[-2:]))
     if "dims" in c:
         return convnext.ConvNeXt(
             tuple(c["depths"]), tuple(c["dims"]), 1e-6, c.get("output_stride", 32)
@@ -193,7 +202,7 @@ def _cnn(c):
     kind = {"BasicBlock": "basic", "Bottleneck": "bottleneck"}[c["block"]]
     stem = 64  # timm's stem_width concerns its deep stems alone.
     return resnet.ResNet(
-        tuple(c["layers"]), tuple(c["channels"]), stem, kind, c["output_stride"]
+        tuple(c["layers"]), tuple(c["channels"]), stem, kind, c.get("output_stride", 32)
     )
 
 
@@ -227,6 +236,7 @@ def _positions(case):
     c = case.config
     old, new = tuple(c["old"]), tuple(c["new"])
     full = case.inputs["pos_embed_with_cls"]
+    reading.agree(c, dim=full.shape[-1])
     case.close("timm", posemb.resample(case.inputs["pos_embed"], old, new))
     for name, how in (("timm_with_cls", "antialias"), ("hf", "plain")):
         rest = posemb.resample(full[:, 1:], old, new, how)

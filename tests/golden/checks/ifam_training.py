@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from configs import parts as config
-from tests.golden import ifam_names
+from tests.golden import ifam_names, reading
 from tests.golden.checks import ifam_losses, ifam_model
 from vitssl import tree
 from vitssl.methods import base as methods
@@ -89,8 +89,11 @@ def _schedule(case):
     want = case.meta.get("expected")
     name = case.meta["case"]
     if name == "ema_decay":
-        decay = case.config["decay"]
-        got = [schedules.averaging(s, decay=decay) for s in want["step"]]
+        c = case.config
+        reading.agree(c, use_warmup=True)
+        gamma, power = c.get("warmup_gamma", 1.0), c.get("warmup_power", 2 / 3)
+        rule = dict(decay=c["decay"], gamma=gamma, power=power)
+        got = [schedules.averaging(s, **rule) for s in want["step"]]
         np.testing.assert_allclose(got, want["decay"], atol=case.tolerance)
     elif name == "normalised_weight_decay":
         for row in want:
@@ -122,6 +125,17 @@ def _made(wd, per_epoch, epochs, batch, **fields):
     )
 
 
+def freezes(flags):
+    """Our names of the original's four flags, none of which is its default."""
+    names = {
+        "freeze_backbone": "freeze_backbone",
+        "freeze_tokens_1": "freeze_params_stage_1",
+        "freeze_second_stage": "freeze_second_stage",
+        "freeze_tokens_2": "freeze_params_stage_2",
+    }
+    return {ours: flags.get(theirs, False) for ours, theirs in names.items()}
+
+
 def _groups(case):
     """Every torch parameter: its rate, its decay, whether it trains."""
     c, want = case.config, case.meta["expected"]
@@ -129,17 +143,12 @@ def _groups(case):
     baseline = "factors" not in c
     names = [p for g in want["groups"] for p in g["params"]]
     like, rules = (_baseline if baseline else _two_stage)(names, hf)
-    flags = c.get("flags", {"freeze_backbone": c.get("freeze_backbone", False)})
-    given = {
-        "freeze_backbone": flags.get("freeze_backbone", False),
-        "freeze_tokens_1": flags.get("freeze_params_stage_1", False),
-        "freeze_second_stage": flags.get("freeze_second_stage", False),
-        "freeze_tokens_2": flags.get("freeze_params_stage_2", False),
-    }
+    reading.agree(c, depth=_depth(names))
+    given = freezes(c.get("flags", c))
     kind = "two_stage"
     if baseline:
         # One ViT: the flag freezes all of it, tokens and positions included.
-        frozen = given.pop("freeze_backbone")
+        frozen = given["freeze_backbone"]
         given = dict(freeze_second_stage=frozen, freeze_tokens_2=frozen)
         given["scratch"], kind = c["scratch_lr_factor"], "baseline"
     else:
@@ -158,6 +167,10 @@ def _groups(case):
         steps_per_epoch=1,
         batch_size=1,
     )
+    if "weight_decay_normalised" in c:
+        per_epoch = c["dataset_size"] // c["total_batch"]
+        decay = c["weight_decay_normalised"], per_epoch, c["epochs"], c["total_batch"]
+        np.testing.assert_allclose(_made(*decay).wd(0), want["weight_decay"], rtol=1e-5)
     ours = _ours(names, rules, hf)
     assert set(ours.values()) == set(tree.flat(like))
     frozen = made.frozen(0)
@@ -263,8 +276,7 @@ def _step(case):
     labels = jnp.asarray(case.inputs["labels"]).astype(jnp.int32)
     like = jax.eval_shape(of.init, jax.random.key(0), {"image": image})[0]
     params = ifam_names.load(case.param, like)
-    flags = case.config["freeze"]
-    rules = config.groups(freeze_backbone=flags.get("freeze_backbone", False))
+    rules = config.groups(**freezes(case.config.get("freeze", {})))
     spec = optimizer.Optim(lr=1.0, wd=0.0, clip_norm=2.0, **rules, **OPTIM)
     made = optimizer.make(spec, params, total_steps=9, steps_per_epoch=1, batch_size=3)
     for axis in ("parts", "channels"):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.golden import localmim_names as pretrain_table
+from tests.golden import reading
 from vitssl import convert, tree
 from vitssl.convert import positions, vit_names
 from vitssl.data import geometry, resample, views
@@ -44,12 +45,13 @@ def _drop_path(case):
 
 def _images(case):
     c, image = case.config, case.inputs["image"].astype(np.uint8)
+    view = views.classifier_evaluation(c["input_size"])
+    reading.agree(c, resize_shorter=int(view.ratio * c["input_size"] + 1e-6))
 
     def standard(x):
         x = patches.normalise(jnp.asarray(x), c["mean"], c["std"])
         return jnp.moveaxis(x, -1, 0)
 
-    view = views.classifier_evaluation(c["input_size"])
     case.close("eval", standard(view({"image": image})["image"]))
     size = (c["input_size"],) * 2
     crop = resample.resize(image, size, c["crop_box_top_left_h_w"], "bicubic")
@@ -58,6 +60,8 @@ def _images(case):
 
 def _clipped(case):
     draws = case.inputs["area_fraction_log_ratio"]
+    low, high = np.log(case.config["ratio"])
+    assert (low <= draws[:, 1]).all() and (draws[:, 1] <= high).all()
     want = case.out["top_left_h_w"]
     for row, ((width, height), draw) in enumerate(
         zip(case.inputs["width_height"], draws, strict=True)
@@ -135,8 +139,10 @@ def _probe(case):
         "kernel": jnp.asarray(case.param["linear.weight"]).T,
         "bias": jnp.asarray(case.param["linear.bias"]),
     }
+    reading.agree(c, batch=len(case.inputs["x0"]), classes=len(params["bias"]))
+    reading.agree(c, bn_eps=head.EPS, bn_momentum=0.1)
     _, stats = module.init(jax.random.key(0), c["dim"], c["classes"])
-    for t in range(3):
+    for t in range(sum(name.startswith("x") for name in case.inputs)):
         x = jnp.asarray(case.inputs[f"x{t}"])
         logits, stats, _ = module(params, stats, x, train=True)
         case.close(f"train{t}", logits)
@@ -150,8 +156,9 @@ def _mixed(case):
     image = jnp.moveaxis(jnp.asarray(case.inputs["x"]), 1, -1)
     for one in c["cases"]:
         key, lam = one["key"], jnp.float32(one["lam_drawn"])
-        if one["use_cutmix"]:
-            edges = one["bbox_yl_yh_xl_xh"]
+        edges = one["bbox_yl_yh_xl_xh"]
+        assert one["use_cutmix"] == (edges is not None)
+        if edges is not None:
             mixed, lam = mix.cutmix(image, edges)
         else:
             mixed = mix.mixup(image, lam)
@@ -200,6 +207,8 @@ def _groups(case):
 def _positions(case):
     for one in case.config["cases"]:
         table = case.inputs[f"{one['key']}/pos_embed"]
+        reading.agree(one, dim=table.shape[-1])
+        assert table.shape[-2] == 1 + one["old_grid"] ** 2
         got = positions.resample(table, 1, one["new_grid"], "plain")
         case.close(f"{one['key']}/pos_embed", got)
 
@@ -207,13 +216,15 @@ def _positions(case):
 def _transfer(case):
     """A checkpoint through our names into a classifier: which parameters arrive."""
     meta, depth = case.meta, case.config["depth"]
+    scales = case.config.get("decoder_scales", (4.0, 2.0, 1.0, 0.5))
+    count = len(scales)
     for key, first in (
         ("pretrain_keys", 0),
-        ("pretrain_keys_after_freezing_all_but_last", 3),
+        ("pretrain_keys_after_freezing_all_but_last", count - 1),
     ):
         keys = meta[key]
-        assert pretrain_table.dropped({k: 0 for k in keys}, 4) == first
-        stored = _ours(keys, pretrain_table.table((4.0, 2.0, 1.0, 0.5), first))
+        assert pretrain_table.dropped({k: 0 for k in keys}, count) == first
+        stored = _ours(keys, pretrain_table.table(scales, first))
         net = vit.ViT(8, depth, 1, 4, 8, positions="learned_sincos")
         variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
         shapes = {f"backbone/{k}": v for k, v in tree.flat(variables["params"]).items()}
@@ -238,6 +249,8 @@ def _ours(keys, table):
 
 def _finetuned(case):
     c = case.config
+    classes = len(case.param["head.bias"])
+    reading.agree(c, qkv_bias=True, num_classes=classes)
     net = vit.ViT(
         width=c["embed_dim"],
         depth=c["depth"],

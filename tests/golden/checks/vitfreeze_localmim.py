@@ -1,13 +1,15 @@
 """LocalMIM: masks, HOG, decoders, the whole model, and training with FreezeOut."""
 
+import fractions
 import functools
+import re
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.golden import localmim_names
+from tests.golden import localmim_names, reading
 from vitssl import convert, tree
 from vitssl.methods import base
 from vitssl.methods.localmim import decoder, random_masking, stages, targets
@@ -20,20 +22,35 @@ from vitssl.optim import optimizer as optim
 QUICK = {"xla_backend_optimization_level": 0}
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
+ALL_SCALES = (8.0, *(4.0,) * 2, *(2.0,) * 6, 1.0, 1.0, 0.5)  # Of twelve blocks.
+
+
+def stages_of(c):
+    """The stages of a configuration; the original's where it names none."""
+    depth, every = c["depth"], c.get("all_stages", False)
+    blocks = range(depth) if every else (1, 3, depth - 3, depth - 1)
+    blocks = tuple(c.get("stage_block_ids", blocks))
+    scales = tuple(c.get("decoder_scales", ALL_SCALES if every else SCALES))
+    reading.agree(
+        c,
+        all_stages=len(blocks) == depth,
+        hog_pools=[round(c["patch_size"] / scale) for scale in scales],
+    )
+    return stages.Stages(blocks=blocks, scales=scales)
 
 
 def build(c, **sections):
     """The method that the configuration of a case describes."""
-    scales = tuple(c.get("decoder_scales", SCALES))
+    channels = c.get("in_chans", 3)
     return localmim.LocalMIM(
         run=base.Run(
             total_steps=1,
             steps_per_epoch=1,
             batch_size=1,
             classes=0,
-            channels=c["in_chans"],
-            mean=(0.5,) * c["in_chans"],
-            std=(0.5,) * c["in_chans"],
+            channels=channels,
+            mean=(0.5,) * channels,
+            std=(0.5,) * channels,
         ),
         model=vit.ViT(
             width=c["embed_dim"],
@@ -41,19 +58,19 @@ def build(c, **sections):
             heads=c["num_heads"],
             patch=c["patch_size"],
             image_size=c["img_size"],
-            mlp_ratio=c["mlp_ratio"],
+            mlp_ratio=c.get("mlp_ratio", 4.0),
             positions="sincos",
             norm_eps=c.get("ln_eps", 1e-6),
         ),
         augment=localmim.Augment(size=c["img_size"]),
         decoder=decoder.Decoder(
             width=c["decoder_embed_dim"],
-            depth=c["decoder_depth"],
+            depth=c.get("decoder_depth", 1),
             heads=c["decoder_num_heads"],
-            mlp_ratio=c["mlp_ratio"],
+            mlp_ratio=c.get("mlp_ratio", 4.0),
         ),
-        stages=stages.Stages(blocks=tuple(c["stage_block_ids"]), scales=scales),
-        target=targets.Targets(nbins=c["hog_nbins"]),
+        stages=stages_of(c),
+        target=targets.Targets(nbins=c.get("hog_nbins", 9)),
         **sections,
     )
 
@@ -97,7 +114,9 @@ def _masks(case):
         key, n = c["key"], c["L"]
         visible = random_masking.Masking(ratio=c["mask_ratio"]).visible(n, 0.0)
         assert visible == c["len_keep"]
-        found = random_masking.masks(jnp.asarray(case.inputs[f"{key}/noise"]), visible)
+        noise = jnp.asarray(case.inputs[f"{key}/noise"])
+        reading.agree(c, B=len(noise))
+        found = random_masking.masks(noise, visible)
         case.close(f"{key}/mask", found.mask)
         case.close(f"{key}/ids_restore", found.restore)
         case.close(f"{key}/kept_index", found.keep)
@@ -116,6 +135,7 @@ def _flat(x):
 
 def _hog(case):
     c, image = case.config, pixels(case.inputs["imgs"])
+    reading.agree(c, image_size=image.shape[1], max_angle="pi")
     biases = None
     if c["hog_bias"]:
         biases = [case.param[f"pool{k}.conv.bias"] for k in c["pools"]]
@@ -139,6 +159,8 @@ def _raster(cells, grid, scale):
 def _decoder(case):
     c = case.config
     side = int(c["num_patches"] ** 0.5)
+    width, bins = case.inputs["x"].shape[-1], c["out_dim"] // 3
+    reading.agree(c, inp_dim=width, nbins=bins, qkv_bias=True)
     for scale in c["scales"]:
         module = decoder.StageDecoder(
             decoder.Decoder(
@@ -170,7 +192,7 @@ def _decoder(case):
 
 def _masks_of(case, method, noise):
     n = method.grid[0] * method.grid[1]
-    ratio = case.config["mask_ratio"]
+    ratio = case.config.get("mask_ratio", 0.75)
     visible = random_masking.Masking(ratio=ratio).visible(n, 0.0)
     return random_masking.masks(jnp.asarray(noise), visible)
 
@@ -229,7 +251,7 @@ def layers_of(method, params, *, as_coded=False, patch_embed=True):
 
 
 def _frozen(case):
-    config = {"in_chans": 3, "decoder_depth": 1, **case.config}
+    config = case.config
     method = build(config)
     names = localmim_names.table(method.stages.scales)
     params = convert.convert(case.param, like(method), names)
@@ -264,6 +286,14 @@ def _frozen(case):
 def _stage_weights(case):
     each = jnp.asarray(case.inputs["per_stage"])
     n = len(each)
+    reading.agree(case.config, stages=n)
+    for name, text in case.config["weightings"].items():
+        name = {"seed_intent": "one_over_n_minus_k"}.get(name, name)
+        want = [float(fractions.Fraction(x)) for x in text.split(",")]
+        if len(want) not in (1, n):
+            continue  # Written out for the four stages of the original.
+        got = stages.Stages(scales=(1,) * n, weighting=name).loss_weights(range(n))
+        np.testing.assert_allclose(got, want * (n // len(want)), rtol=1e-6)
     kinds = {
         "uniform": ("uniform", False),
         "n_minus_k_original": ("n_minus_k", True),
@@ -275,13 +305,15 @@ def _stage_weights(case):
     for drop in range(n):
         active = tuple(range(drop, n))
         for key, (weighting, by_remaining) in kinds.items():
-            spec = stages.Stages(weighting=weighting, by_remaining=by_remaining)
+            spec = stages.Stages(
+                scales=(1,) * n, weighting=weighting, by_remaining=by_remaining
+            )
             weights = spec.loss_weights(active)
             case.close(f"drop{drop}/{key}", (weights * each[drop:]).sum())
 
 
 def _trace(case):
-    c = {"decoder_depth": 1, **case.config}
+    c = case.config
     method = build(c)
     names = localmim_names.table(method.stages.scales)
     start = convert.convert(case.param, like(method), names)
@@ -337,7 +369,7 @@ def _one_trace(case, method, names, start, images, run):
     )
 
     n = method.grid[0] * method.grid[1]
-    visible = random_masking.Masking(ratio=run["mask_ratio"]).visible(n, 0.0)
+    visible = random_masking.Masking(ratio=run.get("mask_ratio", 0.75)).visible(n, 0.0)
     update = jax.jit(optimizer.update, compiler_options=QUICK)
     params, frozen = start, frozenset()
     opt = optimizer.init(tree.split(params, frozen)[0])
@@ -386,6 +418,7 @@ def _groups(case):
     for variant in c["variants"]:
         want = case.meta["groups"][variant]
         every = variant == "all_stages"
+        scales = _scales_of([g["name"] for g in want["groups"]])
         model = dict(
             img_size=32,
             patch_size=16,
@@ -398,8 +431,8 @@ def _groups(case):
             decoder_depth=1,
             decoder_num_heads=2,
             hog_nbins=9,
-            stage_block_ids=range(12) if every else (1, 3, 9, 11),
-            decoder_scales=(8, 4, 4, 2, 2, 2, 2, 2, 2, 1, 1, 0.5) if every else SCALES,
+            all_stages=every,
+            decoder_scales=scales if every else SCALES,
         )
         method = build(model)
         params = like(method)
@@ -419,6 +452,18 @@ def _groups(case):
             g["name"]: (g["layer_index"], g["weight_decay"]) for g in want["groups"]
         }
         assert got == wanted
+
+
+def _scales_of(names):
+    """The scales of the stages whose decoders have these names in the original."""
+    layers = {}
+    for name in names:
+        if found := re.match(r"decoder\.(\d+)\.pred\.(\d+)", name):
+            layers.setdefault(int(found[1]), set()).add(int(found[2]))
+    # What a head is made of: 1 after a pooling alone, else a doubling every three.
+    known = {frozenset({1}): 0.5, frozenset({0}): 1.0, frozenset({0, 1}): 2.0}
+    known |= {frozenset({0, 1, 3, 4}): 4.0, frozenset({0, 1, 3, 4, 6, 7}): 8.0}
+    return tuple(known[frozenset(layers[k])] for k in sorted(layers))
 
 
 def _torch_names(params, names):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tests.golden import reading
 from vitssl.bench import flops
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
@@ -61,6 +62,7 @@ def _freeze(case):
         case.close(f"{key}/min_active_layer", least)
         case.close(f"{key}/lr_unfrozen_params", flat)
         stages = np.asarray(run["stage_layer_index"])
+        reading.agree(run, all_stages=len(stages) == run["depth"])
         case.close(f"{key}/stage_active", stages[None] >= least[:, None])
         inside = np.arange(len(at)) % ipe
         case.close(f"{key}/optimizer_step", inside % run["acc"] == run["acc"] - 1)
@@ -135,7 +137,9 @@ def _original(case):
         assert list(_LAYERS[run["model"]](run)) == want
 
 
-def _densenet_saving(growth: int, blocks: int, t_0: float, schedule: str) -> float:
+def _densenet_saving(
+    growth_rate: int, blocks_per_stage: int, t_0: float, how_scale: str
+) -> float:
     """Return the paper's estimate of the compute saved on a DenseNet-BC of 32 px.
 
     Forward and backward count one unit each and the first removes nothing; the linear
@@ -143,28 +147,28 @@ def _densenet_saving(growth: int, blocks: int, t_0: float, schedule: str) -> flo
     i / (number of layers), as their code has it.
 
     Args:
-        growth: channels k added by every block.
-        blocks: blocks per stage.
+        growth_rate: channels k added by every block.
 
     Source: ajbrock/FreezeOut@73beea1 utils.py:calc_speedup.
     """
-    k, n = growth, 2
+    k, n = growth_rate, 2
     cost = [3 * 2 * k * 32**2 * 9]
     for side in (32, 16, 8):
-        for _ in range(blocks):
+        for _ in range(blocks_per_stage):
             cost.append(side**2 * (4 * n * k**2 + 36 * k**2))
             n += 1
         n //= 2
     count = len(cost)
     trained = sum(
-        c * freezeout.ratio(schedule, t_0, i, count) for i, c in enumerate(cost)
+        c * freezeout.ratio(how_scale, t_0, i, count) for i, c in enumerate(cost)
     )
     saving = 1 - (sum(cost) + trained) / (2 * sum(cost))
-    return saving * (1.3 if schedule == "linear" else 1.0)
+    return saving * (1.3 if how_scale == "linear" else 1.0)
 
 
 def _speedup(case):
-    got = [_densenet_saving(*args) for args in case.config["cases"]]
+    names, rows = case.config["args"], case.config["cases"]
+    got = [_densenet_saving(**dict(zip(names, row, strict=True))) for row in rows]
     case.close("speedup", got)
 
 
@@ -172,6 +176,10 @@ def _saving(case):
     c = case.config
     g, stages = c["per_image_GFLOP"], tuple(c["stage_layer_index"])
     depth = max(stages)
+    # Linear layers 24 N D^2, attention 4 N^2 D.
+    n = c["tokens_encoder"]
+    width = np.sqrt(1e9 * g["block_linear"] / (24 * n))
+    np.testing.assert_allclose(1e9 * g["block_attention"], 4 * n**2 * width, rtol=1e-6)
     tables = {}
     for mode in ("as_coded", "prefix_stop"):
         want = case.inputs[f"fwd_bwd_GFLOP_{mode}"]

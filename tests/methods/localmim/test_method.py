@@ -235,6 +235,23 @@ def test_a_curriculum_is_linear_between_its_epochs():
 
 
 @pytest.mark.parametrize(
+    "weighting, want",
+    [
+        ("uniform", [1, 1, 1]),
+        ("n_minus_k", [3, 2, 1]),
+        ("one_over_k", [1, 1 / 2, 1 / 3]),
+        ("one_over_n_minus_k", [1 / 3, 1 / 2, 1]),
+    ],
+)
+def test_each_weighting_weighs_the_stages_by_its_own_formula_alone(weighting, want):
+    spec = stages.Stages(scales=(4.0, 2.0, 1.0), weighting=weighting)
+    np.testing.assert_allclose(spec.loss_weights((0, 1, 2)), want, rtol=1e-6)
+    np.testing.assert_allclose(spec.loss_weights((1, 2)), want[1:], rtol=1e-6)
+    if weighting != "one_over_n_minus_k":  # Only it divides by zero at k = n.
+        assert np.isfinite(spec.loss_weights((3,))).all()
+
+
+@pytest.mark.parametrize(
     "own, channels",
     [
         (dict(targets=("pixel",)), 3 * 16),

@@ -83,12 +83,13 @@ class Stages:
         return np.asarray([self._weight(k, n) for k in places], np.float32)
 
     def _weight(self, k, n):
-        return {
-            "uniform": 1.0,
-            "n_minus_k": float(n - k),
-            "one_over_k": 1.0 / (k + 1),
-            "one_over_n_minus_k": 1.0 / (n - k),
-        }[self.weighting]
+        if self.weighting == "n_minus_k":
+            return float(n - k)
+        if self.weighting == "one_over_k":
+            return 1.0 / (k + 1)
+        if self.weighting == "one_over_n_minus_k":
+            return 1.0 / (n - k)
+        return 1.0
 
     def check(self) -> Iterator[str]:
         """Yield what does not fit together."""
