@@ -1,10 +1,12 @@
 """Starting from stored parameters under other names."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vitssl import errors
-from vitssl.run import checkpoint, opened, warmstart
+from vitssl.run import checkpoint, opened, step, warmstart
 
 
 def test_one_stored_network_fills_two():
@@ -46,8 +48,8 @@ def test_patience_wants_more_than_a_trifle_and_losses_to_fall():
     assert patience.state()["best"] == 0.7
     falling = checkpoint.Checkpoint(every_epochs=1.0, best="test/loss", patience=2)
     patience = checkpoint.Best(falling, {})
-    for step, value in enumerate((2.0, 1.0, 1.5), 1):
-        patience.look(step, {"test/loss": value})
+    for at, value in enumerate((2.0, 1.0, 1.5), 1):
+        patience.look(at, {"test/loss": value})
     assert patience.state() == {
         "best": 1.0,
         "since": 1,
@@ -68,3 +70,27 @@ def test_a_head_is_compared_with_the_classes_of_its_checkpoint(tmp_path):
     # A head that starts anew has no classes yet.
     fresh = warmstart.Init(from_=str(tmp_path), skip=("head/.*",))
     warmstart.check_classes(fresh, opened.past(tmp_path), ("b", "a"), params)
+
+
+def test_a_run_of_the_version_before_resumes_without_its_step(tmp_path):
+    # Methods kept the step in `extra` before the trainer told them.
+    def state(**extra):
+        zero = {"w": jnp.zeros(2)}
+        return step.State(jnp.int32(3), zero, extra, {}, jax.random.key(0))
+
+    spec = checkpoint.Checkpoint(every_epochs=1.0)
+    old = state(step=jnp.int32(3), target=jnp.ones(2))
+    with checkpoint.Checkpoints(tmp_path, spec, 1) as saves:
+        saves.save(3, old, {}, {})
+        saves.wait()
+        target = jax.eval_shape(lambda: state(target=jnp.ones(2)))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), target
+        )
+        found, _ = saves.restore(lambda at: target)
+    assert set(found.extra) == {"target"} and int(found.step) == 3
+    np.testing.assert_array_equal(found.extra["target"], np.ones(2))
+    other = jax.tree.map(lambda s: s, target).replace(extra={})
+    with pytest.raises(errors.CheckpointError, match="extra/target"):
+        checkpoint.read(tmp_path / "checkpoints", 3, other)
