@@ -116,6 +116,21 @@ def full_disk_at_save(n):
     ocp.CheckpointManager.save = wrapped
 
 
+def full_disk_in_thread(n):
+    """The n-th save fails with ENOSPC in the thread of orbax that finishes it."""
+    import orbax.checkpoint as ocp
+
+    finalize, count = ocp.CompositeCheckpointHandler.finalize, [0]
+
+    def wrapped(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == n:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return finalize(self, *args, **kwargs)
+
+    ocp.CompositeCheckpointHandler.finalize = wrapped
+
+
 def nan_at_step(n):
     """The loss of step n is NaN."""
     _nan(lambda step: step == n)

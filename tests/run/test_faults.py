@@ -1,10 +1,12 @@
 """Faults a run must survive, or end from with its exit code and one clear message."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests import runs
 from vitssl.run import guard
@@ -119,3 +121,72 @@ def test_a_batch_that_does_not_split_over_the_devices(tmp_path):
     assert done.returncode == 2, done.said
     assert "batch_size=16 does not split over 3 devices" in done.stderr
     assert "15, 18" in done.stderr
+
+
+# A network of two megabytes, so that a checkpoint is what fills a disk.
+SMALL = dict(model__width=128, model__heads=4, predictor__heads=4)
+
+
+def _on_a_small_disk(workdir, size, *faults, **changes):
+    """Run on a file system of its own of so many bytes: a full disk, not a patch."""
+    command = shlex.join(runs.command(workdir / "disk", *faults, **changes))
+    script = (
+        f"mount -t tmpfs -o size={size} tmpfs {workdir} && {command}; code=$?; "
+        f"ls {workdir}/disk/checkpoints > {workdir}.list; "
+        f"cp {workdir}/disk/status.json {workdir}.status; exit $code"
+    )
+    workdir.mkdir()
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=runs.ROOT,
+        env=runs.environment(),
+    )
+    done.said = done.stdout + done.stderr
+    return done
+
+
+def _can_mount() -> bool:
+    try:
+        return not subprocess.run(["unshare", "-rm", "true"]).returncode
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not _can_mount(), reason="needs user namespaces")
+@pytest.mark.parametrize("faults", [(), ("term_after_step=5",)])
+def test_saved_is_said_only_of_what_is_on_a_real_full_disk(tmp_path, faults):
+    # Checkpoint 0 fits, with 300 kB more; none after it does.
+    whole = runs.run(tmp_path / "whole", steps=1, **SMALL)
+    assert whole.returncode == 0, whole.said
+    files = (tmp_path / "whole").rglob("*")
+    size = sum(-(-f.stat().st_size // 4096) * 4096 for f in files if f.is_file())
+    done = _on_a_small_disk(
+        tmp_path / "small", int(size / 2) + 300_000, *faults, **SMALL
+    )
+    assert done.returncode == 4, done.said
+    assert "could not be saved" in done.stderr or "saves in a row" in done.stderr
+    assert "Preempted" not in done.stderr, done.said
+    status = json.loads((tmp_path / "small.status").read_text())
+    assert status["state"] == "failed"
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path):
+    # The error of orbax's thread must not come up again at the next save.
+    done = runs.run(tmp_path, "full_disk_in_thread=2")
+    assert done.returncode == 0, done.said
+    assert done.stdout.count("No space left on device") == 1
+    steps = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert "4" not in steps and {"8", "12"} <= steps
+
+
+@pytest.mark.parametrize("fault", ["full_disk_in_thread=4"])
+def test_a_last_save_that_fails_is_made_once_more(tmp_path, fault):
+    done = runs.run(tmp_path, fault)
+    assert done.returncode == 0, done.said
+    assert "checkpoint of step 12 failed" in done.stdout
+    assert (tmp_path / "checkpoints" / "12").is_dir()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "finished"

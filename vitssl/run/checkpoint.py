@@ -5,6 +5,7 @@ a digest of every file. A step without it (the process died) or with a file that
 not match it (the disk lied) is never loaded: the newest good one is.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -130,16 +131,21 @@ class Checkpoints:
         if spec.keep_every_epochs:
             every = max(1, round(spec.keep_every_epochs * steps_per_epoch))
             keep.append(policies.EveryNSteps(every))
+        self._keep = policies.AnyPreservationPolicy(keep)
+        self._finishing, self._failed, self._in_a_row = None, None, 0
+        self._reason = None  # Of the last failure.
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
         self._remove_debris()
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                preservation_policy=self._keep,
                 save_decision_policy=policies.FixedIntervalPolicy(1),
             ),
         )
-        self._finishing, self._failed, self._in_a_row = None, None, 0
 
     def __enter__(self):
         """Return self."""
@@ -165,6 +171,7 @@ class Checkpoints:
             CheckpointError: `spec.failures` saves in a row failed.
         """
         self.wait()
+        self._at = step
         found = metrics.get(self.spec.best)
         best = float("-inf") if found is None else self.spec.sign * float(found)
         meta = {"format": FORMAT, "step": step, "metrics": dict(metrics), **meta}
@@ -179,27 +186,49 @@ class Checkpoints:
             )
         except Exception as e:  # noqa: BLE001 - whatever the file system raises.
             self._failed = e
-            self._judge(step)
+            self._judge()
             return
         self._finishing = threading.Thread(
             target=self._finish, args=(step,), name="checkpoint", daemon=True
         )
         self._finishing.start()
 
+    def seal(self, step: int, state, meta: dict, metrics: dict) -> None:
+        """Save `state` and return once it is sealed on disk; a failure is tried again.
+
+        Raises:
+            CheckpointError: it is not; why, and what to do.
+        """
+        for _ in range(2):
+            self.save(step, state, meta, metrics)
+            self.wait()
+            # The process that writes the seal is the one to look for it.
+            if not devices.is_main() or step in self.steps():
+                return
+        raise errors.CheckpointError(
+            f"{self.directory}: the state after step {step} could not be saved: "
+            f"{self._reason}; free space and run the same command again"
+        ) from self._reason
+
     def wait(self) -> None:
         """Block until the save under way is on disk and verified."""
         if self._finishing is not None:
             self._finishing.join()
             self._finishing = None
-            self._judge(self._manager.latest_step())
+            self._judge()
 
-    def _judge(self, step):
+    def _judge(self):
         """Count failures in a row; the run goes on until there are too many."""
         if self._failed is None:
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        logger.warning("checkpoint near step %s failed: %s", step, self._failed)
+        logger.warning("checkpoint of step %d failed: %s", self._at, self._failed)
+        self._reason = self._failed
+        # Orbax raises an error of its thread again: at the next save, and at the end.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = self._opened()
         if self._in_a_row >= self.spec.failures:
             raise errors.CheckpointError(
                 f"{self.directory}: {self._in_a_row} saves in a row failed, the last "

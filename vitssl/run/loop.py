@@ -287,7 +287,7 @@ class _Loop:
             self.metrics.push(at, metrics, ids)
         except errors.NonFiniteError:
             self.metrics.in_a_row = 0
-            self._save(state, at + 1)
+            self._save(state, at + 1, seal=True)
             raise
 
     def _look_ahead(self, at):
@@ -323,9 +323,9 @@ class _Loop:
                 last = True
         stop = self.signals.stop(at)
         if self.saves.due(at) or last or stop or (best and s.checkpoint.keep_best):
-            self._save(state, at)
+            # What ends the process says "saved", and that is a promise.
+            self._save(state, at, seal=bool(last or stop))
         if stop and not last:
-            self.saves.wait()
             if devices.is_main():
                 self._status("preempted", at)
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
@@ -383,7 +383,8 @@ class _Loop:
         spec, best = self.parts.experiment.settings.checkpoint, self.best
         return f"{spec.best} {best.value:.4g} after step {best.step}"
 
-    def _save(self, state, at):
+    def _save(self, state, at, seal=False):
+        """Save the state in the background, or until it is sealed on disk."""
         self.watchdog.beat(f"checkpoint after step {at}")
         self.metrics.drain()
         start = time.perf_counter()
@@ -395,7 +396,8 @@ class _Loop:
             "versions": notes.versions(),
         }
         of, scores = self.scores
-        self.saves.save(at, state, meta, scores if of == at else {})
+        save = self.saves.seal if seal else self.saves.save
+        save(at, state, meta, scores if of == at else {})
         self._pause(start)
 
     def _pause(self, start):
