@@ -101,6 +101,17 @@ def term_while_compiling(_):
     step.Compiled._program = wrapped
 
 
+def term_in_final(_):
+    """SIGTERM when the final evaluation begins, which then takes a minute."""
+    from vitssl.run import evaluation
+
+    def final(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    evaluation.Evaluation.final = final
+
+
 def full_disk_at_save(n):
     """The n-th save fails with ENOSPC; 0: every save does."""
     import orbax.checkpoint as ocp

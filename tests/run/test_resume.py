@@ -4,6 +4,7 @@ import json
 import pathlib
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -73,6 +74,18 @@ def test_sigint_from_outside_saves_too(whole, tmp_path):
             break
     rest = process.stdout.read()
     assert process.wait(120) == 75, rest
+
+
+def test_sigterm_in_the_final_evaluation_exits_75_at_once(whole, tmp_path):
+    start = time.monotonic()
+    stopped = runs.run(tmp_path, "term_in_final")
+    assert stopped.returncode == 75 and time.monotonic() - start < 60, stopped.said
+    assert "run it again for the final evaluation" in stopped.stderr
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "preempted"
+    assert runs.digest(tmp_path) == runs.digest(whole)
+    again = runs.run(tmp_path)
+    assert again.returncode == 0 and "final evaluation only" in again.stdout
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
 
 
 def test_a_finished_run_says_so_and_trains_no_more(whole, tmp_path):

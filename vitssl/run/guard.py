@@ -94,7 +94,7 @@ class Signals:
 
     def __init__(self):
         self.received = ""
-        self._old = {}
+        self._old, self._nothing_to_save = {}, False
 
     def __enter__(self):
         """Install the handlers (only the main thread may)."""
@@ -117,6 +117,8 @@ class Signals:
         if self.received:
             os._exit(errors.Preempted.code)
         self.received = signal.Signals(number).name
+        if self._nothing_to_save:
+            raise self._over()
         _say(f"{self.received}: saving after this step, then exit 75")
 
     def _pass_on(self, number, frame):
@@ -126,6 +128,22 @@ class Signals:
         self.received = "SIGINT"
         _say("SIGINT: saving soon on every process, then exit 75")
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def saved(self) -> None:
+        """From now on a signal ends the run at once: its last state is sealed on disk.
+
+        Raises:
+            Preempted: one came before.
+        """
+        if jax.process_count() == 1:
+            self._nothing_to_save = True
+            if self.received:
+                raise self._over()
+
+    def _over(self) -> errors.Preempted:
+        return errors.Preempted(
+            f"{self.received}: saved; run it again for the final evaluation"
+        )
 
     def stop(self, step: int) -> str:
         """Return the signal's name if all processes shall stop after `step`, or ""."""

@@ -211,7 +211,19 @@ class _Loop:
         return state
 
     def finish(self, state, name) -> dict:
-        """Evaluate the last state or the best, draw, say that the run is finished."""
+        """Evaluate the last state or the best, draw, say that the run is finished.
+
+        Raises:
+            Preempted: a signal came; the same command evaluates.
+        """
+        try:
+            self.signals.saved()
+            return self._finish(state, name)
+        except errors.Preempted:
+            self._status("preempted", int(state.step))
+            raise
+
+    def _finish(self, state, name) -> dict:
         parts, s, at = self.parts, self.parts.experiment.settings, int(state.step)
         self.watchdog.beat("final evaluation")
         if s.evals.final_of == "best":
