@@ -7,6 +7,9 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = "--xla_force_host_platform_device_count=4"
+# Simulated devices that meet in a collective wait for each other; on a busy machine one
+# may come minutes late, and XLA ends the process after 40 seconds.
+_FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=900"
 # Most of the time here is compilation, and without these emitters it is a third less.
 # Later versions of XLA do not know the flag, and end the process of who sets it.
 if importlib.metadata.version("jax").startswith("0.10."):
