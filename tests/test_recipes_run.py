@@ -144,6 +144,8 @@ def shrunk(c) -> dict:
     found = {}
     if c.get("per_device", 0):
         found["per_device"] = 1  # On four devices: two micro-batches, as published.
+    if thaw := c.optim.get("thaw", ()):  # Within these two steps.
+        found["optim.thaw"] = tuple((pattern, 0.1) for pattern, _ in thaw)
     if "presence_group" in c.get("objective", {}):
         found["objective.presence_group"] = 1 if c.batch_size == 16 else 4
     found |= {"hjepa": _hjepa, "latent_mim": _latent_mim}.get(c.method, _image)(c)
