@@ -124,7 +124,11 @@ def _first_step(name, *changes, count=1) -> First:
         state = jax.device_put(state, parts.compiled.state_sharding(phase))
         with contextlib.closing(parts.stream(0)) as stream:
             batch = devices.put(next(stream), devices.batch_sharding(parts.mesh))
+        # Without optimizations every gradient has a collective of its own, and so many
+        # at a time wait for each other for ever where there are fewer threads.
+        jax.config.update("jax_disable_most_optimizations", count == 1)
         executable = parts.compiled.get(phase, batch)
+        jax.config.update("jax_disable_most_optimizations", True)
         state, metrics = executable(state, batch)
     before, after, opt = jax.device_get((_fresh(name).params, state.params, state.opt))
     moved = jax.tree.map(np.subtract, after, before)
