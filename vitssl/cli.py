@@ -15,7 +15,7 @@ USAGE = """\
 usage: vitssl COMMAND ...
 
   train --config=FILE[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
-  recipes                              every recipe of configs/, and what it needs
+  recipes                              every recipe, and what it needs
   doctor                               what works on this machine, and what to install
   runs [DIR]                           a table of the runs below DIR
   compare RUN RUN ...                  configs and curves of runs, side by side
@@ -73,14 +73,16 @@ def _parser(command, text):
 
 def _recipes(argv):
     parser = _parser("recipes", "List the recipes of a folder of configs.")
-    parser.add_argument("folder", nargs="?", default="configs", metavar="DIR")
+    parser.add_argument("folder", nargs="?", default="", metavar="DIR")
     parser.add_argument("--write", action="store_true", help="write DIR/README.md")
     flags = parser.parse_args(argv)
+    from vitssl import config
     from vitssl.tools import recipes
 
-    found = recipes.read(flags.folder)
+    folder = pathlib.Path(flags.folder or config.home())
+    found = recipes.read(folder)
     if flags.write:
-        path = pathlib.Path(flags.folder) / "README.md"
+        path = folder / "README.md"
         path.write_text(recipes.markdown(found))
         print(path)
     else:

@@ -77,12 +77,7 @@ def module(path: str) -> types.ModuleType:
     Raises:
         UsageError: no such file, or a syntax error in it.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        near = [str(p) for p in files(file.parent)]
-        guess = difflib.get_close_matches(path, near, 1)
-        also = f"; did you mean {guess[0]}?" if guess else f"; there is: {near}"
-        raise errors.UsageError(f"--config={path}: no such file{also}")
+    file = find(path)
     found = importlib.util.spec_from_file_location(file.stem, file)
     if found is None:
         raise errors.UsageError(f"--config={path}: not a Python file")
@@ -92,6 +87,38 @@ def module(path: str) -> types.ModuleType:
     except SyntaxError as e:
         raise errors.UsageError(f"--config={path}: line {e.lineno}: {e.msg}") from e
     return made
+
+
+def home() -> pathlib.Path:
+    """Return the folder of the published configs, of a clone or of a wheel."""
+    inside = pathlib.Path(__file__).with_name("configs")
+    return inside if inside.is_dir() else inside.parents[1] / "configs"
+
+
+def find(path: str) -> pathlib.Path:
+    """Return the file that `path` means, which may be a published config's name.
+
+    "hjepa" and "configs/hjepa.py" are looked up in ./configs and then in `home`.
+
+    Raises:
+        UsageError: neither a file nor a name.
+    """
+    given = pathlib.Path(path)
+    name = given.name if given.suffix == ".py" else f"{given.name}.py"
+    places = [given]
+    if str(given.parent) in (".", "configs"):
+        places += [folder / name for folder in (pathlib.Path("configs"), home())]
+    for place in places:
+        if place.is_file():
+            return place
+    known = {str(p): str(p) for p in files(given.parent)}
+    known |= {p.stem: p.stem for p in files(home())}
+    known |= {f"configs/{p.name}": p.stem for p in files(home())}
+    guess = difflib.get_close_matches(path, known, 1)
+    also = f"did you mean {known[guess[0]]}?" if guess else "there is: "
+    if not guess:
+        also += ", ".join(dict.fromkeys(known.values()))
+    raise errors.UsageError(f"--config={path}: no such file; {also}")
 
 
 def beside(path: str, name: str) -> types.ModuleType:

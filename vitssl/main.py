@@ -14,7 +14,7 @@ usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
                              [--config.KEY=VALUE ...] [--dry_run] [--force_unlock]
                              [--share=K/N]
 
-  --config        a recipe, such as configs/hjepa.py or configs/hjepa.py:smoke
+  --config        a recipe: hjepa, hjepa:smoke, or a file, configs/hjepa.py:smoke
   --workdir       directory of the run (default runs/<config>[-<argument>]);
                   the same command again goes on where the run stopped
   --config.KEY    override any value: --config.optim.lr=1e-3
@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> dict:
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").removeprefix("-")
         if flag == word == name or not word.startswith("-"):
-            faults.append(f"{word}: not a flag")
+            faults.append(f"{word}: not a flag; a recipe is given as --config={word}")
             continue
         if name in ("dry_run", "force_unlock", "help", "h") and not equals:
             found["help" if name == "h" else name] = True
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> dict:
             hint = f"; did you mean --{near[0]}?" if near else ""
             faults.append(f"{word}: no such flag{hint}")
     if not found["config"] and not found["help"]:
-        faults.append("--config=FILE is missing; there is a recipe in configs/")
+        faults.append("--config=NAME is missing; `vitssl recipes` lists them")
     if faults and not found["help"]:
         raise errors.UsageError("command line:\n  " + "\n  ".join(faults))
     return found

@@ -13,8 +13,10 @@ import subprocess
 import tempfile
 import time
 
+import vitssl
+from vitssl import config
+
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
-INSTALL = "VITSSL_EXTRAS={} launch/local.sh ..., or pip install -e '.[{}]'"
 # What an extra is for, by the module that shows that it is installed.
 EXTRAS = (
     ("wandb", "wandb", "logging to Weights & Biases (log.wandb)"),
@@ -22,6 +24,13 @@ EXTRAS = (
     ("tensorboard", "dev", "reading the TensorBoard events"),
     ("torch", "torch", "side-by-side benchmarks (vitssl.bench step --torch=...)"),
 )
+
+
+def install(extra: str) -> str:
+    """Return the command that adds an extra to this installation."""
+    if config.home().parent == pathlib.Path(vitssl.__file__).parent:
+        return f"pip install 'vitssl[{extra}]'"
+    return f"VITSSL_EXTRAS={extra} launch/local.sh ..., or pip install -e '.[{extra}]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Finding:
 def main(workdir) -> int:
     """Print all findings; return 0, or 2 if a run would fail."""
     worst = 0
-    for check in (packages, devices, attention, images, machine, extras):
+    for check in (packages, recipes, devices, attention, images, machine, extras):
         worst = max(worst, _show(_guarded(check)))
     worst = max(worst, _show(_guarded(lambda: writing(workdir), "workdir")))
     print(
@@ -103,6 +112,15 @@ def packages() -> list[Finding]:
     return [*found, Finding(GOOD, "packages", f"{len(seen)}: {', '.join(shown)}, ...")]
 
 
+def recipes() -> list[Finding]:
+    """Check that the published configs came along."""
+    found = [path.stem for path in config.files(config.home())]
+    if not found:
+        text = f"no config in {config.home()}"
+        return [Finding(BAD, "recipes", text, "install vitssl again, or clone it")]
+    return [Finding(GOOD, "recipes", f"{', '.join(found)} in {config.home()}")]
+
+
 def devices() -> list[Finding]:
     """Check that JAX sees the accelerator of the machine and computes on it."""
     import jax
@@ -125,7 +143,7 @@ def devices() -> list[Finding]:
     if jax.default_backend() == "cpu" and (driver := nvidia_driver()):
         extra = "cuda" if int(driver.split(".")[0]) >= 580 else "cuda12"
         text = f"an NVIDIA GPU is here (driver {driver}), but JAX does not use it"
-        fix = INSTALL.format(extra, extra)
+        fix = install(extra)
         if os.environ.get("JAX_PLATFORMS") == "cpu":
             fix = "unset JAX_PLATFORMS"
         found.append(Finding(NOTE, "gpu", text, fix))
@@ -228,7 +246,7 @@ def extras() -> list[Finding]:
     found = []
     for module, extra, use in EXTRAS:
         if importlib.util.find_spec(module) is None:
-            fix = INSTALL.format(extra, extra)
+            fix = install(extra)
             found.append(Finding(NOTE, module, f"not installed; for {use}", fix))
         else:
             found.append(Finding(GOOD, module, f"for {use}"))
