@@ -42,13 +42,13 @@ TO_LOSS = (
     "run.loop:_Loop.go",
     "run.step:Compiled.get",
     "run.step:make.step",
-    "methods.hjepa.method:HJEPA.loss",
+    "methods.base:Embedding.loss",
 )
 TO_SCALAR = (
     *TO_LOSS,
-    "methods.hjepa.method:HJEPA.terms",
-    "methods.hjepa.forward:forward",
-    "methods.hjepa.forward:predict_and_compare",
+    "methods.hjepa.method:HJEPA.compare",
+    "methods.hjepa.method:HJEPA.measure",
+    "methods.hjepa.forward:measure",
     "methods.hjepa.forward:compare",
     "losses.regression:level_loss",
 )

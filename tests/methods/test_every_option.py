@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from vitssl import errors, tree
+from vitssl import tree
 from vitssl.methods import table
 from vitssl.run import build, devices, evaluation, experiment, loop
 
@@ -58,12 +58,11 @@ RUN = (
     "evals.final=()",
 )
 ALL = sorted(SMALL)
-# Every sample has the loss it has in the whole batch: distance of losses, of gradients.
+# Distance of the losses and of the gradients of a batch in two parts and in one.
 # H-JEPA's is a mean over tokens to predict; some micro-batches have more of them.
-WHOLE = {"classify": (1e-5, 1e-5), "hjepa": (5e-3, 0.05)}
+WHOLE = {"classify": (1e-5, 1e-5), "hjepa": (5e-3, 0.05), "simclr": (1e-6, 1e-5)}
 # Masks or noise are drawn for each micro-batch.
 DRAWN = ("latent_mim", "localmim", "parts")
-COUPLED = ("simclr",)
 
 
 class First(NamedTuple):
@@ -155,7 +154,7 @@ def _same(found, want, *, loss=1e-5, grads=1e-5):
 
 
 def test_every_method_is_here():
-    assert set(ALL) == set(table.METHODS) == {*WHOLE, *DRAWN, *COUPLED}
+    assert set(ALL) == set(table.METHODS) == {*WHOLE, *DRAWN}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -182,10 +181,16 @@ def test_a_batch_in_two_parts_trains_where_each_part_has_draws_of_its_own(name):
     assert {k for k, x in split.moved.items() if not np.any(x)} == set()
 
 
-@pytest.mark.parametrize("name", COUPLED)
-def test_a_loss_over_the_batch_says_that_it_cannot_be_split(name):
-    with pytest.raises(errors.UsageError, match="accumulate=2: .* set accumulate=1"):
-        _read(name, "accumulate=2")
+@pytest.mark.parametrize(
+    "options", [("model.remat=True",), ("precision=bfloat16",)], ids=str
+)
+def test_a_loss_over_the_batch_in_parts_takes_other_options_too(options):
+    whole = _first_step("simclr", *options)
+    split = _first_step("simclr", *options, "accumulate=2")
+    half = "bfloat16" in options[0]
+    _same(split, whole, loss=1e-3 if half else 1e-6, grads=0.02 if half else 1e-5)
+    two = _first_step("simclr", *options, "accumulate=2", count=2)
+    _same(two, split, loss=1e-3 if half else 1e-6, grads=0.02 if half else 1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -78,7 +78,8 @@ def test_the_advice_fits(parts, whole, monkeypatch):
 
 
 def test_a_loss_over_the_batch_is_not_told_to_accumulate(monkeypatch):
-    coupled = _parts("batch_size=64", "objective.type=combined")
+    coupled = _parts("batch_size=64")
+    monkeypatch.setattr(type(coupled.method), "divisible", False)
     monkeypatch.setattr(memory, "limit", lambda: 2**20)
     said = memory.advice(coupled)
     assert "--config.batch_size=32 (this loss cannot be accumulated)" in said

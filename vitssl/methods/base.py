@@ -48,7 +48,7 @@ class Run:
 
     @property
     def micro_batch(self) -> int:
-        """Return how many images, over all devices, a loss sees at a time."""
+        """Return how many images, over all devices, a network sees at a time."""
         return self.batch_size // self.accumulate
 
 
@@ -60,7 +60,8 @@ class Method(abc.ABC):
     """
 
     run: Run
-    couples_batch = False  # Whether the loss mixes samples: no batch may be split.
+    couples_batch = False  # Whether the loss mixes samples.
+    embeds = False  # Whether it does so after embedding each: see `Embedding`.
     rectangles = False  # Whether images need not be square.
     labelled = False  # Whether training needs labels.
 
@@ -115,6 +116,11 @@ class Method(abc.ABC):
     def freeze_layers(self) -> tuple:
         """Return what `freeze.schedule` freezes; see `freezeout.FreezeOut.layers`."""
         return ()
+
+    @property
+    def divisible(self) -> bool:
+        """Return whether a step may see its batch in parts (`accumulate`)."""
+        return self.embeds or not self.couples_batch
 
     def check(self) -> Iterator[str]:
         """Yield one line per impossible combination of the sections."""
@@ -204,6 +210,36 @@ class Method(abc.ABC):
     def snapshot(self, params, extra, batch, path) -> None:
         """Write a picture of one evaluation batch (numpy) into a file."""
         del params, extra, batch, path
+
+
+class Embedding(Method):
+    """A method whose loss is `compare` of the rows that `embed` makes of each sample.
+
+    Where the loss mixes samples (`couples_batch`), the trainer embeds a batch in parts
+    and compares the whole: loss and gradient are those of the batch in one piece.
+    """
+
+    embeds = True
+
+    @abc.abstractmethod
+    def embed(self, params, extra, batch, rng, *, step=0, phase=None) -> Tree:
+        """Return rows [B, ...] of a (micro-)batch, by what mixes no samples.
+
+        `rng` is the (micro-)batch's own; what is drawn by it is the same each time.
+        """
+
+    @abc.abstractmethod
+    def compare(self, params, extra, rows, rng, *, step=0, phase=None):
+        """Return (loss [], (extra, metrics)) of the rows of the global batch.
+
+        `rng` is the step's: what all rows share is drawn by it.
+        """
+
+    def loss(self, params, extra, batch, rng, *, step=0, phase=None):
+        """Return (loss [], (extra, metrics)) of the global batch."""
+        own = dict(step=step, phase=phase)
+        rows = self.embed(params, extra, batch, rng, **own)
+        return self.compare(params, extra, rows, rng, **own)
 
 
 @functools.partial(jax.jit, static_argnames="method")

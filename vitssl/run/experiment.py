@@ -137,7 +137,7 @@ class Experiment:
         # What is wrong with the training size is said by now, and by its own key.
         if not found or s.evals.image_size != self.training_size:
             yield from _size_faults(method, s)
-        if s.accumulate > 1 and method.couples_batch:
+        if s.accumulate > 1 and not method.divisible:
             yield (
                 f"accumulate={s.accumulate}: this loss compares the samples of a "
                 "batch; set accumulate=1"

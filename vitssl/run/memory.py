@@ -206,7 +206,7 @@ def _fewer(parts, images: int):
     rows = s.batch_size // count
     if rows <= 1:
         return
-    if parts.method.couples_batch:
+    if not parts.method.divisible:
         lower = min(images, rows // 2 or 1) * count
         yield f"  --config.batch_size={lower} (this loss cannot be accumulated)"
         return

@@ -6,6 +6,7 @@ Which leaves are frozen is static: each distinct set is a phase, and each phase 
 compiled step, built in the background before it is needed.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Hashable
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from vitssl import errors, tree
 from vitssl.optim import optimizer as optim
-from vitssl.run import devices, histograms
+from vitssl.run import devices, gradcache, histograms
 
 
 class State(flax.struct.PyTreeNode):
@@ -94,14 +95,15 @@ def make(
         method: see `base.Method`.
         optimizer: see `optim.Optimizer`.
         accumulate: the batch is split into this many micro-batches whose gradients
-            are averaged; refused for a loss that mixes the samples of a batch.
+            are averaged; of a loss that mixes samples they are those of the whole
+            batch, see `gradcache`.
         mesh: devices of the run; None for one device.
         histograms_every: so many steps have one with histograms; 0 adds nothing.
 
     Raises:
-        UsageError: accumulation with a batch-coupled loss.
+        UsageError: accumulation with a method that cannot see its batch in parts.
     """
-    if accumulate > 1 and method.couples_batch:
+    if accumulate > 1 and not method.divisible:
         raise errors.UsageError(
             f"accumulate={accumulate}: this loss compares the samples of a batch, so "
             "averaging over parts of it would be another loss; set accumulate=1"
@@ -118,6 +120,11 @@ def make(
         grad = jax.value_and_grad(loss, has_aux=True)
         if accumulate == 1:
             (value, (extra, metrics)), grads = grad(trainable, state.extra, batch, rng)
+        elif method.couples_batch:
+            parts = _microbatches(batch, accumulate, mesh)
+            (value, (extra, metrics)), grads = _together(
+                method, state, phase, parts, rng, mesh
+            )
         else:
             parts = _microbatches(batch, accumulate, mesh)
             value, extra, metrics, grads = _accumulate(
@@ -156,6 +163,37 @@ def _microbatches(batch, k, mesh):
         return jax.lax.with_sharding_constraint(x, sharding)
 
     return jax.tree.map(one, batch)
+
+
+def _whole(rows, mesh):
+    """[k, B/k, ...] -> [B, ...]: undo `_microbatches`; rows keep their device."""
+
+    def one(x):
+        x = x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, devices.batch_sharding(mesh))
+
+    return jax.tree.map(one, rows)
+
+
+def _together(method, state, phase, parts, rng, mesh):
+    """Return ((loss, (extra, metrics)), gradients) of `base.Embedding`, exactly."""
+    trainable, frozen = tree.split(state.params, phase.frozen)
+    own = dict(step=state.step, phase=phase)
+
+    def embed(trainable, part, key):
+        params = tree.merge(trainable, frozen)
+        return method.embed(params, state.extra, part, key, **own)
+
+    def compare(trainable, rows):
+        params = tree.merge(trainable, frozen)
+        return method.compare(params, state.extra, rows, rng, **own)
+
+    count = jax.tree.leaves(parts)[0].shape[0]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(count))
+    join = functools.partial(_whole, mesh=mesh)
+    return gradcache.value_and_grad(embed, compare, trainable, parts, keys, join)
 
 
 def _accumulate(grad, trainable, extra, parts, rng):

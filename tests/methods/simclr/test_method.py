@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import config, errors, tree
+from vitssl import config, tree
 from vitssl.data import resolution
 from vitssl.losses import contrastive
 from vitssl.methods import base
@@ -254,6 +254,3 @@ def test_impossible_settings_are_one_line_each():
         "augment.jitter=(1.0, 1.0, 1.0, 0.9): every value in [0, 0.5]",
         "augment.size=0: 1 or more",
     ]
-    params, _ = _fresh(_method())
-    with pytest.raises(errors.UsageError, match="compares the samples of a batch"):
-        step.make(_method(), _optimizer(params), accumulate=2)

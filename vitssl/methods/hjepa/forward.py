@@ -1,5 +1,7 @@
 """The forward pass of H-JEPA with multi-crop: targets, contexts, predictions, losses.
 
+Two halves: `forward` sees each image by itself, `measure` all images of a batch.
+
 Axes: B images, C crops of one kind (G global or L local), K passes (one per level of
 masks in use), S slots of visible tokens, M slots of targets, N patches, D width, H
 levels. Crops of one resolution and their passes are stacked on the batch axis, so
@@ -76,6 +78,32 @@ class Targets(flax.struct.PyTreeNode):
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
 
+class Guess(NamedTuple):
+    """What the predictor makes of some crops."""
+
+    tokens: jax.Array  # [B, C, K, M, D]
+    offered: jax.Array  # [B, C, K] context tokens there were,
+    surplus: jax.Array  # [B, C, K] and how many of them had no room.
+
+
+class Crops(NamedTuple):
+    """Some crops and what the predictor makes of them."""
+
+    visible: jax.Array  # [B, C, K, N] bool, as in `Masked`.
+    wanted: jax.Array  # [B, C, K, N] bool
+    targets: Targets
+    guess: Guess
+
+
+class Rows(NamedTuple):
+    """What the networks make of each image by itself."""
+
+    context: Context  # Of the global crops, as the next one.
+    near: Crops
+    far: Crops | None  # The local crops that have targets.
+    view: jax.Array | None  # [B, L, D] pooled predictions, from each free local crop.
+
+
 class Level(NamedTuple):
     """Features of one level of some crops."""
 
@@ -104,16 +132,9 @@ class Terms(NamedTuple):
 
 
 def forward(
-    net: Networks,
-    near: Masked,
-    far: Masked | None,
-    free,
-    masking: Masking,
-    *,
-    views,
-    **options,
-) -> Terms:
-    """Run the step up to the losses, for every strategy.
+    net: Networks, near: Masked, far: Masked | None, free, masking: Masking, *, views
+) -> Rows:
+    """Run the step up to what the levels compare, for every strategy.
 
     Args:
         net: networks.
@@ -122,7 +143,6 @@ def forward(
         free: [B, C, H, W, channels] local crops without targets, or None.
         masking: section `masking`.
         views: predict pooled targets from free local crops.
-        **options: of `regression.level_loss`.
     """
     context = encode_visible(net, near, masking.mode)
     targets = find_targets(net, near)
@@ -133,7 +153,7 @@ def forward(
         tokens = _crops(tokens, len(free))  # [B, C, n, D]
     other = None if far is None else encode_visible(net, far, masking.mode)
 
-    def run(context, targets, slots, other):
+    def run(crops, context, targets, other):
         def extra(crops):
             """Return the context that `crops` target crops get from other crops."""
             found = [] if other is None else [extra_of(other, crops)]
@@ -144,18 +164,32 @@ def forward(
                 found.append(predictor.Extra(x, predictor.LOCAL))
             return found
 
-        one_by_one = masking.accumulate_crops
-        return predict_and_compare(
-            net, context, targets, extra, slots, one_by_one=one_by_one, **options
-        )
+        how = one_by_one if masking.accumulate_crops else together
+        guess = how(net, context, targets, extra, crops.slots)
+        return Crops(crops.visible, crops.wanted, targets, guess)
 
-    found = run(context, targets, near.slots, other)
+    found = run(near, context, targets, other)
     local = view = None
     if far is not None:
-        local = run(other, find_targets(net, far), far.slots, context)
+        local = run(far, other, find_targets(net, far), context)
     if views and tokens is not None:
-        view = view_loss(net, tokens, targets.tokens, **options)
-    return Terms(context, targets, found, local, view)
+        view = net.predict(_merge(tokens))
+        view = einops.rearrange(view, "(b l) 1 d -> b l d", b=len(tokens))
+    return Rows(context, found, local, view)
+
+
+def measure(net: Networks, rows: Rows, **options) -> Terms:
+    """Bring rows to their levels and compare them.
+
+    Options are those of `regression.level_loss`.
+    """
+    near = compare(net, rows.near, **options)
+    far = view = None
+    if rows.far is not None:
+        far = compare(net, rows.far, **options)
+    if rows.view is not None:
+        view = view_loss(net, rows.view, rows.near.targets.tokens, **options)
+    return Terms(rows.context, rows.near.targets, near, far, view)
 
 
 def _merge(x):
@@ -222,12 +256,10 @@ def extra_of(context: Context, crops) -> predictor.Extra:
     return predictor.Extra(tokens, context.role, valid)
 
 
-def predict(net: Networks, context: Context, targets: Targets, extra, slots: Slots):
-    """Predict the targets of every crop and pass.
-
-    Returns:
-        ([B, C, K, M, D], [] share of context tokens that had no room).
-    """
+def predict(
+    net: Networks, context: Context, targets: Targets, extra, slots: Slots
+) -> Guess:
+    """Predict the targets of every crop and pass."""
     b, c = context.tokens.shape[:2]
 
     def flat(a):
@@ -252,21 +284,20 @@ def predict(net: Networks, context: Context, targets: Targets, extra, slots: Slo
     for e in extra:
         offered += e.tokens.shape[1] if e.valid is None else e.valid.sum(-1)
     offered = jnp.broadcast_to(offered, asked.shape)
-    surplus = jnp.maximum(0, asked + offered - room).sum()
-    crowded = surplus / jnp.maximum(offered.sum(), 1)
-    guess = einops.rearrange(guess, "(b c k) m d -> b c k m d", b=b, c=c)
-    return guess, crowded
+    surplus = jnp.maximum(0, asked + offered - room)
+    rows = (guess, offered, surplus)
+    return Guess(
+        *(einops.rearrange(x, "(b c k) ... -> b c k ...", b=b, c=c) for x in rows)
+    )
 
 
-def compare(net: Networks, guess, targets: Targets, **options) -> tuple:
-    """Bring predictions [B, C, K, M, D] and targets to their levels, and measure.
+def compare(net: Networks, crops: Crops, **options) -> Result:
+    """Bring predictions and targets of crops to their levels, and measure.
 
     With one pass (K = 1) its targets serve every level; else pass k serves level k.
     Options are those of `regression.level_loss`.
-
-    Returns:
-        (losses [C, H], cosine [C, H], {level: Level}).
     """
+    guess, targets = crops.guess.tokens, crops.targets
     b, _, passes = guess.shape[:3]
     h = net.levels.levels
     truth = patches.take(targets.tokens[:, :, None], targets.where)  # [B, C, K, M, D]
@@ -290,7 +321,8 @@ def compare(net: Networks, guess, targets: Targets, **options) -> tuple:
         jnp.stack([jax.vmap(f, 1)(found[k]) for k in range(h)], -1)
         for f in (distance, _cosine)
     )
-    return losses, cosine, found
+    crowded = crops.guess.surplus.sum() / jnp.maximum(crops.guess.offered.sum(), 1)
+    return Result(losses, cosine, found, crowded)
 
 
 def _cosine(level: Level):
@@ -299,24 +331,23 @@ def _cosine(level: Level):
     return regression.masked_mean((p * t).sum(-1), level.valid)
 
 
-def predict_and_compare(
-    net: Networks, context, targets, extra, slots, *, one_by_one=False, **options
-) -> Result:
-    """`predict`, then `compare`, for all crops of a kind at once or crop by crop.
+def together(net: Networks, context, targets, extra, slots) -> Guess:
+    """Predict all crops of a kind at once.
 
     Args:
         net: networks.
         context, targets: of the same crops.
         extra: function of the number of crops -> sequence of `predictor.Extra`.
         slots: static lengths.
-        one_by_one: a scan over the crops whose activations are recomputed in the
-            backward pass: memory of one crop instead of C.
-        **options: of `regression.level_loss`.
     """
-    if not one_by_one:
-        crops = context.tokens.shape[1]
-        guess, crowded = predict(net, context, targets, extra(crops), slots)
-        return Result(*compare(net, guess, targets, **options), crowded)
+    return predict(net, context, targets, extra(context.tokens.shape[1]), slots)
+
+
+def one_by_one(net: Networks, context, targets, extra, slots) -> Guess:
+    """Do as `together`, by a scan over the crops.
+
+    Activations are recomputed in the backward pass: memory of one crop instead of C.
+    """
     arrays = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (context, targets))
     shared = extra(1)
 
@@ -324,8 +355,7 @@ def predict_and_compare(
     def one(rng, xs):
         some, wanted = jax.tree.map(lambda x: x[:, None], xs)
         alone = dataclasses.replace(net, rng=rng)
-        guess, crowded = predict(alone, some, wanted, shared, slots)
-        return Result(*compare(alone, guess, wanted, **options), crowded)
+        return predict(alone, some, wanted, shared, slots)
 
     def step(i, xs):
         rng = None if net.rng is None else jax.random.fold_in(net.rng, i)
@@ -333,31 +363,23 @@ def predict_and_compare(
 
     # Counted down from -1, apart from the keys of the other calls.
     _, found = jax.lax.scan(step, jnp.int32(-1), arrays)
-    # [C, 1, H] and [C, B, 1, n, ...] -> [C, H] and [B, C, n, ...]
-    return Result(
-        found.losses[:, 0],
-        found.cosine[:, 0],
-        jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), found.levels),
-        found.crowded.mean(),
-    )
+    return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), found)
 
 
-def view_loss(net: Networks, local, targets, **options):
-    """Predict the pooled target of every global crop from every local crop alone.
+def view_loss(net: Networks, guess, targets, **options):
+    """Compare the pooled target of every global crop with what local crops predict.
 
     Args:
         net: networks.
-        local: [B, L, n, D] all tokens of the local crops.
+        guess: [B, L, D] position-free prediction from each local crop alone.
         targets: [B, G, N, D] target tokens of the global crops.
         **options: of `regression.level_loss`.
 
     Returns:
         [] mean over images and pairs (l, g) of the coarsest level's loss between the
-        position-free prediction and the mean target token.
+        prediction and the mean target token.
     """
-    b, count = local.shape[:2]
-    guess = net.predict(_merge(local))
-    guess = einops.rearrange(guess, "(b l) 1 d -> b l d", b=b)
+    b, count = guess.shape[:2]
     guess = net.project(guess, method="coarse")  # [B, L, D]
     truth = targets.astype(jnp.float32).mean(2)
     truth = net.project(truth, target=True, method="coarse")  # [B, G, D]

@@ -52,7 +52,7 @@ class Ema:
 
 
 @dataclasses.dataclass(frozen=True)
-class HJEPA(base.Method):
+class HJEPA(base.Embedding):
     """The method; fields are the sections of its config.
 
     Parameters: {"encoder", "predictor", "levels"}, the last not with
@@ -145,7 +145,7 @@ class HJEPA(base.Method):
 
     @property
     def couples_batch(self) -> bool:
-        """Whether the loss mixes samples, so that a batch may not be split."""
+        """Whether the loss mixes samples."""
         return self.objective.couples_batch or self.levels.norm == "batchnorm"
 
     def init(self, rng, batch):
@@ -175,14 +175,20 @@ class HJEPA(base.Method):
             extra["vicreg"] = jnp.asarray(self.objective.vicreg[0], jnp.float32)
         return params, extra
 
-    def loss(self, params, extra, batch, rng, *, step=0, phase=None):
-        """Return (loss [], (extra, metrics)); see the module and `forward`."""
+    def embed(self, params, extra, batch, rng, *, step=0, phase=None) -> forward.Rows:
+        """Return what the networks make of each image; see `forward.forward`."""
         del step, phase  # The number of local crops shows in the batch.
-        drop, draw, paint = jax.random.split(rng, 3)
+        drop, _, paint = jax.random.split(rng, 3)
         if self.multicrop.colour == "device":
             batch = self._coloured(batch, paint)
-        net = self.networks(params, extra, rng=drop, train=True)
-        terms = self.terms(net, batch)
+        return self.rows(self.networks(params, extra, rng=drop, train=True), batch)
+
+    def compare(self, params, extra, rows, rng, *, step=0, phase=None):
+        """Return (loss [], (extra, metrics)); see the module and `forward.measure`."""
+        del step, phase
+        draw = jax.random.split(rng, 3)[1]
+        net = self.networks(params, extra, train=True)
+        terms = self.measure(net, rows)
         o = self.objective
         key = jax.random.key(0) if o.fixed_slices else draw
         total = o.crop_loss(terms.near, jax.random.fold_in(key, 0))
@@ -202,11 +208,19 @@ class HJEPA(base.Method):
             extra["stats"] = net.stats
         if state is not None:
             extra["vicreg"] = state
-        metrics = self._metrics(batch, terms, extra) | parts | more
+        metrics = self._metrics(rows.near, terms, extra) | parts | more
         return total + term, (extra, metrics)
 
     def terms(self, net, batch) -> forward.Terms:
-        """Return what the loss of a batch is made of; see `forward.forward`."""
+        """Return what the loss of a batch is made of."""
+        return self.measure(net, self.rows(net, batch))
+
+    def measure(self, net, rows: forward.Rows) -> forward.Terms:
+        """Return what the loss of rows is made of; see `forward.measure`."""
+        return forward.measure(net, rows, **self.objective.options())
+
+    def rows(self, net, batch) -> forward.Rows:
+        """Return what the networks make of each image; see `forward.forward`."""
         near = self._masked(batch, "global", slice(None), predictor.GLOBAL)
         far = free = None
         if self.uses_locals and "local" in batch:
@@ -217,15 +231,8 @@ class HJEPA(base.Method):
                 far = self._masked(batch, "local", slice(hidden), predictor.LOCAL)
             if hidden < count:
                 free = self._pixels(batch["local"][:, hidden:])
-        return forward.forward(
-            net,
-            near,
-            far,
-            free,
-            self.masking,
-            views=self.uses_views,
-            **self.objective.options(),
-        )
+        views = self.uses_views
+        return forward.forward(net, near, far, free, self.masking, views=views)
 
     def _coloured(self, batch, key):
         """Return the batch with the colour augmentation the host has left to us."""
@@ -252,18 +259,17 @@ class HJEPA(base.Method):
         room = slots.slots(self.masking, patches.grid(image, self.model.patch))
         return forward.Masked(self._pixels(image), visible, wanted, room, role)
 
-    def _metrics(self, batch, terms: forward.Terms, extra):
+    def _metrics(self, crops: forward.Crops, terms: forward.Terms, extra):
         """Return scalars to watch; none of them has a gradient."""
         near, found = terms.near, {}
         for k in range(self.masking.num_hierarchies):
             found[f"loss_h{k}"] = near.losses[:, k].mean()
             found[f"cosine_h{k}"] = near.cosine[:, k].mean()
         found["loss_unweighted"] = near.losses.mean()
-        masks = self._masked(batch, "global", slice(None), predictor.GLOBAL)
-        found["mask_ratio"] = masks.wanted.mean()
-        dropped = 1 - terms.targets.count.sum() / jnp.maximum(masks.wanted.sum(), 1)
+        found["mask_ratio"] = crops.wanted.mean()
+        dropped = 1 - terms.targets.count.sum() / jnp.maximum(crops.wanted.sum(), 1)
         found["dropped_targets"] = dropped
-        kept = terms.context.seen.sum() / jnp.maximum(masks.visible.sum(), 1)
+        kept = terms.context.seen.sum() / jnp.maximum(crops.visible.sum(), 1)
         found["dropped_context"] = 1 - kept * (1 - near.crowded)
         pooled = {
             "online": terms.context.pooled[:, 0],

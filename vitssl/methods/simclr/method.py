@@ -1,6 +1,7 @@
 """SimCLR: two views of an image shall be alike, and unlike all other images.
 
-Negatives are those of the global batch, however many devices share it.
+Negatives are those of the global batch, however many devices share it and in however
+many parts they embed it.
 
 Sources: Chen et al. 2020, arXiv:2002.05709; w2sg-arnav/HierarchialViT
 hvit/training/pretrainer.py (HViT as the backbone).
@@ -94,7 +95,7 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
-class SimCLR(base.Method):
+class SimCLR(base.Embedding):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder", "projector". Extra: "stats" (projector.batchnorm).
@@ -155,9 +156,9 @@ class SimCLR(base.Method):
             method="pooled",
         )
 
-    def loss(self, params, extra, batch, rng, *, step=0, phase):
-        """Return (loss [], (extra, metrics)) of the global batch."""
-        del step, phase  # The side shows in the batch.
+    def embed(self, params, extra, batch, rng, *, step=0, phase=None):
+        """Return the features [B, 2, D] of both views of every image."""
+        del extra, step, phase  # The side shows in the batch.
         image = batch["global"]  # [B, 2, H, W, C]
         if self.augment.colour == "device":
             rng, paint = jax.random.split(rng)
@@ -165,7 +166,15 @@ class SimCLR(base.Method):
         image = patches.normalise(image, self.run.mean, self.run.std)
         image = einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
         x = self._pooled(params, image, rng)
-        x = einops.rearrange(x, "(b v) d -> v b d", v=2)
+        return einops.rearrange(x, "(b v) d -> b v d", v=2)
+
+    def compare(self, params, extra, rows, rng, *, step=0, phase=None):
+        """Return (loss [], (extra, metrics)) of the features of the global batch.
+
+        The projector is here: its statistics are of the batch, whole.
+        """
+        del rng, step, phase
+        x = einops.rearrange(rows, "b v d -> v b d")
         # Each view is a batch of its own to the normalisation, one after the other.
         stats, z = extra.get("stats", {}), []
         for view in x:
