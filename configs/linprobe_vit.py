@@ -38,7 +38,7 @@ def _probe(name=""):
         wd_rules=((".*", 0.0),),
     )
     # The LayerNorm before the probe stays what it is: plain.
-    c.optim.freeze = (("backbone/.*|head/norm/.*", 0.0),)
+    c.optim.freeze = (("backbone/.*|head/(block_.*/)?norm/.*", 0.0),)
     return c
 
 

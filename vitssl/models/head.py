@@ -1,6 +1,7 @@
 """The classifier on top of a backbone: normalise, drop, project."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -25,6 +26,13 @@ class Head:
         init_std: of the linear layer's weights; its bias starts at 0.
         dropout: of what the linear layer gets.
         norm_eps: of the LayerNorm of its own.
+        blocks: a head after so many blocks each, rising, the last the whole backbone:
+            (3, 6, 9, 12) of a ViT-B; () is that one alone. The loss is the mean over
+            the heads. An early one sees the mean of the block's patch tokens (the class
+            token with pool="cls") through a LayerNorm of its own.
+        weights: of the heads, in the mean and in the average; () is all alike.
+        predict: whose classes count: "last", the head of the whole backbone, or
+            "average", the mean of all heads' probabilities.
     """
 
     pool: Literal["gap", "mean", "cls", "mean_norm"] = "gap"
@@ -32,22 +40,86 @@ class Head:
     init_std: ranges.NotNegative = 2e-5
     dropout: ranges.BelowOne = 0.0
     norm_eps: ranges.Positive = EPS
+    blocks: tuple[ranges.Count, ...] = ()
+    weights: tuple[ranges.Positive, ...] = ()
+    predict: Literal["last", "average"] = "last"
+
+    def check(self) -> Iterator[str]:
+        """Yield what cannot be combined."""
+        n, b = len(self.weights), len(self.blocks)
+        if n and n != b:
+            yield f"weights has {n} entries for the {b} of blocks={self.blocks}"
+        if self.predict == "average" and not b:
+            yield "predict=average: needs blocks, the heads to average"
+
+    @property
+    def early(self) -> tuple[int, ...]:
+        """The blocks of all heads but the last."""
+        return self.blocks[:-1]
 
     @property
     def feature(self) -> str:
         """What the head wants of a backbone: "gap", "mean" or "cls"."""
         return self.pool.removesuffix("_norm")
 
-    def init(self, rng, width: int, classes: int):
-        """Return (params, stats) for features [B, width]; stats is {} without BN."""
+    def init(self, rng, width: int, classes: int, early: dict[int, int] | None = None):
+        """Return (params, stats) for features [B, width]; stats is {} without BN.
+
+        `early` is {block: width} of the early heads, which are under "block_<n>".
+        """
+        own_norm = self.pool in ("gap", "mean_norm")
+        params, stats = self._one(rng, width, classes, own_norm)
+        for n, size in (early or {}).items():
+            key = jax.random.fold_in(jax.random.fold_in(rng, 0), n)
+            params[f"block_{n}"], found = self._one(key, size, classes, True)
+            stats |= {f"block_{n}": found} if found else {}
+        return params, stats
+
+    def _one(self, rng, width, classes, own_norm):
         kernel = self.init_std * jax.random.normal(rng, (width, classes))
         params = {"kernel": kernel, "bias": jnp.zeros(classes)}
-        if self.pool in ("gap", "mean_norm"):
+        if own_norm:
             params["norm"] = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
         stats = {}
         if self.batchnorm:
             stats = {"mean": jnp.zeros(width), "var": jnp.ones(width)}
         return params, stats
+
+    def each(self, params, stats, x, early, *, train=False, rng=None):
+        """Return ([logits [B, K] of every head, the last one last], stats).
+
+        Args:
+            params, stats: from `init`.
+            x: features [B, D] of the whole backbone.
+            early: {block: features [B, D]} of the early heads.
+            train, rng: see `__call__`.
+        """
+        found, moved = [], {}
+        for n, seen in early.items():
+            own = f"block_{n}"
+            key = None if rng is None else jax.random.fold_in(rng, n)
+            given = params[own], stats.get(own, {}), seen
+            logits, moved[own], _ = self(*given, train=train, rng=key)
+            found.append(logits)
+        logits, last, _ = self(params, stats, x, train=train, rng=rng)
+        return [*found, logits], (last | moved if stats else {})
+
+    def mean(self, losses):
+        """Return the weighted mean [] of one loss per head."""
+        shares = self._shares(len(losses))
+        return sum(w * x for w, x in zip(shares, losses, strict=True))
+
+    def predicted(self, each):
+        """Return the logits [B, K] that name the classes, of those of every head."""
+        if self.predict == "last":
+            return each[-1]
+        log_p = [jax.nn.log_softmax(x.astype(jnp.float32)) for x in each]
+        weight = jnp.asarray(self._shares(len(each)))[:, None, None]
+        return jax.nn.logsumexp(jnp.stack(log_p), 0, weight)
+
+    def _shares(self, count):
+        weights = self.weights or (1.0,) * count
+        return [w / sum(weights) for w in weights]
 
     def __call__(self, params, stats, x, *, train=False, rng=None):
         """Return (logits [B, K], stats after the batch, input of the linear layer).

@@ -4,6 +4,7 @@ Attention is global in every stage: there are no windows, whatever "hierarchical
 suggests, so the cost of the first stage is quadratic in the number of patches.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -237,14 +238,22 @@ class HViT(pyramid.Pyramid):
             spectral = self.spectral_to_dfca(spectral)
         return self.dfca(rgb, spectral, train)
 
-    def streams(self, image, how="mean", train=False):
-        """Return ({stream: [B, D]}, [B, D]): each one's mean token, and `pooled`.
+    def apart(self, image, how="mean", blocks=(), train=False):
+        """Return ({stream: [B, D]}, {n: [B, D]}, [B, D]): parts, and `pooled`.
 
-        The streams are "rgb" and, if the images have it, "spectral".
+        The mean token of each stream, "rgb" and, if the images have it, "spectral"; and
+        that of the RGB stream after n of `blocks`, of `exits`, without a norm.
         """
         out = self(image, train=train)
         names = [n for n in ("rgb", "spectral") if n in out]
-        return {n: out[f"{n}_pooled"] for n in names}, self._pool(out, how)
+        maps = {n: out["stages"][self.exits.index(n)] for n in blocks}
+        early = {n: x.astype(jnp.float32).mean((1, 2)) for n, x in maps.items()}
+        return {n: out[f"{n}_pooled"] for n in names}, early, self._pool(out, how)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """After how many blocks `apart` has features: those that end a stage."""
+        return tuple(itertools.accumulate(self.depths))
 
     def pooled(self, image, how="mean", train=False):
         """Return one vector per image: [B, D].

@@ -231,6 +231,22 @@ class ViT(nn.Module):
         """
         return self._pool(*self(image, train=train), how)
 
+    def apart(self, image, how="gap", blocks=(), train=False):
+        """Return ({}, {n: [B, D]}, [B, D]): early features, and `pooled`.
+
+        After n of `blocks`: the class token (how="cls") or the patches' mean, no norm.
+        """
+        tokens, out = self(image, train=train)
+        early = {n: out["blocks"][n - 1].astype(jnp.float32) for n in blocks}
+        for n, x in early.items():
+            early[n] = x[:, 0] if how == "cls" else x[:, self.prefix :].mean(1)
+        return {}, early, self._pool(tokens, out, how)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """After how many blocks `apart` has features."""
+        return tuple(range(1, self.depth + 1))
+
     def _pool(self, tokens, out, how):
         if how == "cls":
             return tokens[:, 0].astype(jnp.float32)

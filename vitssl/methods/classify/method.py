@@ -78,8 +78,8 @@ class StreamHead(nn.Module):
 class Classify(base.Method):
     """The method; fields are the sections of its config.
 
-    Parameters: "backbone", "head", and "aux_rgb", "aux_spectral"
-    (objective.consistency). Extra: "stats" (head.batchnorm), "ema".
+    Parameters: "backbone", "head" (with "block_<n>" of head.blocks), and "aux_rgb",
+    "aux_spectral" (objective.consistency). Extra: "stats" (head.batchnorm), "ema".
     """
 
     run: base.Run
@@ -119,10 +119,12 @@ class Classify(base.Method):
         keys = jax.random.split(rng)
         image = jnp.zeros((1, *batch["image"].shape[1:]))
         backbone = self.model.init(keys[0], image)["params"]
-        aux, feature = jax.eval_shape(
+        aux, early, feature = jax.eval_shape(
             lambda: self._pooled({"backbone": backbone}, image)
         )
-        head, stats = self.head.init(keys[1], feature.shape[-1], self.run.classes)
+        early = {n: x.shape[-1] for n, x in early.items()}
+        width, classes = feature.shape[-1], self.run.classes
+        head, stats = self.head.init(keys[1], width, classes, early)
         params = {"backbone": backbone, "head": head}
         for i, (name, x) in enumerate(sorted(aux.items())):
             key = jax.random.fold_in(keys[1], 1 + i)
@@ -138,30 +140,31 @@ class Classify(base.Method):
         return StreamHead(self.run.classes)
 
     def _pooled(self, params, image, *, train=False, rng=None):
-        """Return ({stream: [B, D]}, features [B, D]) of normalised images.
+        """Return ({stream: [B, D]}, {block: [B, D]}, [B, D]) of normalised images.
 
-        Streams by themselves are looked at for objective.consistency alone.
+        Streams by themselves are looked at for objective.consistency alone, blocks
+        before the last for head.blocks.
         """
         rngs = {}
         if train:
             keys = jax.random.split(rng)
             rngs = dict(zip(("drop_path", "dropout"), keys, strict=True))
-        apart = self.objective.consistency > 0
-        found = self.model.apply(
-            {"params": params["backbone"]},
-            image,
-            how=self.head.feature,
-            train=train,
-            rngs=rngs,
-            method="streams" if apart else "pooled",
+        net, how = {"params": params["backbone"]}, self.head.feature
+        options = dict(train=train, rngs=rngs)
+        if not self.objective.consistency and not self.head.early:
+            found = self.model.apply(net, image, how, method="pooled", **options)
+            return {}, {}, found
+        streams, early, found = self.model.apply(
+            net, image, how, self.head.early, method="apart", **options
         )
-        return found if apart else ({}, found)
+        return streams if self.objective.consistency else {}, early, found
 
     def logits(self, params, extra, image):
         """Return logits [B, K] of [B, H, W, C] uint8 or normalised images."""
         x = patches.normalise(image, self.run.mean, self.run.std)
-        _, x = self._pooled(params, x)
-        return self.head(params["head"], extra.get("stats", {}), x)[0]
+        _, early, x = self._pooled(params, x)
+        each, _ = self.head.each(params["head"], extra.get("stats", {}), x, early)
+        return self.head.predicted(each)
 
     def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)) of one (micro-)batch."""
@@ -175,18 +178,23 @@ class Classify(base.Method):
             image, lam = self.mix(keys[1], image)
         # Of a frozen backbone no layer is dropped: it is a fixed function.
         train = not _backbone_frozen(params, phase)
-        streams, x = self._pooled(params, image, train=train, rng=keys[2])
-        logits, stats, _ = self.head(
-            params["head"], extra.get("stats", {}), x, train=True, rng=keys[3]
+        streams, early, x = self._pooled(params, image, train=train, rng=keys[2])
+        given = params["head"], extra.get("stats", {}), x, early
+        each, stats = self.head.each(*given, train=True, rng=keys[3])
+        losses, named = zip(
+            *(self._objective(y, label, lam) for y in each), strict=True
         )
-        value, named = self._objective(logits, label, lam)
-        metrics = {"train_top1": (logits.argmax(-1) == named).mean()}
+        value = self.head.mean(losses)
+        found = self.head.predicted(each).argmax(-1)
+        metrics = {"train_top1": (found == named[0]).mean()}
+        for n, one in zip(self.head.blocks, losses, strict=False):
+            metrics[f"loss_block_{n}"] = one
         if streams:
-            each = [
+            alone = [
                 self._stream_head.apply({"params": params[f"aux_{name}"]}, x)
                 for name, x in streams.items()
             ]
-            apart = classification.consistency(logits, each)
+            apart = classification.consistency(each[-1], alone)
             value = value + self.objective.consistency * apart
             metrics["consistency"] = apart
         if stats:
@@ -206,7 +214,7 @@ class Classify(base.Method):
         return classification.mixed(one, label, label[::-1], lam), shown
 
     def freeze_layers(self) -> tuple:
-        """Return `FreezeOut.layers`: the backbone's; the head never freezes."""
+        """Return `FreezeOut.layers`: the backbone's; no head ever freezes."""
         return self.model.freeze_layers("backbone/")
 
     def after(self, params, extra, step):
@@ -329,6 +337,7 @@ class Classify(base.Method):
         if self.head.feature not in self.model.poolings:
             known = ", ".join(self.model.poolings)
             yield f"head.pool={self.head.pool}: there is no class token; use {known}"
+        yield from self._block_faults()
         if self.objective.consistency and not isinstance(self.model, hvit.HViT):
             yield (
                 f"objective.consistency={self.objective.consistency}: compares the "
@@ -341,6 +350,19 @@ class Classify(base.Method):
             yield f"augment.severity: needs 3 channels, not {self.run.channels}"
         if self.augment.randaugment and self.run.channels not in (1, 3):
             yield f"augment.randaugment: needs 1 or 3 channels, not {self.run.channels}"
+
+    def _block_faults(self) -> Iterator[str]:
+        """Yield why there cannot be a head after each of head.blocks."""
+        blocks, exits = self.head.blocks, getattr(self.model, "exits", ())
+        rising = tuple(sorted(set(blocks))) == blocks
+        if blocks and not (
+            rising and blocks[-1:] == exits[-1:] and {*blocks} <= {*exits}
+        ):
+            known = ", ".join(map(str, exits)) or "none"
+            yield (
+                f"head.blocks={blocks}: rising numbers of blocks, of those after which "
+                f"this model has features ({known}), up to the last; or ()"
+            )
 
 
 def _backbone_frozen(params, phase) -> bool:
