@@ -40,6 +40,7 @@ One override away:
     --config.augment.size='(48, 96)'        (rectangles; all sizes follow it)
     --config.resolution.start=24            (grows to augment.size; also .sizes, .prob)
     --config.objective.consistency=0.1      (with a spectral stream)
+    --config.head.blocks='(1, 3, 4)'        (heads at the ends of stages, their mean)
 
 The demo, seed 0: macro F1 of .780 from the checkpoint of SimCLR's demo and of .755 from
 random weights (average of the weights, both mirror images); logistic regression on a

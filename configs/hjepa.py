@@ -19,6 +19,7 @@ One override away:
     --config.masking.strategy=cross_crop_prediction
     --config.multicrop.num_local_crops=0            (single resolution)
     --config.multicrop.local_crop_size=64
+    --config.objective.type=combined --config.accumulate=4  (VICReg of the whole batch)
     --config.multicrop.adaptive=True --config.multicrop.adaptive_warmup_epochs=30
     --config.data.source=folder --config.data.root=DIR --config.data.channels=3 ...
 

@@ -27,6 +27,7 @@ One override away:
     --config.stages.weighting=n_minus_k         (4 3 2 1; one_over_k; ...)
     --config.stages.targets="('pixel',)"
     --config.masking.ratio=0.9
+    --config.transitive.weight=0.1              (each block learns from the next one)
     --config.prefix.boundary=4                  (four blocks see all tokens once frozen)
     --config.optim.schedule=constant
     --config.optim.wd=1e-5                      (what the published freeze runs had)

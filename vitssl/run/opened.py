@@ -236,14 +236,18 @@ def _whole(stored) -> dict:
 def _classifier(about, head, settings, extra):
     """Return (about, head) of a classifier: no head where other codes have none alike.
 
-    A linear layer after the encoder's norm is one; HViT's has a norm of its own.
+    A linear layer after the encoder's norm is one; HViT's has a norm of its own. Of
+    head.blocks the last head is taken, if it is the one that names the classes.
     """
+    head = {k: x for k, x in head.items() if not k.startswith("head/block_")}
+    average = settings.head.get("predict") == "average"
     pool, hvit = settings.head.pool, about.model["name"] == "hvit"
     about = dataclasses.replace(about, pool="cls" if pool == "cls" else "mean")
     plain = ("mean_norm",) if hvit else ("cls", "mean")
-    if "stats/mean" not in extra and pool in plain:
+    if "stats/mean" not in extra and pool in plain and not average:
         return about, head
     why = "batch normalisation" if "stats/mean" in extra else f"head.pool={pool}"
+    why = "head.predict=average" if average else why
     note = f"the classifier is left out: {why} has no place in other layouts"
     return dataclasses.replace(about, notes=(note,)), {}
 

@@ -24,6 +24,7 @@ from vitssl.methods import base
 from vitssl.methods.localmim import pictures, random_masking, store, targets
 from vitssl.methods.localmim.decoder import Decoder, StageDecoder
 from vitssl.methods.localmim.stages import Stages
+from vitssl.methods.localmim.transitive import Transitive
 from vitssl.models import layers, patches, vit
 from vitssl.optim import freezeout
 
@@ -73,6 +74,7 @@ class LocalMIM(base.Method):
     masking: random_masking.Masking = random_masking.Masking()
     target: targets.Targets = targets.Targets()
     prefix: store.Prefix = store.Prefix()
+    transitive: Transitive = Transitive()
 
     @staticmethod
     def training_size(c) -> int:
@@ -168,13 +170,19 @@ class LocalMIM(base.Method):
                 f"block {phase.method.blocks[inside[0]]}, before the mask; freeze it "
                 rf"too (optim.freeze: '(norm|decoder)_{inside[0]}/.*')"
             )
-        each = self.stage_losses(
-            params, extra, image, masks, active, phase.method.blocks, drop, tokens
+        outputs = self.encode(params, image, masks, drop, tokens)
+        each = self._stage_losses(
+            params, extra, image, masks, active, phase.method.blocks, outputs, tokens
         )
         epoch = step / max(1, self.run.steps_per_epoch)
         weights = self.stages.loss_weights(active, epoch)
         total = sum(w * each[k] for w, k in zip(weights, active, strict=True))
         metrics = {f"loss_stage{k}": each[k] for k in active}
+        if self.transitive.weight:
+            depth, live = self.model.depth, {*tree.flat(params)} - phase.frozen
+            apart = self.transitive(outputs, self.transitive.pairs(depth, live), depth)
+            total = total + self.transitive.weight * apart
+            metrics["transitive"] = apart
         metrics["mask_ratio"] = 1 - masks.visible / masks.order.shape[1]
         metrics["stages"] = float(len(active))
         return total, (extra, metrics)
@@ -223,6 +231,12 @@ class LocalMIM(base.Method):
                 None masks the patches.
         """
         outputs = self.encode(params, image, masks, drop, tokens)
+        given = params, extra, image, masks, active, blocks, outputs, tokens
+        return self._stage_losses(*given)
+
+    def _stage_losses(
+        self, params, extra, image, masks, active, blocks, outputs, tokens
+    ):
         goals = self.goals(params, extra, image, active, tokens)
         losses = {}
         for k in active:
@@ -355,6 +369,7 @@ class LocalMIM(base.Method):
         if self.prefix.boundary and self.model.rope:
             yield "prefix.boundary: works without model.rope"
         yield from self.stages.faults(depth, patch, self.grid[0])
+        yield from self.transitive.faults(depth)
         for s in self.stages.scales:
             if self.decoder.width % max(1, round(s)):
                 yield f"decoder.width={self.decoder.width}: must be a multiple of {s:g}"
