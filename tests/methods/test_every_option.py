@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from vitssl import tree
+from vitssl import errors, tree
 from vitssl.methods import table
 from vitssl.run import build, devices, evaluation, experiment, loop
 
@@ -191,6 +191,20 @@ def test_a_loss_over_the_batch_in_parts_takes_other_options_too(options):
     _same(split, whole, loss=1e-3 if half else 1e-6, grads=0.02 if half else 1e-5)
     two = _first_step("simclr", *options, "accumulate=2", count=2)
     _same(two, split, loss=1e-3 if half else 1e-6, grads=0.02 if half else 1e-5)
+
+
+def test_latent_mim_compares_the_samples_of_all_parts_if_asked():
+    same = "hybrid.sampled_keys=False", "network.drop_path=0.0"  # Nothing is drawn.
+    own = (*same, "objective.per_microbatch=False")
+    split = _first_step("latent_mim", *own, "accumulate=2")
+    _same(split, _first_step("latent_mim", *own), loss=1e-5, grads=1e-4)
+    apart = _first_step("latent_mim", *same, "accumulate=2").metrics["loss"]
+    assert abs(apart - split.metrics["loss"]) > 1e-3
+
+
+def test_a_network_that_mixes_samples_says_that_it_cannot_be_split():
+    with pytest.raises(errors.UsageError, match="accumulate=2: .* set accumulate=1"):
+        _read("parts", "objective.presence_group=0", "accumulate=2")
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -43,10 +43,6 @@ FAULTS = {
         "mask.decode_only=('sentinel2_l2a', 'sentinel1', 'worldcover', 'srtm')",
     ),
     "readout.q=3 does not divide readout.p=8": ("readout.q=3",),
-    "accumulate=2: this loss compares the samples of a batch": (
-        "objective.per_microbatch=False",
-        "accumulate=2",
-    ),
     "augment.views=1: objective.contrast_weight compares two views": (
         "augment.views=1",
     ),

@@ -71,7 +71,7 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentMIM(base.Method):
+class LatentMIM(base.Embedding):
     """The method; fields are the sections of its config.
 
     Parameters: see `hybrid.HybridMIM`. Extra: "target", the parameters of the target:
@@ -130,7 +130,7 @@ class LatentMIM(base.Method):
 
     @property
     def couples_batch(self) -> bool:
-        """Whether the loss mixes samples, so that a batch may not be split."""
+        """Whether the loss mixes samples of the whole batch."""
         return self.objective.couples_batch
 
     # The contract.
@@ -191,25 +191,14 @@ class LatentMIM(base.Method):
         every = einops.repeat(stamps, "b t c -> (b v) t c", v=self.augment.views)
         return fields | {"timestamps": every}
 
-    def loss(self, params, extra, batch, rng, *, step=0, phase):
-        """Return (loss [], (extra, metrics)); see the module."""
-        shape = phase.method
-        parts, pooled, metrics = self.terms(
-            params, extra, self.fields(batch), shape, rng
-        )
-        parts |= self.objective.of_views(self._apart(pooled))
-        metrics |= {f"loss_{k}": v for k, v in parts.items()}
-        metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
-        if self.target.moves:
-            metrics["ema"] = self.target.momentum(step, self.run.total_steps)
-        return sum(parts.values()), (extra, metrics)
+    def embed(self, params, extra, batch, rng, *, step=0, phase):
+        """Return what the networks make of each sample.
 
-    def terms(self, params, extra, fields, shape, rng):
-        """Return ({name: weighted loss []}, pooled vectors [B V, D], metrics).
-
-        `fields` are those of `self.fields`; `rng` is of dropped paths and of the tokens
-        in the loss.
+        {"asked", "visible": {modality: Pair} of [B, V, Q, ...], "pooled": [B, V, D],
+        "counts": {name: [B]}}. `rng` is of dropped paths and of the tokens in the loss.
         """
+        del step
+        shape, fields = phase.method, self.fields(batch)
         module = self.module(self.kinds, shape.p, shape.q)
         drop, draw = jax.random.split(rng)
         slots, bounds = masks.bounds(self.mask, self.kinds, shape)
@@ -221,35 +210,50 @@ class LatentMIM(base.Method):
             train=True,
             rngs={"drop_path": drop, "tokens": draw},
         )
-        total, each = self._compare(module, extra, fields, view.asked)
-        metrics = {f"tokens/{k}": v for k, v in view.counts.items()}
+        rows = {"pooled": view.pooled}
+        for name in ("asked", "visible"):
+            asked = getattr(view, name)
+            goals = self._goals(module, extra, fields, asked)
+            rows[name] = {
+                k: Pair(a.prediction, goals[k], a.valid) for k, a in asked.items()
+            }
+        size = len(batch["timestamps"])
+        counts = {k: jnp.broadcast_to(v, size) for k, v in view.counts.items()}
+        apart = dict(v=self.augment.views)
+        return {"counts": counts} | jax.tree.map(
+            lambda x: einops.rearrange(x, "(b v) ... -> b v ...", **apart), rows
+        )
+
+    def compare(self, params, extra, rows, rng, *, step=0, phase):
+        """Return (loss [], (extra, metrics)); see the module."""
+        del params, rng
+        shape = phase.method
+        total, each = self._of_tokens(rows["asked"])
+        metrics = {f"tokens/{k}": v.mean() for k, v in rows["counts"].items()}
         metrics |= {f"loss_of/{k}": v for k, v in each.items()}
         parts = {"tokens": total}
-        if view.visible:
-            seen, _ = self._compare(module, extra, fields, view.visible)
+        if rows["visible"]:
+            seen, _ = self._of_tokens(rows["visible"])
             parts["visible"] = self.hybrid.visible_loss_weight * seen
-        return parts, view.pooled, metrics
+        parts |= self.objective.of_views(list(rows["pooled"].swapaxes(0, 1)))
+        metrics |= {f"loss_{k}": v for k, v in parts.items()}
+        metrics |= {"patch/p": float(shape.p), "patch/q": float(shape.q)}
+        if self.target.moves:
+            metrics["ema"] = self.target.momentum(step, self.run.total_steps)
+        return sum(parts.values()), (extra, metrics)
 
-    def _compare(self, module, extra, fields, asked):
-        """Return (loss [], {modality: []}): the mean over the views."""
-        goals = self._goals(module, extra, fields, asked)
-        if self.target.centre:
-            goals = {k: target.centred(v, asked[k].valid) for k, v in goals.items()}
-        split = {
-            name: [self._apart(x) for x in (a.prediction, goals[name], a.valid)]
-            for name, a in asked.items()
-        }
+    def _of_tokens(self, pairs):
+        """Return (loss [], {modality: []}), means over the views, of [B, V, ...]."""
         each = []
-        for v in range(self.augment.views):
+        if self.target.centre:
             pairs = {
-                name: Pair(*(x[v] for x in parts)) for name, parts in split.items()
+                k: p._replace(target=target.centred(p.target, p.valid))
+                for k, p in pairs.items()
             }
-            each.append(self.objective.of_tokens(pairs))
+        for v in range(self.augment.views):
+            view = jax.tree.map(lambda x, v=v: x[:, v], pairs)
+            each.append(self.objective.of_tokens(view))
         return jax.tree.map(lambda *x: sum(x) / len(x), *each)
-
-    def _apart(self, x):
-        """Return each view's rows of [B V, ...]."""
-        return list(einops.rearrange(x, "(b v) ... -> v b ...", v=self.augment.views))
 
     def _goals(self, module, extra, fields, asked):
         """Return {modality: targets [B, Q, D]}, without gradient."""

@@ -69,7 +69,8 @@ class Objective:
         contrast_weight, contrast_tau: of InfoNCE between the vectors of two views.
         koleo_weight: of KoLeo on those vectors.
         per_microbatch: what compares samples does so within a micro-batch, as the
-            original does; False refuses accumulate > 1 with such losses.
+            original does; False: over the whole batch, in however many parts it is
+            embedded.
     """
 
     type: Kind = "modality_patch_discrimination"
@@ -86,7 +87,7 @@ class Objective:
 
     @property
     def couples_batch(self) -> bool:
-        """Whether a batch may not be split."""
+        """Whether samples of the whole batch are compared."""
         across = KINDS[self.type].across or self.pred2unit
         compares = across or self.contrast_weight > 0 or self.koleo_weight > 0
         return compares and not self.per_microbatch

@@ -112,8 +112,9 @@ def encoded(encoder, params, fields, asked, patch, depth):  # -> {name: [B, Q, D
 
 
 def centred(goal, valid):
-    """Return targets [B, Q, D] without their mean over what is valid [B, Q]."""
+    """Return targets [..., D] without their mean over what is valid [...]."""
     goal = goal.astype(jnp.float32)
     keep = valid[..., None]
-    mean = jnp.where(keep, goal, 0).sum((0, 1)) / jnp.maximum(valid.sum(), 1)
+    total = jnp.where(keep, goal, 0).sum(tuple(range(valid.ndim)))
+    mean = total / jnp.maximum(valid.sum(), 1)
     return goal - mean
