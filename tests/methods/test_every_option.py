@@ -194,7 +194,7 @@ def test_a_loss_over_the_batch_in_parts_takes_other_options_too(options):
 
 
 def test_latent_mim_compares_the_samples_of_all_parts_if_asked():
-    same = "hybrid.sampled_keys=False", "network.drop_path=0.0"  # Nothing is drawn.
+    same = ("hybrid.loss_tokens_per_modality=1024",)  # All: none is drawn.
     own = (*same, "objective.per_microbatch=False")
     split = _first_step("latent_mim", *own, "accumulate=2")
     _same(split, _first_step("latent_mim", *own), loss=1e-5, grads=1e-4)
