@@ -188,6 +188,18 @@ def export(params: Tree, table: Table) -> dict[str, np.ndarray]:
     return state
 
 
+class Misfit(errors.CheckpointError):
+    """Weights that do not fit a table or a model.
+
+    Attributes:
+        surplus: keys that have no place.
+    """
+
+    def __init__(self, message: str, surplus=()):
+        super().__init__(message)
+        self.surplus = tuple(surplus)
+
+
 @functools.cache
 def _compile(template):
     """Return the pattern of a template: {i} an integer, {*} anything."""
@@ -245,4 +257,4 @@ class _Faults:
         ]
         if lines:
             message = "the weights do not fit.\n" + "\n".join(lines)
-            raise errors.CheckpointError(message)
+            raise Misfit(message, [key.split(" (->")[0] for key in self.surplus])

@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vitssl import config, errors, tree
-from vitssl.convert import reader, safetensors
+from vitssl import config, errors, ranges, sizes, tree
+from vitssl.convert import beside, reader, safetensors
 from vitssl.models import MODELS
 
 FILE = "weights.safetensors"
@@ -102,6 +104,37 @@ class Backbone:
         )
 
     @property
+    def channels(self) -> int:
+        """Channels of an image: of both streams, if there are two."""
+        kernels = [k for k in self.leaves if k.endswith("patch_embed/kernel")]
+        return sum(self.leaves[k].shape[2] for k in kernels)
+
+    def check(self) -> None:
+        """Compare the encoder with its description; nothing of whole methods.
+
+        Raises:
+            CheckpointError: naming parameters that are missing or of other shapes.
+        """
+        if not self.about.model:
+            return
+        module = self.module()
+        size = getattr(module, "table_size", None) or sizes.pair(module.image_size)
+        image = jax.ShapeDtypeStruct((1, *size, self.channels or 3), jnp.float32)
+        want = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+        faults = []
+        for name, leaf in tree.flat({"encoder": want}).items():
+            if name not in self.leaves:
+                faults.append(f"{name} is missing")
+            elif self.leaves[name].shape != leaf.shape:
+                there = self.leaves[name].shape
+                faults.append(f"{name} is {there}, the description says {leaf.shape}")
+        if faults:
+            more = f"; {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise errors.CheckpointError(
+                f"{self.about.source}: {'; '.join(faults[:3])}{more}"
+            )
+
+    @property
     def size(self) -> int:
         """Number of parameters."""
         return tree.size(dict(self.leaves))
@@ -133,13 +166,23 @@ def read(path) -> Backbone:
         text = json.loads(found.metadata[KEY])
         version = text.pop("format")
         about = About(**_tuples(text)) if version == FORMAT else None
+        faults = [] if about is None else _faults(about)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise errors.CheckpointError(f"{file}: damaged description ({e})") from e
     if about is None:
         raise errors.CheckpointError(
             f"{file}: format {version}, this version reads {FORMAT}"
         )
+    if faults:
+        raise errors.CheckpointError(f"{file}: damaged description ({faults[0]})")
     return Backbone(about, found.tree)
+
+
+def _faults(about) -> list[str]:
+    """Return what is wrong with the normalisation and the pool of a description."""
+    told = [(key, beside.PIXELS[key], getattr(about, key)) for key in ("mean", "std")]
+    found = [f"{k}={v}: {why}" for k, kind, v in told if (why := ranges.fault(kind, v))]
+    return found + [f"pool={about.pool}"] * (about.pool not in _POOLS)
 
 
 def write(path, backbone: Backbone, sha256=None) -> pathlib.Path:
@@ -150,7 +193,12 @@ def write(path, backbone: Backbone, sha256=None) -> pathlib.Path:
         backbone: bfloat16 and float16 become float32.
         sha256: () -> digest to describe the weights by instead of their own, asked
             last, so that it may be computed meanwhile.
+
+    Raises:
+        CheckpointError: weights that are no finite numbers.
     """
+    if faults := _faults(backbone.about):
+        raise errors.UsageError(f"{backbone.about.source}: {faults[0]}")
     path = pathlib.Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -159,13 +207,14 @@ def write(path, backbone: Backbone, sha256=None) -> pathlib.Path:
 
     def text(digest):
         about = dataclasses.replace(backbone.about, sha256=digest)
-        return {KEY: describe(about)}
+        return {KEY: describe(about)} | beside.facts_of(about)
 
     first, last = text(backbone.about.sha256), None
     if sha256 is not None:
         first, last = text("0" * 64), lambda: text(sha256())
+    order = safetensors.order(shapes)
     with futures.ThreadPoolExecutor(1) as pool:
-        made = _ahead(pool, lambda n: contiguous(leaves[n]), safetensors.order(shapes))
+        made = _ahead(pool, lambda n: check_finite(n, contiguous(leaves[n])), order)
         safetensors.write_lazily(file, shapes, made, first, last)
     return file
 
@@ -182,10 +231,29 @@ def _ahead(pool, make, names):
         yield waiting[0], waiting[1].result()
 
 
-def digest(path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with pathlib.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def check_finite(name: str, x: np.ndarray) -> np.ndarray:
+    """Return float32 weights as they are.
+
+    Raises:
+        CheckpointError: some are not finite.
+    """
+    bad = x.size - int(np.isfinite(x).sum())
+    if bad:
+        raise errors.CheckpointError(
+            f"{name}: {bad} of {x.size} values are not finite (NaN, or beyond "
+            "float32): a training that had failed wrote them; take an earlier checkpoint"
+        )
+    return x
+
+
+def digest(*paths) -> str:
+    """Return the sha256 of a file, in hexadecimal; of several, one after the other."""
+    found = hashlib.sha256()
+    for path in paths:
+        with pathlib.Path(path).open("rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=True):
@@ -229,7 +297,8 @@ def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=T
     if about.config:
         settings = json.dumps(about.config, indent=1)
         parts.append(f"## Config of the run\n\n```json\n{settings}\n```")
-    file.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    text = "\n\n".join(parts) + "\n"
+    file.with_suffix(".md").write_text(text, "utf-8", "backslashreplace")
 
 
 _POOLS = {

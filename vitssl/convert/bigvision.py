@@ -102,10 +102,15 @@ def export(state: Mapping, heads: int) -> dict:
     return found
 
 
+def tells(state: Mapping) -> dict:
+    """Return the heads, an axis of the kernel that joins them: [heads, c, D]."""
+    block = f"Transformer/encoderblock_0/{_ATTENTION}_0"
+    return {"heads": state[f"{block}/out/kernel"].shape[0]}
+
+
 def model(state: Mapping, options: family.Options) -> dict:
     """Return the fields of `models.vit.ViT`."""
     kernel = state["embedding/kernel"]  # [p, p, C, D], as ours.
-    block = f"Transformer/encoderblock_0/{_ATTENTION}_0"
     as_torch = {
         "kernel": np.transpose(kernel, (3, 2, 0, 1)),
         "fc1": state["Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"].T,
@@ -114,8 +119,7 @@ def model(state: Mapping, options: family.Options) -> dict:
         as_torch["cls"] = state["cls"]
     if "pos_embedding" in state:
         as_torch["pos_embed"] = state["pos_embedding"]
-    heads = state[f"{block}/out/kernel"].shape[0]
-    known = family.Options(heads, options.image_size)
+    known = family.Options(tells(state)["heads"], options.image_size)
     names = {k: k for k in ("kernel", "fc1", "cls", "registers", "pos_embed", "ls1")}
     fields = family.geometry(as_torch, names | {"block": "-{i}"}, known)
     fields["depth"] = family.depth(state, "Transformer/encoderblock_{i}/")
@@ -132,6 +136,7 @@ BIGVISION = family.Family(
     model=model,
     table=table,
     prepare=prepare,
+    tells=tells,
     places=("",),
     strip=("params/", "img/"),
     rule="corners",

@@ -178,9 +178,18 @@ def _check_periods(state):
 
 
 def _model(state: Mapping, options: family.Options) -> dict:
-    eps = float(options.config.get("layer_norm_eps", 1e-5))
-    rotary = dict(rope=True, rope_unit=True, rope_theta=THETA, norm_eps=eps)
+    rotary = dict(rope=True, rope_unit=True, rope_theta=THETA)
+    rotary["norm_eps"] = options.eps or 1e-5
     return family.geometry(state, _NAMES, options) | rotary
+
+
+def _tells(state):
+    """Return the heads by the frequencies: a quarter of a head's channels."""
+    periods = state.get("rope_embed.periods")
+    if periods is None:
+        return {}
+    width = np.shape(state["patch_embed.proj.weight"])[0]
+    return {"heads": width // (4 * len(periods))}
 
 
 def _fits(state):
@@ -197,6 +206,7 @@ DINOV3 = family.Family(
     model=_model,
     table=lambda fields: table(fields["heads"], flax="encoder/"),
     prepare=_prepare,
+    tells=_tells,
     places=("teacher", "model", "state_dict", ""),
     strip=("module.", "backbone.", "dinov3_vit."),
 )

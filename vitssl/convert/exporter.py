@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vitssl import convert, errors, tree
+from vitssl import convert, errors, sizes, tree
 from vitssl.convert import (
     backbone,
+    beside,
     bigvision,
     dinov3,
     families,
     family,
     huggingface,
     hvit_names,
+    place,
     safetensors,
     vit_names,
 )
@@ -54,12 +56,10 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     Raises:
         UsageError: no such layout, or a layout that cannot hold this model.
     """
-    to = pathlib.Path(to)
-    if layout not in (*LAYOUTS, "vitssl"):
-        names = ", ".join([*LAYOUTS, "vitssl"])
-        raise errors.UsageError(f"--layout={layout}: one of {names}")
+    file = file_of(to, layout)
+    source.check()
     if layout == "vitssl":
-        file = backbone.write(to, source)
+        backbone.write(file, source)
         backbone.write_card(file, source, layout, OURS)
         return file
     fitting = _fitting(source)
@@ -70,18 +70,51 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
             f"--layout={layout}: cannot hold {what}; use {', '.join(fitting)} or vitssl"
         )
     made = LAYOUTS[layout](source)
-    ending = ".npz" if layout == "bigvision" else ".safetensors"
-    file = to if to.suffix == ending else to / f"model{ending}"
+    for name, array in made.arrays.items():
+        backbone.check_finite(name, array)
     file.parent.mkdir(parents=True, exist_ok=True)
     if layout == "bigvision":
         np.savez(file, **made.arrays)
     else:
         metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
-        safetensors.write(file, made.arrays, metadata)
+        safetensors.write(file, made.arrays, metadata | beside.facts_of(source.about))
     if layout == "hf":
-        (file.parent / "config.json").write_text(json.dumps(made.recipe, indent=1))
+        _write_json(file.with_name("config.json"), made.recipe)
+        _write_json(file.with_name("preprocessor_config.json"), _processor(source))
     backbone.write_card(file, source, layout, made.snippet)
     return file
+
+
+def file_of(to, layout: str) -> pathlib.Path:
+    """Return the file that `write` writes.
+
+    Raises:
+        UsageError: no such layout, or the ending of another kind of file.
+    """
+    if layout not in (*LAYOUTS, "vitssl"):
+        names = ", ".join([*LAYOUTS, "vitssl"])
+        raise errors.UsageError(f"--layout={layout}: one of {names}")
+    own = {"vitssl": backbone.FILE, "bigvision": "model.npz"}
+    return place.file_in(to, own.get(layout, "model.safetensors"))
+
+
+def _write_json(file, value):
+    file.write_text(json.dumps(value, indent=1), "utf-8")
+
+
+def _processor(source) -> dict:
+    """Return the preprocessor_config.json of transformers."""
+    height, width = sizes.pair(source.module().image_size)
+    return dict(
+        image_processor_type="ViTImageProcessor",
+        do_normalize=True,
+        do_rescale=True,
+        do_resize=True,
+        image_mean=list(source.about.mean),
+        image_std=list(source.about.std),
+        rescale_factor=1 / 255,
+        size=dict(height=height, width=width),
+    )
 
 
 def _fitting(source) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ same names; they have no features of their own, and `to_parts` and `to_olmoearth
 the way back.
 """
 
+import difflib
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,6 +20,7 @@ from vitssl.convert import (
     family,
     huggingface,
     hvit_names,
+    prefixes,
     reader,
     timm_names,
 )
@@ -102,7 +104,11 @@ FAMILIES = {f.name: f for f in ORDER}
 
 
 def find(
-    contents, name: str = "auto", part: str = ""
+    contents,
+    name: str = "auto",
+    part: str = "",
+    options: family.Options | None = None,
+    notes: list | None = None,
 ) -> tuple[family.Family, dict, str]:
     """Return (family, state dict, where in the file it stood).
 
@@ -110,34 +116,106 @@ def find(
         contents: `reader.Weights.tree`.
         name: of the family, or "auto".
         part: which dict of a training checkpoint; "" = the family's first choice.
+        options: prefix and keys to leave aside.
+        notes: told what was taken off keys, and which were left aside.
 
     Raises:
-        UsageError: no such family or part.
-        CheckpointError: no dict in the file is of the family, or of any.
+        UsageError: no such family, part or key to leave aside.
+        CheckpointError: no dict in the file is of the family, or of any; several
+            networks are in it.
     """
     if name != "auto" and name not in FAMILIES:
         raise errors.UsageError(
             f"--family={name}: one of auto, {', '.join(sorted(FAMILIES))}"
         )
+    notes, options = [] if notes is None else notes, options or family.Options()
     dicts = reader.state_dicts(contents)
     if part and part not in dicts:
         raise errors.UsageError(f"--part={part}: the file has {_parts(dicts)}")
     wanted = ORDER if name == "auto" else (FAMILIES[name],)
-    for one in wanted:
-        for place in _places(one, dicts, part, name == "auto"):
-            state = family.stripped(dicts[place], one.strip)
-            # A name given by the user decides; its table tells what does not fit.
-            if one.fits(state) or (name != "auto" and _same_names(one, state)):
-                if name == "auto" and one is timm_names.TIMM:
-                    one = _dino_wrapped(one, contents)
-                return one, state, place
+    plain = {place: prefixes.unwrapped(state) for place, state in dicts.items()}
+    for find in (_as_named, _under_a_prefix):
+        for one, place, head in find(wanted, plain, part, name == "auto", options):
+            if name == "auto" and one is timm_names.TIMM:
+                one = _dino_wrapped(one, contents)
+            state = prefixes.under(plain[place], head)
+            notes += prefixes.told(dicts[place], plain[place], head, one.strip)
+            return one, _kept(state, one.strip, options.ignore, notes), place
+    what = "a known family" if name == "auto" else name
+    below = "" if options.prefix is None else f" below --prefix={options.prefix}"
     raise errors.CheckpointError(
-        f"no weights of {'a known family' if name == 'auto' else name} found; the file "
-        f"has {_parts(dicts)}; families: {', '.join(sorted(FAMILIES))}"
+        f"no weights of {what} found{below}; the file has {_parts(dicts)}; families: "
+        f"{', '.join(sorted(FAMILIES))}"
     )
 
 
-def _places(one, dicts, part, auto):
+def _as_named(wanted, dicts, part, auto, options):
+    """Yield (family, place, prefix) of what fits with the names as they are."""
+    head = prefixes.written(options.prefix or "")
+    for one in wanted:
+        for place in _places(one, dicts, part, auto):
+            state = prefixes.under(dicts[place], head)
+            # A name given by the user decides; its table tells what does not fit.
+            if _fits(one, state, auto):
+                yield one, place, head
+
+
+def _under_a_prefix(wanted, dicts, part, auto, options):
+    """Yield (family, place, prefix) where one prefix makes the names fit.
+
+    Raises:
+        CheckpointError: several do.
+    """
+    if options.prefix is not None:
+        return
+    for place in dict.fromkeys(p for one in wanted for p in _places(one, dicts, part)):
+        found = {}
+        for head in prefixes.candidates(dicts[place]):
+            if any(head.startswith(shorter) for shorter in found):
+                continue
+            state = prefixes.under(dicts[place], head)
+            fitting = [one for one in wanted if _fits(one, state, auto)]
+            if fitting:
+                found[head] = fitting[0]
+        if found:
+            head = prefixes.chosen(dicts[place], found)
+            yield found[head], place, head
+
+
+def _fits(one, state, auto) -> bool:
+    """Return whether a family fits; a name given by the user makes do with less."""
+    try:
+        state = family.stripped(state, one.strip)
+    except errors.CheckpointError:
+        return False
+    return bool(state) and (one.fits(state) or (not auto and _same_names(one, state)))
+
+
+def _kept(state, strip, ignore, notes) -> dict:
+    """Return a state, its family's prefixes off, without the keys to leave aside.
+
+    Raises:
+        UsageError: there is no such key.
+    """
+    patterns = {name: [] for name in ignore}
+    for key in state:
+        short = family.short_name(key, strip)
+        for name, keys in patterns.items():
+            if any(prefixes.names(name, k) for k in (key, short)):
+                keys.append(short)
+    for name, keys in patterns.items():
+        if not keys:
+            near = difflib.get_close_matches(name, state, 2, 0.0)
+            raise errors.UsageError(
+                f"--ignore={name}: no such key; the file has {', '.join(near)}, ..."
+            )
+        notes.append(f"left aside by --ignore={name}: {len(keys)} keys ({keys[0]})")
+    gone = {key for keys in patterns.values() for key in keys}
+    found = family.stripped(state, strip)
+    return {key: x for key, x in found.items() if key not in gone}
+
+
+def _places(one, dicts, part, auto=False):
     """Return where to look, the family's favourites first."""
     if part:
         return [part]
@@ -161,8 +239,17 @@ def _dino_wrapped(one, contents):
 
 
 def _parts(dicts) -> str:
-    lines = [f"{path or '(top)'}: {len(keys)} arrays" for path, keys in dicts.items()]
+    lines = [
+        f"{path or '(top)'}: {len(keys)} arrays ({_some(keys)})"
+        for path, keys in dicts.items()
+    ]
     return "; ".join(lines[:8]) or "no arrays"
+
+
+def _some(keys) -> str:
+    """Return two keys of a dict, which say most about what it is."""
+    two = [*keys][:1] + [*keys][len(keys) // 2 :][:1] * (len(keys) > 1)
+    return ", ".join(two)
 
 
 def to_parts(leaves: Mapping, hf: bool) -> dict[str, np.ndarray]:

@@ -33,13 +33,23 @@ class Options:
         heads: 0 = those of the published model of this width.
         image_size: side in pixels to resample the position table for; 0 = as stored.
         channels: to convert the patch embedding to; 0 = as stored.
-        config: what a Hugging Face config.json beside the file says of the model, or
-            a training checkpoint itself; or {}.
+        eps: of every LayerNorm; 0 = what the files beside say.
+        activation: of the MLPs; "" = what the files beside say.
+        mean, std: pixel normalisation, of [0, 1] values; () = as the files beside say.
+        prefix: of the keys to read, "model.backbone."; None = the one that fits.
+        ignore: names or globs of keys to leave aside, and all below them.
+        config: what a training checkpoint says of its model, in its own words, or {}.
     """
 
     heads: int = 0
     image_size: int = 0
     channels: int = 0
+    eps: float = 0.0
+    activation: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    prefix: str | None = None
+    ignore: tuple[str, ...] = ()
     config: dict = dataclasses.field(default_factory=dict)
 
 
@@ -65,6 +75,7 @@ class Family:
         shapes: (fields, state) -> nested shapes of {"encoder", "head"}, where they are
             not those of a ViT and a linear layer.
         told: (what the file holds beside arrays) -> `Options.config`.
+        tells: prepared state -> {"heads": n} where tensors tell them after all.
         rule: how its code resamples position tables.
         mean, std: pixel normalisation it was trained with, of [0, 1] values.
         pool: what its users call the feature of an image.
@@ -83,6 +94,7 @@ class Family:
     kind: str = "vit"
     shapes: Callable[[dict, Mapping], dict] | None = None
     told: Callable[[Mapping], dict] = lambda tree: {}
+    tells: Callable[[Mapping], dict] = lambda state: {}
     rule: positions.Rule = "antialias"
     mean: tuple[float, ...] = IMAGENET[0]
     std: tuple[float, ...] = IMAGENET[1]
@@ -107,13 +119,17 @@ def stripped(state: Mapping, prefixes) -> dict:
     """
     found = {}
     for key, value in state.items():
-        short = key
-        for prefix in prefixes:
-            short = short.removeprefix(prefix)
-        if short in found:
+        if (short := short_name(key, prefixes)) in found:
             raise errors.CheckpointError(f"{key}: another key is {short} too")
         found[short] = value
     return found
+
+
+def short_name(key: str, prefixes) -> str:
+    """Return a key without prefixes, taken off in their order."""
+    for prefix in prefixes:
+        key = key.removeprefix(prefix)
+    return key
 
 
 def depth(state: Mapping, template: str) -> int:
@@ -123,13 +139,13 @@ def depth(state: Mapping, template: str) -> int:
     return 1 + max(found, default=-1)
 
 
-def heads(width: int, options: Options, config_key: str = "num_attention_heads") -> int:
+def heads(width: int, options: Options) -> int:
     """Return the number of heads.
 
     Raises:
-        UsageError: neither the user nor a config nor the width says it.
+        UsageError: neither options nor the width say it.
     """
-    known = options.heads or options.config.get(config_key) or HEADS.get(width, 0)
+    known = options.heads or HEADS.get(width, 0)
     if not known:
         raise errors.UsageError(
             f"a width of {width} is none of the published ones; say --heads=N"

@@ -143,8 +143,7 @@ def _prepare(of_vit):
 def _model(names, eps):
     def model(state: Mapping, options: family.Options) -> dict:
         fields = family.geometry(state, names, options)
-        fields["norm_eps"] = float(options.config.get("layer_norm_eps", eps))
-        return fields | dict(resampling="plain")
+        return fields | dict(norm_eps=options.eps or eps, resampling="plain")
 
     return model
 

@@ -3,14 +3,22 @@
 import collections
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import config, convert, errors
-from vitssl.convert import backbone, families, family, positions, reader
+from vitssl import config, convert, errors, sizes
+from vitssl.convert import (
+    backbone,
+    beside,
+    families,
+    family,
+    positions,
+    reader,
+    shards,
+)
+from vitssl.data import decode
 from vitssl.models import MODELS, vit
 
 _KERNEL = "encoder/patch_embed/kernel"
@@ -28,7 +36,8 @@ def read(
     Nothing large is read or copied yet: arrays are rearranged views of the file.
 
     Args:
-        path: `.pth`, `.safetensors` or `.npz`; also a `.safetensors` of ours.
+        path: `.pth`, `.safetensors` or `.npz`; also a `.safetensors` of ours, a
+            folder of a hub, or the index of a file in shards.
         name: of the family.
         part: which dict of a training checkpoint; "" = the family's first choice.
         options: what the tensors do not tell.
@@ -38,42 +47,237 @@ def read(
             has keys without a place or places without a key (all named).
         UsageError: no such family or part, or an option is missing or impossible.
     """
-    path = pathlib.Path(path)
-    options = options or family.Options()
-    found = reader.read(path)
+    path = shards.file_of(path)
+    options, notes = options or family.Options(), []
+    said = beside.flags(options)
+    found = shards.read(path)
     if backbone.KEY in found.metadata:
         return _own(path, name, part, options)
-    one, raw, place = families.find(found.tree, name, part)
-    beside, told = _config_beside(path)
-    options = dataclasses.replace(options, config=beside or one.told(found.tree))
-    notes = [f"read from {place!r} of the file"] if place else []
-    notes += [told] if told else []
+    one, raw, place = families.find(found.tree, name, part, options, notes)
+    notes += [f"read from {place!r} of the file"] if place else []
+    try:
+        return _read(path, one, raw, _Said(said, found, options), notes)
+    except errors.VitsslError:
+        raise
+    except KeyError as e:
+        raise errors.CheckpointError(
+            f"{path}: family {one.name}: the checkpoint lacks {e.args[0]}"
+        ) from e
+    except (ValueError, TypeError, IndexError, ArithmeticError, AttributeError) as e:
+        # Arrays of other ranks than the family's: any line may be the first to mind.
+        raise errors.CheckpointError(
+            f"{path}: family {one.name}: an array has not the form it should ({e})"
+        ) from e
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """Everything that is said of weights, by whom it may be."""
+
+    flags: dict[str, beside.Fact]
+    found: reader.Weights
+    options: family.Options
+
+    def facts(self, one, state, path, notes) -> dict[str, beside.Fact]:
+        """Return {key: fact}; who disagrees is in the notes."""
+        tells = {
+            k: beside.Fact(v, "the tensors' shapes")
+            for k, v in one.tells(state).items()
+        }
+        for key, fact in tells.items():
+            flag = self.flags.get(key)
+            if flag and flag.value != fact.value:
+                raise errors.UsageError(
+                    f"{flag.where}={flag.value}: the tensors' shapes say {fact.value}"
+                )
+        nearby = beside.read(path, self.found.metadata, notes)
+        nearby = [_fitting(source, one, state, notes) for source in nearby]
+        return beside.merged([self.flags, tells, *nearby], notes)
+
+    def config(self, one) -> dict:
+        """Return what the checkpoint says in its code's own words."""
+        recipe = self.found.metadata.get("vitssl.recipe", "{}")
+        return one.told(self.found.tree) or json.loads(recipe)
+
+
+def _read(path, one, raw, said, notes) -> backbone.Backbone:
+    """Return the network of a family's state; arguments as in `read`."""
     state = one.prepare(raw, notes)
-    fields = one.model(state, options)
+    facts = said.facts(one, state, path, notes)
+    table_options = _completed(said, one, state, path, facts, notes)
+    fields = one.model(state, table_options)
     table = one.table(fields)
     about = backbone.About(
         model={},
         mean=one.mean,
         std=one.std,
         family=one.name,
-        rule=one.rule,
-        source=path.name,
+        rule=beside.header(said.found.metadata).get("rule", one.rule),
+        source=decode.printable(path.name),
     )
     if one.whole:
         leaves = convert.by_name(state, table)
+        _check_kinds(leaves)
         notes += _aside(state, table)
-        return _noted(about, leaves, notes)
+        mean, std = _pixels(facts, about, len(about.mean), notes)
+        return _noted(about, leaves, notes, mean=mean, std=std)
+    _say_of_fields(one, fields, state, facts, table_options, notes)
     _check(one, fields)
     shapes = one.shapes or (lambda f, s: _like(f, s, table))
-    leaves = convert.views(state, shapes(fields, state), table)
+    leaves = _views(state, shapes(fields, state), table)
     notes += _aside(state, table)
-    if told and (pixels := _pixels_beside(path)):
-        one = dataclasses.replace(one, mean=pixels[0], std=pixels[1])
-        notes.append("mean and std from the preprocessor_config.json beside the file")
-    leaves, fields, mean, std = _adapt(leaves, fields, one, options, notes)
-    pool = one.pool if fields.get("cls") else "mean"
+    options = dataclasses.replace(said.options, config={})
+    leaves, fields = _adapt(leaves, fields, about, options, notes)
+    mean, std = _pixels(facts, about, _channels(leaves), notes)
+    pool = facts["pool"].value if "pool" in facts else one.pool
+    pool = pool if fields.get("cls") else "mean"
     model = {"name": one.kind, **fields}
     return _noted(about, leaves, notes, model=model, mean=mean, std=std, pool=pool)
+
+
+def _fitting(source, one, state, notes) -> dict:
+    """Return what a file says, or nothing if it is of a model of other sizes."""
+    shape = _kernel_shape(one, state)
+    for key, here in zip(("width", "patch"), shape, strict=False):
+        if key in source and source[key].value != here:
+            notes.append(
+                f"{source[key].where} beside the file is of another model ({key} "
+                f"{source[key].value}, here {here}); nothing of it is used"
+            )
+            return {}
+    return source
+
+
+def _kernel_shape(one, state) -> tuple[int, ...]:
+    """Return (width, patch) of a ViT's state; () where it is another network's."""
+    if one.kind != "vit" or one.whole:
+        return ()
+    fields = one.model(state, family.Options(heads=1))
+    return fields["width"], fields["patch"]
+
+
+def _completed(said, one, state, path, facts, notes) -> family.Options:
+    """Return the options with what is said elsewhere, for `Family.model`.
+
+    A published name decides about heads where nothing else does.
+    """
+    width = next(iter(_kernel_shape(one, state)), 0)
+    off = next((n for n in notes if n.startswith("read below the prefix")), "")
+    named = beside.published(path, off, beside.architecture(path), width)
+    for key, fact in named.items():
+        facts.setdefault(key, fact)
+    values = {k: f.value for k, f in facts.items()}
+    config, heads = said.config(one), values.get("heads", 0)
+    if isinstance(heads, tuple):  # Of every stage; the families call it so.
+        config, heads = {**config, "num_heads": heads}, 0
+    size = values.get("image_size", 0)
+    beside.check_activation(facts)
+    return dataclasses.replace(
+        said.options,
+        heads=heads,
+        eps=values.get("eps", 0.0),
+        image_size=size if isinstance(size, int) else 0,
+        config=config,
+    )
+
+
+def _say_of_fields(one, fields, state, facts, options, notes):
+    """Complete the fields of a model by what is said, and say what is a guess."""
+    if "norm_eps" in {f.name for f in dataclasses.fields(MODELS[one.kind])}:
+        eps = options.eps or fields.get("norm_eps", 1e-6)
+        fields["norm_eps"] = eps
+        _guess("eps", eps, f"as the code of {one.name} has it", facts, notes)
+    elif "eps" in facts and facts["eps"].where[:2] == "--":
+        raise errors.UsageError(f"--eps: a {one.kind} has no such field")
+    if one.kind == "vit":
+        fields["heads"] = options.heads or fields["heads"]
+        why = f"as published models of width {fields['width']} have"
+        if fields["width"] == 384:
+            why += "; MoCo v3's has 12"
+        _guess("heads", fields["heads"], why, facts, notes)
+        why = "the exact one; no other is supported"
+        _guess("activation", "gelu", why, facts, notes)
+        _say_of_size(fields, facts, notes)
+    elif one.kind == "hvit" and "num_heads" not in options.config:
+        _guess("heads", fields["heads"], "32 channels each", facts, notes)
+
+
+def _say_of_size(fields, facts, notes):
+    """Compare the size that is said with that of the position table."""
+    size, said = fields["image_size"], facts.get("image_size")
+    if fields.get("positions") == "none":  # Nothing in the tensors tells it.
+        _guess("image_size", size, "positions are computed", facts, notes)
+    elif said and said.where[:2] != "--" and not beside.same(said.value, size):
+        notes.append(
+            f"{said.where}: images of {sizes.written(said.value)}; the position table "
+            f"is for {sizes.written(size)}; --image_size=N resamples it"
+        )
+
+
+def _guess(key, value, why, facts, notes):
+    """Say that a value is a guess, unless someone knows it."""
+    fact = facts.get(key)
+    if fact is None:
+        notes.append(beside.guess(key, value, why))
+    elif not fact.sure:
+        why = "it was one when these weights were imported first"
+        notes.append(beside.guess(key, fact.value, why))
+    else:
+        notes.append(f"{key}={fact.value}: {fact.where}")
+
+
+def _pixels(facts, about, channels, notes):
+    """Return (mean, std) for so many channels; say where they come from."""
+    made = []
+    for key in ("mean", "std"):
+        why = f"as the code of {about.family} has it"
+        values = facts[key].value if key in facts else getattr(about, key)
+        values = values if isinstance(values, tuple) else (values,)
+        if key in facts and facts[key].where[:2] == "--":
+            if len(values) not in (1, channels):
+                raise errors.UsageError(
+                    f"--{key}: {len(values)} values for {channels} channels"
+                )
+        if len(values) != channels and len(values) > 1:
+            values = _spread(values, channels)
+            why = f"for {channels} channels"
+            notes.append(beside.guess(key, values, why))
+        else:
+            values = values * channels if len(values) == 1 else values
+            _guess(key, values, why, facts, notes)
+        made.append(tuple(map(float, values)))
+    return made
+
+
+def _views(state, like, table):
+    """Return `convert.views`, all of numbers that may be weights.
+
+    Raises:
+        CheckpointError: also the way out for keys that have no place.
+    """
+    try:
+        leaves = convert.views(state, like, table)
+    except convert.Misfit as e:
+        if not e.surplus:
+            raise
+        names = ",".join(dict.fromkeys(e.surplus[:3]))
+        more = ",..." if len(e.surplus) > 3 else ""
+        raise errors.CheckpointError(
+            f"{e}\n  keys that are not needed can be left aside by name or glob: "
+            f"--ignore={names}{more}"
+        ) from e
+    _check_kinds(leaves)
+    return leaves
+
+
+def _check_kinds(leaves):
+    """Refuse whole numbers, which are weights only with the scales they lack."""
+    for name, leaf in leaves.items():
+        if np.asarray(leaf).dtype.kind in "iub":
+            raise errors.CheckpointError(
+                f"{name}: {np.asarray(leaf).dtype}, quantised weights without scales; "
+                "save them dequantised, as float32 or float16"
+            )
 
 
 def _noted(about, leaves, notes, **more) -> backbone.Backbone:
@@ -87,11 +291,9 @@ def _own(path, name, part, options):
     Raises:
         UsageError: an option that says what the file says itself.
     """
-    for key, value in (
-        ("family", name.replace("auto", "")),
-        ("part", part),
-        ("heads", options.heads),
-    ):
+    own = ("heads", "eps", "activation", "mean", "std", "prefix", "ignore")
+    given = {"family": name.replace("auto", ""), "part": part}
+    for key, value in (given | {key: getattr(options, key) for key in own}).items():
         if value:
             raise errors.UsageError(
                 f"--{key}={value}: {path} is in the layout vitssl, which says it itself"
@@ -107,7 +309,11 @@ def _own(path, name, part, options):
     module, notes = found.module(), list(about.notes)
     keys = ("image_size", "patch", "cls", "class_position", "spectral_channels")
     fields = {key: getattr(module, key) for key in keys if hasattr(module, key)}
-    leaves, fields, mean, std = _adapt(found.leaves, fields, about, options, notes)
+    leaves, fields = _adapt(found.leaves, fields, about, options, notes)
+    mean, std = about.mean, about.std
+    if (count := _channels(leaves)) != len(mean):
+        mean, std = _spread(mean, count), _spread(std, count)
+        notes += [f"mean={mean}, std={std}: spread over {count} channels"]
     model = dict(about.model) | {"image_size": fields["image_size"]}
     return _noted(about, leaves, notes, model=model, mean=mean, std=std)
 
@@ -167,8 +373,8 @@ def _aside(state, table) -> list[str]:
 
 
 def _adapt(leaves, fields, one, options, notes):
-    """Return (leaves, fields, mean, std) for the channels and size asked for."""
-    leaves, mean, std = dict(leaves), one.mean, one.std
+    """Return (leaves, fields) for the channels and size asked for."""
+    leaves = dict(leaves)
     had = _channels(leaves)
     if options.channels and options.channels != had:
         if fields.get("spectral_channels"):
@@ -181,10 +387,6 @@ def _adapt(leaves, fields, one, options, notes):
             f"patch embedding of {had} channels converted to {options.channels} "
             f"({'summed' if options.channels == 1 else 'repeated and scaled'})"
         )
-        had = options.channels
-    if had != len(mean):
-        mean, std = _spread(mean, had), _spread(std, had)
-        notes.append(f"normalisation of {had} channels guessed: {mean}, {std}")
     size, patch = options.image_size or fields["image_size"], fields["patch"]
     if size % patch:
         raise errors.UsageError(
@@ -200,7 +402,7 @@ def _adapt(leaves, fields, one, options, notes):
             f"position table resampled from {fields['image_size']} to {size} px "
             f"({one.rule})"
         )
-    return leaves, fields | {"image_size": size}, mean, std
+    return leaves, fields | {"image_size": size}
 
 
 def _channels(leaves) -> int:
@@ -230,38 +432,3 @@ def _spread(values, count):
     if count == 1:
         return (float(np.mean(values)),)
     return tuple(values[i % len(values)] for i in range(count))
-
-
-def _config_beside(path) -> tuple[dict, str]:
-    """Return (the config.json beside a file, what to say of it).
-
-    Raises:
-        CheckpointError: it names another activation than the exact GELU.
-    """
-    found = _json(path.parent / "config.json")
-    if "num_attention_heads" not in found:
-        return {}, ""
-    if found.get("hidden_act", "gelu") != "gelu":
-        raise errors.CheckpointError(
-            f"{path.parent / 'config.json'}: hidden_act={found['hidden_act']}; the "
-            "blocks here have the exact GELU, gelu"
-        )
-    return found, "heads and epsilon from the config.json beside the file"
-
-
-def _pixels_beside(path) -> tuple[tuple, tuple] | None:
-    """Return (mean, std) of the preprocessor_config.json beside a file, if any."""
-    found = _json(path.parent / "preprocessor_config.json")
-    mean, std = found.get("image_mean"), found.get("image_std")
-    if isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std):
-        return tuple(map(float, mean)), tuple(map(float, std))
-    return None
-
-
-def _json(file) -> dict:
-    """Return a JSON object; {} if there is no such file or it holds another thing."""
-    try:
-        found = json.loads(file.read_text())
-    except (ValueError, OSError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -45,6 +45,14 @@ def _model(**fixed):
     return model
 
 
+def _tells(state: Mapping) -> dict:
+    """Return the heads by the norm of a head's queries, where there is one."""
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    if norm is None or not len(norm):
+        return {}
+    return {"heads": np.shape(state[NAMES["kernel"]])[0] // len(norm)}
+
+
 def _prepare(state: Mapping, notes: list) -> dict:
     """Return a timm state: qkv with bias, registers without position."""
     state = dict(state)
@@ -59,8 +67,32 @@ def _prepare(state: Mapping, notes: list) -> dict:
     family.add_zero_bias(state, biases, notes)
     if "register_tokens" in state:  # DINOv2's spelling.
         state["reg_token"] = state.pop("register_tokens")
+    _distilled(state, notes)
     _fold_registers(state, notes)
     return state
+
+
+def _distilled(state, notes):
+    """Make DeiT's distillation token a register, whose position is added to it.
+
+    It takes part in attention as a register does; its own classifier is left aside.
+    Source: Touvron et al. 2020, arXiv:2012.12877.
+    """
+    if "dist_token" not in state or "reg_token" in state:
+        return
+    table = state.get("pos_embed")
+    if table is None or "cls_token" not in state:
+        raise errors.CheckpointError(
+            "dist_token: DeiT's distillation token, without a class token or positions "
+            "beside it; there is no such model"
+        )
+    token = state.pop("dist_token")
+    state["reg_token"] = np.asarray(token) + np.asarray(table[:, 1:2])
+    state["pos_embed"] = np.delete(table, 1, axis=1)
+    notes.append(
+        "dist_token, DeiT's distillation token, is a register here with its position "
+        "added: the features are the same; its classifier head_dist has no place"
+    )
 
 
 def _fold_registers(state, notes):
@@ -124,8 +156,9 @@ TIMM = family.Family(
     about="timm's VisionTransformer: class token, registers, LayerScale, qk-norm",
     fits=family.is_vit,
     model=_model(),
-    table=_table(),
+    table=_table("head_dist.{*}"),
     prepare=_prepare,
+    tells=_tells,
     places=("state_dict_ema", "state_dict", "model", ""),
 )
 DINO = family.Family(
