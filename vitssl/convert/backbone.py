@@ -241,7 +241,7 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     if bad:
         raise errors.CheckpointError(
             f"{name}: {bad} of {x.size} values are not finite (NaN, or beyond "
-            "float32): a training that had failed wrote them; take an earlier checkpoint"
+            "float32): their training had failed; take an earlier checkpoint"
         )
     return x
 

@@ -56,9 +56,10 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     Raises:
         UsageError: no such layout, or a layout that cannot hold this model.
     """
-    file = file_of(to, layout)
+    _check_layout(layout)
     source.check()
     if layout == "vitssl":
+        file = file_of(to, layout)
         backbone.write(file, source)
         backbone.write_card(file, source, layout, OURS)
         return file
@@ -70,6 +71,7 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
             f"--layout={layout}: cannot hold {what}; use {', '.join(fitting)} or vitssl"
         )
     made = LAYOUTS[layout](source)
+    file = file_of(to, layout)
     for name, array in made.arrays.items():
         backbone.check_finite(name, array)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,11 +93,15 @@ def file_of(to, layout: str) -> pathlib.Path:
     Raises:
         UsageError: no such layout, or the ending of another kind of file.
     """
+    _check_layout(layout)
+    own = {"vitssl": backbone.FILE, "bigvision": "model.npz"}
+    return place.file_in(to, own.get(layout, "model.safetensors"))
+
+
+def _check_layout(layout):
     if layout not in (*LAYOUTS, "vitssl"):
         names = ", ".join([*LAYOUTS, "vitssl"])
         raise errors.UsageError(f"--layout={layout}: one of {names}")
-    own = {"vitssl": backbone.FILE, "bigvision": "model.npz"}
-    return place.file_in(to, own.get(layout, "model.safetensors"))
 
 
 def _write_json(file, value):

@@ -183,8 +183,9 @@ def _completed(said, one, state, path, facts, notes) -> family.Options:
 
 def _say_of_fields(one, fields, state, facts, options, notes):
     """Complete the fields of a model by what is said, and say what is a guess."""
-    if "norm_eps" in {f.name for f in dataclasses.fields(MODELS[one.kind])}:
-        eps = options.eps or fields.get("norm_eps", 1e-6)
+    own = {f.name: f.default for f in dataclasses.fields(MODELS[one.kind])}
+    if "norm_eps" in own:
+        eps = options.eps or fields.get("norm_eps", own["norm_eps"])
         fields["norm_eps"] = eps
         _guess("eps", eps, f"as the code of {one.name} has it", facts, notes)
     elif "eps" in facts and facts["eps"].where[:2] == "--":
