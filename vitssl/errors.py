@@ -70,6 +70,8 @@ class Parser(argparse.ArgumentParser):
 
 def exit_code(command, *arguments) -> int:
     """Return what a command returns, or the code of its error, which is printed."""
+    if hasattr(sys.stdout, "reconfigure"):  # Names may be no text of the terminal's.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command(*arguments)
     except VitsslError as e:

@@ -217,6 +217,11 @@ class _Machine:
         self._name(f"{module}.{name}")
 
     def _name(self, path):
+        if "float8" in path.lower() and path.startswith("torch."):
+            raise errors.CheckpointError(
+                f"{self.where}: {path[:80]}: 8-bit floats, which are weights only with "
+                "their scales; save them dequantised, as float32 or float16"
+            )
         if path not in _BUILDERS and _dtype(path) is None:
             raise errors.CheckpointError(
                 f"{self.where}: refused, it wants {path}, which is not data; only "

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Mapping
 
@@ -53,18 +54,27 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
             kinds = [(n, p.get_dtype(), tuple(p.get_shape())) for n, p in parts]
     except (safetensors.SafetensorError, OSError, ValueError) as e:
+        if kind := re.search(r"unknown variant `(F[468]_?\w*|C\d+)`", str(e)):
+            raise errors.CheckpointError(_strange(path, "an array", kind[1])) from e
         raise errors.CheckpointError(f"{path}: no sound safetensors file ({e})") from e
     with pathlib.Path(path).open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     at, found = 8 + struct.unpack("<Q", data[:8])[0], {}
     for name, kind, shape in kinds:  # One after the other, without holes.
         if kind not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise errors.CheckpointError(f"{path}: {name}: dtype {kind}; want {known}")
+            raise errors.CheckpointError(_strange(path, name, kind))
         flat = np.frombuffer(data, DTYPES[kind], math.prod(shape), at)
         found[name] = flat.reshape(shape)
         at += flat.nbytes
     return found, metadata
+
+
+def _strange(path, name, kind) -> str:
+    """Return that a dtype is not read, and what to do."""
+    scales = ""
+    if kind[:2] in ("F8", "F4", "F6"):
+        scales = "; floats of few bits are weights only with their scales: dequantise"
+    return f"{path}: {name}: dtype {kind}; want {', '.join(DTYPES)}{scales}"
 
 
 def write(path, arrays: Mapping, metadata: Mapping[str, str] | None = None) -> None:

@@ -9,23 +9,28 @@ vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
 vitssl extract WEIGHTS --program=FOLDER
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import einops
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors, sizes, tree
-from vitssl.convert import backbone, positions, safetensors
+from vitssl.convert import backbone, beside, positions, safetensors
 from vitssl.methods import base
 from vitssl.models import hybrid_vit, patches, upsample, vit
 from vitssl.run import opened
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("pooled", "tokens")
 UPSAMPLINGS = ("shift", "bilinear", "nearest")  # Those that need no training.
@@ -45,6 +50,7 @@ class Features:
         name: what the weights are called.
         method: of a run as a whole; it knows the evaluation's views, and classes.
         classes: their names.
+        notes: what of the weights is a guess, a line each.
     """
 
     apply: Callable[[Any, Any], dict]
@@ -56,6 +62,7 @@ class Features:
     name: str = ""
     method: base.Method | None = None
     classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __call__(self, images) -> dict[str, jax.Array]:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
@@ -82,6 +89,7 @@ class Features:
                 "by mean and std"
             )
         self._check_normalised(images)
+        self._check_size(images.shape[1:3])
         found = _compiled(self.apply)(self.state, images)
         return {name: found[name] for name in NAMES}
 
@@ -97,6 +105,28 @@ class Features:
                 f"mean={self.mean}, std={self.std}, or uint8 pixels"
             )
 
+    def _check_size(self, size) -> None:
+        """Refuse images of sides that the patch does not divide; say others, once."""
+        module = getattr(self.apply, "module", None)
+        if module is None:
+            return
+        if faults := list(module.check_image(tuple(size))):
+            raise errors.UsageError(f"images of {size[0]} x {size[1]} px: {faults[0]}")
+        if self.image_size and tuple(size) != sizes.pair(self.image_size):
+            here = sizes.written(tuple(size))
+            _say(f"{self.name} is for {sizes.written(self.image_size)}, not {here}")
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return what an image gives, {name: shape [1, ...]}; nothing is computed.
+
+        Raises:
+            CheckpointError: the weights lack parameters.
+        """
+        shape = (1, *sizes.pair(self.image_size), self.channels)
+        with _complete(self.name):
+            image = jax.ShapeDtypeStruct(shape, np.uint8)
+            return jax.eval_shape(self.apply, self.state, image)
+
     @property
     def headline(self) -> str:
         """Return which weights and views name the classes, such as "ema_tta".
@@ -110,7 +140,8 @@ class Features:
             )
         shape = (1, *sizes.pair(self.image_size), self.channels)
         image = jax.ShapeDtypeStruct(shape, np.uint8)
-        (name,) = jax.eval_shape(self.method.class_logits, *self.state, image)
+        with _complete(self.name):
+            (name,) = jax.eval_shape(self.method.class_logits, *self.state, image)
         return name
 
     def predict(self, images, *, batch_size: int = 64) -> dict:
@@ -164,6 +195,23 @@ class Features:
         ]
 
 
+@contextlib.contextmanager
+def _complete(name):
+    """Raise CheckpointError where a network misses parameters."""
+    try:
+        yield
+    except (flax.errors.FlaxError, KeyError) as e:
+        why = str(e).split(". (")[0]
+        raise errors.CheckpointError(
+            f"{name}: does not hold what its config describes: {why}"
+        ) from e
+
+
+@functools.cache
+def _say(line):
+    logger.warning(line)
+
+
 @functools.partial(jax.jit, static_argnames="method")
 def _class_logits(state, image, *, method):  # -> float32 [B, K]
     (logits,) = method.class_logits(*state, image).values()
@@ -209,7 +257,7 @@ def load(
     elif part or output_patch:
         found = past.encoder(part)
     else:
-        return _of_run(past)
+        return _of_run(past, pool, image_size)
     features = of_backbone(found, pool=pool, image_size=image_size)
     if not output_patch:
         return features
@@ -239,6 +287,7 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
         UsageError: the pool asked for does not exist, or the patch does not divide
             the image size.
     """
+    found.check()
     about, module = found.about, found.module()
     pool = pool or about.pool
     known = [name for name in ("cls", "mean") if name in module.poolings]
@@ -248,22 +297,24 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
     if image_size and image_size != module.image_size:
         found, module = _resized(found, image_size)
     params = found.encoder()
-    kernels = [k for k in found.leaves if k.endswith("patch_embed/kernel")]
+    for name, leaf in tree.flat(params).items():
+        backbone.check_finite(f"{about.source}: {name}", leaf)
     return Features(
         _Encode(module, about.mean, about.std, pool),
         jax.device_put(params),
         module.image_size,
-        sum(found.leaves[k].shape[2] for k in kernels),
+        found.channels,
         about.mean,
         about.std,
         about.source,
+        notes=tuple(filter(beside.is_guess, about.notes)),
     )
 
 
 def _resized(found, size):
     """Return (backbone, module) with the position tables for another image size."""
     module = found.module()
-    if size % module.patch:
+    if size % module.patch or size < 1:
         raise errors.UsageError(
             f"image_size={size}: must be a multiple of the patch, {module.patch}"
         )
@@ -312,15 +363,27 @@ class _EncodeFiner:
         return {"pooled": pooled, "tokens": tokens.astype(jnp.float32)}
 
 
-def _of_run(past: opened.Past) -> Features:
-    """Return the features that a run's own evaluations use."""
+def _of_run(past: opened.Past, pool="", image_size=0) -> Features:
+    """Return the features that a run's own evaluations use.
+
+    Raises:
+        UsageError: they are asked for at another size, or pooled otherwise.
+    """
     checked = past.experiment
+    size = checked.settings.evals.image_size
+    asked = [f"pool={pool}"] * bool(pool)
+    asked += [f"image_size={image_size}"] * bool(image_size and image_size != size)
+    if asked:
+        raise errors.UsageError(
+            f"{asked[0]}: {past.path} is a run, whose features are those of its "
+            f"evaluations ({sizes.written(size)}); with part=encoder or target (of "
+            "extract --part) they can be had otherwise"
+        )
     classes = tuple(past.meta.get("classes", ()))
     method = checked.method(checked.run(classes=len(classes)))
     stored = past.trees("params", "extra")
     state = tuple(tree.nest(stored[key]) for key in ("params", "extra"))
     data = checked.settings.data
-    size = checked.settings.evals.image_size
     return Features(
         _Method(method),
         jax.device_put(state),

@@ -13,12 +13,15 @@ each feature as a list, whose shape the schema's metadata tells under "shapes".
 """
 
 import json
+import math
+import pathlib
 import sys
 
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import pipeline, views
+from vitssl.convert import place
+from vitssl.data import decode, pipeline, views
 from vitssl.data.sources import folder
 from vitssl.evals import extraction
 from vitssl.run import inference
@@ -58,13 +61,15 @@ def run(
         DataError: no images.
         UsageError: another ending, unknown names, or pyarrow is missing.
     """
-    to = writing.place(to, KINDS)
-    if wrong := [name for name in names if name not in inference.NAMES]:
-        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
+    to = _checked(to, batch_size, names)
     if not weights.image_size:
         raise errors.UsageError("--image_size=N is missing; these weights have none")
     options = dict(channels=weights.channels, divided=divided, labels="any")
     source = folder.open(str(images), "all", **options)
+    writing.compare(source, weights, show)
+    shapes = weights.shapes()
+    each = sum(4 * math.prod(shapes[name].shape) for name in names)
+    place.check(to, "--to", each * len(source))
     transform = views.Evaluate(weights.image_size, 1.0)
     with pipeline.evaluate(source, transform, batch_size=batch_size) as batches:
         found = extraction.extract(
@@ -76,7 +81,8 @@ def run(
     index = found.pop("index")
     found["path"] = np.array([source.path(i) for i in index])
     found["classes"] = np.array(source.classes)
-    _write(to, found)
+    with writing.whole(to) as part:
+        _write(part, found)
     show(
         f"{to}: {len(index)} images, "
         + ", ".join(f"{n} {found[n].shape}" for n in names)
@@ -84,16 +90,27 @@ def run(
     return found
 
 
+def _checked(to, batch_size, names):
+    """Return where to write, once the flags are sound: before weights are read."""
+    to = writing.place(to, KINDS)
+    writing.counts(batch_size=batch_size)
+    if wrong := [name for name in names if name not in inference.NAMES]:
+        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
+    return to
+
+
 def _write(to, found):
     if to.suffix == ".npz":
         np.savez(to, **found)
         return
     pyarrow, parquet = writing.arrow(KINDS[0])
-    classes = np.array([*found["classes"], ""])
+    classes = np.array([*map(decode.printable, found["classes"]), ""])
     columns, shapes = {"class": classes[found["label"]]}, {}
     for name, x in found.items():
         if name == "classes":
             continue
+        if x.dtype.kind == "U":  # The format holds UTF-8 alone.
+            x = np.array(list(map(decode.printable, x)))
         columns[name] = pyarrow.array(x.ravel())
         if x.ndim > 1:  # One list of fixed length in each row; its shape stands apart.
             size = int(np.prod(x.shape[1:]))
@@ -127,6 +144,11 @@ def _main(argv) -> int:
     f = flags.parse_args(argv)
     if bool(f.program) == bool(f.images and f.to):
         raise errors.UsageError("give --images=FOLDER --to=FILE, or --program=FOLDER")
+    names = tuple(f.names.split(","))
+    if f.program:
+        place.check(pathlib.Path(f.program) / "features.jax", "--program")
+    else:
+        _checked(f.to, f.batch_size, names)
     found = inference.load(
         f.weights,
         part=f.part,
@@ -136,9 +158,9 @@ def _main(argv) -> int:
         upsampling=f.upsampling,
     )
     if f.program:
-        print(inference.export_program(found, f.program, batch=f.batch))
+        with place.writing("--program", f.program):
+            print(inference.export_program(found, f.program, batch=f.batch))
         return 0
-    names = tuple(f.names.split(","))
     options = dict(batch_size=f.batch_size, divided=f.divided, names=names)
     run(found, f.images, f.to, **options)
     return 0

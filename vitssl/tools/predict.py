@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors
+from vitssl.convert import place
 from vitssl.data import decode, pipeline
 from vitssl.data.sources import folder, wrappers
 from vitssl.evals import extraction
@@ -54,15 +55,15 @@ def run(
         DataError: no images, or none that can be decoded.
     """
     to = writing.place(to, KINDS)
-    for key, value in (("top", top), ("batch_size", batch_size)):
-        if value < 1:
-            raise errors.UsageError(f"--{key}={value}: 1 or more")
+    writing.counts(top=top, batch_size=batch_size)
     if overlay:
         _make(overlay)
     files = _files(images)
     weights = inference.load(path)
     headline = weights.headline
-    source = _Remembering(dataclasses.replace(files, channels=weights.channels), {})
+    files = dataclasses.replace(files, channels=weights.channels)
+    writing.compare(files, weights, show)
+    source = _Remembering(files, {})
     size = min(batch_size, len(source))
     transform = weights.method.evaluation_transform(weights.image_size)
     with pipeline.evaluate(source, transform, batch_size=size) as batches:
@@ -75,7 +76,8 @@ def run(
         _row(source, i, weights.classes, found["which"][i], found["share"][i])
         for i in range(len(source))
     ]
-    _write(to, rows)
+    with writing.whole(to) as part:
+        _write(part, rows)
     broken = len(source.faults)
     if broken == len(rows):
         first = rows[0]["error"]
@@ -91,11 +93,9 @@ def run(
 
 
 def _make(directory):
-    try:
+    with place.writing("--overlay", directory):
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        text = f"--overlay={directory}: {e.strerror}; give another"
-        raise errors.UsageError(text) from e
+    place.check(pathlib.Path(directory) / "a.png", "--overlay")
 
 
 def _files(images) -> folder.Files:
@@ -149,7 +149,8 @@ def _drawing(batches, weights, source, directory):
             if i >= 0 and i not in source.faults:
                 fields = weights.method.pictures(*weights.state, {}, image[None])
                 name = f"{source.whole.relative(int(i))}.png"
-                overlays.write_one(directory / name, image, fields)
+                with place.writing("--overlay", directory):
+                    overlays.write_one(directory / name, image, fields)
         yield batch
 
 

@@ -1,9 +1,15 @@
 """What commands that make a table of a folder of images share."""
 
+import contextlib
+import os
 import pathlib
 import time
 
-from vitssl import errors
+import numpy as np
+
+from vitssl import errors, sizes
+from vitssl.convert import place as places
+from vitssl.data import decode
 
 
 def place(to, kinds: tuple[str, ...]) -> pathlib.Path:
@@ -18,18 +24,67 @@ def place(to, kinds: tuple[str, ...]) -> pathlib.Path:
     """
     to = pathlib.Path(to)
     if to.suffix not in kinds:
-        raise errors.UsageError(f"--to={to}: must end in {' or '.join(kinds)}")
+        ends = " or ".join(kinds)
+        raise errors.UsageError(f"--to={decode.printable(to)}: must end in {ends}")
     if to.suffix == ".parquet":
         arrow(kinds[0])
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        new = not to.exists()
-        to.open("ab").close()
-        if new:
-            to.unlink()
-    except OSError as e:
-        raise errors.UsageError(f"--to={to}: {e.strerror}; give another") from e
+    places.check(to, "--to")
     return to
+
+
+@contextlib.contextmanager
+def whole(to):
+    """Give a file to write, which takes the place of `to` once it is complete.
+
+    Raises:
+        UsageError: a fault of the file system.
+    """
+    part = to.with_name(f".vitssl.{os.getpid()}{to.suffix}")
+    with places.writing("--to", to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, to)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def counts(**flags) -> None:
+    """Raise UsageError where a flag that counts something is below 1."""
+    for key, value in flags.items():
+        if value < 1:
+            raise errors.UsageError(f"--{key}={value}: 1 or more")
+
+
+def compare(source, weights, show, most=8) -> None:
+    """Show where a sample of images is other than what weights were trained on.
+
+    Args:
+        source: `folder.Files`.
+        weights: `inference.Features`.
+        show: receives lines; first those that say what of the weights is a guess.
+        most: images to look at.
+    """
+    for note in weights.notes:
+        show(note)
+    shapes, grey = [], []
+    for i in np.linspace(0, len(source) - 1, min(most, len(source))).astype(int):
+        try:
+            image = source.image(int(i))
+        except errors.DataError:
+            continue  # It is counted, and named, where it is read.
+        shapes.append(image.shape[:2])
+        grey.append((image == image[..., :1]).all())
+    if not shapes:
+        return
+    if weights.channels == 3 and all(grey):
+        show(f"the images are grey, {weights.name} takes 3 channels: grey is repeated")
+    side = min(sizes.pair(weights.image_size))
+    if (largest := max(min(shape) for shape in shapes)) < side:
+        show(
+            f"the images have short sides of at most {largest} px, {weights.name} is "
+            f"for {sizes.written(weights.image_size)}: they are enlarged"
+        )
 
 
 def watched(batches, total, batch_size, show, every=5.0):
