@@ -163,3 +163,54 @@ TREES = {
     "localmim of a frozen run": localmim(1),
     "dinov3": dino_v3,
 }
+
+
+def wrapped(prefix, **beside):
+    """Return a timm state under a prefix, and what lies beside it."""
+    return published.prefixed(published.timm(published.network(classes=3)), prefix) | (
+        beside
+    )
+
+
+def _pair(better, other):
+    second = published.timm(published.network(9))
+    return wrapped(better) | published.prefixed(second, other)
+
+
+def _compiled_blocks():
+    state = published.timm(published.network(classes=3))
+    return {k.replace(".attn.", "._orig_mod.attn."): x for k, x in state.items()}
+
+
+# Name: (what a file holds, what was taken off, or of a refusal what it says).
+WRAPPINGS = {
+    "plain": (lambda: wrapped(""), ""),
+    "torch.compile": (lambda: wrapped("_orig_mod."), "_orig_mod."),
+    "torch.compile of blocks": (_compiled_blocks, "_orig_mod."),
+    "DataParallel": (lambda: wrapped("module."), "module."),
+    "Lightning": (lambda: {"state_dict": wrapped("model.")}, "model."),
+    "backbone and head": (
+        lambda: wrapped("backbone.", **{"projector.0.weight": noise(3, 3)}),
+        "backbone.",
+    ),
+    "encoder": (lambda: wrapped("encoder."), "encoder."),
+    "nested": (
+        lambda: {"model": wrapped("module.model.backbone.")},
+        "module.model.backbone.",
+    ),
+    "nested, compiled": (lambda: wrapped("model._orig_mod.net."), "model.net."),
+    "MoCo v3": (
+        lambda: {
+            "state_dict": _pair("module.base_encoder.", "module.momentum_encoder.")
+        },
+        "module.base_encoder.",
+    ),
+    "teacher and student": (
+        lambda: {"model": _pair("teacher.backbone.", "student.backbone.")},
+        "teacher.backbone.",
+    ),
+    "student alone": (lambda: wrapped("student."), "student."),
+    "FSDP": (lambda: wrapped("_fsdp_wrapped_module."), "_fsdp_wrapped_module."),
+    "two of a kind": (lambda: _pair("left.", "right."), None),
+    "of no family": (lambda: {"a.weight": noise(3), "b.weight": noise(4, 4)}, None),
+}

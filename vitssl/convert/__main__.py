@@ -64,9 +64,12 @@ def main(argv: list[str]) -> int:
 
 
 def _main(argv) -> int:
+    from vitssl.convert import place
+
     flags = parser().parse_args(argv)
     commands = {"import": _import, "export": _export, "families": _families}
-    return commands[flags.command](flags)
+    with place.reading(errors.CheckpointError):
+        return commands[flags.command](flags)
 
 
 def _import(flags) -> int:

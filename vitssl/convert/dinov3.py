@@ -120,6 +120,8 @@ def _prepare(state: Mapping, notes: list) -> dict:
         for pattern, new in _HF_NAMES + _TIMM_NAMES:
             key = re.sub(pattern, new, key)
         found[key] = value
+    if not np.shape(found.get("storage_tokens", [[0]]))[-2]:
+        del found["storage_tokens"]  # transformers stores none as none.
     if any(".mlp.w1." in k or ".gate_proj." in k for k in found):
         raise errors.CheckpointError(
             "mlp.w1: gated MLPs (DINOv3 ViT-S+, H+ and 7B) have no place in models.vit"

@@ -47,6 +47,22 @@ def check(file: pathlib.Path, flag: str, size: int = 0) -> None:
 
 
 @contextlib.contextmanager
+def reading(kind: type[errors.VitsslError]):
+    """Turn faults of the file system that nothing else told into one line.
+
+    Args:
+        kind: what to raise.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # Of the terminal: `vitssl convert families | head`.
+        raise
+    except OSError as e:
+        where = decode.printable(e.filename) if e.filename else "files"
+        raise kind(f"{where}: {e.strerror or e}") from e
+
+
+@contextlib.contextmanager
 def writing(flag: str, to):
     """Turn faults of the file system into one line that names the flag.
 

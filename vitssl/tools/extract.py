@@ -162,7 +162,8 @@ def _main(argv) -> int:
             print(inference.export_program(found, f.program, batch=f.batch))
         return 0
     options = dict(batch_size=f.batch_size, divided=f.divided, names=names)
-    run(found, f.images, f.to, **options)
+    with place.reading(errors.DataError):
+        run(found, f.images, f.to, **options)
     return 0
 
 

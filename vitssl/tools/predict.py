@@ -195,7 +195,8 @@ def _main(argv) -> int:
     parser.add_argument("--overlay", default="", metavar="FOLDER")
     f = parser.parse_args(argv)
     options = dict(top=f.top, batch_size=f.batch_size, overlay=f.overlay)
-    run(f.run, f.images, f.to, **options)
+    with place.reading(errors.DataError):
+        run(f.run, f.images, f.to, **options)
     return 0
 
 
