@@ -234,7 +234,9 @@ def header(metadata: Mapping) -> dict:
         found = json.loads(metadata.get(KEY, "{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or not isinstance(found.get("guessed", []), list):
+        return {}
+    return found
 
 
 def _header(metadata) -> dict[str, Fact]:
@@ -266,7 +268,7 @@ def _of_timm(config) -> dict:
         heads=more.get("num_heads"),
         width=more.get("embed_dim"),
         patch=more.get("patch_size"),
-        pool=pools.get(config.get("global_pool")),
+        pool=pools.get(str(config.get("global_pool"))),
         activation=act,
     )
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from vitssl.data import decode
 from vitssl.models import MODELS, vit
 
 _KERNEL = "encoder/patch_embed/kernel"
+_RULES = typing.get_args(positions.Rule)
 
 
 def read(
@@ -102,7 +104,7 @@ class _Said:
 
 def _read(path, one, raw, said, notes) -> backbone.Backbone:
     """Return the network of a family's state; arguments as in `read`."""
-    state = one.prepare(raw, notes)
+    state, header = one.prepare(raw, notes), beside.header(said.found.metadata)
     facts = said.facts(one, state, path, notes)
     table_options = _completed(said, one, state, path, facts, notes)
     fields = one.model(state, table_options)
@@ -112,7 +114,7 @@ def _read(path, one, raw, said, notes) -> backbone.Backbone:
         mean=one.mean,
         std=one.std,
         family=one.name,
-        rule=beside.header(said.found.metadata).get("rule", one.rule),
+        rule=header["rule"] if header.get("rule") in _RULES else one.rule,
         source=decode.printable(path.name),
     )
     if one.whole:
@@ -121,7 +123,9 @@ def _read(path, one, raw, said, notes) -> backbone.Backbone:
         notes += _aside(state, table)
         mean, std = _pixels(facts, about, len(about.mean), notes)
         return _noted(about, leaves, notes, mean=mean, std=std)
-    _say_of_fields(one, fields, state, facts, table_options, notes)
+    if header.get("resampling") and one.kind == "vit":
+        fields["resampling"] = header["resampling"]
+    _say_of_fields(one, fields, facts, table_options, notes)
     _check(one, fields)
     shapes = one.shapes or (lambda f, s: _like(f, s, table))
     leaves = _views(state, shapes(fields, state), table)
@@ -181,13 +185,13 @@ def _completed(said, one, state, path, facts, notes) -> family.Options:
     )
 
 
-def _say_of_fields(one, fields, state, facts, options, notes):
+def _say_of_fields(one, fields, facts, options, notes):
     """Complete the fields of a model by what is said, and say what is a guess."""
     own = {f.name: f.default for f in dataclasses.fields(MODELS[one.kind])}
     if "norm_eps" in own:
         eps = options.eps or fields.get("norm_eps", own["norm_eps"])
         fields["norm_eps"] = eps
-        _guess("eps", eps, f"as the code of {one.name} has it", facts, notes)
+        _guess("eps", eps, f"the usual one of family {one.name}", facts, notes)
     elif "eps" in facts and facts["eps"].where[:2] == "--":
         raise errors.UsageError(f"--eps: a {one.kind} has no such field")
     if one.kind == "vit":
@@ -231,7 +235,7 @@ def _pixels(facts, about, channels, notes):
     """Return (mean, std) for so many channels; say where they come from."""
     made = []
     for key in ("mean", "std"):
-        why = f"as the code of {about.family} has it"
+        why = f"the usual one of family {about.family}"
         values = facts[key].value if key in facts else getattr(about, key)
         values = values if isinstance(values, tuple) else (values,)
         if key in facts and facts[key].where[:2] == "--":
@@ -260,7 +264,7 @@ def _views(state, like, table):
         leaves = convert.views(state, like, table)
     except convert.Misfit as e:
         if not e.surplus:
-            raise
+            raise errors.CheckpointError(str(e)) from e
         names = ",".join(dict.fromkeys(e.surplus[:3]))
         more = ",..." if len(e.surplus) > 3 else ""
         raise errors.CheckpointError(
@@ -377,6 +381,10 @@ def _adapt(leaves, fields, one, options, notes):
     """Return (leaves, fields) for the channels and size asked for."""
     leaves = dict(leaves)
     had = _channels(leaves)
+    if options.channels < 0:
+        raise errors.UsageError(
+            f"--channels={options.channels}: 1 or more, 0 as stored"
+        )
     if options.channels and options.channels != had:
         if fields.get("spectral_channels"):
             raise errors.UsageError(
