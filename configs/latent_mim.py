@@ -14,6 +14,10 @@ Arguments (`--config=configs/latent_mim.py:NAME`):
                     OlmoEarth as published: patches of 1 to 8 pixels, no hybrid
     rgb_vitb_p16_q4
                     photographs as one sensor, ViT-B/16 with features at 4 pixels
+    eurosat, geotiff
+                    nothing is trained: k-NN and probe on EuroSAT's 13 bands, on one's
+                    own GeoTIFF files; needs --config.init.from=WEIGHTS as well
+    pastis, mados   the same, a probe of every pixel: crops (PASTIS-R), marine debris
 
 DIR holds OlmoEarth's HDF5 samples; the published ones are compressed by zstd and need
 the extra `olmoearth`. Learning rates and decays of nano to large are those of the
@@ -31,6 +35,10 @@ One override away:
     --config.target.centre=False                (as the original)
     --config.readout.mode=decoder               (read the predictor's answers)
     --config.network.anchor=corner --config.network.frequencies=legacy
+    --config.network.size=base                  (of eurosat to geotiff: as WEIGHTS are)
+    --config.data.options.impute=True           (of pastis, mados: as the original)
+    --config.data.options.masks=DIR --config.measures.classes=5
+                                                (of geotiff: a class per pixel)
 
 Ours: land cover of the demo after half of its run (200 steps, 224 s of one core with
 compiling): mIoU 0.76 through the skip, 0.32 of the same tokens merely interpolated, the
@@ -210,6 +218,44 @@ def _rgb():
     return c
 
 
+def _labelled(source, read=("sentinel2_l2a",), **options):
+    """Return what only evaluates, at patches of 4 pixels, as OlmoEarth is evaluated."""
+    c = _published()
+    c.epochs, c.optim.warmup_epochs = 0.0, 0.0
+    c.precision, c.batch_size, c.per_device = "float32", 16, 0
+    # All that the weights know, so that they load as a whole; what is absent is masked.
+    c.data.source, c.data.options = source, dict(modalities=ALL, **options)
+    c.sampling.update(tile=64, min_patch=4, max_patch=4, min_side=8, max_side=8)
+    c.readout.update(modalities=read, p=4, times=1)
+    c.evals.update(image_size=64, batch_size=32, online=False, final=("knn", "linear"))
+    c.checkpoint.best = ""
+    return c
+
+
+def _per_pixel(source, classes, lr, batch_size, **options):
+    """Return a probe of every pixel, taught by the training split."""
+    c = _labelled(source, **options)
+    c.measures = dict(
+        classes=classes, taught="bank", epochs=50, lr=lr, batch_size=batch_size
+    )
+    c.evals.final = ()
+    return c
+
+
+def _pastis():
+    c = _per_pixel("pastis", 19, 0.1, 8, read=("sentinel2_l2a", "sentinel1"))
+    c.readout.times = 12
+    # Pixels of all dates of the training split would be 8 GB.
+    c.measures.pixels = False
+    return c
+
+
+def _mados():
+    c = _per_pixel("mados", 15, 0.01, 128)
+    c.evals.image_size = 80
+    return c
+
+
 RECIPES = {
     "": _demo,
     "smoke": _smoke,
@@ -221,5 +267,9 @@ RECIPES = {
     "base": lambda: _published("base"),
     "large": lambda: _published("large"),
     "rgb_vitb_p16_q4": _rgb,
+    "eurosat": lambda: _labelled("eurosat"),
+    "pastis": _pastis,
+    "mados": _mados,
+    "geotiff": lambda: _labelled("geotiff"),
 }
 get_config = base.recipes(RECIPES)

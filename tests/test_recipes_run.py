@@ -35,6 +35,10 @@ STARTS = {
     "knn:knn_vitb": "localmim:localmim_vitb_100_1gpu",
     "finetune_hvit:": "simclr_hvit:",
     "parts:evidence_run": "hjepa:birds",
+    "latent_mim:eurosat": "latent_mim:nano",
+    "latent_mim:pastis": "latent_mim:nano",
+    "latent_mim:mados": "latent_mim:nano",
+    "latent_mim:geotiff": "latent_mim:nano",
 }
 EVERYWHERE = {
     "steps": 2,

@@ -10,3 +10,18 @@ def load(path, **options):
     )
 
     return inference.load(path, **options)
+
+
+def normalise_sensors(raw, **options):
+    """Return raw values of sensors as features of an OlmoEarth import take them.
+
+        load = vitssl.load("olmoearth-nano")
+        raw = {"sentinel2_l2a": dn, "timestamps": dates}  # [B, H, W, T, c], [B, T, 3]
+        names = {"sentinel2_l2a": ("B02", "B03", "B04", "B08")}
+        load(vitssl.normalise_sensors(raw, bands=names))["pooled"]
+
+    See `vitssl.data.modalities.normalise_sensors`.
+    """
+    from vitssl.data import modalities
+
+    return modalities.normalise_sensors(raw, **options)

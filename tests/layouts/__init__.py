@@ -5,7 +5,16 @@ same every time. Images are 40 x 56 pixels where the data set does not say other
 each with a thing in the colour of its class; see `pictures`.
 """
 
-from tests.layouts import binaries, birds, earth, in9, prepared, radiographs, trees
+from tests.layouts import (
+    binaries,
+    birds,
+    earth,
+    in9,
+    prepared,
+    radiographs,
+    satellites,
+    trees,
+)
 
 
 def sarcld(root):
@@ -27,6 +36,10 @@ MAKERS = {
     "siim_acr": radiographs.siim_acr,
     "metashift": trees.metashift,
     "olmoearth": earth.earth,
+    "eurosat": satellites.eurosat,
+    "pastis": satellites.parcels,
+    "mados": satellites.water,
+    "geotiff": satellites.folder,
     "sarcld": sarcld,
     "plantvillage": trees.plantvillage,
 }

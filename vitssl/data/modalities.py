@@ -9,7 +9,8 @@ olmoearth_pretrain/data/constants.py and data/norm_configs/.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -227,3 +228,91 @@ def normalise(name: str, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x)
     scaled = ((x - offset) / divisor).astype(np.float32)
     return np.where(x == MISSING, np.float32(MISSING), scaled)
+
+
+def channel(kind: Modality, band: str) -> int:
+    """Return the channel of a band, however it is written: "B02", "B2", "b8a"; or -1.
+
+    A band without a name, and one that the modality does not have, is -1.
+    """
+    plain = {_plain(name): i for i, name in enumerate(kind.bands)}
+    return plain.get(_plain(band), -1)
+
+
+def _plain(band):
+    return re.sub("^B0+(?=[0-9])", "B", band.strip().upper())
+
+
+def arrange(name: str, x: np.ndarray, bands: Iterable[str]) -> np.ndarray:
+    """Return float32 [..., C] with the channels of a modality, of x [..., c].
+
+    Bands that x lacks, and what is no finite number, are `MISSING`.
+
+    Args:
+        bands: names of the c bands of x, as `channel` reads them; "" is left out.
+
+    Raises:
+        UsageError: another number of names than x has bands, a band that the modality
+            does not have, or one named twice.
+    """
+    kind, x, bands = find(name), np.asarray(x), tuple(bands)
+    if x.shape[-1] != len(bands):
+        raise errors.UsageError(
+            f"modality {name!r}: {len(bands)} names for {x.shape[-1]} bands"
+        )
+    out = np.full((*x.shape[:-1], len(kind.bands)), MISSING, np.float32)
+    for i, place in places(kind, bands).items():
+        out[..., place] = np.where(np.isfinite(x[..., i]), x[..., i], MISSING)
+    return out
+
+
+def places(kind: Modality, bands: Iterable[str]) -> dict[int, int]:
+    """Return {place in `bands`: channel} of those that have a name; see `arrange`."""
+    found = {}
+    for i, band in enumerate(bands):
+        if not band:
+            continue
+        place = channel(kind, band)
+        if place < 0:
+            raise errors.UsageError(
+                f"modality {kind.name!r} has no band {band!r}: {', '.join(kind.bands)}; "
+                '"" leaves a band out'
+            )
+        if place in found.values():
+            raise errors.UsageError(f"modality {kind.name!r}: band {band!r} twice")
+        found[i] = place
+    if not found:
+        raise errors.UsageError(f"modality {kind.name!r}: no band is named")
+    return found
+
+
+def normalise_sensors(raw: Mapping, *, bands: Mapping = {}, nodata=None) -> dict:  # noqa: B006
+    """Return raw values as the features of an OlmoEarth import take them.
+
+    Args:
+        raw: {modality: [..., c]} in the sensors' own units: digital numbers of
+            Sentinel-2 (10000 times the reflectance) and Landsat, dB of Sentinel-1.
+            "timestamps" stay as they are.
+        bands: {modality: names of its c bands}, in any order; of one without names
+            they are all of its bands, in their own order.
+        nodata: a value that stands for nothing; `MISSING` and NaN always do.
+
+    Returns:
+        The same with float32 [..., C], normalised by the published statistics, and
+        `MISSING` where there is nothing.
+
+    Raises:
+        UsageError: names that do not fit, see `arrange`, or of no modality of `raw`.
+    """
+    if alien := sorted(set(bands) - set(raw)):
+        raise errors.UsageError(f"bands: {', '.join(alien)} not among the values given")
+    out = dict(raw)
+    for name in raw:
+        if name == "timestamps":
+            continue
+        x = np.asarray(raw[name], np.float64)
+        if nodata is not None:
+            x = np.where(x == nodata, np.nan, x)
+        x = arrange(name, x, bands.get(name) or find(name).bands)
+        out[name] = normalise(name, x)
+    return out

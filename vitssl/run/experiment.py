@@ -320,9 +320,10 @@ def with_noise(experiment: Experiment) -> Experiment:
     s = experiment.settings
     options = {"count": max(256, s.batch_size), "channels": s.data.channels}
     source = "fake"
-    if s.data.source == "olmoearth":  # Its samples are no pictures.
+    if "modalities" in sources.options_of(s.data.source):  # Samples, no pictures.
         source, given = "fields", dict(s.data.options)
-        options |= {k: given[k] for k in ("modalities",) if k in given} | {"size": 128}
+        options |= {k: given[k] for k in ("modalities",) if given.get(k)}
+        options["size"] = 128
     data = dataclasses.replace(
         s.data, source=source, root="", split="train", options=options
     )

@@ -338,6 +338,12 @@ class LatentMIM(base.Embedding):
 
     def outputs(self, params, extra, batch) -> dict:
         """Return what the scores of a test batch need; nothing without a truth."""
+        if self.measures.taught == "bank":  # At the end, once.
+            return {}
+        return self.places(params, extra, batch)
+
+    def places(self, params, extra, batch) -> dict:
+        """Return the rows of a batch that `readout.scores` takes."""
         if not self.measures.classes or "truth" not in batch:
             return {}
         cut = len("image/")
@@ -353,7 +359,14 @@ class LatentMIM(base.Embedding):
 
     def scores(self, rows) -> dict:
         """Return the measures of a land cover probe, see `readout.scores`."""
-        return readout.scores(rows, self.measures)
+        return readout.scores(*readout.halves(rows), self.measures)
+
+    def final_scores(self, rows) -> dict:
+        """Return the measures of a probe that learned from the bank split."""
+        if self.measures.taught == "test" or not self.measures.classes:
+            return {}
+        bank, test = (rows(self.places, split=split) for split in ("bank", "test"))
+        return readout.scores(bank, test, self.measures)
 
     # Checks.
 

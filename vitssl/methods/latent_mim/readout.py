@@ -1,8 +1,8 @@
 """What is read from whole samples: features of places, and probes of land cover.
 
-Probes tell the class of every pixel. They are trained on every other image of a test
-split and scored on the rest: one on the features, one on the pixels themselves, which
-says what the network adds.
+Probes tell the class of every pixel: one on the features, one on the pixels themselves,
+which says what the network adds. They are trained on every other image of a test split
+and scored on the rest, or trained on the bank split and scored on the whole test split.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import einops
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import ranges
+from vitssl import errors, ranges
 from vitssl.data import modalities, states
 from vitssl.evals import segmentation
 
@@ -48,9 +48,12 @@ class Measures:
         classes: of a pixel; 0 where the data set knows no class per pixel.
         epochs, lr, decay, batch_size: of the probe, see `segmentation.Recipe`.
         pixels: also probe the pixels themselves.
+        taught: what probes are trained on: every other image of the "test" split, at
+            every evaluation, or the "bank" split (data.bank_split), at the end alone.
     """
 
     classes: ranges.OrNone = 0
+    taught: Literal["test", "bank"] = "test"
     epochs: ranges.Count = 50
     lr: ranges.Positive = 0.1
     decay: ranges.NotNegative = 0.01
@@ -114,40 +117,59 @@ def pixels(kinds, image):
     return jnp.where(x == modalities.MISSING, 0.0, x)
 
 
-def scores(rows: dict, measures: Measures) -> dict:
+def halves(rows: dict) -> tuple[dict, dict]:
+    """Return every other row {name: [M, ...]}, and the rest."""
+    return {k: x[::2] for k, x in rows.items()}, {k: x[1::2] for k, x in rows.items()}
+
+
+def scores(bank: dict, test: dict, measures: Measures) -> dict:
     """Return the measures of probes of the features, and of the pixels.
 
     Args:
-        rows: "tokens" [M, h, w, D], "truth" [M, H, W], perhaps "pixels" [M, H, W, K];
-            without a truth there is nothing to score.
+        bank, test: rows that probes are trained on, and scored on: "tokens"
+            [M, h, w, D], "truth" [M, H, W], perhaps "pixels" [M, H, W, K]; without a
+            truth there is nothing to score.
 
     Returns:
         "miou", "accuracy", "macro_f1" of the features; "miou_pixels" of the pixels;
         "miou_guess" of always saying the most frequent class; "iou" [C].
+
+    Raises:
+        UsageError: the truth has more classes than `measures` says.
     """
-    if not measures.classes or "truth" not in rows or len(rows["truth"]) < 2:
+    if not measures.classes or not all(_known(x, measures) for x in (bank, test)):
         return {}
-    truth = rows["truth"]
-    found = _one(rows["tokens"], truth, measures)
+    found = _one("tokens", bank, test, measures)
     found.pop("macro_accuracy")
-    if "pixels" in rows:
-        found["miou_pixels"] = _one(rows["pixels"], truth, measures)["miou"]
-    known = truth[::2][truth[::2] >= 0]
-    most = np.full_like(truth[1::2], np.bincount(known).argmax())
-    guess = segmentation.measure(most, truth[1::2], measures.classes)
+    if "pixels" in test:
+        found["miou_pixels"] = _one("pixels", bank, test, measures)["miou"]
+    known = bank["truth"][bank["truth"] >= 0]
+    most = np.full_like(test["truth"], np.bincount(known).argmax())
+    guess = segmentation.measure(most, test["truth"], measures.classes)
     return found | {"miou_guess": guess["miou"]}
 
 
-def _one(features, truth, measures):
+def _known(rows, measures) -> bool:
+    """Return whether any pixel has a class."""
+    most = int(rows["truth"].max(initial=-1)) if "truth" in rows else -1
+    if most >= measures.classes:
+        raise errors.UsageError(
+            f"measures.classes={measures.classes}: a pixel is of class {most}, counted "
+            f"from 0; set {most + 1} or more"
+        )
+    return most >= 0
+
+
+def _one(name, bank, test, measures):
     """Return the measures of one kind of features [M, h, w, D]."""
-    size, n = truth.shape[1:], features.shape[1]
+    size, n = test["truth"].shape[1:], test[name].shape[1]
     pixels = max(1, size[0] // n)
     params = segmentation.fit(
-        features[::2],
-        truth[::2],
+        bank[name],
+        bank["truth"],
         classes=measures.classes,
         pixels=pixels,
         recipe=measures.recipe,
     )
-    said = segmentation.predict(params, features[1::2], pixels, size)
-    return segmentation.measure(said, truth[1::2], measures.classes)
+    said = segmentation.predict(params, test[name], pixels, size)
+    return segmentation.measure(said, test["truth"], measures.classes)
