@@ -11,7 +11,7 @@ import numpy as np
 from vitssl.data.sources import geotiff, mados, pastis
 
 DATES = (20180917, 20181002, 20181027, 20190215)  # Two of them in October.
-RADAR = (20180920, 20190301)  # Neither has Sentinel-2 in the month of the last.
+RADAR = (20180920, 20190301)  # No Sentinel-2 in March.
 
 
 def tiff(path, planes, *, names=(), nodata=None, **options):
@@ -51,8 +51,11 @@ def eurosat(root, *, each=8):
 
 
 def folder(root, *, train=8, val=4, side=32):
-    """Write {train,val}/<class>/*.tif: six bands with names, one of no sensor."""
-    names = ("B4", "B03", "B02", "clouds", "B8A", "B11")
+    """Write {train,val}/<class>/*.tif: six bands with names, one of no sensor.
+
+    B02, B03, B04 and B08 are a bandset; of B11's the others are missing.
+    """
+    names = ("B4", "B03", "B02", "clouds", "B8", "B11")
     for label, kind in enumerate(("field", "town", "wood")):
         for i in range(train + val):
             x = level(i + 1000 * label, 6, side)

@@ -275,8 +275,8 @@ def places(kind: Modality, bands: Iterable[str]) -> dict[int, int]:
         place = channel(kind, band)
         if place < 0:
             raise errors.UsageError(
-                f"modality {kind.name!r} has no band {band!r}: {', '.join(kind.bands)}; "
-                '"" leaves a band out'
+                f"modality {kind.name!r} has no band {band!r}: "
+                f'{", ".join(kind.bands)}; "" leaves one out'
             )
         if place in found.values():
             raise errors.UsageError(f"modality {kind.name!r}: band {band!r} twice")

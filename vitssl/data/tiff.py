@@ -63,7 +63,9 @@ def _raster(file) -> Raster:
     series, tags = file.series[0], file.pages[0].tags
     axes = series.axes
     if "X" not in axes or "Y" not in axes or series.dtype.kind not in "iuf":
-        raise ValueError(f"{series.dtype} along {axes}; want real numbers along Y and X")
+        raise ValueError(
+            f"{series.dtype} along {axes}; want real numbers along Y and X"
+        )
     if np.prod([series.shape[axes.index(a)] for a in "YX"]) > decode.MAX_PIXELS:
         raise OverflowError(f"{series.shape} are more than {decode.MAX_PIXELS} pixels")
     x = np.moveaxis(series.asarray(), [axes.index(a) for a in "YX"], [0, 1])

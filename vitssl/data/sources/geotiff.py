@@ -85,6 +85,10 @@ class Sensor:
         except errors.UsageError as e:
             hint = "set data.options.bands to the file's bands, in its order"
             raise errors.DataError(f"{decode.printable(path)}: {e}; {hint}") from e
+        if (x == modalities.MISSING).all():
+            raise errors.DataError(
+                f"{decode.printable(path)}: no value of {self.name} in it"
+            )
         if self.impute:
             x = impute(self.name, x)
         return central(x, modalities.find(self.name).factor)[:, :, None]
@@ -107,7 +111,7 @@ def central(x, factor=1):  # [H, W, ...] -> [S, S, ...]
 
 
 def impute(name, x):
-    """Return x [..., C] with missing bands made up by `STAND_INS`, where they can be."""
+    """Return x [..., C] with missing bands made up by `STAND_INS` where they can be."""
     kind, out = modalities.find(name), x.copy()
     for band, others in STAND_INS.items():
         i = modalities.channel(kind, band)

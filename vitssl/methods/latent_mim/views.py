@@ -153,6 +153,7 @@ class Evaluation:
                 )
             at = (side - self.size) // 2 + np.arange(self.size)
             crop = self._centre(example, at)
+            check_whole(crop, self.kinds)
             if self.truth in example:
                 out["truth"] = example[self.truth][at][:, at].astype(np.int32)
         crop = normalise(crop, self.mean, self.std)
@@ -169,6 +170,28 @@ class Evaluation:
             if kind.time:
                 crop[kind.name] = np.take(crop[kind.name], steps, axis=-2)
         return crop
+
+
+def check_whole(crop: dict, kinds) -> None:
+    """Refuse a sample whose every bandset lacks a band: nothing of it would be read.
+
+    Raises:
+        DataError: with the bands that are missing.
+    """
+    lacking = []
+    for kind in kinds:
+        x = crop[kind.name]
+        there = (x != modalities.MISSING).any(tuple(range(x.ndim - 1)))
+        if any(there[list(group)].all() for group in kind.channels):
+            return
+        gone = [b for b, here in zip(kind.bands, there, strict=True) if not here]
+        lacking += [f"{kind.name} lacks {', '.join(gone)}"] * bool(there.any())
+    if lacking:
+        raise errors.DataError(
+            f"{'; '.join(lacking)}: every bandset misses a band, so that the network "
+            "reads nothing of the sample; data.options.impute=True fills what has a "
+            "neighbour, inputs.groups names other bandsets"
+        )
 
 
 def spread(length: int, times: int) -> np.ndarray:
