@@ -138,8 +138,10 @@ def test_planes_are_channels(root, tmp_path):
     source = sources.open("sarcld", str(root), "all", channels=5, **options)
     image = source[7]["image"]  # Class 1, photograph 1.
     assert source.channels == 5 and image.shape == (40, 56, 5)
-    assert image.dtype == np.uint8 and (image[..., 4] == 0).all()
-    assert (image[..., 3] == round((0.1 + 1) / 2 * 255)).all()
+    assert image.dtype == np.uint16 and (image[..., 4] == 0).all()
+    assert (image[..., 3] == round((0.1 + 1) / 2 * 65535)).all()
+    colours = sources.open("sarcld", str(root), "all")[7]["image"]
+    np.testing.assert_array_equal(image[..., :3], colours.astype(np.uint16) * 257)
     assert source[7]["label"] == 1 and source.classes == sarcld.CLASSES
     os.remove(tmp_path / sarcld.ORIGINAL / sarcld.CLASSES[3] / "X3002.npy")
     with pytest.raises(errors.DataError, match="1 of 42 images.*X3002"):
@@ -148,8 +150,8 @@ def test_planes_are_channels(root, tmp_path):
         sources.open("sarcld", str(root), "all", channels=5, planes="ndvi")
     made = sources.open("sarcld", str(root), "all", channels=4, planes="ndvi")
     image = made[0]["image"].astype(np.float32)
-    index = spectral.ndvi(image[..., :3] / 255)
-    np.testing.assert_allclose(image[..., 3:], (index + 1) / 2 * 255, atol=0.51)
+    index = spectral.ndvi(image[..., :3] / 65535)
+    np.testing.assert_allclose(image[..., 3:], (index + 1) / 2 * 65535, atol=0.6)
 
 
 def test_planes_of_a_wrong_shape_name_their_file(tmp_path):

@@ -112,6 +112,24 @@ def draw_jitter(rng, strength):
     return factors, ORDERS[int(pick * len(ORDERS))]
 
 
+def only(image, change):
+    """Return an image whose colours `change` has changed; other planes keep theirs.
+
+    Args:
+        image: uint8 or uint16 [H, W, C]; the first three of more channels are colours.
+        change: from uint8 [H, W, 1 or 3] to the same.
+    """
+    if image.dtype == np.uint8 and image.shape[-1] <= 3:
+        return change(image)
+    colours = np.ascontiguousarray(image[..., :3])
+    if image.dtype == np.uint16:
+        colours = ((colours + np.uint32(128)) // 257).astype(np.uint8)
+    colours = change(colours)
+    if image.dtype == np.uint16:
+        colours = colours.astype(np.uint16) * np.uint16(257)
+    return np.concatenate([colours, image[..., 3:]], -1)
+
+
 def augment(image, rng, *, strength, prob, grayscale_prob, blur_prob, solarize_prob):
     """Jitter, then turn grey, blur and solarise, each with its own probability.
 

@@ -24,7 +24,8 @@ def resize(image, size, box=None, interpolation="bicubic"):
     """Cut out a box and resize it.
 
     Args:
-        image: uint8 [H, W, C], any C; or float32, by "bicubic" or "bilinear".
+        image: uint8 or uint16 [H, W, C], any C; or float32, by "bicubic" or
+            "bilinear".
         size: (height, width) of the result.
         box: (top, left, height, width), or None for the whole image. No pixel outside
             of it is used.
@@ -50,6 +51,9 @@ def resize(image, size, box=None, interpolation="bicubic"):
 
 def _pil(image, size, how):
     """Return PIL's antialiased resize of [H, W, 1 or 3]."""
+    if image.dtype == np.uint16:  # PIL has 16 bits for integers, but not its filters.
+        found = _pil(image.astype(np.float32), size, how)
+        return np.rint(found.clip(0, 65535)).astype(np.uint16)
     image = np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image)
     picture = Image.fromarray(image).resize(size[::-1], Image.Resampling[how.upper()])
     return np.asarray(picture)

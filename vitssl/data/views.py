@@ -1,9 +1,10 @@
 """Transforms that make one view of an image: evaluation, and single-crop training.
 
 Every one is a frozen dataclass of numbers, called with an example (a dict with `image`
-uint8 [H, W, C], `label`, `index`) and a numpy Generator, and returns uint8 pixels with
-label and index, int32 []; normalisation happens on the device. A size is the side of
-the result, or (height, width), in pixels; `interpolation` is explained in `resample`.
+[H, W, C] of uint8 or uint16, `label`, `index`) and a numpy Generator, and returns
+pixels with label and index, int32 []; normalisation happens on the device. A size is
+the side of the result, or (height, width), in pixels; `interpolation` is explained in
+`resample`.
 """
 
 import dataclasses

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import errors
+from vitssl.models import patches
 
 _KEYS = ("image", "label", "index", "valid")
 
@@ -168,9 +169,9 @@ class Pixels:
     size: int = 32
 
     def __call__(self, image) -> dict:
-        """Return {"pooled": float32 [B, h * w * C]} in [0, 1] of uint8 [B, H, W, C]."""
+        """Return {"pooled": float32 [B, h * w * C]} in [0, 1] of [B, H, W, C]."""
         b, h, w, c = image.shape
-        x = image.astype(jnp.float32) / 255
+        x = image.astype(jnp.float32) / patches.most(image.dtype)
         shrink = min(1.0, self.size / max(h, w))
         if shrink < 1:
             shape = (b, max(1, round(h * shrink)), max(1, round(w * shrink)), c)
@@ -189,8 +190,9 @@ class Colours:
     levels: int = 4
 
     def __call__(self, image) -> dict:
-        """Return {"pooled": shares [B, levels^min(C, 3)]} of uint8 [B, H, W, C]."""
-        level = image[..., :3].astype(jnp.int32) * self.levels // 256
+        """Return {"pooled": shares [B, levels^min(C, 3)]} of [B, H, W, C]."""
+        steps = int(patches.most(image.dtype)) + 1
+        level = image[..., :3].astype(jnp.int32) * self.levels // steps
         place, count = 0, 1
         for c in range(level.shape[-1]):
             place, count = place * self.levels + level[..., c], count * self.levels

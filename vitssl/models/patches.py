@@ -11,9 +11,9 @@ import jax.numpy as jnp
 def normalise(image, mean, std):
     """Turn the pixels [..., C] a loader ships into what a model takes, float32.
 
-    Integers are taken as 8-bit pixels and standardised on the device, where that is
-    free; mean and std are of pixels in [0, 1]. Floats are taken as standardised
-    already.
+    Integers are taken as pixels of 8 bits, uint16 of 16, and standardised on the
+    device, where that is free; mean and std are of pixels in [0, 1]. Floats are taken
+    as standardised already.
 
     Raises:
         ValueError: mean or std has not one entry per channel.
@@ -27,9 +27,14 @@ def normalise(image, mean, std):
     if jnp.issubdtype(image.dtype, jnp.floating):
         return image.astype(jnp.float32)
     # One multiplication and one addition per pixel: (x / 255 - mean) / std.
-    scale = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
+    scale = 1.0 / (most(image.dtype) * jnp.asarray(std, jnp.float32))
     shift = -jnp.asarray(mean, jnp.float32) / jnp.asarray(std, jnp.float32)
     return image.astype(jnp.float32) * scale + shift
+
+
+def most(dtype) -> float:
+    """Return the value of the brightest pixel: 65535 of uint16, else 255."""
+    return 65535.0 if dtype == jnp.uint16 else 255.0
 
 
 def grid(image, patch):

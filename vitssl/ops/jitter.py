@@ -33,7 +33,8 @@ def augment(
 
     Args:
         key: random key.
-        image: uint8 [..., H, W, C], as the result.
+        image: uint8 or uint16 [..., H, W, C], as the result; the first three of more
+            channels are colours, the others stay as they are.
         strength: of the jitter: numbers, or arrays that broadcast against the leading
             axes (say [G] for images [B, G, H, W, C]); so are the probabilities. An
             operation that is 0 everywhere costs nothing.
@@ -43,12 +44,14 @@ def augment(
         blur_sigma: least and largest, in pixels.
         blur_kernel: odd width in pixels.
     """
-    lead = image.shape[:-3]
+    planes, image = image[..., 3:], image[..., :3]
+    deep = image.dtype == jnp.uint16
+    lead, level = image.shape[:-3], 257.0 if deep else 1.0  # 65535 / 255.
     chances = (prob, grayscale_prob, blur_prob, solarize_prob)
     keys = jax.random.split(key, 4)
     u = jax.random.uniform(keys[0], (len(chances), *lead))
     happens = [(v < p)[..., None, None, None] for v, p in zip(u, chances, strict=True)]
-    x = image.astype(jnp.float32)
+    x = image.astype(jnp.float32) / level
     if np.any(np.multiply(strength, prob)):
         factors, order = draw_jitter(keys[1], np.broadcast_to(strength, lead), spread)
         x = jnp.where(happens[0], jitter(x, factors, order), x)
@@ -60,11 +63,12 @@ def augment(
         x = jnp.where(happens[2], blur(x, sigma, blur_kernel), x)
     if np.any(solarize_prob):
         x = jnp.where(happens[3], solarize(x), x)
-    return jnp.rint(x).astype(jnp.uint8)
+    x = jnp.rint(x * level).astype(jnp.uint16 if deep else jnp.uint8)
+    return jnp.concatenate([x, planes], -1) if planes.shape[-1] else x
 
 
 def augment_crops(key, crops, recipes):
-    """Augment uint8 crops [B, G, H, W, C] by G dicts of keywords of `augment`."""
+    """Augment crops [B, G, H, W, C] by G dicts of keywords of `augment`."""
     settings = {k: np.array([r[k] for r in recipes], np.float32) for k in recipes[0]}
     return augment(key, crops, **settings)
 

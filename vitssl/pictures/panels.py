@@ -60,14 +60,17 @@ def picture(draw):
     return drawn
 
 
-def rgb(image):  # uint8, or float in [0, 1], [..., H, W, C] -> float32 [..., H, W, 3]
+def rgb(
+    image,
+):  # uint8 or uint16, or float in [0, 1], [..., H, W, C] -> float32 [..., H, W, 3]
     """Return an image of any number of channels in colour, in [0, 1].
 
     One channel becomes grey; of more than three the first three are shown; two leave
     blue black.
     """
     x = np.asarray(image)
-    x = x.astype(np.float32) / (255 if x.dtype == np.uint8 else 1)
+    whole = x.dtype in (np.uint8, np.uint16)
+    x = x.astype(np.float32) / (np.iinfo(x.dtype).max if whole else 1)
     if x.shape[-1] == 1:
         x = np.repeat(x, 3, -1)
     elif x.shape[-1] == 2:

@@ -99,7 +99,7 @@ def bright(data, source) -> None:
             continue  # It is counted, and named, where it is read.
         if image is None:
             return
-        most = max(most, int(image.max()))
+        most = max(most, int(image.max()) * 255 // np.iinfo(image.dtype).max)
     if most < DARK:
         way_out = "see how they were stored"
         if "value_range" in kinds.options_of(data.source):

@@ -33,6 +33,7 @@ from vitssl.run import opened
 logger = logging.getLogger(__name__)
 
 NAMES = ("pooled", "tokens")
+PIXELS = (np.uint8, np.uint16)  # Dtypes of images that are not normalised yet.
 UPSAMPLINGS = ("shift", "bilinear", "nearest")  # Those that need no training.
 
 
@@ -68,8 +69,9 @@ class Features:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
 
         Args:
-            images: [B, H, W, C], uint8 pixels or float32 already normalised; of a
-                method that reads several arrays a dict of them, see its `features`.
+            images: [B, H, W, C], uint8 or uint16 pixels, or float32 already normalised;
+                of a method that reads several arrays a dict of them, see its
+                `features`.
 
         Raises:
             UsageError: another rank, dtype or number of channels, or floats that are
@@ -83,7 +85,8 @@ class Features:
             raise errors.UsageError(
                 f"images {tuple(images.shape)}: want [B, H, W, {self.channels}]"
             )
-        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+        whole = images.dtype in PIXELS
+        if not whole and not jnp.issubdtype(images.dtype, jnp.floating):
             raise errors.UsageError(
                 f"images are {images.dtype}: want uint8 pixels, or floats normalised "
                 "by mean and std"
@@ -95,7 +98,7 @@ class Features:
 
     def _check_normalised(self, images) -> None:
         """Refuse floats that no pixel becomes by mean and std."""
-        if images.dtype == np.uint8 or isinstance(images, jax.core.Tracer):
+        if images.dtype in PIXELS or isinstance(images, jax.core.Tracer):
             return
         ends = (np.array([[0.0], [1.0]]) - self.mean) / self.std
         most = float(abs(images).max(initial=0))
@@ -185,7 +188,7 @@ class Features:
         """Return image i as the run evaluates it, [h, w, C]."""
         image = np.asarray(image)
         shape = (*image.shape[:2], self.channels)
-        if image.dtype != np.uint8 or image.shape != shape or 0 in shape:
+        if image.dtype not in PIXELS or image.shape != shape or 0 in shape:
             raise errors.UsageError(
                 f"images[{i}] is {image.dtype} {image.shape}: want uint8 "
                 f"[H, W, {self.channels}]"

@@ -13,6 +13,7 @@ from vitssl.losses import contrastive
 from vitssl.methods import base
 from vitssl.methods.simclr import method, views
 from vitssl.models import hvit, vit
+from vitssl.ops import jitter
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices, step
@@ -186,7 +187,8 @@ def test_colours_of_the_device_are_those_of_the_host(channels):
     plain = np.stack([of["device"].view(pixels, draws) for _ in range(400)])
     np.testing.assert_array_equal(plain, np.broadcast_to(pixels, plain.shape))
     m = _method(augment=still | paint | {"colour": "device"}, size=24)
-    device = np.asarray(m._coloured(jax.random.key(0), plain[:, None]))[:, 0]
+    recipe = m.augment.recipe(24)
+    device = np.asarray(jitter.augment(jax.random.key(0), plain, **recipe))
     np.testing.assert_array_equal(device[..., 3:], plain[..., 3:])
     for measure in (np.mean, np.std):
         a, b = (measure(x[..., :3], (1, 2, 3)) for x in (device, host))

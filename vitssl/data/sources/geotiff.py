@@ -221,7 +221,8 @@ def open(
     layout.root_of("geotiff", root, EXPECTED)
     found = folder.open(root, split, labels=labels, divided=divided, holdout=holdout)
     found = _only(found, lambda path: path.lower().endswith(tiff.SUFFIXES), "geotiff")
-    where = _masks(found, masks) if masks else ()
+    endings = (*tiff.SUFFIXES, ".png")
+    where = layout.named_like(found, masks, endings, "mask") if masks else ()
     sensor = Sensor(modality, bands, scale, offset, nodata, impute)
     _check(sensor)
     names = modalities or (modality,)
@@ -291,19 +292,6 @@ def _only(files, chosen, name, split="") -> folder.Files:
         layout.fail(name, f"no TIFF file in split {split!r}", files.root, EXPECTED)
     about = dict(classes=files.classes, channels=1, name=name)
     return folder.files(files.root, members, split=split or files.split, **about)
-
-
-def _masks(files, root) -> tuple[str, ...]:
-    """Return the mask of every file: of the same name, TIFF or PNG.
-
-    Raises:
-        DataError: some files have none.
-    """
-    paths = [files.relative(i) for i in range(len(files))]
-    first = os.path.join(root, os.path.splitext(paths[0])[0])
-    endings = (*tiff.SUFFIXES, ".png")
-    ending = next((s for s in endings if os.path.isfile(first + s)), ".tif")
-    return layout.beside(paths, root, ending, "mask")
 
 
 def _check(sensor) -> None:

@@ -23,6 +23,8 @@ ALIASES = {
 class Source:
     """A data set: `len()`, and `[i] -> {"image": uint8 [H, W, C], "label": int}`.
 
+    Images with spectral planes are uint16, see `spectral`.
+
     It has `name`, `root`, `split`, `classes` (names, tuple), `channels` (int) and, if
     they are known without reading images, `labels` (int32 [N], -1 = unlabelled). It is
     a dataclass and cheap to pickle: only its fields travel, and files are opened
@@ -140,6 +142,21 @@ def beside(paths, root, suffix: str, what: str) -> tuple[str, ...]:
             f"{decode.printable(missing[0])}"
         )
     return tuple(found)
+
+
+def named_like(files, root, suffixes, what: str) -> tuple[str, ...]:
+    """Return the file below `root` that is named like each of a `folder.Files`.
+
+    Args:
+        suffixes: that it may have; all have that of the first.
+
+    Raises:
+        DataError: as `beside`.
+    """
+    paths = [files.relative(i) for i in range(len(files))]
+    first = os.path.join(root, os.path.splitext(paths[0])[0])
+    here = (s for s in suffixes if os.path.isfile(first + s))
+    return beside(paths, root, next(here, suffixes[0]), what)
 
 
 def check(source):

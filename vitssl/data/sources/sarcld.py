@@ -45,9 +45,9 @@ def open(
     augmented=False,
     legacy_train: ranges.Probability = 0.8,
     seed=42,
-    planes: Literal["", "npy", "ndvi"] = "",
+    planes: Literal["", "npy", "tiff", "ndvi"] = "",
     planes_root="",
-    planes_range: tuple[float, float] = (-1.0, 1.0),
+    planes_range: tuple[float, ...] = (-1.0, 1.0),
 ):
     """One split.
 
@@ -61,10 +61,11 @@ def open(
             photograph is in it, as far as a copy's name has that of the photograph.
         legacy_train: share of the legacy split that trains.
         seed: of either split.
-        planes: "" none; "npy": spectral planes from files; "ndvi": made up from the
-            colours (see `spectral`). They follow the three colours as channels.
-        planes_root: folder of the .npy files, in the classes' folders; "" is `root`.
-        planes_range: values that become 0 and 255.
+        planes: "" none; "npy", "tiff": spectral planes from files; "ndvi": made up from
+            the colours (see `spectral`). They follow the three colours as channels.
+        planes_root: folder of those files, in the classes' folders; "" is `root`.
+        planes_range: values that become 0 and 1; () = the lowest and the highest of all
+            planes. Between them 16 bits are kept.
 
     Raises:
         DataError: nothing there; a class folder that cannot be read; a class with

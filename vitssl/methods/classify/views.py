@@ -201,20 +201,21 @@ class Leaves:
     severity: str = "moderate"
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Return {image uint8 [h, w, C], label, index int32 []}."""
+        """Return {image [h, w, C] in its dtype, label, index int32 []}."""
         image, size = example["image"], sizes.pair(self.size)
         spec, ratio = SEVERITIES.get(self.severity), geometry.shaped(self.size)
         box = spec and geometry.draw_box(rng, image.shape[:2], spec.scale, ratio)
         image = resample.resize(image, size, box, "bicubic")
         if spec:
-            image = _random(image.astype(np.float32) / 255, spec, rng)
-            image = _bytes(image)
+            kind = image.dtype
+            image = image.astype(np.float32) / np.iinfo(kind).max
+            image = _whole(_random(image, spec, rng), kind)
         numbers = {k: np.int32(example.get(k, -1)) for k in ("label", "index")}
         return numbers | dict(image=np.ascontiguousarray(image))
 
 
-def _bytes(image):
-    return np.rint(np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
+def _whole(image, kind=np.uint8):
+    return np.rint(np.clip(image, 0.0, 1.0) * np.iinfo(kind).max).astype(kind)
 
 
 def _random(image, spec, rng):
@@ -234,7 +235,7 @@ def _random(image, spec, rng):
         return np.concatenate([image, planes], -1)
     if image.shape[-1] == 3:
         policy = RandAugment(9.0, 0.5, 2, 1.0, still=planes.shape[-1] > 0)
-        image = policy(_bytes(image), rng, (0, 0, 0)).astype(np.float32) / 255
+        image = policy(_whole(image), rng, (0, 0, 0)).astype(np.float32) / 255
     cut, warp = rng.random(2).tolist()
     if cut < 0.5:
         image = erase(image, rng, ratio=(1.0, 1.0))

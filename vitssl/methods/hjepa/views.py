@@ -5,6 +5,7 @@ src/data/multicrop_transforms.py) for the defaults.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -168,14 +169,15 @@ class MultiCropTransform:
         """Return the crops of one size and their boxes."""
         c = self.crops
         size, scale = (getattr(c, f"{kind}_crop_{x}") for x in ("size", "scale"))
-        crops = np.empty((count, size, size, image.shape[-1]), np.uint8)
+        crops = np.empty((count, size, size, image.shape[-1]), image.dtype)
         boxes = np.empty((count, 5), np.float32)
         for i in range(count):
             box = geometry.draw_box(rng, image.shape[:2], scale)
             flip = rng.random() < c.horizontal_flip_prob
             crop = resample.resize(image, (size, size), box, c.interpolation)
             if c.colour == "host":
-                crop = colour.augment(crop, rng, **c.recipe(kind, i))
+                change = functools.partial(colour.augment, rng=rng, **c.recipe(kind, i))
+                crop = colour.only(crop, change)
             crops[i] = cv2.flip(crop, 1).reshape(crop.shape) if flip else crop
             boxes[i] = geometry.relative(box, image.shape[:2], flip)
         return {kind: crops, f"{kind}_box": boxes}

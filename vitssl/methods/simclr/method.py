@@ -162,7 +162,8 @@ class SimCLR(base.Embedding):
         image = batch["global"]  # [B, 2, H, W, C]
         if self.augment.colour == "device":
             rng, paint = jax.random.split(rng)
-            image = self._coloured(paint, image)
+            recipe = self.augment.recipe(image.shape[2:4])
+            image = jitter.augment(paint, image, **recipe)
         image = patches.normalise(image, self.run.mean, self.run.std)
         image = einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
         x = self._pooled(params, image, rng)
@@ -185,13 +186,6 @@ class SimCLR(base.Embedding):
             extra = extra | {"stats": stats}
         metrics = {f"contrast/{k}": v for k, v in metrics.items()}
         return value, (extra, metrics | {"feature_std": x.std((0, 1)).mean()})
-
-    def _coloured(self, key, image):
-        """Return views with the colours the host left alone; spectra keep theirs."""
-        planes = image[..., 3:]
-        recipe = self.augment.recipe(image.shape[2:4])
-        image = jitter.augment(key, image[..., :3], **recipe)
-        return jnp.concatenate([image, planes], -1) if planes.shape[-1] else image
 
     def features(self, params, extra, image):
         """Return {"pooled", "tokens", "mean", ...} of the encoder, not projected."""

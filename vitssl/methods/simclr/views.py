@@ -79,13 +79,13 @@ class Views:
             yield f"blur_kernel={self.blur_kernel}: odd, or 0 (by the size)"
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Return {global uint8 [2, h, w, C], label, index int32 []}."""
+        """Return {global [2, h, w, C], label, index int32 []}."""
         views = np.stack([self.view(example["image"], rng) for _ in range(2)])
         numbers = {k: np.int32(example.get(k, -1)) for k in ("label", "index")}
         return numbers | {"global": views}
 
     def view(self, image, rng):
-        """Return one view [h, w, C] of an image uint8 [H, W, C]."""
+        """Return one view [h, w, C] of an image [H, W, C], in its dtype."""
         ratio = geometry.shaped(self.size, self.ratio)
         box = geometry.draw_box(rng, image.shape[:2], self.scale, ratio)
         x = resample.resize(image, sizes.pair(self.size), box, self.interpolation)
@@ -101,19 +101,11 @@ class Views:
                 high = 1.0 + spread if i < 3 else spread
                 factors.append(low + u[i] * (high - low))
             order = colour.ORDERS[int(pick * len(colour.ORDERS))]
-            x = _coloured(x, lambda c: colour.jitter(c, factors, order))
+            x = colour.only(x, lambda c: colour.jitter(c, factors, order))
         if grey < self.grayscale_prob:
-            x = _coloured(x, colour.grayscale)
+            x = colour.only(x, colour.grayscale)
         if soft < self.blur_prob:
             low, high = self.blur_sigma
             sigma = low + where * (high - low)
-            x = _coloured(x, lambda c: colour.blur(c, sigma, self.kernel))
+            x = colour.only(x, lambda c: colour.blur(c, sigma, self.kernel))
         return x
-
-
-def _coloured(image, change):
-    """Return the image with its colours changed; spectral planes keep their values."""
-    if image.shape[-1] <= 3:
-        return change(image)
-    colours = change(np.ascontiguousarray(image[..., :3]))
-    return np.concatenate([colours, image[..., 3:]], -1)
