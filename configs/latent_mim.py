@@ -14,10 +14,13 @@ Arguments (`--config=configs/latent_mim.py:NAME`):
                     OlmoEarth as published: patches of 1 to 8 pixels, no hybrid
     rgb_vitb_p16_q4
                     photographs as one sensor, ViT-B/16 with features at 4 pixels
-    eurosat, geotiff
-                    nothing is trained: k-NN and probe on EuroSAT's 13 bands, on one's
-                    own GeoTIFF files; needs --config.init.from=WEIGHTS as well
-    pastis, mados   the same, a probe of every pixel: crops (PASTIS-R), marine debris
+    eurosat         nothing is trained: k-NN and probe on EuroSAT's 13 bands; needs
+                    --config.init.from=WEIGHTS as well, and network.size as theirs is
+    geotiff         the same on one's own GeoTIFF files; a probe of every pixel with
+                    data.options.masks=DIR and measures.classes=N
+    pastis          crops in PASTIS-R, Sentinel-2 and 1: a probe of every pixel, taught
+                    by the training folds; data.options.impute=True as the original
+    mados           marine debris in MADOS: a probe of every pixel
 
 DIR holds OlmoEarth's HDF5 samples; the published ones are compressed by zstd and need
 the extra `olmoearth`. Learning rates and decays of nano to large are those of the
@@ -35,10 +38,6 @@ One override away:
     --config.target.centre=False                (as the original)
     --config.readout.mode=decoder               (read the predictor's answers)
     --config.network.anchor=corner --config.network.frequencies=legacy
-    --config.network.size=base                  (of eurosat to geotiff: as WEIGHTS are)
-    --config.data.options.impute=True           (of pastis, mados: as the original)
-    --config.data.options.masks=DIR --config.measures.classes=5
-                                                (of geotiff: a class per pixel)
 
 Ours: land cover of the demo after half of its run (200 steps, 224 s of one core with
 compiling): mIoU 0.76 through the skip, 0.32 of the same tokens merely interpolated, the
@@ -90,7 +89,7 @@ def _sections():
     c.objective = dict(same_target_threshold=0.999)
     c.target = dict(centre=True)
     c.readout = dict(times=4, pool="times")
-    c.measures = dict(classes=6, epochs=20, lr=0.05)
+    c.measures = dict(classes=6, taught="test", epochs=20, lr=0.05, batch_size=8)
     c.optim = base.adamw(2e-3, 2.0, min_lr=2e-4, wd=0.02, clip_norm=1.0)
     c.evals = base.evals(
         0,
@@ -228,6 +227,7 @@ def _labelled(source, read=("sentinel2_l2a",), **options):
     c.sampling.update(tile=64, min_patch=4, max_patch=4, min_side=8, max_side=8)
     c.readout.update(modalities=read, p=4, times=1)
     c.evals.update(image_size=64, batch_size=32, online=False, final=("knn", "linear"))
+    c.measures.taught = "bank"
     c.checkpoint.best = ""
     return c
 
@@ -235,9 +235,7 @@ def _labelled(source, read=("sentinel2_l2a",), **options):
 def _per_pixel(source, classes, lr, batch_size, **options):
     """Return a probe of every pixel, taught by the training split."""
     c = _labelled(source, **options)
-    c.measures = dict(
-        classes=classes, taught="bank", epochs=50, lr=lr, batch_size=batch_size
-    )
+    c.measures.update(classes=classes, epochs=50, lr=lr, batch_size=batch_size)
     c.evals.final = ()
     return c
 

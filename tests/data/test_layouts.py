@@ -274,10 +274,10 @@ def test_sarcld_splits_copies_and_planes(root_of, opened):
     keys = dict(channels=5, planes="npy")
     for root in ("", str(root_of("sarcld"))):
         image = opened("sarcld", "all", planes_root=root, **keys)[3]["image"]
-        assert (image[..., 3] == round((0.3 + 1) / 2 * 255)).all()
+        assert (image[..., 3] == round((0.3 + 1) / 2 * 65535)).all()
         assert (image[..., 4] == 0).all()
     image = opened("sarcld", "all", planes_range=(-1.0, 0.3), **keys)[3]["image"]
-    assert (image[..., 3] == 255).all()
+    assert (image[..., 3] == 65535).all()
     image = opened("sarcld", "all", channels=4, planes="ndvi")[0]["image"]
     assert image[..., 3].max() > image[..., 3].min()
 
