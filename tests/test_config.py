@@ -110,7 +110,7 @@ def test_unknown_and_missing_keys_inside_the_file_are_found():
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], "--config=FILE is missing"),
+        ([], "--config=NAME is missing"),
         (["--config=configs/hjepq.py"], "no such file"),
         ([f"--config={HJEPA}:demo2"], "no recipe 'demo2'; there is:"),
         ([f"--config={HJEPA}", "--wrkdir=x"], "did you mean --workdir?"),
