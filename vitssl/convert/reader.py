@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zipfile
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +9,9 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.convert import reader_torch, safetensors
+from vitssl.data import npy
 
-MAX_RATIO = 1000  # Unpacked over packed size of an .npz; weights do not compress.
-SMALL = 2**28  # Bytes that may unpack to this many at any ratio.
+MAX_RATIO, SMALL = npy.MAX_RATIO, npy.SMALL  # Of an archive bomb.
 
 TORCH = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 KINDS = (".safetensors", ".npz", *TORCH)
@@ -44,13 +43,16 @@ def read(path) -> Weights:
     if not path.is_file():
         raise errors.CheckpointError(f"{path}: no such file; want {' '.join(KINDS)}")
     ending = path.suffix.lower()
-    if ending == ".safetensors":
-        arrays, metadata = safetensors.read(path)
-        return Weights(path, arrays, metadata)
-    if ending == ".npz":
-        return Weights(path, _npz(path))
-    if ending in TORCH:
-        return Weights(path, reader_torch.read(path))
+    try:
+        if ending == ".safetensors":
+            arrays, metadata = safetensors.read(path)
+            return Weights(path, arrays, metadata)
+        if ending == ".npz":
+            return Weights(path, _npz(path))
+        if ending in TORCH:
+            return Weights(path, reader_torch.read(path))
+    except OSError as e:
+        raise errors.CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
     raise errors.CheckpointError(f"{path}: want a file that ends in {' '.join(KINDS)}")
 
 
@@ -82,36 +84,8 @@ def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
             the archive, or arrays of Python objects (pickles, never read).
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check(path, archive.infolist())
-        with np.load(path, allow_pickle=False) as file:
-            return {name: _typed(path, name, file[name]) for name in file.files}
-    except errors.CheckpointError:
-        raise
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError) as e:
+        found = npy.archive(path, SMALL, MAX_RATIO)
+    except (ValueError, OSError) as e:
         raise errors.CheckpointError(f"{path}: not a sound .npz ({e})") from e
-
-
-def _check(path, infos):
-    for info in infos:
-        parts = info.filename.replace("\\", "/").split("/")
-        if info.filename.startswith("/") or ".." in parts:
-            raise errors.CheckpointError(
-                f"{path}: refused, {info.filename!r} leads out of the archive"
-            )
-        if not info.filename.endswith(".npy"):
-            raise errors.CheckpointError(f"{path}: {info.filename!r} is no array")
-    unpacked = sum(i.file_size for i in infos)
-    packed = sum(i.compress_size for i in infos)
-    if unpacked > SMALL and unpacked > MAX_RATIO * packed:
-        raise errors.CheckpointError(
-            f"{path}: refused, {packed} bytes claim to unpack to {unpacked}"
-        )
-
-
-def _typed(path, name, array):
-    if array.dtype == np.dtype("V2"):
-        return array.view(ml_dtypes.bfloat16)
-    if array.dtype.kind not in "fiub":
-        raise errors.CheckpointError(f"{path}: {name} holds {array.dtype}, no numbers")
-    return array
+    brain = np.dtype(ml_dtypes.bfloat16)
+    return {k: x.view(brain) if x.dtype.kind == "V" else x for k, x in found.items()}

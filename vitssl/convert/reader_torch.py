@@ -4,6 +4,7 @@ No torch, no unpickling (see `reader_pickle`), no copy: arrays are views of the 
 which the system reads as they are used.
 """
 
+import math
 import mmap
 import pathlib
 import struct
@@ -36,8 +37,8 @@ def read(path: pathlib.Path):
     if data[:4] != b"PK\x03\x04":
         raise errors.CheckpointError(_stranger(path, data))
     archive = _Archive(path, data)
-    tree = reader_pickle.read(archive.bytes("data.pkl"), str(path))
-    return _Arrays(archive).fill(tree)
+    program = archive.bytes("data.pkl")
+    return reader_pickle.read(program, str(path), _Arrays(archive).view)
 
 
 def _stranger(path, data):
@@ -61,101 +62,97 @@ class _Archive:
         try:
             with zipfile.ZipFile(path) as file:
                 infos = file.infolist()
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as e:
-            raise self._fault(f"truncated or damaged zip ({e})") from e
+        except Exception as e:  # noqa: BLE001 - damage shows in any way it likes.
+            raise self.fault(f"truncated or damaged zip ({e})") from e
         if len(infos) > MAX_RECORDS:
-            raise self._fault(f"{len(infos)} records, at most {MAX_RECORDS} are read")
+            raise self.fault(f"{len(infos)} records, at most {MAX_RECORDS} are read")
         for info in infos:
             self._check_name(info.filename)
         pickles = [i.filename for i in infos if i.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             kind = "a TorchScript archive" if self._scripted(infos) else "not weights"
-            raise self._fault(f"{kind}; want one data.pkl, there are {len(pickles)}")
+            raise self.fault(f"{kind}; want one data.pkl, there are {len(pickles)}")
         if self._scripted(infos):
-            raise self._fault("a TorchScript archive; save its state_dict() instead")
+            raise self.fault("a TorchScript archive; save its state_dict() instead")
         self.root = pickles[0].removesuffix("data.pkl")
         self.records = {}
         for info in infos:
             name = info.filename.removeprefix(self.root)
             if name in self.records:
-                raise self._fault(f"record {name!r} is there twice")
+                raise self.fault(f"record {name!r} is there twice")
             self.records[name] = info
         if "byteorder" in self.records and self.bytes("byteorder") != b"little":
-            raise self._fault("written on a big-endian machine; not read")
+            raise self.fault("written on a big-endian machine; not read")
 
     @staticmethod
     def _scripted(infos):
         return any(i.filename.endswith("/constants.pkl") for i in infos)
 
-    def _fault(self, text):
+    def fault(self, text):
+        """Return an error that names the file."""
         return errors.CheckpointError(f"{self.path}: {text}")
 
     def _check_name(self, name):
         parts = name.replace("\\", "/").split("/")
         if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-            raise self._fault(f"refused, record {name!r} leads out of the archive")
+            raise self.fault(f"refused, record {name!r} leads out of the archive")
 
     def span(self, name) -> tuple[int, int]:
         """Return (first byte, number of bytes) of a record in the file."""
         if name not in self.records:
-            raise self._fault(f"record {name!r} is missing")
+            raise self.fault(f"record {name!r} is missing")
         info = self.records[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise self._fault(f"record {name!r} is compressed or encrypted")
+            raise self.fault(f"record {name!r} is compressed or encrypted")
         start = info.header_offset
         header = self.data[start : start + _LOCAL.size]
-        if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
-            raise self._fault(f"truncated or damaged at record {name!r}")
+        if start < 0 or len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
+            raise self.fault(f"truncated or damaged at record {name!r}")
         *_, name_size, extra_size = _LOCAL.unpack(header)
         first = start + _LOCAL.size + name_size + extra_size
-        if first + info.file_size > len(self.data):
-            raise self._fault(f"truncated in record {name!r}")
+        if not 0 <= first <= first + info.file_size <= len(self.data):
+            raise self.fault(f"truncated in record {name!r}")
         return first, info.file_size
 
     def bytes(self, name) -> bytes:
         """Return the bytes of a small record."""
         first, size = self.span(name)
         if size > reader_pickle.MAX_BYTES:
-            raise self._fault(f"record {name!r} has {size} bytes, too many to read")
+            raise self.fault(f"record {name!r} has {size} bytes, too many to read")
         return self.data[first : first + size]
 
 
 class _Arrays:
-    """Puts arrays in the place of `Tensor`s."""
+    """Makes arrays of what a pickle says about tensors."""
 
     def __init__(self, archive):
-        self.archive, self.raw = archive, {}
+        self.archive, self.raw, self.unfolded = archive, {}, 0
 
-    def fill(self, value):
-        """Return nested containers with every tensor as a view of the file."""
-        if isinstance(value, reader_pickle.Tensor):
-            return self._view(value)
-        if isinstance(value, dict):
-            return {key: self.fill(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [self.fill(v) for v in value]
-        if isinstance(value, tuple):
-            return tuple(map(self.fill, value))
-        return value
+    def view(self, storage, offset, shape, stride, dtype):
+        """Return a tensor as a view of the file; see `reader_pickle.read`.
 
-    def _view(self, tensor):
-        storage = tensor.storage
-        dtype = tensor.dtype or storage.dtype
+        No byte outside the tensor's own record is ever reached, and a tensor may only
+        be larger than its record (as expanded ones are) within `MAX_BUILT`, of all.
+        """
+        dtype = dtype or storage.dtype
         if dtype is None:
-            raise self.archive._fault("a tensor without a dtype")
-        flat = self._storage(storage.key, dtype)
-        size = int(np.prod(tensor.shape, dtype=object))
-        pairs = zip(tensor.shape, tensor.stride, strict=True)
-        last = tensor.offset + sum((n - 1) * step for n, step in pairs)
-        if size > flat.size or (size and last >= flat.size):
-            raise self.archive._fault(
-                f"a tensor {tensor.shape} is larger than its bytes, data/{storage.key}"
+            raise self.archive.fault("a tensor without a dtype")
+        flat, size = self._storage(storage.key, dtype), math.prod(shape)
+        if len(shape) != len(stride) or min((offset, *shape, *stride)) < 0:
+            raise self.archive.fault(
+                f"a tensor of offset {offset}, shape {shape[:9]}, strides {stride[:9]}"
+            )
+        last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if size > flat.size:
+            self.unfolded += size * dtype.itemsize
+        if self.unfolded > reader_pickle.MAX_BUILT or (size and last >= flat.size):
+            raise self.archive.fault(
+                f"a tensor {shape[:9]} is larger than its bytes, data/{storage.key}"
             )
         if not size:
-            return np.zeros(tensor.shape, dtype)
-        bytes_each = tuple(dtype.itemsize * step for step in tensor.stride)
-        start = flat[tensor.offset :]
-        view = np.lib.stride_tricks.as_strided(start, tensor.shape, bytes_each)
+            return np.zeros(shape, dtype)
+        bytes_each = tuple(dtype.itemsize * step for step in stride)
+        view = np.lib.stride_tricks.as_strided(flat[offset:], shape, bytes_each)
         view.flags.writeable = False
         return view
 

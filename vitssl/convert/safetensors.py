@@ -46,17 +46,25 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     Raises:
         CheckpointError: the package refuses the file (truncated, a header that is too
-            long or whose places and shapes do not agree), or an unknown dtype.
+            long or whose places and shapes do not agree), numpy cannot hold an array,
+            or an unknown dtype.
     """
     try:
         with safetensors.safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             parts = [(name, file.get_slice(name)) for name in file.offset_keys()]
             kinds = [(n, p.get_dtype(), tuple(p.get_shape())) for n, p in parts]
-    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        return _mapped(path, kinds), metadata
+    except errors.CheckpointError:
+        raise
+    except Exception as e:  # noqa: BLE001 - sizes and dimensions without end, too.
         if kind := re.search(r"unknown variant `(F[468]_?\w*|C\d+)`", str(e)):
             raise errors.CheckpointError(_strange(path, "an array", kind[1])) from e
         raise errors.CheckpointError(f"{path}: no sound safetensors file ({e})") from e
+
+
+def _mapped(path, kinds):
+    """Return {name: view of the file} of (name, dtype, shape) in the file's order."""
     with pathlib.Path(path).open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     at, found = 8 + struct.unpack("<Q", data[:8])[0], {}
@@ -66,7 +74,7 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         flat = np.frombuffer(data, DTYPES[kind], math.prod(shape), at)
         found[name] = flat.reshape(shape)
         at += flat.nbytes
-    return found, metadata
+    return found
 
 
 def _strange(path, name, kind) -> str:

@@ -1,8 +1,8 @@
 """Bytes of an image file -> uint8 [H, W, C], or one error that names the file."""
 
+import functools
 import io
 import os
-import pathlib
 import re
 import stat
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vitssl import errors
-from vitssl.data import dicom
+from vitssl.data import dicom, npy
 
 try:
     import simplejpeg
@@ -20,6 +20,13 @@ except ImportError:  # An optional speed-up: 0.76 against 0.95 ms per photograph
 
 # A file of a few kilobytes can declare terabytes of pixels.
 MAX_PIXELS = 1 << 27
+MAX_BYTES = 1 << 30  # Of a file.
+# Pixels times scans of a progressive JPEG: a scan of a few bytes visits every pixel.
+MAX_VISITS = 1 << 31
+# The only ones that Pillow may try, whatever a name says: it hands PostScript on to
+# Ghostscript, which runs it.
+FORMATS = tuple("AVIF BMP DIB GIF JPEG JPEG2000 PNG PPM TGA TIFF WEBP".split())
+_BLOCK = 1 << 20  # Values that are scaled at once.
 _GIVE = (
     "give its range (data.options.value_range of a folder), or store it as uint8 .npy"
 )
@@ -37,8 +44,8 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
     transparency is dropped, 16-bit values are divided by 257 unless `bounds` are given.
 
     Args:
-        data: of a file in any format that Pillow reads, of a `.npy` array, or of a
-            grey DICOM (see `dicom.decode`).
+        data: of a file in one of `FORMATS`, of a `.npy` array, or of a grey DICOM
+            (see `dicom.decode`).
         channels: 1 (gray, ITU-R 601 luma), 3 (RGB), or, for `.npy`, any number.
         bounds: (lowest, highest) value of images of more than 8 bits, which become 0
             and 255; () = 0 and 65535 of integers, and no other kinds.
@@ -51,17 +58,16 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
         if not data:
             raise ValueError("the file has zero bytes")
         if data[:6] == b"\x93NUMPY":
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-            return _channels(_checked_array(array, bounds), channels)
+            return _channels(_checked_array(npy.array(data), bounds), channels)
         if channels not in (1, 3):
             raise ValueError(f"only .npy arrays can give {channels} channels")
         if data[128:132] == b"DICM":
-            return _channels(dicom.decode(data), channels)
+            return _channels(dicom.decode(data, MAX_PIXELS), channels)
         if data[:3] == b"\xff\xd8\xff":
             image = _jpeg(data, channels)
             if image is not None:
                 return image
-        if bounds and data[:4] == b"\x89PNG" and data[24] == 16:
+        if bounds and data[:4] == b"\x89PNG" and data[24:25] == b"\x10":
             return _channels(_scaled(_deep_png(data), bounds), channels)
         return _pillow(data, channels, bounds)
     except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
@@ -76,16 +82,49 @@ def read(path, *, channels: int, bounds=()) -> np.ndarray:
     Raises:
         DataError: also when the file cannot be read.
     """
-    try:
-        # A pipe would be waited for, a device read for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(0, "no regular file")
-        data = pathlib.Path(path).read_bytes()
-    except OSError as e:
-        raise errors.DataError(
-            f"{printable(path)}: cannot be read: {e.strerror}"
-        ) from e
+    data = contents(path)
     return decode(data, channels=channels, bounds=bounds, name=printable(path))
+
+
+def contents(path, most: int = MAX_BYTES) -> bytes:
+    """Return the bytes of a regular file, of at most so many.
+
+    Raises:
+        DataError: no such file, one that is larger or no regular one (a pipe would be
+            waited for, a device read for ever), or the system refuses.
+    """
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "rb") as file:
+            info = os.fstat(file.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise OSError(0, "no regular file")
+            if info.st_size > most:
+                raise OSError(0, f"{info.st_size} bytes, at most {most} are read")
+            return file.read(most)
+    except (OSError, ValueError) as e:  # ValueError: a null character in the path.
+        what = getattr(e, "strerror", None) or e
+        raise errors.DataError(f"{printable(path)}: cannot be read: {what}") from e
+
+
+def regular(path) -> None:
+    """Raise an OSError where a path is no regular file: readers would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "no regular file")
+
+
+def array(path) -> np.ndarray:
+    """Return the array in a `.npy` file, read-only.
+
+    Raises:
+        DataError: it cannot be read, or holds no plain numbers.
+    """
+    try:
+        return npy.array(contents(path))
+    except errors.DataError:
+        raise
+    except ValueError as e:
+        raise errors.DataError(f"{printable(path)}: cannot be decoded: {e}") from e
 
 
 def printable(path) -> str:
@@ -96,7 +135,7 @@ def printable(path) -> str:
 def _jpeg(data, channels):
     """Decode an ordinary, complete JPEG fast; None when Pillow should judge."""
     if _may_be_turned(data):
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             if image.getexif().get(ORIENTATION, 1) != 1:
                 return None
     if simplejpeg is not None:
@@ -105,8 +144,7 @@ def _jpeg(data, channels):
     # say nothing, so it may only see files that end as they should.
     if data[-2:] != b"\xff\xd9":
         return None
-    with Image.open(io.BytesIO(data)) as image:
-        _bounded(*image.size)
+    with _opened(data) as image:
         if image.mode not in ("RGB", "L"):
             return None
     flag = cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE
@@ -138,7 +176,7 @@ def _simplejpeg(data, space):
     """Decode a JPEG, or raise ValueError where parts of it are missing."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        _bounded(width, height)
+        _bounded(width, height, _scans(data))
         return simplejpeg.decode_jpeg(data, space)
     except ValueError as e:
         # What is missing Pillow would fill with gray: do not ask it. But a few bytes
@@ -148,12 +186,30 @@ def _simplejpeg(data, space):
         return None
 
 
+@functools.cache
+def _formats():
+    """Return those of `FORMATS` that this Pillow knows; AVIF is young."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _opened(data) -> Image.Image:
+    """Return an image of which only the header is read, and is fine."""
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    _bounded(*image.size, _scans(data))
+    return image
+
+
+def _scans(data) -> int:
+    """Return how often a JPEG visits its pixels, at most; 1 of other files."""
+    return data.count(b"\xff\xda") if data[:3] == b"\xff\xd8\xff" else 1
+
+
 def _pillow(data, channels, bounds):
     """Decode every other format, and every doubtful JPEG."""
-    with Image.open(io.BytesIO(data)) as image:
-        _bounded(*image.size)
+    with _opened(data) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" and not bounds:
             raise ValueError(f"float image of unknown range; {_GIVE}")
         if image.mode[0] in "IF":
@@ -161,14 +217,15 @@ def _pillow(data, channels, bounds):
             return _channels(grey, channels)
         if image.mode in ("P", "PA") and "transparency" in image.info:
             image = image.convert("RGBA")
-        image = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+        mode = "RGB" if channels == 3 else "L"
+        image = np.asarray(image if image.mode == mode else image.convert(mode))
     return image.reshape(*image.shape[:2], channels)
 
 
 def _deep_png(data):  # -> uint16 [H, W, 1 or 3]
     """Decode a PNG of 16 bits, of which Pillow keeps eight where it has colours."""
-    with Image.open(io.BytesIO(data)) as image:
-        _bounded(*image.size)
+    with _opened(data):
+        pass
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise ValueError("the PNG is damaged")
@@ -180,12 +237,24 @@ def _scaled(image, bounds):  # -> uint8, of the same shape
     if not bounds and (image.min() < 0 or image.max() > 65535):
         raise ValueError(f"integer image outside 0..65535; {_GIVE}")
     low, high = bounds or (0, 65535)
-    share = (image.astype(np.float64) - low) / (high - low)
-    # What is no number is nothing, and black.
-    return (np.nan_to_num(share.clip(0, 1)) * 255 + 0.5).astype(np.uint8)
+    grey = np.empty(image.shape, np.uint8)
+    long = np.swapaxes if image.shape[1] > image.shape[0] else lambda x, *_: x
+    given, out = long(image, 0, 1), long(grey, 0, 1)
+    step = max(1, _BLOCK // max(1, given[0].size))
+    for at in range(0, len(given), step):  # As float64 all of it would be eight times.
+        share = (given[at : at + step].astype(np.float64) - low) / (high - low)
+        # What is no number is nothing, and black.
+        share = np.nan_to_num(share.clip(0, 1)) * 255 + 0.5
+        out[at : at + step] = share.astype(np.uint8)
+    return grey
 
 
-def _bounded(width, height):
+def _bounded(width, height, scans=1):
+    if width * height * scans > MAX_VISITS:
+        raise OverflowError(
+            f"{width} x {height} pixels in {scans} scans; save it again, or leave it "
+            "out"
+        )
     if width * height > MAX_PIXELS:
         raise OverflowError(
             f"{width} x {height} pixels are more than {MAX_PIXELS}; "

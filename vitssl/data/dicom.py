@@ -3,10 +3,12 @@
 Source: DICOM PS3.5, sections 7 and 8; PS3.3, C.7.6.3, C.11.1 and C.11.2.
 """
 
+import io
 import struct
 
 import cv2
 import numpy as np
+from PIL import Image
 
 _IMPLICIT = "1.2.840.10008.1.2"
 _RAW = (_IMPLICIT, "1.2.840.10008.1.2.1")
@@ -19,50 +21,72 @@ _ROWS, _COLUMNS = (0x0028, 0x0010), (0x0028, 0x0011)
 _ALLOCATED, _STORED, _SIGNED = (0x0028, 0x0100), (0x0028, 0x0101), (0x0028, 0x0103)
 _CENTRE, _WIDTH, _CURVE = (0x0028, 0x1050), (0x0028, 0x1051), (0x0028, 0x1056)
 _INTERCEPT, _SLOPE = (0x0028, 0x1052), (0x0028, 0x1053)
+_MOST = 1e12  # Of a number in a file.
 _UNDEFINED, _END_OF_SEQUENCE = 0xFFFFFFFF, b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 
-def decode(data: bytes) -> np.ndarray:  # -> uint8 [H, W, 1]
+def decode(data: bytes, most: int) -> np.ndarray:  # -> uint8 [H, W, 1]
     """Decode little-endian grey pixels, raw or JPEG, of one frame and 8 or 16 bits.
 
     Values are rescaled and seen through the first window of the file; without one all
     that the stored bits can hold becomes 0..255. MONOCHROME1 (white is 0) is inverted.
 
+    Args:
+        data: of the file.
+        most: pixels.
+
     Raises:
-        ValueError, KeyError: not such a file.
+        ValueError: not such a file, or damaged.
     """
     found = dict(_elements(data))
     kind = _text(found, _PHOTOMETRIC, "MONOCHROME2")
     if _whole(found, _SAMPLES, 1) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"a DICOM of {kind}; only grey ones are read")
-    stored = _whole(found, _STORED, _whole(found, _ALLOCATED))
-    signed = _whole(found, _SIGNED, 0)
-    image = _values(found, stored, signed)
-    low = -(1 << stored - 1) if signed else 0
-    ends = _rescaled(found, np.array([low, low + (1 << stored) - 1.0]))
-    share = _windowed(found, _rescaled(found, image), ends).clip(0, 1)
-    grey = (share * 255 + 0.5).astype(np.uint8)
-    return (255 - grey if kind == "MONOCHROME1" else grey)[..., None]
+    allocated = _whole(found, _ALLOCATED)
+    stored = _whole(found, _STORED, allocated)
+    if allocated not in (8, 16) or not 1 <= stored <= allocated:
+        raise ValueError(f"{stored} bits stored in {allocated}; want 1 to 8, 16 in 16")
+    image = _values(found, allocated, most)
+    table = _table(found, stored, _whole(found, _SIGNED, 0))
+    table = 255 - table if kind == "MONOCHROME1" else table
+    out = np.empty(image.shape, np.uint8)
+    for row, into in zip(image, out, strict=True):  # A row at a time: indices are long.
+        # The bits above are no part of the value.
+        np.take(table, row & np.uint16((1 << stored) - 1), out=into, mode="clip")
+    return out[..., None]
 
 
-def _values(found, stored, signed):  # -> integers [H, W]
-    """Return the stored values, without the bits that are no part of them."""
+def _values(found, allocated, most):  # -> unsigned integers [H, W]
+    """Return the pixels as they are stored."""
     rows, columns = _whole(found, _ROWS), _whole(found, _COLUMNS)
-    syntax = _text(found, _SYNTAX)
+    if not 1 <= rows * columns <= most:
+        raise ValueError(f"{rows} rows x {columns} columns; want 1 to {most} pixels")
+    syntax, pixels = _text(found, _SYNTAX), _needed(found, _PIXELS)
     if syntax in _JPEG:
-        raw = np.frombuffer(found[_PIXELS], np.uint8)
-        image = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE)
+        with Image.open(io.BytesIO(pixels), formats=("JPEG",)) as image:
+            if image.size != (columns, rows):
+                raise ValueError(f"the JPEG inside is not {columns} x {rows}")
+        raw = np.frombuffer(pixels, np.uint8)
+        image = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
             raise ValueError("the JPEG inside does not decode")
-    elif syntax in _RAW:
-        kind = np.uint8 if _whole(found, _ALLOCATED) == 8 else np.dtype("<u2")
-        image = np.frombuffer(found[_PIXELS], kind, rows * columns)
-        image = image.reshape(rows, columns)
-    else:
+        return image
+    if syntax not in _RAW:
         raise ValueError(f"transfer syntax {syntax} is not supported")
-    image = image.astype(np.int64) & (1 << stored) - 1
-    # The highest bit is the sign.
-    return image - ((image >> stored - 1) << stored) if signed else image
+    kind = np.uint8 if allocated == 8 else np.dtype("<u2")
+    return np.frombuffer(pixels, kind, rows * columns).reshape(rows, columns)
+
+
+def _table(found, stored, signed):  # -> uint8 [2**stored]
+    """Return the grey of every value that the stored bits can hold."""
+    values = np.arange(1 << stored)
+    if signed:  # The highest bit is the sign.
+        values = values - ((values >> stored - 1) << stored)
+    values = _rescaled(found, values)
+    ends = np.array([values.min(), values.max()])
+    with np.errstate(over="ignore"):  # Of a steep sigmoid.
+        share = _windowed(found, values, ends).clip(0, 1)
+    return (share * 255 + 0.5).astype(np.uint8)
 
 
 def _rescaled(found, values):
@@ -91,7 +115,13 @@ def _windowed(found, values, ends):
 def _whole(found, tag, default=None) -> int:
     if tag not in found and default is not None:
         return default
-    return struct.unpack("<H", found[tag][:2])[0]
+    return struct.unpack("<H", _needed(found, tag)[:2])[0]
+
+
+def _needed(found, tag) -> bytes:
+    if tag not in found:
+        raise ValueError("it has no element ({:04X},{:04X})".format(*tag))
+    return found[tag]
 
 
 def _text(found, tag, default="") -> str:
@@ -101,7 +131,10 @@ def _text(found, tag, default="") -> str:
 
 
 def _number(found, tag, default: float) -> float:
-    return float(_text(found, tag) or default)
+    value = float(_text(found, tag) or default)
+    if not abs(value) < _MOST:
+        raise ValueError("element ({:04X},{:04X}) is {}".format(*tag, value))
+    return value
 
 
 def _elements(data):

@@ -1,8 +1,9 @@
 """Pictures of a run over time, drawn from its metrics.jsonl."""
 
 import json
-import pathlib
+import math
 import re
+from array import array
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from vitssl.pictures import panels
 # Thresholds under or over which a representation counts as collapsed.
 LOW_DEVIATION, LOW_RANK, HIGH_SIMILARITY = 0.01, 0.1, 0.9
 LEVELS, MOMENTUM, GRADIENTS = r"loss_h\d+$", r"(^|[/_])(momentum|ema)$", r"grad"
+MAX_LINE = 2**20  # Characters of a line that is read.
+# Of values that are drawn: beyond these their squares and ratios are no numbers.
+SMALLEST, LARGEST = 1e-100, 1e100
 _PLUMBING = re.compile(r"^(time|compile|memory|freeze)/|^nonfinite")
 
 
@@ -19,22 +23,62 @@ def read(path):
 
     A line that is torn (the run was killed in the middle of it) and anything that is
     no number is left out. A step that was logged twice counts with its last value.
+
+    Raises:
+        OSError: it cannot be read.
     """
     found = {}
-    for line in pathlib.Path(path).read_text().splitlines():
-        try:
-            values = json.loads(line)
-            step = int(values.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            continue
-        for key, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(key, {})[step] = float(value)
-    curves = {}
-    for key, points in found.items():
-        steps = sorted(points)
-        curves[key] = np.array(steps), np.array([points[s] for s in steps])
-    return curves
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in iter(lambda: file.readline(MAX_LINE), ""):
+            try:
+                values = json.loads(line)
+                step = values.pop("step")
+                if not _whole(step):
+                    continue
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                continue
+            for key, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    steps, numbers = found.setdefault(key, (array("d"), array("d")))
+                    steps.append(step)
+                    numbers.append(_bounded(value))
+    return {printable(key): _ordered(*points) for key, points in found.items()}
+
+
+def printable(text: str) -> str:
+    """Return a text that any terminal shows on the line it is written to.
+
+    Line ends stay, everything else that is no character is written out.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _whole(step) -> bool:
+    number = isinstance(step, int | float) and not isinstance(step, bool)
+    return number and 0 <= step < 2**53 and step == int(step)
+
+
+def _bounded(value) -> float:
+    """Return a value that can be subtracted and divided, or is not finite."""
+    if abs(value) < SMALLEST:
+        return 0.0
+    if abs(value) > LARGEST:
+        return math.copysign(math.inf, value)
+    return float(value)
+
+
+def _ordered(steps, values):
+    """Return points by step as arrays, of each step the last one."""
+    steps, values = np.array(steps, np.int64), np.array(values)
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True)
+    return steps[last], values[last]
 
 
 def smooth(values, width):  # [n] -> [n]

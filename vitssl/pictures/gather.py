@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl.data import pipeline, views
+from vitssl import errors
+from vitssl.data import npy, pipeline, views
 from vitssl.data.sources import wrappers
 from vitssl.evals import extraction
 from vitssl.pictures import drawing, landscape
@@ -71,12 +72,18 @@ def gather(
 
 
 def _scores(metrics_path):
-    """Return the arrays of the final scores that lie beside a metrics.jsonl."""
+    """Return the arrays of the final scores that lie beside a metrics.jsonl.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     path = pathlib.Path(metrics_path).parent / "scores.npz"
     if not metrics_path or not path.exists():
         return {}
-    with np.load(path, allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}
+    try:
+        return npy.archive(path)
+    except (ValueError, OSError) as e:
+        raise errors.DataError(f"{path}: damaged ({e}); evaluate again") from e
 
 
 def evaluation(data, size, points, seed):

@@ -1,18 +1,30 @@
-"""Find the workdirs of runs and read them, without touching devices or runs."""
+"""Find the workdirs of runs and read them, without touching devices or runs.
+
+What lies in them may be torn, damaged or somebody else's: what is no value of its kind
+is taken as absent, and texts are made printable where they are read.
+"""
 
 import dataclasses
 import json
+import logging
+import math
 import os
 import pathlib
 import socket
 import time
 
 from vitssl import errors
+from vitssl.data import decode
 from vitssl.pictures import curves
+
+logger = logging.getLogger("vitssl.tools")
 
 CONFIG, STATUS, METRICS = "config.json", "status.json", "metrics.jsonl"
 # What a run of another host may be silent for before it counts as stopped.
 SILENCE = 3600.0
+MAX_BYTES, MAX_DEPTH = 2**22, 20  # Of a JSON file; ours have some kilobytes.
+# What a status says is a text, or a number from 0 that a float holds exactly.
+_TEXTS, _LARGEST = ("state", "error", "host"), 2**53
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +41,11 @@ class Workdir:
     def name(self) -> str:
         """Return the name of the directory."""
         return self.path.resolve().name
+
+    def section(self, name: str) -> dict:
+        """Return a section of the config, {} if there is none."""
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
 
     @property
     def step(self) -> int:
@@ -55,7 +72,7 @@ class Workdir:
             os.kill(int(self.status["pid"]), 0)
         except PermissionError:
             return True  # Of another user, but there.
-        except (OSError, KeyError, ValueError, TypeError):
+        except (OSError, KeyError, OverflowError):
             return False
         return True
 
@@ -67,7 +84,7 @@ class Workdir:
 
 def is_workdir(path) -> bool:
     """Return whether `path` is the workdir of a run."""
-    return (pathlib.Path(path) / CONFIG).is_file()
+    return os.path.isfile(pathlib.Path(path) / CONFIG)
 
 
 def workdir(path) -> Workdir:
@@ -83,31 +100,33 @@ def workdir(path) -> Workdir:
             f"{path}: {what}; want the workdir of a run, such as runs/hjepa "
             "(`vitssl runs DIR` lists those below DIR)"
         )
-    config = _json(path / CONFIG)
-    if not config:
-        raise errors.UsageError(f"{path / CONFIG}: damaged; start the run again")
-    metrics = path / METRICS
+    try:
+        config = _json(path / CONFIG)
+    except ValueError as e:
+        raise errors.UsageError(f"{e}; start the run again, or leave it out") from e
     return Workdir(
         path,
         config,
-        _json(path / STATUS),
-        curves.read(metrics) if metrics.is_file() else {},
-        _json(path / "versions.json"),
+        _status(_lenient(path / STATUS)),
+        _metrics(path / METRICS),
+        {key: str(value) for key, value in _lenient(path / "versions.json").items()},
     )
 
 
 def below(directory) -> list[Workdir]:
     """Return all workdirs at or below a directory, by path.
 
+    One that is damaged is left out with a line.
+
     Raises:
-        UsageError: there is no such directory, or no run in it.
+        UsageError: there is no such directory, or no sound run in it.
     """
     root = pathlib.Path(directory)
     if not root.is_dir():
         raise errors.UsageError(f"{root}: no such directory")
     found = []
     for folder, folders, files in os.walk(root):
-        if CONFIG in files:
+        if CONFIG in files and is_workdir(folder):
             folders.clear()  # A run does not hold runs.
             found.append(pathlib.Path(folder))
         folders.sort()
@@ -116,13 +135,73 @@ def below(directory) -> list[Workdir]:
             f"{root}: no run in it; a run is a directory with {CONFIG}, and is made by "
             "`vitssl train --config=configs/hjepa.py --workdir=DIR`"
         )
-    return [workdir(path) for path in sorted(found)]
+    runs = []
+    for path in sorted(found):
+        try:
+            runs.append(workdir(path))
+        except errors.UsageError as e:
+            if len(found) == 1:
+                raise
+            logger.warning("left out: %s", e)
+    if not runs:
+        raise errors.UsageError(f"{root}: all of its {len(found)} runs are damaged")
+    return runs
 
 
 def _json(path) -> dict:
-    """Return a JSON object, or {} if it is absent or torn."""
+    """Return a JSON object with printable texts.
+
+    Raises:
+        ValueError: it cannot be read, or is no such thing; the message names it.
+    """
+    data = decode.contents(path, MAX_BYTES)
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = _plain(json.loads(data))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{decode.printable(path)}: damaged ({e})") from e
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{decode.printable(path)}: damaged (no object)")
+    return value
+
+
+def _lenient(path) -> dict:
+    """Return a JSON object, or {} if it is absent, torn or damaged."""
+    try:
+        return _json(path)
+    except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+
+
+def _plain(value, depth=0):
+    """Return a value of JSON with printable texts and no depths."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        return {curves.printable(k): _plain(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v, depth + 1) for v in value]
+    return curves.printable(value) if isinstance(value, str) else value
+
+
+def _status(found) -> dict:
+    """Return what a status says in values of the right kind."""
+
+    def right(key, value):
+        if key in _TEXTS:
+            return isinstance(value, str)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value) and 0 <= value < _LARGEST
+
+    return {key: value for key, value in found.items() if right(key, value)}
+
+
+def _metrics(path) -> dict:
+    """Return the curves of a metrics.jsonl, {} if it is absent or nobody may read it.
+
+    A pipe would be waited for.
+    """
+    try:
+        return curves.read(path) if path.is_file() else {}
+    except OSError as e:
+        logger.warning("%s: cannot be read: %s", decode.printable(path), e.strerror)
+        return {}

@@ -83,13 +83,14 @@ class Challenge(wrappers.Wrapper):
         front, back = divmod(i, len(self.chosen))
         example = self.whole[front]
         behind = self.backgrounds[int(self.chosen[back])]["image"]
-        mask = np.load(self.masks[front], allow_pickle=False).astype(np.float32)
-        image, mask = example["image"], mask.reshape(*mask.shape[:2], -1)[..., :1]
+        mask = decode.array(self.masks[front]).astype(np.float32)
+        image = example["image"]
         if behind.shape != image.shape or mask.shape[:2] != image.shape[:2]:
             raise errors.DataError(
                 f"in9: {decode.printable(self.masks[front])}: image {image.shape}, "
                 f"background {behind.shape} and mask {mask.shape} differ in size"
             )
+        mask = mask.reshape(*mask.shape[:2], -1)[..., :1].clip(0, 1)
         example["image"] = np.rint(behind * (1 - mask) + image * mask).astype(np.uint8)
         return example
 

@@ -12,6 +12,7 @@ olmoearth_pretrain/data/dataset.py.
 import csv
 import dataclasses
 import functools
+import math
 import pathlib
 
 import numpy as np
@@ -26,6 +27,7 @@ EXPECTED = (
     "ROOT/sample_metadata.csv (sample_index, then 0 or 1 for each modality)"
 )
 MASKS = "missing_timesteps_masks"  # Group of bool [12]; True is PRESENT.
+MAX_BYTES = 2**28  # Of an array of one sample; the published ones have 5 MB.
 SPLITS = {"train": "train", "val": "test", "test": "test"}
 
 
@@ -91,7 +93,7 @@ def open(
         if kind.time and kind.space and kind.name in has:
             keep |= has[kind.name]
     if filter_file:
-        keep &= np.isin(index, np.load(filter_file))
+        keep &= np.isin(index, decode.array(filter_file))
     index = index[keep]
     if holdout:
         index = index[-holdout:] if split == "test" else index[:-holdout]
@@ -111,32 +113,62 @@ def read(path, names) -> dict:
 
     Raises:
         DataError: no such file, damaged, without timestamps, an array that does not
-            fit its mask, or compressed by a filter that is not installed.
+            fit its mask or lies in another file, or compressed by a filter that is not
+            installed.
     """
     import h5py
 
     _filters()
     where = decode.printable(path)
     try:
+        decode.regular(path)
         with h5py.File(path, "r") as file:
             if "timestamps" not in file:
                 raise errors.DataError(
                     f"olmoearth: {where} has no 'timestamps' int [12, 3] (day, month "
                     f"0-11, year); it has: {', '.join(sorted(file)) or 'nothing'}"
                 )
-            timestamps = file["timestamps"][:]
-            arrays = {n: file[n][:] for n in names if n in file}
-            group = file.get(MASKS, {})
-            masks = {n: group[n][:].astype(bool) for n in names if n in group}
-    except OSError as e:
+            timestamps = _numbers(file, "timestamps")
+            arrays = {n: _numbers(file, n) for n in names if n in file}
+            masks = {}
+            if MASKS in file:
+                group = _held(file, MASKS, h5py.Group)
+                there = (n for n in names if n in group)
+                masks = {n: _numbers(group, n).astype(bool) for n in there}
+        return complete(timestamps, arrays, masks, names)
+    except errors.DataError:
+        raise
+    except Exception as e:  # noqa: BLE001 - damage shows in any way it likes.
         hint = ""
         if "filter" in str(e) or "plugin" in str(e):
             hint = "; its compression needs the package hdf5plugin (extra 'olmoearth')"
         raise errors.DataError(f"olmoearth: {where}: {e}{hint}") from e
-    try:
-        return complete(timestamps, arrays, masks, names)
-    except ValueError as e:
-        raise errors.DataError(f"olmoearth: {where}: {e}") from e
+
+
+def _held(group, name, kind):
+    """Return a member of a group that lies in the group's own file."""
+    import h5py
+
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is a link; only what lies in the file is read")
+    if not isinstance(group[name], kind):
+        raise ValueError(f"{name} is a {type(group[name]).__name__}")
+    return group[name]
+
+
+def _numbers(group, name) -> np.ndarray:
+    """Return an array of a group, of numbers in its own file and of sane size."""
+    import h5py
+
+    found = _held(group, name, h5py.Dataset)
+    if found.is_virtual or found.external:
+        raise ValueError(f"{name} lies in other files, which are not read")
+    if found.dtype.kind not in "fiub" or found.shape is None:
+        raise ValueError(f"{name} holds {found.dtype}, no numbers")
+    chunk = math.prod(found.chunks or ()) * found.dtype.itemsize
+    if max(found.nbytes, chunk) > MAX_BYTES:
+        raise ValueError(f"{name} {list(found.shape)} claims more than {MAX_BYTES} bytes")
+    return found[()]
 
 
 @functools.cache
@@ -159,9 +191,17 @@ def complete(timestamps, arrays, masks, names) -> dict:
             without one is there all the time.
 
     Raises:
-        ValueError: an array has another number of steps than its mask.
+        ValueError: an array has another number of steps than its mask, or a shape
+            that is not its modality's.
     """
-    timestamps, masks = crop_times(np.asarray(timestamps), masks)
+    timestamps = np.asarray(timestamps)
+    shape = timestamps.shape
+    if len(shape) != 2 or shape[1] != 3 or not 1 <= len(timestamps) <= TIMES:
+        raise ValueError(f"timestamps {list(shape)}; want [1 to {TIMES}, 3]")
+    for name, mask in masks.items():
+        if mask.shape != shape[:1]:
+            raise ValueError(f"the mask of {name} {list(mask.shape)}; want [{shape[0]}]")
+    timestamps, masks = crop_times(timestamps, masks)
     length = len(timestamps)
     pad = TIMES - length
     padded = np.concatenate([timestamps, np.repeat(timestamps[-1:], pad, axis=0)])
@@ -175,11 +215,18 @@ def complete(timestamps, arrays, masks, names) -> dict:
             sample[name] = np.full(shape, MISSING, np.float32)
             if kind.time:
                 present[name] = np.zeros(TIMES, bool)
-        elif kind.time:
-            there = masks.get(name, np.ones(length, bool))
-            sample[name], present[name] = _scatter(name, arrays[name], there)
-        else:
-            sample[name] = arrays[name]
+            continue
+        there = masks.get(name, np.ones(length, bool))
+        want, x = kind.shape(side, int(there.sum())), arrays[name]
+        if kind.time and x.ndim == len(want) and x.shape[-2] != want[-2]:
+            raise ValueError(
+                f"{name} holds {x.shape[-2]} time steps, its mask {want[-2]}"
+            )
+        if x.shape != want:
+            raise ValueError(f"{name} {list(x.shape)}; want {list(want)}")
+        sample[name] = x
+        if kind.time:
+            sample[name], present[name] = _scatter(x, there)
     return sample | {"present": present}
 
 
@@ -187,17 +234,13 @@ def _side(arrays) -> int:
     """Return the side in 10 m pixels of any array that has space."""
     for name, x in arrays.items():
         kind = find(name)
-        if kind.space:
+        if kind.space and x.ndim:
             return x.shape[0] // kind.factor
     return 0
 
 
-def _scatter(name, x, there):
+def _scatter(x, there):
     """Return (array of 12 steps, bool [12]) of the steps [..., t, C] that are there."""
-    if x.shape[-2] != there.sum():
-        raise ValueError(
-            f"{name} holds {x.shape[-2]} time steps, its mask {int(there.sum())}"
-        )
     full = np.zeros(TIMES, bool)
     full[: len(there)] = there
     if full.all():

@@ -52,7 +52,7 @@ def read(path, size, channels):
         planes = planes[..., None]
     elif planes.ndim == 3 and planes.shape[-1] != channels:
         planes = np.moveaxis(planes, 0, -1)
-    if planes.ndim != 3 or planes.shape[-1] != channels:
+    if planes.ndim != 3 or planes.shape[-1] != channels or not planes.size:
         raise errors.DataError(
             f"{decode.printable(path)}: planes of shape {given}; want [H, W], "
             f"[H, W, {channels}] or [{channels}, H, W]"
@@ -64,11 +64,7 @@ def _values(path):
     """Return the numbers of a file as they are."""
     if os.path.splitext(path)[1].lower() in tiff.SUFFIXES:
         return tiff.read(path).values
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        where = decode.printable(path)
-        raise errors.DataError(f"{where}: cannot be read: {e}") from e
+    return decode.array(path)
 
 
 @functools.cache
