@@ -162,13 +162,16 @@ def _report(argv):
 
 
 def _write(path, text):
+    from vitssl.data import decode
+
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as e:
         raise errors.UsageError(f"--out={path}: {e.strerror}; give another") from e
-    print(f"{path}: {len(text.encode()) / 1e6:.1f} MB, open it in any browser")
+    size = len(text.encode()) / 1e6
+    print(f"{decode.printable(path)}: {size:.1f} MB, open it in any browser")
 
 
 # A module has a function `main`.

@@ -10,37 +10,10 @@ from vitssl.data import decode
 RAMP = np.arange(4096, dtype="<u2").reshape(64, 64)  # All values of 12 bits.
 
 
-def _file(pixels, *, stored=12, signed=0, kind=b"MONOCHROME2 ", samples=1, **texts):
-    """Return an explicit little-endian DICOM of 16 bits a value."""
-    short = lambda n: int(n).to_bytes(2, "little")  # noqa: E731
-    tags = dict(centre=0x1050, width=0x1051, intercept=0x1052, slope=0x1053)
-    tags["curve"] = 0x1056
-    more = []
-    for name, text in texts.items():
-        value = str(text).encode()
-        kinds = b"LO" if name == "curve" else b"DS"
-        value += b" " * (len(value) % 2)
-        more.append(radiographs._element(0x0028, tags[name], kinds, value))
-    element = radiographs._element
-    return b"".join(
-        [
-            b"\0" * 128 + b"DICM",
-            element(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0"),
-            element(0x0028, 0x0002, b"US", short(samples)),
-            element(0x0028, 0x0004, b"CS", kind),
-            element(0x0028, 0x0010, b"US", short(pixels.shape[0])),
-            element(0x0028, 0x0011, b"US", short(pixels.shape[1])),
-            element(0x0028, 0x0100, b"US", short(16)),
-            element(0x0028, 0x0101, b"US", short(stored)),
-            element(0x0028, 0x0103, b"US", short(signed)),
-            *more,
-            element(0x7FE0, 0x0010, b"OW", pixels.tobytes()),
-        ]
-    )
-
-
 def _grey(*args, **options):
-    return decode.decode(_file(*args, **options), channels=1)[..., 0].ravel()
+    return decode.decode(radiographs.values(*args, **options), channels=1)[
+        ..., 0
+    ].ravel()
 
 
 def test_twelve_bits_fill_the_range():

@@ -48,6 +48,34 @@ def dicom(pixels, kind="raw"):
     )
 
 
+def values(pixels, *, stored=12, signed=0, kind=b"MONOCHROME2 ", samples=1, **texts):
+    """Return an explicit little-endian DICOM of 16 bits a value."""
+    short = lambda n: int(n).to_bytes(2, "little")  # noqa: E731
+    tags = dict(centre=0x1050, width=0x1051, intercept=0x1052, slope=0x1053)
+    tags["curve"] = 0x1056
+    more = []
+    for name, text in texts.items():
+        value = str(text).encode()
+        kinds = b"LO" if name == "curve" else b"DS"
+        value += b" " * (len(value) % 2)
+        more.append(_element(0x0028, tags[name], kinds, value))
+    return b"".join(
+        [
+            b"\0" * 128 + b"DICM",
+            _element(0x0002, 0x0010, b"UI", b"1.2.840.10008.1.2.1\0"),
+            _element(0x0028, 0x0002, b"US", short(samples)),
+            _element(0x0028, 0x0004, b"CS", kind),
+            _element(0x0028, 0x0010, b"US", short(pixels.shape[0])),
+            _element(0x0028, 0x0011, b"US", short(pixels.shape[1])),
+            _element(0x0028, 0x0100, b"US", short(16)),
+            _element(0x0028, 0x0101, b"US", short(stored)),
+            _element(0x0028, 0x0103, b"US", short(signed)),
+            *more,
+            _element(0x7FE0, 0x0010, b"OW", pixels.tobytes()),
+        ]
+    )
+
+
 def radiograph(number):
     """Return (pixels uint8 [H, W], mask [H, W]) of an image."""
     picture = pictures.thing(6, number)  # White.

@@ -68,7 +68,7 @@ def _bounded(value) -> float:
     if abs(value) < SMALLEST:
         return 0.0
     if abs(value) > LARGEST:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
     return float(value)
 
 

@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+from vitssl.data import decode
 from vitssl.tools import charts, html, listing
 
 _TIMES = ("time/", "compile/", "memory/", "freeze/")
@@ -93,4 +94,4 @@ def short_names(runs) -> list[str]:
     cut = 0
     while all(len(p) > cut + 1 and p[cut] == parts[0][cut] for p in parts):
         cut += 1
-    return ["/".join(p[cut:]) for p in parts]
+    return [decode.printable("/".join(p[cut:])) for p in parts]

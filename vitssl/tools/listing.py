@@ -5,6 +5,7 @@ import math
 import time
 
 from vitssl import errors
+from vitssl.data import decode
 from vitssl.run import log
 
 # Metrics shown if runs have them: key, heading, how to write a value.
@@ -51,7 +52,7 @@ def _rank(value):
 def _row(run, shown):
     total, eta = run.status.get("total_steps"), run.status.get("eta_seconds")
     step = f"{run.step}/{total}" if total else f"{run.step}"
-    cells = [str(run.path), run.state, step]
+    cells = [decode.printable(run.path), run.state, step]
     for key, _, form in shown:
         value = run.last(key)
         cells.append("-" if value is None else form.format(value))
@@ -78,6 +79,6 @@ def as_json(runs) -> str:
     lines = []
     for run in runs:
         values = {key: run.last(key) for key in sorted(run.metrics)}
-        one = {"run": str(run.path), "state": run.state, "step": run.step}
+        one = {"run": decode.printable(run.path), "state": run.state, "step": run.step}
         lines.append(json.dumps({**one, "metrics": values}))
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import sys
 from PIL import Image
 
 from vitssl import config, errors
+from vitssl.data import decode
 from vitssl.run import experiment, loop
 
 _STEP = re.compile(r"\s*(\d+)/(\d+)\s+(.*)")
@@ -101,6 +102,7 @@ def pictures(workdir, *names: str, width: int = 900) -> Image.Image:
 
     Raises:
         UsageError: one of them is not there; the message lists those that are.
+        DataError: one is no picture.
     """
     folder = pathlib.Path(workdir) / "pictures"
     there = sorted(p.stem for p in folder.glob("*.png"))
@@ -108,7 +110,8 @@ def pictures(workdir, *names: str, width: int = 900) -> Image.Image:
     if missing or not names:
         what = f"no picture {missing[0]!r}" if missing else "name a picture"
         raise errors.UsageError(f"{folder}: {what}; there is: {', '.join(there)}")
-    images = [Image.open(folder / f"{name}.png").convert("RGB") for name in names]
+    arrays = (decode.read(folder / f"{name}.png", channels=3) for name in names)
+    images = [Image.fromarray(array) for array in arrays]
     images = [
         i.resize((width, round(i.height * width / i.width))) if i.width > width else i
         for i in images

@@ -3,12 +3,13 @@
 import base64
 import itertools
 import pathlib
-import zipfile
 
 import numpy as np
 
 from vitssl import errors
+from vitssl.data import decode, npy
 from vitssl.evals import suite
+from vitssl.pictures import curves
 from vitssl.run import log
 from vitssl.tools import charts, html, workdir
 
@@ -59,8 +60,12 @@ def page(run: workdir.Workdir) -> str:
 
 
 def pictures(folder) -> dict[str, list[tuple[pathlib.Path, str]]]:
-    """Return {heading: [(file, caption)]} of the pictures in a folder, in order."""
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in _KINDS]
+    """Return {heading: [(file, caption)]} of the pictures in a folder, in order.
+
+    A link could put any file of this machine on the page: none is followed.
+    """
+    there = [] if folder.is_symlink() else sorted(folder.rglob("*"))
+    files = [p for p in there if p.suffix.lower() in _KINDS and not p.is_symlink()]
     found = {heading: [] for _, heading, _ in CAPTIONS} | {"More pictures": []}
     for path in files:
         if path.name.startswith("training"):
@@ -76,7 +81,10 @@ def pictures(folder) -> dict[str, list[tuple[pathlib.Path, str]]]:
 
 def _subtitle(run):
     versions = run.versions
-    parts = [str(run.path.resolve()), f"vitssl {versions.get('vitssl', '?')}"]
+    parts = [
+        decode.printable(run.path.resolve()),
+        f"vitssl {versions.get('vitssl', '?')}",
+    ]
     if versions.get("commit", "unknown") != "unknown":
         parts.append(f"commit {versions['commit']}")
     parts += [f"{k} {versions[k]}" for k in ("jax", "flax", "python") if k in versions]
@@ -119,12 +127,13 @@ def _results(run):
 
 
 def _protocol(run) -> str:
-    section = run.config.get("evals", {})
-    k = (section.get("knn_k") or ["?"])[0]
+    section = run.section("evals")
+    k = section.get("knn_k")
+    k = k[0] if isinstance(k, list) and k else "?"
     return (
         f"Features: {section.get('features', '?')}; k-NN with k = {k}; linear probe by "
         f"{section.get('probe', '?')}; "
-        f"data: {run.config.get('data', {}).get('source', '?')}"
+        f"data: {run.section('data').get('source', '?')}"
     )
 
 
@@ -132,7 +141,7 @@ def final_rows(run) -> list[dict]:
     """Return the rows of the final evaluation: the inverse of `suite.flat`."""
     rows = {}
     for key in run.metrics:
-        if key.startswith("final/"):
+        if key.startswith("final/") and key.count("/") > 1:
             _, row, metric = key.split("/", 2)
             rows.setdefault(row, {"features": row.replace("_", " ")})
             rows[row][metric] = run.last(key)
@@ -173,11 +182,11 @@ def _pictures(shown):
 def figure(path: pathlib.Path, caption: str) -> html.Safe:
     """Return a picture with its caption, embedded unless it is very large."""
     text = html.element("figcaption", f"{caption} ({path.name})")
-    if path.stat().st_size > MOST_BYTES:
-        size = path.stat().st_size / 1e6
-        text = f"{path}: {size:.0f} MB, open it itself"
-        return html.element("p", text, class_="note")
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    try:
+        data = decode.contents(path, MOST_BYTES)
+    except errors.DataError as e:
+        return html.element("p", f"{e}; open it itself", class_="note")
+    data = base64.b64encode(data).decode("ascii")
     source = f"data:image/{_KINDS[path.suffix.lower()]};base64,{data}"
     image = html.Safe(f'<img src="{source}" alt="{html.escape(caption)}">')
     return html.element("figure", image, text)
@@ -193,15 +202,25 @@ def _confusion(run):
     if not path.is_file():
         return
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            found = {k: stored[k] for k in stored if k.endswith("confusion")}
-    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        stored = npy.archive(path)
+        found = {k: _counts(k, x) for k, x in stored.items() if k.endswith("confusion")}
+    except (OSError, ValueError) as e:
         raise errors.UsageError(f"{path}: damaged ({e}); evaluate again") from e
     for key, matrix in found.items():
-        note = html.element("p", f"{key}. Rows: truth. Columns: prediction.")
+        note = html.element(
+            "p", f"{curves.printable(key)}. Rows: truth. Columns: prediction."
+        )
         many = len(matrix) > MOST_CLASSES
         show = _worst_pairs if many else _coloured
         yield html.section("Confusion matrix", note, show(matrix))
+
+
+def _counts(key, matrix):
+    """Return a confusion matrix [C, C], if it is one."""
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
+    if not square or not np.isfinite(matrix).all() or np.abs(matrix).max() > 2**53:
+        raise ValueError(f"{key}: no confusion matrix")
+    return matrix
 
 
 def _coloured(matrix) -> html.Safe:

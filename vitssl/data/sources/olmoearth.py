@@ -167,7 +167,9 @@ def _numbers(group, name) -> np.ndarray:
         raise ValueError(f"{name} holds {found.dtype}, no numbers")
     chunk = math.prod(found.chunks or ()) * found.dtype.itemsize
     if max(found.nbytes, chunk) > MAX_BYTES:
-        raise ValueError(f"{name} {list(found.shape)} claims more than {MAX_BYTES} bytes")
+        raise ValueError(
+            f"{name} {list(found.shape)} claims more than {MAX_BYTES} bytes"
+        )
     return found[()]
 
 
@@ -200,7 +202,9 @@ def complete(timestamps, arrays, masks, names) -> dict:
         raise ValueError(f"timestamps {list(shape)}; want [1 to {TIMES}, 3]")
     for name, mask in masks.items():
         if mask.shape != shape[:1]:
-            raise ValueError(f"the mask of {name} {list(mask.shape)}; want [{shape[0]}]")
+            raise ValueError(
+                f"the mask of {name} {list(mask.shape)}; want [{shape[0]}]"
+            )
     timestamps, masks = crop_times(timestamps, masks)
     length = len(timestamps)
     pad = TIMES - length
