@@ -77,6 +77,9 @@ def _entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (_entry(shape=(3,)), bytes(8), "invalid shape"),
         (_entry(shape=(2**40, 2**40)), bytes(8), "overflow"),
         (_entry(shape=(-2,)), bytes(8), "invalid JSON"),
+        (_entry(shape=(1,) * 65 + (2,)), bytes(8), "no sound safetensors file"),
+        (_entry(shape=(2**64,)), bytes(8), "no sound safetensors file"),
+        (_entry(shape=(0, 2**63), offsets=(0, 0)), b"", "no sound safetensors file"),
         (_entry("F13"), bytes(8), "invalid JSON.*F13"),
         (_entry("F8_E4M3", (8,)), bytes(8), "x: dtype F8_E4M3; want F64"),
         (_entry(offsets=(8, 0)), bytes(8), "invalid offset"),
@@ -129,3 +132,57 @@ def test_bad_npz_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "MAX_RATIO", 100)
     with pytest.raises(errors.CheckpointError, match="claim to unpack"):
         reader.read(file)
+
+
+@pytest.mark.parametrize(
+    "header, told",
+    [
+        (
+            b"{'descr': '<f8', 'fortran_order': False, 'shape': (9999999,), }",
+            "more than",
+        ),
+        (b"{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }", "more than"),
+        (b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", "no numbers"),
+        (b"{'descr': '<U9', 'fortran_order': False, 'shape': (1,), }", "no numbers"),
+        (
+            b"{'descr': [('a', '<f8')], 'fortran_order': False, 'shape': (1,)}",
+            "numbers",
+        ),
+        (b"(" * 5000, "no header"),
+        (b"{'descr': __import__('os').system('true')}", "no header"),
+        (b"\xff" * 20, "no header"),
+    ],
+)
+def test_a_member_of_an_npz_is_judged_before_it_is_read(tmp_path, header, told):
+    data = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + bytes(16)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", data)
+    with pytest.raises(errors.CheckpointError, match=told):
+        reader.read(tmp_path / "x.npz")
+
+
+def test_an_npz_that_is_mostly_air_or_packed_by_others_is_refused(tmp_path):
+    file = tmp_path / "x.npz"
+    np.savez_compressed(file, x=np.zeros(2**24 + 2**20, np.float32))
+    with pytest.raises(errors.CheckpointError, match="claim to unpack"):
+        reader.read(file)
+    np.savez_compressed(file, x=np.zeros(2**20, np.float32))  # Of no harm.
+    assert not reader.read(file).tree["x"].any()
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(file, "w", method) as archive:
+            archive.writestr("x.npy", b"")
+        with pytest.raises(errors.CheckpointError, match="packed as numpy never"):
+            reader.read(file)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.npz", "x.safetensors"])
+def test_a_file_that_nobody_may_read_is_one_line(tmp_path, name, monkeypatch):
+    (tmp_path / name).write_bytes(b"PK\3\4")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.open", refuse)
+    with pytest.raises(errors.CheckpointError, match=name):
+        reader.read(tmp_path / name)

@@ -26,6 +26,7 @@ MAX_OBJECTS = 2_000_000  # Opcodes, and objects once all that is shared is unfol
 MAX_DEPTH = 50  # Of containers in containers.
 # Tuples that are keys, and items of each: unlike texts, tuples can be made to collide.
 MAX_TUPLES, MAX_FLAT = 10_000, 8
+_ARGUMENTS = 100  # Most that a builder is given: of a path, a part each.
 _ITEM = 64  # Bytes of an item of a container, about.
 
 DTYPES = {  # torch.FloatStorage and torch.float32 alike.
@@ -258,6 +259,8 @@ class _Machine:
                 f"{self.where}: {path[:80]}: 8-bit floats, which are weights only with "
                 "their scales; save them dequantised, as float32 or float16"
             )
+        # So protocol 2 writes what Python 2 called it.
+        path = path.replace("__builtin__.", "builtins.", 1)
         if path not in _BUILDERS and _dtype(path) is None:
             raise errors.CheckpointError(
                 f"{self.where}: refused, it wants {path[:200]!r}, which is not data; "
@@ -270,7 +273,9 @@ class _Machine:
         arguments, name = self.stack.pop(), _want(self.stack.pop(), _Name)
         if name not in _BUILDERS:
             raise ValueError(f"{name} is no function")
-        self.spend(_want(arguments, tuple))
+        if len(_want(arguments, tuple)) > _ARGUMENTS:
+            raise ValueError(f"{name} of {len(arguments)} arguments")
+        self.spend(arguments)
         self.stack.append(_BUILDERS[name](self, *arguments))
 
     _newobj = _reduce
@@ -394,7 +399,9 @@ _BUILDERS: dict[str, Callable] = {  # Of the machine and what the program gives.
     "collections.defaultdict": lambda *_: {},
     "collections.Counter": _dict,
     "argparse.Namespace": lambda _: _Plain(),
+    "builtins.bytes": lambda _: b"",  # Others are written as texts.
     "builtins.set": _set,
+    "builtins.frozenset": _set,
     "builtins.slice": lambda _, *items: items,
     "pathlib.PosixPath": _path,
     "pathlib._local.PosixPath": _path,

@@ -7,7 +7,6 @@ is taken as absent, and texts are made printable where they are read.
 import dataclasses
 import json
 import logging
-import math
 import os
 import pathlib
 import socket
@@ -190,7 +189,7 @@ def _status(found) -> dict:
         if key in _TEXTS:
             return isinstance(value, str)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value) and 0 <= value < _LARGEST
+        return number and 0 <= value < _LARGEST
 
     return {key: value for key, value in found.items() if right(key, value)}
 
