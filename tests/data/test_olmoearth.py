@@ -1,5 +1,7 @@
 """OlmoEarth's HDF5 samples: what is on disk, and what a run gets of it."""
 
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -171,3 +173,91 @@ def test_cutmix_keeps_whole_patches():
         assert len(set(cells[:, 0])) == 3
     with pytest.raises(errors.DataError, match="holds no crop of 12"):
         views.spatial(np.random.default_rng(0), shape, 8, False)
+
+
+def _changed(tmp_path, change):
+    """Return the path of a sample, changed by a function of the open file."""
+    path = earth.write(tmp_path, [sample()]) / "sample_0.h5"
+    with h5py.File(path, "a") as file:
+        change(file)
+    return path
+
+
+def _put(name, **options):
+    def change(file):
+        del file[name]
+        file.create_dataset(name, **options)
+
+    return change
+
+
+def _link(name, to):
+    def change(file):
+        del file[name]
+        file[name] = to
+
+    return change
+
+
+def _virtual(file):
+    layout = h5py.VirtualLayout((SIDE, SIDE, 1, 1), np.uint8)
+    layout[...] = h5py.VirtualSource("other.h5", "x", (SIDE, SIDE, 1, 1))
+    del file["worldcover"]
+    file.create_virtual_dataset("worldcover", layout)
+
+
+SQUARE = (SIDE, SIDE, 1, 1)
+ELSEWHERE = dict(shape=SQUARE, dtype="u1", external=[("/etc/hostname", 0, 256)])
+CHANGES = {
+    "an external link": (_link("worldcover", h5py.ExternalLink("o.h5", "x")), "a link"),
+    "a soft link": (_link("worldcover", h5py.SoftLink("/latlon")), "a link"),
+    "masks of another file": (
+        _link(olmoearth.MASKS, h5py.ExternalLink("o.h5", "x")),
+        "link|no 'missing",
+    ),
+    "bytes of another file": (_put("worldcover", **ELSEWHERE), "lies in other files"),
+    "a virtual array": (_virtual, "lies in other files"),
+    "an array of terabytes": (
+        _put("worldcover", shape=(10**6, 10**6, 1, 1), dtype="u1"),
+        "claims more than",
+    ),
+    "a chunk of gigabytes": (
+        _put(
+            "worldcover",
+            shape=SQUARE,
+            maxshape=(None,) * 4,
+            chunks=(2**16, 2**15, 1, 1),
+            dtype="u1",
+        ),
+        "claims more than",
+    ),
+    "texts": (_put("worldcover", data=["a"]), "no numbers"),
+    "nothing": (_put("worldcover", data=h5py.Empty("u1")), "no numbers"),
+    "one number": (_put("sentinel2_l2a", data=3), "sentinel2_l2a"),
+    "another size": (_put("worldcover", data=np.zeros((4, 4, 1, 1))), "want"),
+    "a group": (lambda f: (f.pop("worldcover"), f.create_group("worldcover")), "Group"),
+    "no timestamps": (_put("timestamps", data=np.zeros((0, 3))), "timestamps"),
+    "too many timestamps": (_put("timestamps", data=np.zeros((13, 3))), "timestamps"),
+    "timestamps of one axis": (_put("timestamps", data=np.zeros(3)), "timestamps"),
+    "a mask of other steps": (
+        _put(f"{olmoearth.MASKS}/sentinel1", data=np.ones(5, bool)),
+        "the mask of sentinel1",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_sample_is_of_numbers_in_its_own_file_and_of_its_shape(what, tmp_path):
+    change, told = CHANGES[what]
+    path = _changed(tmp_path, change)
+    with h5py.File(tmp_path / "o.h5", "w") as other:
+        other["x"] = np.zeros(SQUARE, np.uint8)
+    with pytest.raises(errors.DataError, match=told) as error:
+        olmoearth.read(path, NAMES)
+    assert "sample_0.h5" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pipe_among_samples_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "sample_0.h5")
+    with pytest.raises(errors.DataError, match="no regular file"):
+        olmoearth.read(tmp_path / "sample_0.h5", NAMES)

@@ -295,11 +295,10 @@ def metadata(path: pathlib.Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             is not made of whole numbers.
     """
     file = path / "sample_metadata.csv"
-    with file.open(newline="") as lines:
-        head, *rows = csv.reader(lines)
     try:
+        head, *rows = csv.reader(decode.contents(file).decode().splitlines())
         table = np.array(rows, np.float64).reshape(len(rows), len(head)).astype(int)
-    except ValueError as e:
+    except (ValueError, csv.Error) as e:
         raise errors.DataError(f"olmoearth: {decode.printable(file)}: {e}") from e
     if path.name.isdigit() and int(path.name) != len(table):
         raise errors.DataError(
