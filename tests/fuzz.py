@@ -12,6 +12,7 @@ pass their bounds; a child that is ended is started again behind the file that d
 """
 
 import argparse
+import copy
 import dataclasses
 import functools
 import io
@@ -387,7 +388,7 @@ def _odd(rng, node):
     while isinstance(node, dict) and node:
         key = list(node)[rng.integers(len(node))]
         if not isinstance(node[key], dict) or rng.random() < 0.3:
-            value = ODD[rng.integers(len(ODD))]
+            value = copy.deepcopy(ODD[rng.integers(len(ODD))])
             if rng.random() < 0.2:
                 key = ("final/x", "final/a/b/c", "\ud800", "a\nb", "")[rng.integers(5)]
             node[key] = value
@@ -469,7 +470,7 @@ def _verdict(read, path, ran) -> str:
         line, told = str(e), "refused"
         if isinstance(e.__cause__, MemoryError):
             told = "memory"
-        elif "\n" in line or len(line) > 2000 or not line:
+        elif not line.isprintable() or not 0 < len(line) < 1000:
             told = f"no line: {line[:200]!r}"
     except Exception as e:  # noqa: BLE001 - this is what is looked for.
         told = f"traceback: {type(e).__name__}: {str(e)[:200]}"

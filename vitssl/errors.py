@@ -56,6 +56,18 @@ class Preempted(VitsslError):  # noqa: N818 - an event, not a fault.
     code = 75
 
 
+def told(e, most: int = 300) -> str:
+    """Return what an exception, or a text out of a file, says: one line, not long.
+
+    Libraries quote what they read, and that may be anything.
+    """
+    text = " ".join(str(e).split()) or type(e).__name__
+    text = text if len(text) <= most else f"{text[:most]} ..."
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose faults are one line, and whose help stands as written."""
 

@@ -80,6 +80,8 @@ def _entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (_entry(shape=(1,) * 65 + (2,)), bytes(8), "no sound safetensors file"),
         (_entry(shape=(2**64,)), bytes(8), "no sound safetensors file"),
         (_entry(shape=(0, 2**63), offsets=(0, 0)), b"", "no sound safetensors file"),
+        (_entry("F[" * 10**6), bytes(8), r"invalid JSON.{1,300} \.\.\.\)$"),
+        (_entry("F\x1b[2J\n"), bytes(8), r"invalid JSON in header: .*F.x1b"),
         (_entry("F13"), bytes(8), "invalid JSON.*F13"),
         (_entry("F8_E4M3", (8,)), bytes(8), "x: dtype F8_E4M3; want F64"),
         (_entry(offsets=(8, 0)), bytes(8), "invalid offset"),

@@ -86,6 +86,8 @@ def _npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         found = npy.archive(path, SMALL, MAX_RATIO)
     except (ValueError, OSError) as e:
-        raise errors.CheckpointError(f"{path}: not a sound .npz ({e})") from e
+        raise errors.CheckpointError(
+            f"{path}: not a sound .npz ({errors.told(e)})"
+        ) from e
     brain = np.dtype(ml_dtypes.bfloat16)
     return {k: x.view(brain) if x.dtype.kind == "V" else x for k, x in found.items()}

@@ -98,7 +98,9 @@ def read(data: bytes, where: str, tensor: Callable) -> Any:
     except errors.CheckpointError:
         raise
     except Exception as e:  # noqa: BLE001 - damage shows in any way it likes.
-        raise errors.CheckpointError(f"{where}: damaged pickle ({e})") from e
+        raise errors.CheckpointError(
+            f"{where}: damaged pickle ({errors.told(e)})"
+        ) from e
     raise errors.CheckpointError(f"{where}: truncated, its pickle has no end")
 
 

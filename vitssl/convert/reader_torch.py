@@ -63,7 +63,7 @@ class _Archive:
             with zipfile.ZipFile(path) as file:
                 infos = file.infolist()
         except Exception as e:  # noqa: BLE001 - damage shows in any way it likes.
-            raise self.fault(f"truncated or damaged zip ({e})") from e
+            raise self.fault(f"truncated or damaged zip ({errors.told(e)})") from e
         if len(infos) > MAX_RECORDS:
             raise self.fault(f"{len(infos)} records, at most {MAX_RECORDS} are read")
         for info in infos:
@@ -79,7 +79,7 @@ class _Archive:
         for info in infos:
             name = info.filename.removeprefix(self.root)
             if name in self.records:
-                raise self.fault(f"record {name!r} is there twice")
+                raise self.fault(f"record {errors.told(name)!r} is there twice")
             self.records[name] = info
         if "byteorder" in self.records and self.bytes("byteorder") != b"little":
             raise self.fault("written on a big-endian machine; not read")
@@ -95,30 +95,34 @@ class _Archive:
     def _check_name(self, name):
         parts = name.replace("\\", "/").split("/")
         if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-            raise self.fault(f"refused, record {name!r} leads out of the archive")
+            raise self.fault(
+                f"refused, record {errors.told(name)!r} leads out of the archive"
+            )
 
     def span(self, name) -> tuple[int, int]:
         """Return (first byte, number of bytes) of a record in the file."""
         if name not in self.records:
-            raise self.fault(f"record {name!r} is missing")
+            raise self.fault(f"record {errors.told(name)!r} is missing")
         info = self.records[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise self.fault(f"record {name!r} is compressed or encrypted")
+            raise self.fault(f"record {errors.told(name)!r} is compressed or encrypted")
         start = info.header_offset
         header = self.data[start : start + _LOCAL.size]
         if start < 0 or len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
-            raise self.fault(f"truncated or damaged at record {name!r}")
+            raise self.fault(f"truncated or damaged at record {errors.told(name)!r}")
         *_, name_size, extra_size = _LOCAL.unpack(header)
         first = start + _LOCAL.size + name_size + extra_size
         if not 0 <= first <= first + info.file_size <= len(self.data):
-            raise self.fault(f"truncated in record {name!r}")
+            raise self.fault(f"truncated in record {errors.told(name)!r}")
         return first, info.file_size
 
     def bytes(self, name) -> bytes:
         """Return the bytes of a small record."""
         first, size = self.span(name)
         if size > reader_pickle.MAX_BYTES:
-            raise self.fault(f"record {name!r} has {size} bytes, too many to read")
+            raise self.fault(
+                f"record {errors.told(name)!r} has {size} bytes, too many to read"
+            )
         return self.data[first : first + size]
 
 

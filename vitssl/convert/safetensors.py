@@ -59,8 +59,11 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise
     except Exception as e:  # noqa: BLE001 - sizes and dimensions without end, too.
         if kind := re.search(r"unknown variant `(F[468]_?\w*|C\d+)`", str(e)):
-            raise errors.CheckpointError(_strange(path, "an array", kind[1])) from e
-        raise errors.CheckpointError(f"{path}: no sound safetensors file ({e})") from e
+            raise errors.CheckpointError(_strange(path, "an array", kind[1][:20])) from e
+        what = errors.told(e)
+        raise errors.CheckpointError(
+            f"{path}: no sound safetensors file ({what})"
+        ) from e
 
 
 def _mapped(path, kinds):
@@ -70,7 +73,7 @@ def _mapped(path, kinds):
     at, found = 8 + struct.unpack("<Q", data[:8])[0], {}
     for name, kind, shape in kinds:  # One after the other, without holes.
         if kind not in DTYPES:
-            raise errors.CheckpointError(_strange(path, name, kind))
+            raise errors.CheckpointError(_strange(path, errors.told(name), kind))
         flat = np.frombuffer(data, DTYPES[kind], math.prod(shape), at)
         found[name] = flat.reshape(shape)
         at += flat.nbytes

@@ -72,7 +72,7 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
         return _pillow(data, channels, bounds)
     except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
         # PIL names its buffer where a file has a name.
-        what = re.sub(r" <_io\.BytesIO.*?>", "", str(e)) or type(e).__name__
+        what = re.sub(r" <_io\.BytesIO.*?>", "", errors.told(e))
         raise errors.DataError(f"{name}: cannot be decoded: {what}") from e
 
 
@@ -124,7 +124,8 @@ def array(path) -> np.ndarray:
     except errors.DataError:
         raise
     except ValueError as e:
-        raise errors.DataError(f"{printable(path)}: cannot be decoded: {e}") from e
+        what = errors.told(e)
+        raise errors.DataError(f"{printable(path)}: cannot be decoded: {what}") from e
 
 
 def printable(path) -> str:

@@ -6,6 +6,8 @@ import zipfile
 
 import numpy as np
 
+from vitssl import errors
+
 MAX_RATIO = 20  # Unpacked over packed bytes of an archive; numbers hardly compress.
 SMALL = 2**26  # Bytes that may unpack to this many at any ratio.
 _HEADERS = {
@@ -27,7 +29,7 @@ def array(data: bytes) -> np.ndarray:
         read = _HEADERS[np.lib.format.read_magic(file)]
         shape, fortran, dtype = read(file)
     except Exception as e:  # noqa: BLE001 - it is Python's parser that reads a header.
-        raise ValueError(f"no header of a .npy file ({e})") from e
+        raise ValueError(f"no header of a .npy file ({errors.told(e)})") from e
     if dtype.kind not in "fiub" and dtype != _BRAIN:
         raise ValueError(f"holds {dtype}, no numbers")
     count, start = math.prod(shape), file.tell()
@@ -71,12 +73,16 @@ def _check(infos, small, ratio):
     for info in infos:
         parts = info.filename.replace("\\", "/").split("/")
         if info.filename.startswith("/") or ".." in parts:
-            raise ValueError(f"refused, {info.filename!r} leads out of the archive")
+            raise ValueError(
+                f"refused, {errors.told(info.filename)!r} leads out of the archive"
+            )
         if not info.filename.endswith(".npy"):
-            raise ValueError(f"{info.filename!r} is no array")
+            raise ValueError(f"{errors.told(info.filename)!r} is no array")
         # Other methods unpack more at once than they are asked for.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{info.filename!r} is packed as numpy never does")
+            raise ValueError(
+                f"{errors.told(info.filename)!r} is packed as numpy never does"
+            )
     unpacked = sum(i.file_size for i in infos)
     packed = sum(i.compress_size for i in infos)
     if unpacked > small and unpacked > ratio * packed:

@@ -83,7 +83,9 @@ def _scores(metrics_path):
     try:
         return npy.archive(path)
     except (ValueError, OSError) as e:
-        raise errors.DataError(f"{path}: damaged ({e}); evaluate again") from e
+        raise errors.DataError(
+            f"{path}: damaged ({errors.told(e)}); evaluate again"
+        ) from e
 
 
 def evaluation(data, size, points, seed):

@@ -205,7 +205,9 @@ def _confusion(run):
         stored = npy.archive(path)
         found = {k: _counts(k, x) for k, x in stored.items() if k.endswith("confusion")}
     except (OSError, ValueError) as e:
-        raise errors.UsageError(f"{path}: damaged ({e}); evaluate again") from e
+        raise errors.UsageError(
+            f"{path}: damaged ({errors.told(e)}); evaluate again"
+        ) from e
     for key, matrix in found.items():
         note = html.element(
             "p", f"{curves.printable(key)}. Rows: truth. Columns: prediction."

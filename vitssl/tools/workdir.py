@@ -157,7 +157,7 @@ def _json(path) -> dict:
     try:
         value = _plain(json.loads(data))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{decode.printable(path)}: damaged ({e})") from e
+        raise ValueError(f"{decode.printable(path)}: damaged ({errors.told(e)})") from e
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{decode.printable(path)}: damaged (no object)")
     return value

@@ -126,7 +126,7 @@ def read(path, names) -> dict:
             if "timestamps" not in file:
                 raise errors.DataError(
                     f"olmoearth: {where} has no 'timestamps' int [12, 3] (day, month "
-                    f"0-11, year); it has: {', '.join(sorted(file)) or 'nothing'}"
+                    f"0-11, year); it has: {errors.told(', '.join(file) or 'nothing')}"
                 )
             timestamps = _numbers(file, "timestamps")
             arrays = {n: _numbers(file, n) for n in names if n in file}
@@ -142,7 +142,7 @@ def read(path, names) -> dict:
         hint = ""
         if "filter" in str(e) or "plugin" in str(e):
             hint = "; its compression needs the package hdf5plugin (extra 'olmoearth')"
-        raise errors.DataError(f"olmoearth: {where}: {e}{hint}") from e
+        raise errors.DataError(f"olmoearth: {where}: {errors.told(e)}{hint}") from e
 
 
 def _held(group, name, kind):
