@@ -169,6 +169,26 @@ def _torch_files() -> list[bytes]:
     return out
 
 
+def _batches() -> list[bytes]:
+    from tests.layouts import binaries
+
+    data = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    newer = [pickle.dumps({b"data": data, b"labels": [3, 4]}, p) for p in (2, 4)]
+    return [binaries.python2(data, [3, 4], b"labels"), *newer]
+
+
+def _damaged_batch(rng, data):
+    """Damage what is around the pixels."""
+    at = int(rng.choice((0, max(0, len(data) - 100))))
+    return data[:at] + mutate(rng, data[at : at + 250], OPCODES) + data[at + 250 :]
+
+
+def _read_batch(path):
+    from vitssl.data.sources import cifar
+
+    cifar._batch("cifar10", path)
+
+
 OPCODES = tuple(
     bytes([op]) for op in b"()]}0123.NQRKJMbaeustlqhrj\x85\x86\x87\x88\x93\x94"
 )
@@ -416,6 +436,7 @@ def _read_workdir(path):
 READERS = {
     "pickle": Reader(_torch_files, _damaged_pickle, _read_weights, "x.pth"),
     "zip": Reader(_torch_files, mutate, _read_weights, "x.pth"),
+    "CIFAR": Reader(_batches, _damaged_batch, _read_batch, "data_batch_1"),
     "safetensors": Reader(_tensors, _damaged_tensors, _read_weights, "x.safetensors"),
     "npz": Reader(_arrays, _damaged_arrays, _read_weights, "x.npz"),
     "JPEG": Reader(_jpegs, mutate, _read_picture, "x.jpg"),

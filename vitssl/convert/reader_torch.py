@@ -1,6 +1,6 @@
 """Weights out of a `.pth`: a zip of one pickle and the raw bytes of every tensor.
 
-No torch, no unpickling (see `reader_pickle`), no copy: arrays are views of the file,
+No torch, no unpickling (see `data.pickles`), no copy: arrays are views of the file,
 which the system reads as they are used.
 """
 
@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 
 from vitssl import errors
-from vitssl.convert import reader_pickle
+from vitssl.data import pickles
 
 MAX_RECORDS = 1_000_000
 _LEGACY = b"\x80"  # A bare pickle, as torch wrote until 1.6.
@@ -38,7 +38,7 @@ def read(path: pathlib.Path):
         raise errors.CheckpointError(_stranger(path, data))
     archive = _Archive(path, data)
     program = archive.bytes("data.pkl")
-    return reader_pickle.read(program, str(path), _Arrays(archive).view)
+    return pickles.read(program, str(path), _Arrays(archive).view)
 
 
 def _stranger(path, data):
@@ -119,7 +119,7 @@ class _Archive:
     def bytes(self, name) -> bytes:
         """Return the bytes of a small record."""
         first, size = self.span(name)
-        if size > reader_pickle.MAX_BYTES:
+        if size > pickles.MAX_BYTES:
             raise self.fault(
                 f"record {errors.told(name)!r} has {size} bytes, too many to read"
             )
@@ -133,7 +133,7 @@ class _Arrays:
         self.archive, self.raw, self.unfolded = archive, {}, 0
 
     def view(self, storage, offset, shape, stride, dtype):
-        """Return a tensor as a view of the file; see `reader_pickle.read`.
+        """Return a tensor as a view of the file; see `pickles.read`.
 
         No byte outside the tensor's own record is ever reached, and a tensor may only
         be larger than its record (as expanded ones are) within `MAX_BUILT`, of all.
@@ -149,7 +149,7 @@ class _Arrays:
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         if size > flat.size:
             self.unfolded += size * dtype.itemsize
-        if self.unfolded > reader_pickle.MAX_BUILT or (size and last >= flat.size):
+        if self.unfolded > pickles.MAX_BUILT or (size and last >= flat.size):
             raise self.archive.fault(
                 f"a tensor {shape[:9]} is larger than its bytes, data/{storage.key}"
             )

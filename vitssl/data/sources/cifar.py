@@ -1,19 +1,14 @@
 """CIFAR-10 and CIFAR-100 as their author distributes them: pickles of Python 2.
 
-A pickle is a program. These are read by an unpickler that knows the few names
-which rebuild a numpy array and refuses every other one without looking it up.
+A pickle is a program. These are read by a machine that knows only data, see `pickles`.
 
 Source: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 """
 
-import codecs
-import io
-import pathlib
-import pickle
-
 import numpy as np
 
 from vitssl import errors
+from vitssl.data import decode, pickles
 from vitssl.data.sources import blocks, layout
 
 SPLITS = {"train": "train", "test": "test", "val": "test"}
@@ -24,75 +19,43 @@ FILES = {
     ("cifar100", "train"): ("train",),
     ("cifar100", "test"): ("test",),
 }
-LABELS = {"cifar10": b"labels", "cifar100": b"fine_labels"}
+LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
 META = {
-    "cifar10": ("batches.meta", b"label_names", 10),
-    "cifar100": ("meta", b"fine_label_names", 100),
+    "cifar10": ("batches.meta", "label_names", 10),
+    "cifar100": ("meta", "fine_label_names", 100),
 }
 SHAPE = (3, 32, 32)
 
 
-def _latin1(text, encoding="latin1"):
-    """Return bytes that Python 3 wrote as text, so that Python 2 could read them."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"encoding {encoding!r} is not expected")
-    return codecs.encode(text, "latin1")
-
-
-def _array(subtype, shape, typecode):
-    """Return an empty array, to be filled by `__setstate__`; never one of objects."""
-    del subtype, shape, typecode
-    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
-
-
-def _frombuffer(buffer, dtype, shape, order):
-    """Return an array whose bytes are in the pickle (protocol 5)."""
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Allows dicts, lists, strings, numbers and numpy arrays, and nothing to call."""
-
-    allowed = {
-        ("numpy.core.multiarray", "_reconstruct"): _array,
-        ("numpy._core.multiarray", "_reconstruct"): _array,
-        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.allowed[module, name]
-
-
 def unpickle(path):
-    """Return (the dict in one of CIFAR's files, keys as bytes; the file's bytes).
+    """Return (the dict in one of CIFAR's files, texts as str; the file's bytes).
 
     Raises:
         DataError: the file is missing, damaged, or holds anything else.
     """
+    data, where = decode.contents(path), decode.printable(path)
     try:
-        data = pathlib.Path(path).read_bytes()
-        made = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as e:  # noqa: BLE001 - a damaged pickle raises anything.
-        raise errors.DataError(f"{path}: not a CIFAR file: {e}") from e
+        made = pickles.read(data, f"{where}: not a CIFAR file")
+    except errors.CheckpointError as e:
+        raise errors.DataError(str(e)) from e
     if not isinstance(made, dict):
-        raise errors.DataError(f"{path}: not a CIFAR file: no dict in it")
-    made = {k.encode() if isinstance(k, str) else k: v for k, v in made.items()}
-    return made, data
+        raise errors.DataError(f"{where}: not a CIFAR file: no dict in it")
+    # Python 2 wrote texts, which Python 3 calls bytes.
+    return {_text(key): value for key, value in made.items()}, data
+
+
+def _text(value):
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _batch(name, path):
     """Return the images of one file as a `Block`, and its labels."""
     made, raw = unpickle(path)
-    data, labels = made.get(b"data"), made.get(LABELS[name])
+    data, labels = made.get("data"), made.get(LABELS[name])
     if not isinstance(data, np.ndarray) or not isinstance(labels, list):
         raise errors.DataError(
-            f"{path}: want {LABELS[name]!r} and b'data', found {sorted(made)}"
+            f"{path}: want {LABELS[name]!r} and 'data', found "
+            + errors.told(sorted(made))
         )
     if data.dtype != np.uint8 or data.shape != (len(labels), np.prod(SHAPE)):
         raise errors.DataError(
@@ -100,9 +63,9 @@ def _batch(name, path):
             f"{list(data.shape)}"
         )
     classes = META[name][2]
-    labels = np.array(labels, np.int32)
-    if labels.size and not (0 <= labels.min() and labels.max() < classes):
+    if not all(isinstance(y, int) and 0 <= y < classes for y in labels):
         raise errors.DataError(f"{path}: labels outside 0..{classes - 1}")
+    labels = np.array(labels, np.int32)
     # Python 2 wrote the pixels as one piece: then the file itself can be mapped.
     offset = raw.find(data.tobytes())
     held = np.empty(0, np.uint8) if offset >= 0 else data.reshape(-1, *SHAPE)
@@ -120,7 +83,7 @@ def _open(name, root, split):
     classes = tuple(str(c) for c in range(count))
     if (base / meta).is_file():
         names = unpickle(base / meta)[0].get(key, ())
-        classes = tuple(c.decode() if isinstance(c, bytes) else c for c in names)
+        classes = tuple(map(_text, names if isinstance(names, list) else ()))
         if len(classes) != count:
             raise errors.DataError(f"{base / meta}: want {count} names in {key!r}")
     return blocks.Blocks(

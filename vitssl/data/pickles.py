@@ -1,9 +1,11 @@
-"""The pickles inside PyTorch files, interpreted without unpickling anything.
+"""Pickles of arrays and plain data, interpreted without unpickling anything.
+
+Weights of PyTorch (see `convert.reader_torch`) and CIFAR come as such.
 
 A pickle is a program for a small stack machine. Python's machine imports and calls
 whatever the program names; this one has no import and no call: a name that is not in
 `_BUILDERS` ends the reading, and the few that are there build plain data. Opcodes that
-PyTorch never writes are refused too.
+such files never have are refused too.
 
 A restricted `pickle.Unpickler` would be no smaller and less safe: it sets attributes of
 what it was allowed to find, reserves memory by the numbers in the program, and hashes
@@ -68,16 +70,17 @@ class _Array:
     value = None
 
 
-def read(data: bytes, where: str, tensor: Callable) -> Any:
+def read(data: bytes, where: str, tensor: Callable | None = None) -> Any:
     """Return the object of a pickle as dicts, lists, tuples, numbers and arrays.
 
-    Protocols 2 to 5.
+    Protocols 2 to 5; what Python 2 wrote as `str` is text of Latin-1.
 
     Args:
         data: the pickle.
         where: names the file in messages.
         tensor: (storage, offset, shape, stride, dtype or None) -> array; offset and
             strides are in elements, and nothing of them is checked but their types.
+            None refuses tensors.
 
     Raises:
         CheckpointError: a name or an opcode that is not allowed, damage, more than
@@ -107,7 +110,7 @@ def read(data: bytes, where: str, tensor: Callable) -> Any:
 class _Machine:
     """The stack machine; `step` executes one opcode."""
 
-    def __init__(self, where: str, tensor: Callable):
+    def __init__(self, where: str, tensor: Callable | None):
         self.where, self.tensor, self.done = where, tensor, False
         self.stack, self.marks, self.memo = [], [], {}
         self.built = self.tuples = 0
@@ -122,8 +125,7 @@ class _Machine:
             run = getattr(self, f"_{name.lower()}", None)
             if run is None:
                 raise errors.CheckpointError(
-                    f"{self.where}: refused, opcode {name} is none that torch.save "
-                    "writes for weights"
+                    f"{self.where}: refused, opcode {name} is none of plain data"
                 )
             run(argument)
 
@@ -264,10 +266,12 @@ class _Machine:
         # So protocol 2 writes what Python 2 called it.
         path = path.replace("__builtin__.", "builtins.", 1)
         if path not in _BUILDERS and _dtype(path) is None:
+            fix = "; save just the state_dict in PyTorch, or as .safetensors"
             raise errors.CheckpointError(
-                f"{self.where}: refused, it wants {path[:200]!r}, which is not data; "
-                "only tensors, containers, numbers and texts are read. Save just the "
-                "state_dict in PyTorch, or as .safetensors"
+                f"{self.where}: refused, it wants {errors.told(path)!r}, which is not "
+                "data; only arrays, containers, numbers and texts are read"
+                + fix
+                * bool(self.tensor)
             )
         self.stack.append(_Name(path))
 
@@ -322,7 +326,8 @@ _CONSTANTS: dict[str, Callable] = {
 def _want(value, kind):
     """Return the value if it is of a kind, else call the pickle damaged."""
     if not isinstance(value, kind):
-        raise ValueError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+        kind = getattr(kind, "__name__", kind)
+        raise ValueError(f"a {type(value).__name__} where a {kind} belongs")
     return value
 
 
@@ -360,6 +365,12 @@ def _numbers(_, shape, dtype, fortran, data) -> np.ndarray:
     """numpy.ndarray.__setstate__, of plain numbers."""
     flat = np.frombuffer(_encoded(data), _want(dtype, np.dtype))
     return flat.reshape(_ints(shape), order="F" if fortran else "C")
+
+
+def _frombuffer(_, data, dtype, shape, order) -> np.ndarray:
+    """numpy's own builder of protocol 5, with the bytes in the pickle."""
+    flat = np.frombuffer(_want(data, bytes | bytearray), _want(dtype, np.dtype))
+    return flat.reshape(_ints(shape), order="F" if order == "F" else "C")
 
 
 _NUMPY_CODES = frozenset("b1 i1 u1 i2 u2 f2 i4 u4 f4 i8 u8 f8".split())
@@ -419,6 +430,8 @@ _BUILDERS: dict[str, Callable] = {  # Of the machine and what the program gives.
     "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
     "numpy.ndarray": lambda *_: None,
     "_codecs.encode": lambda _, text, *codec: _encoded(text),
+    "numpy.core.numeric._frombuffer": _frombuffer,
+    "numpy._core.numeric._frombuffer": _frombuffer,
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
