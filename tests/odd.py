@@ -10,6 +10,7 @@ import io
 import os
 import pathlib
 import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -258,6 +259,7 @@ def _refused() -> dict[str, Odd]:
         "svg": Odd(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify"),
         "an icon": Odd(saved(PICTURE, "ICO"), "cannot identify image file"),
         "a bomb": Odd(wide + b"\x08\x02\0\0\0" + bytes(4), "cannot be decoded"),
+        "a png of more than its bytes": Odd(_claiming(png, 9000), "9000 x 9000 pixels"),
         "a jpeg of many visits": Odd(many, "11000 x 11000 pixels in"),
         "npy of objects": Odd(npy(np.array([{}]), allow_pickle=True), "no numbers"),
         "npy of four axes": Odd(npy(np.zeros((1, 2, 3, 4), np.uint8)), "want uint8"),
@@ -279,6 +281,12 @@ def _refused() -> dict[str, Odd]:
         ),
         "dicom without pixels": Odd(_dicom()[: -8 - DEEP.nbytes], "no element"),
     }
+
+
+def _claiming(png, side) -> bytes:
+    """Return a PNG that says it is larger, with a checksum that agrees."""
+    head = b"IHDR" + struct.pack(">II", side, side) + png[24:29]
+    return png[:12] + head + struct.pack(">I", zlib.crc32(head)) + png[33:]
 
 
 def _dicom(**fields) -> bytes:

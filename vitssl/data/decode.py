@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import os
 import re
 import stat
@@ -26,6 +27,7 @@ MAX_VISITS = 1 << 31
 # The only ones that Pillow may try, whatever a name says: it hands PostScript on to
 # Ghostscript, which runs it.
 FORMATS = tuple("AVIF BMP DIB GIF JPEG JPEG2000 PNG PPM TGA TIFF WEBP".split())
+DEFLATED = 8 * 1032  # Pixels of one bit that a byte of a PNG can stand for, at most.
 _BLOCK = 1 << 20  # Values that are scaled at once.
 _GIVE = (
     "give its range (data.options.value_range of a folder), or store it as uint8 .npy"
@@ -198,6 +200,10 @@ def _opened(data) -> Image.Image:
     """Return an image of which only the header is read, and is fine."""
     image = Image.open(io.BytesIO(data), formats=_formats())
     _bounded(*image.size, _scans(data))
+    if image.format == "PNG" and math.prod(image.size) > DEFLATED * len(data):
+        raise ValueError(
+            f"{image.size[0]} x {image.size[1]} pixels in {len(data)} bytes"
+        )
     return image
 
 
