@@ -3,12 +3,14 @@ import logging
 import os
 import pickle
 import threading
+import tracemalloc
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.layouts import radiographs
 from vitssl import errors
 from vitssl.data import decode
 from vitssl.data.sources import wrappers
@@ -371,3 +373,23 @@ def test_one_broken_image_of_a_few_ends_nothing():
     source = wrappers.Tolerant(_Some(12, {3, 4, 5}), "skip", 0.25)
     assert source[3]["index"] == 6
     assert pickle.loads(pickle.dumps(source)).share == 0.25
+
+
+def _peak(call):
+    """Return the most bytes that numpy and Python hold while a function runs."""
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_deep_images_never_stand_in_memory_as_floats():
+    ramp = np.arange(2**22, dtype=np.uint16)
+    dicom = radiographs.values(ramp.reshape(2048, 2048), stored=16)
+    for shape in ((2000, 2000), (4, 10**6), (10**6, 4)):
+        png = cv2.imencode(".png", ramp[: 4 * 10**6].reshape(shape))[1].tobytes()
+        for data, bounds in ((png, ()), (png, (0, 9)), (dicom, ())):
+            options = dict(channels=1, bounds=bounds)
+            # As float64, with two copies, it is a hundred megabytes.
+            assert _peak(lambda: decode.decode(data, **options)) < 60e6  # noqa: B023

@@ -30,6 +30,7 @@ import numpy as np
 from vitssl import config, errors
 from vitssl.run import experiment
 from vitssl.tools import listing
+from vitssl.tools import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +158,12 @@ def _results(plan, workdir) -> dict:
     missing = 0
     for arm, seed in plan.runs:
         path = workdir / arm / f"seed{seed}" / "final.json"
-        values = json.loads(path.read_text()) if path.exists() else {}
-        missing += not path.exists()
+        values = workdirs.lenient(path)
+        missing += not values
         for column in columns:
-            found.setdefault(arm, {}).setdefault(column, []).append(values.get(column))
+            value = values.get(column)
+            value = value if isinstance(value, int | float) else None
+            found.setdefault(arm, {}).setdefault(column, []).append(value)
     text = table(found, columns)
     logger.info("\n%s", text)
     if missing:

@@ -106,9 +106,9 @@ def workdir(path) -> Workdir:
     return Workdir(
         path,
         config,
-        _status(_lenient(path / STATUS)),
+        _status(lenient(path / STATUS)),
         _metrics(path / METRICS),
-        {key: str(value) for key, value in _lenient(path / "versions.json").items()},
+        {key: str(value) for key, value in lenient(path / "versions.json").items()},
     )
 
 
@@ -163,7 +163,7 @@ def _json(path) -> dict:
     return value
 
 
-def _lenient(path) -> dict:
+def lenient(path) -> dict:
     """Return a JSON object, or {} if it is absent, torn or damaged."""
     try:
         return _json(path)

@@ -121,6 +121,13 @@ def test_a_store_is_refused_for_other_weights_blocks_or_a_training_prefix(tmp_pa
     flipped = dataclasses.replace(stored, augment=localmim.Augment(size=32, flip=0.0))
     with pytest.raises(errors.UsageError, match="use the same augment"):
         flipped.transform()
+    for text in ("[]", "{}", "[" * 100_000):
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "manifest.json").write_text(text)
+        with pytest.raises(
+            errors.DataError, match="no manifest.json there that is whole"
+        ):
+            feature_store.open(tmp_path / "damaged")
     with pytest.raises(errors.DataError, match="no manifest.json there"):
         feature_store.open(tmp_path / "nothing")
     with pytest.raises(errors.UsageError, match="holds a store already"):

@@ -21,6 +21,7 @@ import numpy as np
 from vitssl import errors, ranges, tree
 
 MANIFEST = "manifest.json"
+KEYS = frozenset("weights boundary views seed view images".split())  # Of it.
 SHARD = 1024  # Images per file.
 
 
@@ -126,23 +127,26 @@ class Views:
 def _mapped(root, shard):
     path = pathlib.Path(root) / f"tokens-{shard:05d}.npy"
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as e:
-        raise errors.DataError(f"{path}: cannot be read: {e}") from e
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:  # noqa: BLE001 - it is Python's parser that reads a header.
+        raise errors.DataError(f"{path}: cannot be read: {errors.told(e)}") from e
 
 
 def open(root) -> Store:
     """Open a store.
 
     Raises:
-        DataError: there is none, or it was not finished.
+        DataError: there is none, it was not finished, or is damaged.
     """
     path = pathlib.Path(root) / MANIFEST
     try:
-        return Store(str(root), json.loads(path.read_text()))
-    except (OSError, ValueError) as e:
+        about = json.loads(path.read_text())
+        if not isinstance(about, dict) or not KEYS <= set(about):
+            raise ValueError("not a whole one")
+        return Store(str(root), about)
+    except (OSError, ValueError, RecursionError) as e:
         raise errors.DataError(
-            f"prefix.store={root}: no {MANIFEST} there; write it with "
+            f"prefix.store={root}: no {MANIFEST} there that is whole; write it with "
             "vitssl store WORKDIR --to=DIR --boundary=N"
         ) from e
 

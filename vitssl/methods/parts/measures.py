@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import ranges
+from vitssl import errors, ranges
+from vitssl.data import decode
 from vitssl.data.sources import in9
 from vitssl.methods.parts import maps as partmaps
 from vitssl.methods.parts import scores
@@ -234,8 +235,19 @@ def _backgrounds(method, rows) -> dict:
 
 
 def mapped(path, classes) -> dict:
-    """Return {class of the model: class of ImageNet-9} of a file; "" = the same."""
+    """Return {class of the model: class of ImageNet-9} of a file; "" = the same.
+
+    Raises:
+        DataError: it cannot be read, or is no such table.
+    """
     if not path:
         return {c: c for c in range(classes)}
-    with open(os.path.expanduser(path)) as file:
-        return {int(fine): int(group) for fine, group in json.load(file).items()}
+    try:
+        found = json.loads(decode.contents(os.path.expanduser(path)))
+        return {int(fine): int(group) for fine, group in found.items()}
+    except errors.DataError:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise errors.DataError(
+            f'{path}: want JSON of classes, {{"0": 3, ...}} ({errors.told(e)})'
+        ) from e
