@@ -59,7 +59,9 @@ def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise
     except Exception as e:  # noqa: BLE001 - sizes and dimensions without end, too.
         if kind := re.search(r"unknown variant `(F[468]_?\w*|C\d+)`", str(e)):
-            raise errors.CheckpointError(_strange(path, "an array", kind[1][:20])) from e
+            raise errors.CheckpointError(
+                _strange(path, "an array", kind[1][:20])
+            ) from e
         what = errors.told(e)
         raise errors.CheckpointError(
             f"{path}: no sound safetensors file ({what})"
