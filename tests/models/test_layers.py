@@ -1,13 +1,14 @@
 """The parts of a block: initial values, drop path, attention on other devices."""
 
-import logging as python_logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vitssl import errors
+from vitssl.bench import hlo
 from vitssl.models import layers
+from vitssl.ops import accelerator
 
 
 def _draw(seed, *shape):
@@ -33,10 +34,8 @@ def test_dense_maps_the_last_axis(axes):
     np.testing.assert_allclose(got, x @ kernel + bias, atol=1e-5)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("eps", [1e-6, 1.0])
-def test_layer_norm_uses_its_eps_and_float32_statistics(monkeypatch, on_cpu, eps):
-    monkeypatch.setattr(layers, "_on_cpu", lambda: on_cpu)
+def test_layer_norm_uses_its_eps_and_float32_statistics(eps):
     x = jnp.asarray(200 + _draw(0, 3, 64), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
     want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(
@@ -95,7 +94,7 @@ def test_every_implementation_gives_the_same_attention(monkeypatch, length):
         np.testing.assert_allclose(
             layers.attend(q, k, v, length, name), want, atol=1e-6
         )
-    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    monkeypatch.setattr(accelerator, "on_cpu", lambda: False)
     np.testing.assert_allclose(layers.attend(q, k, v, length), want, atol=1e-6)
 
 
@@ -114,45 +113,89 @@ def gpu(monkeypatch):
     asked = []
     plain = jax.nn.dot_product_attention
 
-    def attention(*args, implementation, **kwargs):
-        asked.append(implementation)
-        if implementation == "cudnn" and refuse:
-            raise NotImplementedError("head dim")
-        return plain(*args, **kwargs)
+    def attention(q, k, v, *, implementation, **kwargs):
+        asked.append((implementation, q.shape[1], k.shape[1], q.shape[3]))
+        return plain(q, k, v, implementation="xla", **kwargs)
 
-    refuse = []
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(accelerator, "capability", lambda: (9, 0))
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    return asked, refuse
+    return asked
+
+
+def _half(*arrays):
+    return [jnp.asarray(x, jnp.bfloat16) for x in arrays]
 
 
 def test_auto_takes_cudnn_on_a_gpu_in_half_precision_only(gpu):
-    asked, _ = gpu
     q, k, v = _qkv()
     layers.attend(q, k, v)
-    layers.attend(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)))
-    assert asked == ["xla", "cudnn"]
+    layers.attend(*_half(q, k, v))
+    layers.attend(*_half(q, k, v), implementation="xla")
+    assert [name for name, *_ in gpu] == ["xla", "cudnn", "xla"]
 
 
-def test_auto_falls_back_to_xla_with_one_warning(gpu, caplog):
-    asked, refuse = gpu
-    refuse.append(True)
-    half = [jnp.asarray(x, jnp.bfloat16) for x in _qkv()]
-    want, _ = layers.softmax_attention(*half)
-    with caplog.at_level(python_logging.WARNING, logger="absl"):
-        for _ in range(3):
-            got = layers.attend(*half)
-    assert asked == ["cudnn", "xla"] * 3
-    np.testing.assert_allclose(got.astype("f"), want.astype("f"), atol=0.02)
-    assert len([r for r in caplog.records if "cuDNN" in r.getMessage()]) == 1
+@pytest.mark.parametrize("queries, keys, channels", [(5, 5, 8), (4, 7, 8), (3, 6, 12)])
+@pytest.mark.parametrize("length", [None, 3])
+def test_cudnn_gets_even_rows_and_channels_by_8(gpu, queries, keys, channels, length):
+    q = 2 * _draw(0, 2, queries, 2, channels)
+    k, v = 2 * _draw(1, 2, 2, keys, 2, channels)
+    length = None if length is None else np.array([length, 1], np.int32)
+    g = jnp.asarray(_draw(2, *q.shape), jnp.bfloat16)
+    want, pull = jax.vjp(lambda *x: layers.softmax_attention(*x, length)[0], q, k, v)
+    got, mine = jax.vjp(lambda *x: layers.attend(*x, length), *_half(q, k, v))
+    even = (queries + queries % 2, keys + keys % 2, channels + -channels % 8)
+    assert gpu == [("cudnn", *even)] and got.shape == q.shape
+    np.testing.assert_allclose(got.astype("f"), want, atol=0.05)
+    for a, b in zip(mine(g), pull(g.astype("f")), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype("f"), b, atol=0.12)
 
 
-def test_asking_for_cudnn_never_falls_back(gpu):
-    _, refuse = gpu
-    refuse.append(True)
-    half = [jnp.asarray(x, jnp.bfloat16) for x in _qkv()]
-    with pytest.raises(NotImplementedError):
-        layers.attend(*half, implementation="cudnn")
+@pytest.mark.parametrize(
+    "found, most", [((0, 0), 0), ((7, 5), 0), ((8, 6), 128), ((9, 0), 256)]
+)
+def test_cudnn_is_left_out_where_it_has_no_kernel(gpu, monkeypatch, found, most):
+    monkeypatch.setattr(accelerator, "capability", lambda: found)
+    for channels in (64, 128, 129, 256, 257):
+        q = jnp.zeros((1, 2, 1, channels), jnp.bfloat16)
+        layers.attend(q, q, q)
+        assert gpu[-1][0] == ("cudnn" if channels <= most else "xla")
+
+
+def test_asking_for_cudnn_where_it_is_not_is_refused_in_a_line(gpu):
+    with pytest.raises(errors.UsageError, match="attention=cudnn: .*not float32 and 4"):
+        layers.attend(*_qkv(), implementation="cudnn")
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("tokens", [197, 63, 64])
+def test_a_block_in_half_precision_is_fused_for_a_gpu_at_any_length(tokens, remat):
+    block = layers.block(remat, heads=2, hidden=16, dtype="bfloat16")
+    x = jax.ShapeDtypeStruct((2, tokens, 16), jnp.bfloat16)
+    init = lambda key, x: block.init(key, x, None, None, True)  # noqa: E731
+    params = jax.eval_shape(init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return block.apply(params, x, None, None, True).astype(jnp.float32).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    found = hlo.count(hlo.lowered(step, params, x))
+    assert (found.forward, found.backward, found.maps) == (1 + remat, 1, 0)
+
+
+def test_gradients_of_weights_are_summed_in_float32_in_half_precision():
+    x, kernel, bias, g = _draw(0, 999, 8), _draw(1, 8, 4), _draw(2, 4), _draw(3, 999, 4)
+    half = [jnp.asarray(t, jnp.bfloat16) for t in (x, g)]
+    _, pull = jax.vjp(lambda *a: layers.linear(*a, "bfloat16"), half[0], kernel, bias)
+    dx, *got = pull(half[1])
+    wide = [np.asarray(t, np.float64) for t in half]
+    for a, b in zip(got, (wide[0].T @ wide[1], wide[1].sum(0)), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # 4e-3 in bfloat16.
+    want = wide[1] @ np.asarray(jnp.asarray(kernel, jnp.bfloat16), float).T
+    assert dx.dtype == jnp.bfloat16
+    np.testing.assert_allclose(dx.astype("f"), want, rtol=0.01, atol=0.01)
 
 
 def test_heads_that_do_not_divide_the_width_are_named():

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import config, models, tree
 from vitssl.models import layers, patches, vit
+from vitssl.ops import accelerator
 
 SIZE = dict(width=16, depth=2, heads=2, patch=4, image_size=16)
 EVERYTHING = dict(layerscale=0.5, rope=True, registers=2, qk_norm=True)
@@ -260,7 +261,7 @@ def test_the_forms_for_a_cpu_change_neither_values_nor_gradients(monkeypatch):
         return jnp.where(seen[..., None], y * weight, 0.0).sum()
 
     got = jax.jit(jax.value_and_grad(loss))(variables["params"])
-    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    monkeypatch.setattr(accelerator, "on_cpu", lambda: False)
     want = jax.jit(jax.value_and_grad(lambda p: loss(p)))(variables["params"])
     np.testing.assert_allclose(got[0], want[0], atol=1e-4)
     for (name, a), b in zip(

@@ -45,6 +45,21 @@ def test_means_continue_after_a_checkpoint():
     assert second.means() == whole.means()
 
 
+def test_the_mean_of_what_is_measured_now_and_then_is_over_those_steps():
+    metrics, nan = log.Metrics(SPEC, {}), float("nan")
+    for i, rank in enumerate([nan, 4.0, nan, 8.0]):
+        if i == 2:  # A checkpoint between.
+            metrics.drain()
+            metrics = log.Metrics(SPEC, json.loads(json.dumps(metrics.state())))
+        metrics.push(i, _values(float(i)) | {"rank": rank, "never": nan})
+    metrics.drain()
+    means = metrics.means()
+    assert means["rank"] == 6.0 and means["loss"] == 1.5 and "never" not in means
+    metrics.push(4, _values(1.0) | {"rank": 2.0})
+    metrics.drain()
+    assert metrics.means()["rank"] == 2.0
+
+
 def test_what_a_checkpoint_holds_stands_still_while_it_is_written():
     metrics = log.Metrics(SPEC, {})
     metrics.push(0, _values(2.0))

@@ -91,6 +91,13 @@ def test_local_crops_that_grow_are_compiled_ahead_and_trained(tmp_path):
     assert all(m["nonfinite_steps"] == 0 for m in lines)
 
 
+def test_fresh_states_are_one_compilation(tmp_path):
+    parts = build.build(_read(tmp_path))
+    one, two = parts.fresh(), parts.fresh()
+    assert parts._make._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
 def test_histograms_are_written_with_the_line_of_their_step(tmp_path):
     from tensorboard.backend.event_processing import event_accumulator
 

@@ -311,3 +311,37 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     _, exact = _run(toy.make(), toy.optimizer(toy.make()))
     assert seen[2]["loss"] == pytest.approx(exact[2]["loss"], rel=0.02)
     assert seen[2]["loss"] != exact[2]["loss"]
+
+
+def test_kernels_are_rounded_only_where_their_gradients_shall_be():
+    method = toy.make()
+    optimizer = toy.optimizer(method)
+    state, phase = _start(method, optimizer)
+    seen = []
+
+    class Watched(type(method)):
+        def loss(self, params, *args, **kwargs):
+            leaves = tree.flat(params)
+            seen.append({leaves[k].dtype.name for k in leaves if k.endswith("kernel")})
+            others = (leaves[k].dtype for k in leaves if not k.endswith("kernel"))
+            assert set(others) == {jnp.dtype("float32")}
+            return super().loss(params, *args, **kwargs)
+
+    watched = Watched(**vars(method))
+    for dtype in ("float32", "bfloat16"):
+        fn = step.make(watched, optimizer, gradients=dtype)
+        new, _ = jax.eval_shape(lambda s, b, fn=fn: fn(s, b, phase), state, toy.batch())
+        assert tree.flat(new.params).keys() == tree.flat(state.params).keys()
+        assert {x.dtype for x in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}
+    assert seen == [{"float32"}, {"bfloat16"}]
+
+
+def test_what_is_combined_is_asked_of_gpus_alone(monkeypatch):
+    spec = devices.Mesh(combine=32)
+    assert devices.compiler_options(spec) == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert devices.compiler_options(devices.Mesh()) == {}
+    options = devices.compiler_options(spec)
+    assert options["xla_gpu_all_reduce_combine_threshold_bytes"] == 2**25
+    # Names that XLA does not know it refuses, on any device.
+    jax.jit(lambda x: x + 1, compiler_options=options)(jnp.zeros(3))

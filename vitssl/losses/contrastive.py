@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl.losses import regression
+from vitssl.ops import accelerator
 
 # Hides a logit. Finite: a row with every entry hidden must not become nan.
 _HIDDEN = -1e30
@@ -40,8 +41,7 @@ def nt_xent(a, b, valid=None, *, temperature, cosine=True, eps=1e-8):
     z = einops.rearrange(z, "... d -> (...) d")  # [2B, D]
     z = jnp.where(keep[:, None], z, 0.0)
     z = regression.unit(z, eps) if cosine else z
-    # Full float32 products: a GPU's default keeps 10 bits, the temperature loses 3.
-    similarity = jnp.matmul(z, z.T, precision="highest")  # [2B, 2B]
+    similarity = jnp.matmul(z, z.T, precision=accelerator.precision())  # [2B, 2B]
     n = len(z)
     pair = jnp.roll(jnp.arange(n), n // 2)  # Anchor i's positive is i + B mod 2B.
     candidate = keep & ~jnp.eye(n, dtype=bool)
@@ -68,8 +68,7 @@ def infonce(a, b, *, temperature, eps=1e-12):  # [B, D], row i of both from imag
     if a.shape != b.shape or a.ndim != 2:
         raise ValueError(f"infonce: want two [B, D], got {a.shape} and {b.shape}")
     z = regression.unit(jnp.stack([a, b]), eps)  # [2, B, D]
-    # Full float32 products: see `nt_xent`.
-    similarity = jnp.matmul(z[0], z[1].T, precision="highest")  # [B, B]
+    similarity = jnp.matmul(z[0], z[1].T, precision=accelerator.precision())  # [B, B]
     n = len(a)
     if not n:
         return jnp.float32(0.0), {}
@@ -110,7 +109,7 @@ def infonce_one_way(a, b, *, temperature=0.1):  # [B, D] of two views -> []
             f"infonce_one_way: want two [B, D], got {a.shape} and {b.shape}"
         )
     a, b = regression.unit(a, 1e-12), regression.unit(b, 1e-12)
-    logits = jnp.matmul(a, b.T, precision="highest") / temperature
+    logits = jnp.matmul(a, b.T, precision=accelerator.precision()) / temperature
     return (jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits)).mean()
 
 
@@ -123,7 +122,7 @@ def koleo(x, valid=None, eps=1e-8):  # [N, D], [N] bool -> []
     """
     valid = jnp.ones(len(x), bool) if valid is None else valid
     x = regression.unit(jnp.where(valid[:, None], x, 0), eps)
-    cosine = jnp.matmul(x, x.T, precision="highest")
+    cosine = jnp.matmul(x, x.T, precision=accelerator.precision())
     other = valid[None] & ~jnp.eye(len(x), dtype=bool)
     nearest = jnp.where(other, cosine, -jnp.inf).argmax(1)  # [N]
     gap = jnp.square(x - x[nearest] + eps).sum(1)

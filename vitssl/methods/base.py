@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vitssl import errors, sizes
 from vitssl.data import views
@@ -32,6 +33,7 @@ class Run:
         mean, std: per-channel normalisation, in units of [0, 1] pixel values.
         counts: training images per class, () if not known.
         accumulate: micro-batches of an optimizer step.
+        log_every: a line of metrics is written each so many steps, and at the end.
         dtype: compute dtype, "float32" or "bfloat16" (parameters are float32).
     """
 
@@ -45,6 +47,23 @@ class Run:
     dtype: str = "float32"
     counts: tuple[int, ...] = ()
     accumulate: int = 1
+    log_every: int = 1
+
+    def when_logged(self, step, function, *args):
+        """Return function(*args) at steps whose metrics are written, else nan.
+
+        Means leave nan out: what is dear to measure is measured once per line.
+
+        Args:
+            step: int32 [], optimizer steps done before this one.
+            function: arrays to a tree of float32 arrays.
+        """
+        if self.log_every == 1:
+            return function(*args)
+        due = ((step + 1) % self.log_every == 0) | (step + 1 == self.total_steps)
+        shapes = jax.eval_shape(function, *args)
+        nothing = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+        return jax.lax.cond(due, lambda *a: function(*a), lambda *_: nothing, *args)
 
     @property
     def micro_batch(self) -> int:
@@ -83,6 +102,8 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def loss(self, params, extra, batch, rng, *, step=0, phase):
         """Return (loss [], (extra, metrics)) of the global batch.
+
+        Metrics are {name: []}; nan says not measured at this step (`Run.when_logged`).
 
         Args:
             step: int32 [], optimizer steps done before this one.

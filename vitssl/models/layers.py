@@ -10,11 +10,11 @@ from typing import Literal
 import einops
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import linen as nn
 
+from vitssl import errors
 from vitssl.models import posemb
-from vitssl.ops import cpu
+from vitssl.ops import accelerator, cpu, pointwise
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -61,27 +61,37 @@ def linear(x, kernel, bias, dtype):
     Leading axes are merged: of a product over several axes XLA transposes the
     activations to get the gradient of the weights, of a plain matrix product not.
     """
-    y = x.reshape(-1, x.shape[-1]).astype(dtype) @ kernel.astype(dtype)
-    if bias is not None:
-        y = y + bias.astype(dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    form = _affine if rows.dtype == jnp.float32 else _affine_of_halves
+    return form(rows, kernel, bias).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _on_cpu():
-    return jax.default_backend() == "cpu"
+def _affine(x, kernel, bias):  # [N, C], [C, D], [D] or None -> [N, D]
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
-def gelu(x):
-    """Exact (erf) GELU, any shape."""
-    return cpu.gelu(x) if _on_cpu() else nn.gelu(x, approximate=False)
+@jax.custom_vjp
+def _affine_of_halves(x, kernel, bias):
+    """Return `_affine`; the gradients of the weights are summed in the weights' dtype.
+
+    Differentiation would round them to that of x first, and then add them up over the
+    devices.
+    """
+    return _affine(x, kernel, bias)
 
 
-def layer_norm(x, scale, bias, eps):
-    """Normalise the last axis in float32: [..., D], [D], [D] -> [..., D]."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
-    return x * scale + bias
+def _affine_vjp(saved, g):
+    x, kernel, bias = saved
+    of_kernel = jnp.matmul(x.T, g, preferred_element_type=kernel.dtype)
+    of_bias = None if bias is None else g.sum(0, dtype=bias.dtype)
+    return g @ kernel.astype(x.dtype).T, of_kernel, of_bias
+
+
+_affine_of_halves.defvjp(lambda *args: (_affine(*args), args), _affine_vjp)
+
+
+gelu, layer_norm = pointwise.gelu, pointwise.layer_norm
 
 
 class LayerNorm(nn.Module):
@@ -98,8 +108,7 @@ class LayerNorm(nn.Module):
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,))
         bias = self.param("bias", nn.initializers.zeros, (d,))
-        form = cpu.layer_norm if _on_cpu() else layer_norm
-        return form(x, scale, bias, self.eps).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
 
 
 def softmax_attention(q, k, v, length=None, drop=None):
@@ -134,29 +143,58 @@ def attend(q, k, v, length=None, implementation="auto"):
             padded queries are finite and meaningless.
         length: [B] int32, how many leading keys are valid; None = all. A prefix
             length is all cuDNN's fused kernel understands of padding.
-        implementation: "cudnn", "xla", or "auto": cuDNN on a GPU in half precision,
-            with XLA in its place, after one warning, where cuDNN refuses.
+        implementation: "auto": cuDNN's kernel where the device has it for this dtype
+            and number of channels (`_cudnn_takes`), else XLA's. "cudnn", "xla": that.
+
+    Raises:
+        UsageError: "cudnn" where there is none.
     """
-    if implementation == "auto":
-        if _on_cpu():
-            return cpu.attention(q, k, v, length)
-        half = q.dtype in (jnp.bfloat16, jnp.float16)
-        if half and jax.default_backend() == "gpu":
-            try:
-                return _fused(q, k, v, length, "cudnn")
-            except (NotImplementedError, RuntimeError, ValueError) as error:
-                logging.log_first_n(
-                    logging.WARNING, "cuDNN attention refused, using XLA: %s", 1, error
-                )
-    elif implementation == "cudnn":
-        return _fused(q, k, v, length, "cudnn")
-    return _fused(q, k, v, length, "xla")
-
-
-def _fused(q, k, v, length, implementation):
+    takes = _cudnn_takes(q)
+    if implementation == "cudnn" and not takes:
+        raise errors.UsageError(
+            f"model.attention=cudnn: it needs an NVIDIA GPU from Ampere on, half "
+            f"precision and at most 128 channels per head (256 from Hopper on), not "
+            f"{q.dtype} and {q.shape[-1]}; auto takes it where it can"
+        )
+    if takes and implementation != "xla":
+        return _cudnn(q, k, v, length)
+    if implementation == "auto" and accelerator.on_cpu():
+        return cpu.attention(q, k, v, length)
     return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=length, implementation=implementation
+        q, k, v, key_value_seq_lengths=length, implementation="xla"
     )
+
+
+def _cudnn_takes(q) -> bool:
+    """Return whether cuDNN has a kernel for such queries, forward and backward."""
+    found = accelerator.capability()
+    most = 256 if found >= accelerator.HOPPER else 128
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and found >= accelerator.AMPERE and q.shape[-1] <= most
+
+
+def _cudnn(q, k, v, length):
+    """Return `attend` by cuDNN's kernel, rows and channels padded to what it takes.
+
+    jax refuses odd numbers of queries or keys in training, and channels that 8 does not
+    divide. A key of padding lies behind the length, a query of padding is cut off, a
+    channel of zeros changes no product. What surrounds attention, and with it the
+    number of tokens anyone sees, is not concerned.
+    """
+    rows, keys, channels = q.shape[1], k.shape[1], q.shape[3]
+    if length is None and keys % 2:
+        length = jnp.full(len(k), keys, jnp.int32)
+
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -channels % 8)))
+
+    y = jax.nn.dot_product_attention(
+        *map(padded, (q, k, v)),
+        scale=channels**-0.5,
+        key_value_seq_lengths=length,
+        implementation="cudnn",
+    )
+    return y[:, :rows, :, :channels]
 
 
 def weighted_attention(q, k, v, weight):

@@ -58,9 +58,21 @@ Spacing = tuple[float, float]  # Patch i lies at i * spacing[0] + spacing[1].
 
 
 def _places(grid, spacing):
-    """Return the rows and columns of a grid's patches: two [h w]."""
-    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    return y * spacing[0] + spacing[1], x * spacing[0] + spacing[1]
+    """Return the places of a grid's rows [h] and of its columns [w]."""
+    return [np.arange(n) * spacing[0] + spacing[1] for n in grid]
+
+
+def _table(rows, columns, row_first):  # numpy [h, c], [w, c] -> [h w, 2 c] float32
+    """Join what is known of the rows and of the columns of a grid, inside the step.
+
+    As one table it would be a literal of the program, of several megabytes, wherever
+    it is used.
+    """
+    halves = [
+        einops.repeat(jnp.asarray(rows, jnp.float32), "h c -> (h w) c", w=len(columns)),
+        einops.repeat(jnp.asarray(columns, jnp.float32), "w c -> (h w) c", h=len(rows)),
+    ]
+    return jnp.concatenate(halves if row_first else halves[::-1], axis=-1)
 
 
 def sincos(grid, width, spacing: Spacing = (1.0, 0.0)):
@@ -70,7 +82,7 @@ def sincos(grid, width, spacing: Spacing = (1.0, 0.0)):
     [sin(x w), cos(x w), sin(y w), cos(y w)]: the column comes first.
 
     Returns:
-        [h w, D] float32 numpy, computed in float64.
+        [h w, D] float32, its sines and cosines computed in float64.
 
     Raises:
         ValueError: 4 does not divide the width D.
@@ -80,10 +92,9 @@ def sincos(grid, width, spacing: Spacing = (1.0, 0.0)):
     if width % 4:
         raise ValueError(f"sincos: width={width} must be divisible by 4")
     omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    y, x = _places(grid, spacing)
-    angles = [np.outer(x, omega), np.outer(y, omega)]
-    parts = [f(a) for a in angles for f in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=-1).astype(np.float32)
+    angles = [np.outer(place, omega) for place in _places(grid, spacing)]
+    codes = [np.concatenate([np.sin(a), np.cos(a)], axis=-1) for a in angles]
+    return _table(*codes, row_first=False)
 
 
 def rope_angles(grid, head_dim, theta, unit=False, spacing: Spacing = (1.0, 0.0)):
@@ -103,7 +114,7 @@ def rope_angles(grid, head_dim, theta, unit=False, spacing: Spacing = (1.0, 0.0)
         spacing: see `Spacing`; of no meaning for `unit`.
 
     Returns:
-        [h w, head_dim / 2] float32 numpy, a constant of the compiled step.
+        [h w, head_dim / 2] float32.
 
     Raises:
         ValueError: 4 does not divide head_dim.
@@ -120,8 +131,7 @@ def rope_angles(grid, head_dim, theta, unit=False, spacing: Spacing = (1.0, 0.0)
         y, x = _places(grid, (1.0, 0.0))
         y, x = 2 * (y + 0.5) / h - 1, 2 * (x + 0.5) / w - 1
         omega = 2 * np.pi * omega
-    angles = np.concatenate([np.outer(y, omega), np.outer(x, omega)], axis=-1)
-    return angles.astype(np.float32)
+    return _table(np.outer(y, omega), np.outer(x, omega), row_first=True)
 
 
 def rotation(angles):

@@ -1,22 +1,16 @@
-"""The inside of a transformer block, in the forms that XLA compiles well for a CPU.
+"""Attention in the form that XLA compiles well for a CPU, and its compiler's options.
 
-What automatic differentiation makes of these operations costs a CPU twice the time:
-XLA recomputes cheap producers once per consumer, keeps several copies of the map of
-attention, and evaluates the error function in three passes. The derivatives are
-therefore written out. Values are those of the plain forms to float32 rounding. On
-other devices the plain forms are used (see `models.layers`).
+What automatic differentiation makes of it costs a CPU twice the time: XLA recomputes
+cheap producers once per consumer and keeps several copies of the map of attention. The
+derivative is therefore written out. Values are those of the plain form to float32
+rounding. Other devices have other forms (see `models.layers.attend`).
 
-Forward-mode differentiation of these functions is not defined.
+Forward-mode differentiation of `attention` is not defined.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-_SQRT_HALF = float(np.sqrt(0.5))
-_NORMAL = float(1.0 / np.sqrt(2.0 * np.pi))  # Density of the normal at 0.
 
 
 def compiler_options(dtype: str) -> dict:
@@ -29,59 +23,6 @@ def compiler_options(dtype: str) -> dict:
     if jax.default_backend() != "cpu" or dtype != "float32":
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-
-
-@jax.custom_vjp
-def gelu(x):
-    """Exact GELU, x times the normal distribution function at x; any shape.
-
-    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415.
-    """
-    return _gelu(x)[0]
-
-
-def _gelu(x):
-    wide = x.astype(jnp.float32)
-    y = wide * (0.5 + 0.5 * jax.lax.erf(wide * _SQRT_HALF))
-    y = y.astype(x.dtype)
-    return y, (x, y)
-
-
-def _gelu_vjp(saved, g):
-    x, y = (t.astype(jnp.float32) for t in saved)
-    # y = x cdf(x) is stored for the next layer anyway: dividing beats another erf.
-    cdf = jnp.where(x == 0.0, 0.5, y / jnp.where(x == 0.0, 1.0, x))
-    slope = cdf + x * (_NORMAL * jnp.exp(-0.5 * x * x))
-    return ((g * slope).astype(g.dtype),)
-
-
-gelu.defvjp(_gelu, _gelu_vjp)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x, scale, bias, eps):
-    """LayerNorm of the last axis in float32: [..., D], [D], [D] -> [..., D]."""
-    return _layer_norm(x, scale, bias, eps)[0]
-
-
-def _layer_norm(x, scale, bias, eps):
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(-1, keepdims=True)
-    rstd = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + eps)
-    y = (wide - mean) * rstd * scale + bias
-    return y, (x, scale, mean, rstd)
-
-
-def _layer_norm_vjp(eps, saved, g):
-    x, scale, mean, rstd = saved
-    z = (x.astype(jnp.float32) - mean) * rstd  # [..., D]
-    rows = tuple(range(x.ndim - 1))
-    h = g * scale
-    dx = h - h.mean(-1, keepdims=True) - z * (h * z).mean(-1, keepdims=True)
-    return (dx * rstd).astype(x.dtype), (g * z).sum(rows), g.sum(rows)
-
-
-layer_norm.defvjp(_layer_norm, _layer_norm_vjp)
 
 
 @jax.custom_vjp

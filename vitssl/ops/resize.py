@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitssl.ops import accelerator
+
 
 def cubic(x):
     """Keys' kernel with a = -0.5 at distances x >= 0, any shape.
@@ -40,7 +42,8 @@ def image(x, height: int, width: int):
     if x.shape[-3:-1] == (height, width):
         return x
     shape = (*x.shape[:-3], height, width, x.shape[-1])
-    y = jax.image.resize(x.astype(jnp.float32), shape, "cubic", antialias=True)
+    fine = accelerator.precision()
+    y = jax.image.resize(x.astype(jnp.float32), shape, "cubic", True, fine)
     return y.astype(x.dtype)
 
 
@@ -86,7 +89,9 @@ def kernel(weights, new: int):
     if old == new:
         return weights
     flat = weights.reshape(old * old, -1).astype(jnp.float32)
-    moved = jnp.matmul(pseudo_inverse(old, new), flat, precision="highest")
+    moved = jnp.matmul(
+        pseudo_inverse(old, new), flat, precision=accelerator.precision()
+    )
     return moved.reshape(new, new, *weights.shape[2:]).astype(weights.dtype)
 
 

@@ -1,6 +1,7 @@
 """From a checked config to the objects of a run; nothing is computed here yet."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,11 @@ class Parts:
 
     def fresh(self):
         """Return a new state, made on the devices by one compiled function."""
+        return self._make(self.rng())
+
+    @functools.cached_property
+    def _make(self):
+        """The function that makes a state of a key, compiled once per run."""
         first = self.phase(0)
         shapes = self.shapes(0)
 
@@ -61,8 +67,7 @@ class Parts:
             batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             return step.init(self.method, self.optimizer, rng, batch, first)
 
-        sharding = self.compiled.state_sharding(first)
-        return jax.jit(make, out_shardings=sharding)(self.rng())
+        return jax.jit(make, out_shardings=self.compiled.state_sharding(first))
 
 
 def _stream(source, method, settings, start: int):
@@ -131,7 +136,7 @@ def build(experiment) -> Parts:
         return step.abstract(method, optimizer, key, shapes, phase)
 
     every = s.log.every_steps if s.log.histograms else 0
-    function = step.make(method, optimizer, s.accumulate, mesh, every)
+    function = step.make(method, optimizer, s.accumulate, mesh, every, s.mesh.gradients)
     compiled = step.Compiled(function, abstract, mesh, s.mesh)
     return Parts(experiment, source, method, optimizer, run, mesh, compiled)
 

@@ -7,6 +7,7 @@ a method calls a collective.
 
 import dataclasses
 import os
+from typing import Literal
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitssl import errors, ranges
+from vitssl.run import compilecache
 
 # Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
 _FSDP_MIN_SIZE = 2**14
@@ -27,18 +29,30 @@ class Mesh:
         fsdp: number of devices over which parameters and optimizer state are split;
             1 replicates them. The batch is split over all devices in either case.
         fsdp_min_size: arrays with fewer scalars are replicated.
+        gradients: what the gradients of matrices are summed in, over the batch and over
+            the devices. bfloat16 (with precision=bfloat16) sends half the bytes, and
+            256 devices then add numbers of 8 bits; kernels of products that are made
+            in float32 are rounded to it too.
+        combine: so many megabytes of gradients cross the devices at a time, on GPUs; 0
+            = as many as XLA puts together, which may be all, after the backward pass.
+            Smaller ones (such as 32) overlap with it.
     """
 
     fsdp: ranges.Count = 1
     fsdp_min_size: int = _FSDP_MIN_SIZE
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    combine: ranges.OrNone = 0
 
 
 def start() -> None:
     """Join the other processes of the job, if the environment names a job.
 
+    What is compiled from now on is kept, see `compilecache`.
+
     JAX finds Slurm, Open MPI, Kubernetes and TPU pods itself; elsewhere set
     JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
+    compilecache.start()
     given = "JAX_COORDINATOR_ADDRESS" in os.environ
     slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if not (given or slurm) or jax.distributed.is_initialized():
@@ -76,6 +90,15 @@ def mesh(spec: Mesh, batch_size: int, accumulate: int = 1) -> jax.sharding.Mesh:
     shape = (count // spec.fsdp, spec.fsdp)
     # Auto axes: jax >= 0.10 would make explicit ones, which refuse plain linen code.
     return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compiler_options(spec: Mesh) -> dict:
+    """Return the options of `jax.jit` that the section asks for; {} but on GPUs."""
+    if not spec.combine or jax.default_backend() != "gpu":
+        return {}
+    kinds = ("all_reduce", "all_gather", "reduce_scatter")
+    size = spec.combine * 2**20
+    return {f"xla_gpu_{kind}_combine_threshold_bytes": size for kind in kinds}
 
 
 def batch_sharding(m: jax.sharding.Mesh) -> NamedSharding:

@@ -71,6 +71,11 @@ class Settings:
             yield f"accumulate={self.accumulate} does not divide {self.batch_size=}"
         if self.evals.final_of == "best" and not self.checkpoint.keep_best:
             yield "evals.final_of=best: needs checkpoint.keep_best=1 or more"
+        if self.mesh.gradients != "float32" and self.precision == "float32":
+            yield (
+                f"mesh.gradients={self.mesh.gradients}: only with precision=bfloat16; "
+                "set mesh.gradients=float32"
+            )
         if not self.steps and self.optim.warmup_epochs >= self.epochs > 0:
             yield (
                 f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of "
@@ -163,6 +168,7 @@ class Experiment:
             dtype=s.precision,
             counts=counts,
             accumulate=s.accumulate,
+            log_every=s.log.every_steps,
         )
 
 

@@ -208,6 +208,9 @@ def _wandb_id(path, given):
 class Metrics:
     """Collects step metrics one step late, averages them, watches for non-finite ones.
 
+    A metric that is nan at a finite step was not measured there, and its mean is over
+    the other steps.
+
     Args:
         spec: the config section.
         state: what `state` returned before the checkpoint; {} for a fresh run.
@@ -217,6 +220,7 @@ class Metrics:
         self._spec = spec
         self._pending = None
         self.sums = dict(state.get("sums", {}))
+        self.unmeasured = dict(state.get("unmeasured", {}))  # Steps, by metric.
         self.count = int(state.get("count", 0))
         self.nonfinite = int(state.get("nonfinite", 0))
         self.in_a_row = int(state.get("in_a_row", 0))
@@ -271,14 +275,18 @@ class Metrics:
         self.in_a_row = 0
         self.count += 1
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+            if math.isnan(value):
+                self.unmeasured[key] = self.unmeasured.get(key, 0) + 1
+            else:
+                self.sums[key] = self.sums.get(key, 0.0) + value
 
     def means(self) -> dict:
         """Return the means since the last call and start anew."""
-        means = {k: v / self.count for k, v in self.sums.items()} if self.count else {}
+        counts = {k: self.count - self.unmeasured.get(k, 0) for k in self.sums}
+        means = {k: v / counts[k] for k, v in self.sums.items()}
         means.pop("nonfinite", None)
         means["nonfinite_steps"] = self.nonfinite
-        self.sums, self.count = {}, 0
+        self.sums, self.unmeasured, self.count = {}, {}, 0
         return means
 
     def state(self) -> dict:
@@ -286,6 +294,7 @@ class Metrics:
         return {
             # A copy: it is written in the background while the next steps add to it.
             "sums": dict(self.sums),
+            "unmeasured": dict(self.unmeasured),
             "count": self.count,
             "nonfinite": self.nonfinite,
             "in_a_row": self.in_a_row,

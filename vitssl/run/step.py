@@ -85,6 +85,7 @@ def make(
     accumulate: int = 1,
     mesh=None,
     histograms_every: int = 0,
+    gradients: str = "float32",
 ):
     """Return step(state, batch, phase) -> (state, metrics), pure, not jitted.
 
@@ -99,6 +100,7 @@ def make(
             batch, see `gradcache`.
         mesh: devices of the run; None for one device.
         histograms_every: so many steps have one with histograms; 0 adds nothing.
+        gradients: dtype that those of kernels are summed in, see `devices.Mesh`.
 
     Raises:
         UsageError: accumulation with a method that cannot see its batch in parts.
@@ -114,7 +116,7 @@ def make(
         trainable, frozen = tree.split(state.params, phase.frozen)
 
         def loss(trainable, extra, batch, rng):
-            params = tree.merge(trainable, frozen)
+            params = tree.merge(_rounded(trainable, gradients), frozen)
             return method.loss(params, extra, batch, rng, step=state.step, phase=phase)
 
         grad = jax.value_and_grad(loss, has_aux=True)
@@ -123,7 +125,7 @@ def make(
         elif method.couples_batch:
             parts = _microbatches(batch, accumulate, mesh)
             (value, (extra, metrics)), grads = _together(
-                method, state, phase, parts, rng, mesh
+                method, state, phase, parts, rng, mesh, gradients
             )
         else:
             parts = _microbatches(batch, accumulate, mesh)
@@ -149,6 +151,14 @@ def make(
         return State(state.step + 1, params, extra, opt, state.rng), metrics
 
     return step
+
+
+def _rounded(trainable, dtype):
+    """Return the leaves with kernels in `dtype`, which their gradients then have."""
+    return {
+        name: x.astype(dtype) if name.endswith("kernel") else x
+        for name, x in trainable.items()
+    }
 
 
 def _microbatches(batch, k, mesh):
@@ -177,17 +187,17 @@ def _whole(rows, mesh):
     return jax.tree.map(one, rows)
 
 
-def _together(method, state, phase, parts, rng, mesh):
+def _together(method, state, phase, parts, rng, mesh, gradients):
     """Return ((loss, (extra, metrics)), gradients) of `base.Embedding`, exactly."""
     trainable, frozen = tree.split(state.params, phase.frozen)
     own = dict(step=state.step, phase=phase)
 
     def embed(trainable, part, key):
-        params = tree.merge(trainable, frozen)
+        params = tree.merge(_rounded(trainable, gradients), frozen)
         return method.embed(params, state.extra, part, key, **own)
 
     def compare(trainable, rows):
-        params = tree.merge(trainable, frozen)
+        params = tree.merge(_rounded(trainable, gradients), frozen)
         return method.compare(params, state.extra, rows, rng, **own)
 
     count = jax.tree.leaves(parts)[0].shape[0]
@@ -260,7 +270,7 @@ class Compiled:
             if failure:
                 raise failure[0]
         if phase not in self._done:
-            program = self._program(phase)
+            program = self.program(phase)
             made = program.lower(self.abstract(phase), _shapes(batch)).compile()
             self._done[phase] = made
             self.seconds += time.perf_counter() - start
@@ -280,7 +290,7 @@ class Compiled:
 
         def work():
             try:
-                program = self._program(phase)
+                program = self.program(phase)
                 made = program.lower(self.abstract(phase), _shapes(batch)).compile()
                 self._done[phase] = made
             except Exception as e:  # noqa: BLE001 - raised by `get` in the loop.
@@ -299,7 +309,7 @@ class Compiled:
         for thread, _ in self._pending.values():
             thread.join()
 
-    def _program(self, phase: Phase):
+    def program(self, phase: Phase):
         """Return the jitted step of `phase`, not traced yet."""
         sharding = self.state_sharding(phase)
         rows = devices.batch_sharding(self._mesh)
@@ -308,6 +318,7 @@ class Compiled:
             in_shardings=(sharding, rows),
             out_shardings=(sharding, devices.replicated(self._mesh)),
             donate_argnums=0,
+            compiler_options=devices.compiler_options(self._fsdp),
         )
 
 

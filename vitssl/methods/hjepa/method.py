@@ -185,7 +185,7 @@ class HJEPA(base.Embedding):
 
     def compare(self, params, extra, rows, rng, *, step=0, phase=None):
         """Return (loss [], (extra, metrics)); see the module and `forward.measure`."""
-        del step, phase
+        del phase
         draw = jax.random.split(rng, 3)[1]
         net = self.networks(params, extra, train=True)
         terms = self.measure(net, rows)
@@ -208,7 +208,7 @@ class HJEPA(base.Embedding):
             extra["stats"] = net.stats
         if state is not None:
             extra["vicreg"] = state
-        metrics = self._metrics(rows.near, terms, extra) | parts | more
+        metrics = self._metrics(rows.near, terms, extra, step) | parts | more
         return total + term, (extra, metrics)
 
     def terms(self, net, batch) -> forward.Terms:
@@ -259,7 +259,7 @@ class HJEPA(base.Embedding):
         room = slots.slots(self.masking, patches.grid(image, self.model.patch))
         return forward.Masked(self._pixels(image), visible, wanted, room, role)
 
-    def _metrics(self, crops: forward.Crops, terms: forward.Terms, extra):
+    def _metrics(self, crops: forward.Crops, terms: forward.Terms, extra, step):
         """Return scalars to watch; none of them has a gradient."""
         near, found = terms.near, {}
         for k in range(self.masking.num_hierarchies):
@@ -275,10 +275,17 @@ class HJEPA(base.Embedding):
             "online": terms.context.pooled[:, 0],
             "target": terms.targets.tokens[:, 0].astype(jnp.float32).mean(1),
         }
-        for name, x in pooled.items():
-            signs = quality.collapse_metrics(x, rows=64)
-            found[f"{name}_std"] = signs["std"]
-            found[f"{name}_rank"] = signs["effective_rank"]
+
+        def signs(pooled):
+            return {
+                f"{name}_{short}": measured[key]
+                for name, x in pooled.items()
+                for measured in [quality.collapse_metrics(x, rows=64)]
+                for short, key in (("std", "std"), ("rank", "effective_rank"))
+            }
+
+        # The rank takes an eigendecomposition, for which a device stands still.
+        found |= self.run.when_logged(step, signs, pooled)
         if "momentum" in extra:
             found["momentum"] = extra["momentum"]
         return jax.lax.stop_gradient(found)

@@ -16,7 +16,7 @@ from vitssl.data import states
 from vitssl.data.modalities import Modality
 from vitssl.models import layers, patches, xavier
 from vitssl.models.upsample import clean
-from vitssl.ops import resize
+from vitssl.ops import accelerator, resize
 
 Resize = Literal["input", "weights"]
 
@@ -97,7 +97,7 @@ class FlexiPatchEmbed(nn.Module):
                 jnp.asarray(rows[1])[row],
                 jnp.asarray(columns[1])[column],
                 block.astype(jnp.float32),
-                precision="highest",
+                precision=accelerator.precision(),
             )
         block = einops.rearrange(block, "b k p q c -> b k (p q c)")
         return self._linear(block, kernel)

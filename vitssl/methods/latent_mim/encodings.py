@@ -62,13 +62,7 @@ def space(grid, width, scale=1.0, frequencies="legacy", anchor="corner"):
     """
     if width % 4:
         raise ValueError(f"space: width={width} must be divisible by 4")
-    codes = []
-    for count in grid:
-        at = np.arange(count) * scale
-        if anchor == "center":
-            at = (np.arange(count) + 0.5) * scale - 0.5
-        codes.append(sincos(at, width // 2, frequencies))
-    row, column = codes
+    row, column = _axes(grid, width // 2, scale, frequencies, anchor)
     h, w = grid
     return np.concatenate(
         [
@@ -77,6 +71,17 @@ def space(grid, width, scale=1.0, frequencies="legacy", anchor="corner"):
         ],
         axis=-1,
     )
+
+
+def _axes(grid, width, scale, frequencies, anchor):
+    """Return what `space` knows of the rows and of the columns: [h, D], [w, D]."""
+    codes = []
+    for count in grid:
+        at = np.arange(count) * scale
+        if anchor == "center":
+            at = (np.arange(count) + 0.5) * scale - 0.5
+        codes.append(sincos(at, width, frequencies))
+    return codes
 
 
 class CompositeEncodings(nn.Module):
@@ -141,7 +146,7 @@ class CompositeEncodings(nn.Module):
             shape = shapes[m.name]
             parts = self._parts(m, shape, timestamps, patch, resolution)
             size = max(len(p) for p in parts)
-            parts = [jnp.broadcast_to(p, (size, *shape, self.quarter)) for p in parts]
+            parts = [jnp.broadcast_to(p, (size, *shape, p.shape[-1])) for p in parts]
             found[m.name] = jnp.concatenate(parts, axis=-1)
         return found
 
@@ -168,13 +173,18 @@ class CompositeEncodings(nn.Module):
         return jnp.concatenate(found, axis=-1)
 
     def _parts(self, m, shape, timestamps, patch, resolution):
-        """Return four arrays that broadcast to [B, *shape, D / 4]."""
+        """Return arrays that broadcast to [B, *shape, ...], the widths D together.
+
+        The place is two, of the column and of the row: their table would be a literal
+        of the compiled step, tens of megabytes in all.
+        """
         n, axes = self.quarter, len(shape)
         none = jnp.zeros((1,) * (axes + 1) + (n,))
         sets = getattr(self, f"set_{m.name}").reshape(
             (1,) * axes + (len(m.channels), n)
         )
-        time = month = place = none
+        time = month = none
+        place = [none]
         if m.time:
             count = shape[-2]
             if count > self.most_times:
@@ -188,6 +198,7 @@ class CompositeEncodings(nn.Module):
             month = einops.rearrange(month, f"b t d -> b {lead}t () d")
         if m.space:
             scale = resolution * patch / GRID
-            table = space(shape[:2], n, scale, self.frequencies, self.anchor)
-            place = jnp.asarray(table)[None, :, :, None, None]
-        return [p.astype(jnp.float32) for p in (sets, time, month, place)]
+            how = (scale, self.frequencies, self.anchor)
+            row, column = map(jnp.asarray, _axes(shape[:2], n // 2, *how))
+            place = [column[None, None, :, None, None], row[None, :, None, None, None]]
+        return [p.astype(jnp.float32) for p in (sets, time, month, *place)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from vitssl import ranges
 from vitssl.data import modalities
 from vitssl.losses import contrastive, regression
+from vitssl.ops import accelerator
 
 # Hides a logit. Finite: a row with every entry hidden must not become nan.
 _HIDDEN = -1e30
@@ -172,12 +173,12 @@ def _one(pair, how, tau, standardise, same_target):
     if how.across:
         p, t, valid = (x.reshape(1, -1, *x.shape[2:]) for x in (p, t, valid))
     p, t = regression.unit(p, 1e-12), regression.unit(t, 1e-12)
-    # Full float32 products: a GPU's default keeps 10 bits, the temperature loses 3.
-    logits = jnp.einsum("bnd,bmd->bnm", p, t, precision="highest") / tau
+    fine = accelerator.precision()
+    logits = jnp.einsum("bnd,bmd->bnm", p, t, precision=fine) / tau
     candidate = valid[:, None]
     anchor = valid
     if same_target is not None:
-        same = jnp.einsum("bnd,bmd->bnm", t, t, precision="highest") > same_target
+        same = jnp.einsum("bnd,bmd->bnm", t, t, precision=fine) > same_target
         own = jnp.eye(p.shape[1], dtype=bool)
         candidate = candidate & (own | ~same)
         alone = valid & ((candidate & ~own).sum(-1) == 0)

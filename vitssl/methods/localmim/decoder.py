@@ -147,7 +147,7 @@ class StageDecoder(nn.Module):
             if i:
                 name = f"up_norm_{i - 1}"
                 y = layers.LayerNorm(self.norm_eps, self.dtype, name=name)(y)
-                y = nn.gelu(y, approximate=False)
+                y = layers.gelu(y)
             features = self.spec.width // 2 ** (i + 1)
             y = Upsample(features, self.dtype, name=f"up_{i}")(y)
         return Predict(self.out, self.dtype, name="pred")(y)
