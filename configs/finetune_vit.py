@@ -20,7 +20,7 @@ Arguments (`--config=configs/finetune_vit.py:NAME`):
 One override away:
     --config.head.pool=cls
     --config.head.blocks='(2, 4, 7)'        (a head after each; the loss is their mean)
-    --config.head.predict=average           (of their probabilities, not the last)
+    --config.head.blocks='(2, 4, 7)' --config.head.predict=average  (not the last's)
     --config.optim.layer_decay=0.65
     --config.freeze.schedule=cubic --config.freeze.t_0=0.8    (FreezeOut)
     --config.optim.freeze='((("backbone/.*", 0.0),))'         (head only)
