@@ -24,7 +24,8 @@ Arguments (`--config=configs/finetune_hvit.py:NAME`, or `NAME,OPTION,OPTION`):
                     the documented starting points by number of training images
     plantvillage    transfer: 38 classes at 224 px
 Published recipes need --config.data.root=DIR, and start from random weights without
---config.init.from=WORKDIR.
+--config.init.from=WORKDIR, a run of configs/simclr_hvit.py:sarcld_small, or of
+configs/simclr_hvit.py:sarcld_xl_448 for sarcld_xl_448.
 
 Options, joined by commas: out_of_memory (micro-batches, recomputed blocks),
 slow (lr 1e-5, long warm-up, light augmentation, class weights), not_finite (lr 1e-6,
@@ -66,6 +67,7 @@ def _demo():
     # What pre-training calls "encoder" is the backbone here.
     c.init = {
         "from": "",
+        "weights": "configs/simclr_hvit.py",
         "skip": ("head/.*", "aux_.*"),
         "rename": (("backbone/(.*)", r"encoder/\1"),),
     }
@@ -95,8 +97,14 @@ def _demo():
     return c
 
 
+def _scratch():
+    c = _demo()
+    c.init["weights"] = ""
+    return c
+
+
 def _smoke():
-    c = base.smoke(_demo(), 14)
+    c = base.smoke(_scratch(), 14)
     c.data.update(per_class=2, options=dict(count=64))
     c.model.update(depths=(1, 1), heads=(1, 2))
     c.augment.severity, c.mix = "aggressive", MIXED
@@ -116,7 +124,7 @@ def _folder():
 
 
 def _infrared():
-    c = _demo()
+    c = _scratch()
     c.data.update(channels=4, mean=(0.5,) * 4, std=(0.25,) * 4)
     c.model.update(spectral_channels=1, fusion="dfca", dfca_heads=4)
     return c
@@ -156,6 +164,8 @@ def _evidence():
 def _published(size="small"):
     """Return the documented recipe at a size of the model."""
     c = _demo()
+    names = {"small": "sarcld_small", "xl": "sarcld_xl_448"}
+    c.init["weights"] = f"configs/simclr_hvit.py:{names[size]}"
     c.seed, c.precision = 42, "bfloat16"
     c.batch_size, c.steps, c.epochs = 32, 0, 100.0
     c.data.update(source="sarcld", test_split="val", per_class=0, **base.RGB)
@@ -209,7 +219,7 @@ def _plantvillage():
 
 RECIPES = {
     "": _demo,
-    "scratch": _demo,
+    "scratch": _scratch,
     "smoke": _smoke,
     "folder": _folder,
     "evidence": _evidence,

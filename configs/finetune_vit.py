@@ -3,7 +3,14 @@ r"""Fine-tune a pre-trained ViT, or train one from scratch on labels.
     python -m vitssl.main --config=configs/finetune_vit.py --config.init.from=WORKDIR
     python -m vitssl.main --config=configs/finetune_vit.py:scratch
 
-WORKDIR is that of a pre-training run (configs/localmim.py, configs/hjepa.py).
+WORKDIR is that of a pre-training run (configs/localmim.py, configs/hjepa.py), or an
+import of weights like timm/vit_base_patch16_224.mae. What the recipes start from:
+    (none)          a run of configs/localmim.py
+    ft_vitb_from1600
+                    configs/localmim.py:localmim_vitb_1600
+    ft_vitb_from100_*, ft_vitb_resume_1gpu
+                    configs/localmim.py:localmim_vitb_100_8gpu
+    ft_vitl         configs/localmim.py:vitl
 
 Arguments (`--config=configs/finetune_vit.py:NAME`):
     (none)          demo size, for a checkpoint of the demo of configs/localmim.py
@@ -42,6 +49,7 @@ def _demo():
     # What pre-training calls "encoder" is the backbone here.
     c.init = {
         "from": "",
+        "weights": "configs/localmim.py",
         "skip": ("head/.*",),
         "rename": (("backbone/(.*)", r"encoder/\1"),),
         # A fixed position table was no parameter; it starts from its formula.
@@ -70,6 +78,7 @@ def _demo():
 
 def _scratch():
     c = _demo()
+    c.init["weights"] = ""
     c.optim.layer_decay = 0.0
     return c
 
@@ -84,10 +93,18 @@ def _smoke():
 
 
 def _imagenet(
-    lr=4e-3, min_lr=1e-6, decay=0.75, size="b", epochs=100.0, warmup=20.0, drop_path=0.1
+    lr=4e-3,
+    min_lr=1e-6,
+    decay=0.75,
+    size="b",
+    epochs=100.0,
+    warmup=20.0,
+    drop_path=0.1,
+    weights="localmim_vitb_100_8gpu",
 ):
     """Return the original's recipe: an effective batch of 1024, absolute rates."""
     c = _demo()
+    c.init["weights"] = f"configs/localmim.py:{weights}"
     c.precision = "bfloat16"
     c.batch_size, c.per_device, c.epochs = 1024, 128, epochs
     c.data.update(source="imagenet", test_split="val", **base.RGB)
@@ -108,14 +125,17 @@ def _imagenet(
 
 
 def _vitl():
-    return _imagenet(3e-3, size="l", epochs=50.0, warmup=5.0, drop_path=0.2)
+    own = dict(size="l", epochs=50.0, warmup=5.0, drop_path=0.2, weights="vitl")
+    return _imagenet(3e-3, **own)
 
 
 RECIPES = {
     "": _demo,
     "scratch": _scratch,
     "smoke": _smoke,
-    "ft_vitb_from1600": lambda: _imagenet(2e-3, 1e-5, 0.65),
+    "ft_vitb_from1600": lambda: _imagenet(
+        2e-3, 1e-5, 0.65, weights="localmim_vitb_1600"
+    ),
     "ft_vitb_from100_1gpu": _imagenet,
     "ft_vitb_from100_2gpu": _imagenet,
     "ft_vitb_from100_4gpu": _imagenet,

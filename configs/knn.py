@@ -9,7 +9,8 @@ so the batch size does not matter.
 Arguments (`--config=configs/knn.py:NAME`):
     (none)          for a checkpoint of the demo of configs/localmim.py
     smoke           two steps on random weights, then k-NN
-    knn_vitb        ViT-B/16 on ImageNet
+    knn_vitb        ViT-B/16 on ImageNet, of a run of
+                    configs/localmim.py:localmim_vitb_100_8gpu
 
 One override away:
     --config.evals.features=gap

@@ -9,7 +9,9 @@ Arguments (`--config=configs/linprobe_vit.py:NAME`):
     (none)          demo size, for a checkpoint of the demo of configs/localmim.py
     smoke           two steps on random weights
     lp_vitb_cubic080, lp_vitb_cubic065
-                    ViT-B/16 on ImageNet, effective batch 16384
+                    ViT-B/16 on ImageNet, effective batch 16384; from runs of
+                    configs/localmim.py:freeze_cubic080_8gpu, and
+                    configs/localmim.py:freeze_cubic065_1gpu
 
 Published (pooled patch tokens): 49.4 % (cubic 0.8), 37.1 % (cubic 0.65).
 """
@@ -57,8 +59,9 @@ def _smoke():
     return c
 
 
-def _imagenet():
+def _imagenet(weights):
     c = _probe("ft_vitb_from100_1gpu")
+    c.init["weights"] = f"configs/localmim.py:{weights}"
     c.batch_size, c.per_device, c.epochs = 16384, 2048, 90.0
     c.optim.warmup_epochs = 10.0
     c.checkpoint.every_epochs = 1.0
@@ -68,7 +71,7 @@ def _imagenet():
 RECIPES = {
     "": _demo,
     "smoke": _smoke,
-    "lp_vitb_cubic080": _imagenet,
-    "lp_vitb_cubic065": _imagenet,
+    "lp_vitb_cubic080": lambda: _imagenet("freeze_cubic080_8gpu"),
+    "lp_vitb_cubic065": lambda: _imagenet("freeze_cubic065_1gpu"),
 }
 get_config = base.recipes(RECIPES)

@@ -9,7 +9,8 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
     evidence        hard and soft masks against the same ViT without masks, all from
                     one self-supervised checkpoint (configs/hjepa.py:birds), three
                     seeds, an hour on two cores
-    evidence_run    one run of it with hard masks; --config.init.from=DIR of the first
+    evidence_run    one run of it with hard masks; --config.init.from=DIR of a run of
+                    configs/hjepa.py:birds
     cub_k8, cub_k4  CUB-200-2011, ViT-B/14 at 518 px, 8 x 16 images a step
     waterbirds      Waterbirds, K=8; waterbirds_k4
     siim_acr_rad_dino
@@ -33,8 +34,13 @@ What the final evaluation can measure besides (a finished run does only that):
                     ImageNet-9, its gap, and the challenge; measures.mapping=FILE
     --config.measures.maps=0.8              share of the test batches to draw
 
-All published recipes need --config.data.root=DIR and pretrained weights
-(--config.init.from=FILE); lr = 1e-6 sqrt(batch / 16), decay = 0.05 sqrt(1 / steps).
+All published recipes need --config.data.root=DIR and pretrained weights, the file
+model.safetensors of a model hub, converted by `vitssl convert import FILE --to=WEIGHTS`
+(--config.init.from=WEIGHTS):
+    timm/vit_base_patch14_reg4_dinov2.lvd142m   all but two:
+    microsoft/rad-dino                          siim_acr_rad_dino
+    timm/resnet101.tv_in1k                      pdisconet_cub, torchvision's ResNet-101
+lr = 1e-6 sqrt(batch / 16), decay = 0.05 sqrt(1 / steps).
 
 The demo (4,000 drawn birds, half of them before their class's background), seed 0:
 99.4 % top-1 and 97.9 % in the worst group, NMI 0.81 and ARI 0.66 against the true
@@ -154,6 +160,10 @@ BOTH = (("stage_[12]/backbone/(.*)", r"encoder/\1"),)
 HEADS = ("stage_1/head/.*", "stage_2/(head|fc_norm|pool)/.*")
 
 
+def _init(weights):
+    return {"from": "", "weights": weights, "rename": BOTH, "skip": HEADS}
+
+
 def _evidence():
     """Return iFAM (hard, soft) against its ViT without masks, from one checkpoint."""
     c = _evidence_run()
@@ -179,7 +189,7 @@ def _evidence_run():
     """Return one run of `evidence`: the demo before misleading backgrounds."""
     c = _demo()
     c.data.options.purity = 0.95
-    c.init = {"from": "", "rename": BOTH, "skip": HEADS}
+    c.init = _init("configs/hjepa.py:birds")
     c.evals.every_epochs = 0
     c.log.update(every_steps=200, pictures=False)
     c.measures.leave_one_out = False
@@ -217,7 +227,7 @@ def _published(source, count=8, batch=128, image=518):
     c.evals.update(batch_size=32, online_samples_train=0, online_samples_test=0)
     c.evals.final_of = "best"  # As the paper: the best validation accuracy.
     c.measures = dict(maps=0.05)
-    c.init = {"from": "", "rename": BOTH, "skip": HEADS}
+    c.init = _init("timm/vit_base_patch14_reg4_dinov2.lvd142m")
     c.log.every_steps = 10
     c.checkpoint.best = "test/top1"
     return c
@@ -231,6 +241,7 @@ def _waterbirds(count=8):
 
 def _siim_acr_rad_dino():
     c = _published("siim_acr")
+    c.init.weights = "microsoft/rad-dino"
     c.data.update(mean=(0.48865,) * 3, std=(0.24621,) * 3)
     c.model.update(registers=0, class_position=True, resampling="plain")
     c.augment.update(recipe="siim_acr", planckian=0.0)
@@ -266,6 +277,7 @@ def _pdisconet_cub():
     """Return PDiscoNet: the same head on a ResNet-101, nothing frozen."""
     c = _pdiscoformer_cub()
     c.model = dict(name="resnet", depths=(3, 4, 23, 3))
+    c.init.weights = "timm/resnet101.tv_in1k"
     c.precision, c.augment.size, c.optim.lr = "float32", 448, 1e-4
     rates = dict(scratch=100.0, modulation=100.0, finer=10.0)
     c.optim.update(**groups("single_stage", freeze_backbone=False, **rates))

@@ -1,12 +1,14 @@
 """Starting from stored parameters under other names."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl import errors
-from vitssl.run import checkpoint, opened, step, warmstart
+from vitssl import config, errors
+from vitssl.run import checkpoint, experiment, loop, opened, step, warmstart
 
 
 def test_one_stored_network_fills_two():
@@ -94,3 +96,56 @@ def test_a_run_of_the_version_before_resumes_without_its_step(tmp_path):
     other = jax.tree.map(lambda s: s, target).replace(extra={})
     with pytest.raises(errors.CheckpointError, match="extra/target"):
         checkpoint.read(tmp_path / "checkpoints", 3, other)
+
+
+def _recipes():
+    """Yield (file, recipe, what its `init.weights` says) of all that can start so."""
+    folder = pathlib.Path(__file__).parents[2] / "configs"
+    for path in config.files(folder):
+        file = config.module(str(path))
+        for name in file.RECIPES:
+            c = file.get_config(name)
+            if "init" in c:
+                yield path, name, c, file
+
+
+def test_every_recipe_that_starts_from_weights_names_them():
+    seen, from_nothing = set(), {"scratch", "smoke", "infrared"}
+    for path, name, c, file in _recipes():
+        seen.add(path.stem)
+        wanted = c.init.weights
+        assert bool(wanted) != (name in from_nothing), (path.stem, name)
+        if not wanted:
+            continue
+        assert wanted in file.__doc__, (path.stem, name, wanted)
+        spec = warmstart.Init(weights=wanted)
+        assert wanted in spec.wanted
+        if wanted.startswith("configs/"):  # It is there.
+            assert config.recipe(f"{path.parents[1]}/{wanted}")
+        else:
+            assert "vitssl convert import" in spec.wanted
+            assert len(wanted.split("/")) == 2
+    assert seen == {"parts", "finetune_vit", "finetune_hvit", "linprobe_vit", "knn"}
+
+
+@pytest.mark.parametrize("path", ["none", "none.safetensors"])
+def test_weights_that_are_not_there_are_an_error_that_names_them(path, tmp_path):
+    spec = warmstart.Init(str(tmp_path / path), weights="microsoft/rad-dino")
+    with pytest.raises(errors.CheckpointError) as told:
+        loop._past(spec)
+    for part in (
+        f"init.from={tmp_path / path}",
+        "microsoft/rad-dino",
+        "convert import",
+    ):
+        assert part in str(told.value)
+    assert "\n" not in str(told.value)
+    with pytest.raises(errors.CheckpointError) as told:
+        loop._past(warmstart.Init(str(tmp_path / path)))
+    assert "starts from" not in str(told.value)
+
+
+def test_an_evaluation_of_nothing_says_what_it_evaluates():
+    c = experiment.load("configs/knn.py:knn_vitb")
+    with pytest.raises(errors.UsageError, match="localmim_vitb_100_8gpu"):
+        experiment.read(c)

@@ -66,7 +66,8 @@ class Settings:
         if not 0 <= self.seed < 2**63:
             yield f"seed={self.seed}: 0 or more, below 2^63"
         if not self.epochs and not self.steps and not self.init.from_:
-            yield "epochs=0: evaluates only, so it needs init.from (or set steps)"
+            line = "epochs=0: evaluates only, so it needs init.from (or set steps)"
+            yield "; ".join(filter(None, (line, self.init.wanted)))
         if self.batch_size % self.accumulate:
             yield f"accumulate={self.accumulate} does not divide {self.batch_size=}"
         if self.evals.final_of == "best" and not self.checkpoint.keep_best:

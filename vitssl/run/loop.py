@@ -114,14 +114,35 @@ def _first_state(parts, saves, workdir, name) -> tuple:
         on = f"resuming after step {at} of {total}"
         logger.info("%s", on if at < total else done)
     elif s.init.from_:
-        past = opened.past(s.init.from_)
+        past = _past(s.init)
         warmstart.check_classes(s.init, past, parts.source.classes, state.params)
         size = parts.experiment.training_size
         agreement.with_checkpoint(s.init, past, s.data, size, state.params)
         params, skipped = warmstart.load(s.init, past, state.params)
-        extra = parts.method.adopt(params, state.extra)
+        extra = warmstart.statistics(s.init, past, params, state.extra)
+        extra = parts.method.adopt(params, extra)
         state = state.replace(params=params, extra=extra)
+    elif s.init.wanted:
+        logger.warning("init.from is empty: random weights; %s", s.init.wanted)
     return state, meta, skipped
+
+
+def _past(init):
+    """Return what `init.from` names.
+
+    Raises:
+        CheckpointError: nothing that can be read; it says what the recipe wants.
+    """
+    try:
+        past = opened.past(init.from_)
+        if past.imported:
+            _ = past.weights  # The header is read now.
+        return past
+    except errors.CheckpointError as e:
+        if not init.wanted:
+            raise
+        told = f"init.from={init.from_}: {e}; {init.wanted}"
+        raise errors.CheckpointError(told) from e
 
 
 def _pictures(parts, workdir, state, untrained):

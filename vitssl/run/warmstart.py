@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vitssl import errors, tree
-from vitssl.convert import positions
+from vitssl.convert import backbone, positions
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ class Init:
             "\\1" stands for the first group. Several of ours may take one stored leaf:
             (("stage_[12]/backbone/(.*)", r"encoder/\\1"),) fills two networks.
         absent: patterns of names that keep their initial value if they are not stored.
+        weights: what `from` should name: a recipe that makes it, configs/FILE.py:NAME,
+            or weights of a model hub, OWNER/NAME; "" = the recipe needs none.
     """
 
     from_: str = ""
@@ -36,6 +38,19 @@ class Init:
     skip: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
     absent: tuple[str, ...] = ()
+    weights: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """Return what to get, as words, or ""."""
+        if not self.weights:
+            return ""
+        if self.weights.startswith("configs/"):
+            return f"this recipe starts from a run of --config={self.weights}"
+        return (
+            f"this recipe starts from {self.weights}: get its model.safetensors, then "
+            "vitssl convert import FILE --to=DIR and --config.init.from=DIR"
+        )
 
     def check(self) -> Iterator[str]:
         """Yield what is wrong with the patterns."""
@@ -98,18 +113,48 @@ def load(spec: Init, past, params):
         len(set(stored) - set(taken)),
     )
 
-    def place(name, leaf):
-        if name not in taken:
-            return leaf
-        value = np.asarray(taken[name], leaf.dtype)
-        return jax.device_put(value, getattr(leaf, "sharding", None))
+    leaves |= {name: _placed(value, leaves[name]) for name, value in taken.items()}
+    return tree.nest(leaves), tuple(skipped)
 
-    return tree.nest({k: place(k, v) for k, v in leaves.items()}), tuple(skipped)
+
+def statistics(spec: Init, past, params, extra):
+    """Return `extra` with the batch statistics that belong to loaded parameters.
+
+    Those of a layer are loaded where its gain is; those of a layer without a gain only
+    where nothing is skipped, for then the checkpoint is of the same method.
+
+    Raises:
+        CheckpointError: a loaded layer has no statistics there, or of another shape.
+    """
+    if "stats" not in extra:
+        return extra
+    names, leaves = tree.flat(params), tree.flat(extra["stats"])
+    skip = [name for name in names if any(re.fullmatch(p, name) for p in spec.skip)]
+    stored, faults = renamed(past.statistics(), leaves, spec.rename), []
+    for name, leaf in leaves.items():
+        gain = f"{name.rpartition('/')[0]}/scale"
+        if gain in skip or (gain not in names and skip):
+            continue
+        found = stored.get(name, stored.get(_alias(name)))
+        if found is not None and found.shape == leaf.shape:
+            leaves[name] = _placed(found, leaf)
+        elif gain in names:
+            faults.append(f"stats/{name}: not in the checkpoint, or of another shape")
+    if faults:
+        message = f"init.from={spec.from_}: does not fit this model\n  "
+        raise errors.CheckpointError(message + "\n  ".join(faults[:12]))
+    return extra | {"stats": tree.nest(leaves)}
+
+
+def _placed(value, leaf):
+    """Return a stored array as the leaf that it replaces is held."""
+    value = np.asarray(value, leaf.dtype)
+    return jax.device_put(value, getattr(leaf, "sharding", None))
 
 
 def _misfit(name, there, here) -> str:
     """Return what is wrong with a shape; of the kernel that reads pixels, in words."""
-    reads = name.endswith("patch_embed/kernel") and len(there) == len(here) == 4
+    reads = backbone.reads([name]) and len(there) == len(here) == 4
     if reads and there[2] != here[2]:
         return (
             f"it was trained on {there[2]} channel(s), data.channels gives it {here[2]}"
