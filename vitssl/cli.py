@@ -25,6 +25,7 @@ usage: vitssl COMMAND ...
   convert export RUN --to=FILE         ours to timm, transformers, big_vision
   extract RUN --images=DIR --to=FILE   features of a folder of images
   predict RUN --images=DIR --to=FILE   classes of a folder of images
+  prepare siim_acr DIR --to=ROOT       published files to the folders of a data set
   sweep FILE                           many runs from a file of overrides
   store RUN --to=DIR --boundary=N      tokens of a frozen prefix of LocalMIM
 
@@ -186,6 +187,7 @@ COMMANDS = {
     "convert": "vitssl.convert.__main__",
     "extract": "vitssl.tools.extract",
     "predict": "vitssl.tools.predict",
+    "prepare": "vitssl.tools.prepare",
     "sweep": "vitssl.tools.sweep",
     "store": "vitssl.tools.feature_store",
 }

@@ -1,5 +1,6 @@
 """Birds, CUB, Waterbirds, SIIM-ACR, MetaShift: layouts, groups, and what is refused."""
 
+import pathlib
 import pickle
 import re
 
@@ -178,3 +179,60 @@ def test_dicom_with_a_jpeg_inside_and_other_syntaxes():
         read(plain[:200])
     with pytest.raises(errors.DataError, match="transfer syntax .* not supported"):
         read(plain.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0"))
+
+
+def _moved(root, **names):
+    """Return a tree with some folders renamed."""
+    for old, new in names.items():
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        (root / old).rename(root / new)
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    "kind, names, options",
+    [
+        (
+            "siim_acr",
+            dict(train_set="a", full_test_set="b/c", all_masks="m"),
+            dict(mask_sub_path="m", masks=True),
+        ),
+        ("metashift", dict(train="a", test="b/c"), {}),
+        (
+            "waterbirds",
+            {"waterbird_complete95_forest2water2": "a"},
+            dict(image_sub_path_test="a", mask_sub_path="segmentations"),
+        ),
+        (
+            "cub",
+            dict(images="a", segmentations="m"),
+            dict(image_sub_path_test="a", mask_sub_path="m", masks=True),
+        ),
+    ],
+)
+def test_folders_may_have_other_names(kind, names, options, tmp_path):
+    own = pathlib.Path(layouts.make(kind, tmp_path / "own"))
+    given = dict(image_sub_path_train="a", image_sub_path_test="b/c") | options
+    root = pathlib.Path(layouts.make(kind, tmp_path / "moved"))
+    if kind == "waterbirds":  # Masks are those of CUB, beside it.
+        own, root = own.parent, root.parent
+        for tree in (own, root):
+            layouts.make("cub", tree / "birds")
+            (cub,) = tree.rglob("segmentations")
+            cub.rename(tree / "segmentations")
+    _moved(root, **names)
+    there = {k: options[k] for k in ("masks",) if k in options}
+    there |= {"mask_sub_path": "segmentations"} if kind == "waterbirds" else {}
+    for split in ("train", "test"):
+        want = sources.open(kind, str(own), split, **there)
+        got = sources.open(kind, str(root), split, **given)
+        assert len(got) == len(want) and got.classes == want.classes
+        for i in (0, len(want) - 1):
+            a, b = got[i], want[i]
+            assert sorted(a) == sorted(b)
+            for key in a:
+                np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+            if there:
+                assert "mask" in a
+    with pytest.raises(errors.DataError):
+        sources.open(kind, str(root), "train", **given | {"image_sub_path_train": "x"})

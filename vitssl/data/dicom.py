@@ -56,6 +56,18 @@ def decode(data: bytes, most: int) -> np.ndarray:  # -> uint8 [H, W, 1]
     return out[..., None]
 
 
+def size(data: bytes) -> tuple[int, int]:
+    """Return (rows, columns) of a file, its pixels unread.
+
+    Raises:
+        ValueError, KeyError: not such a file.
+    """
+    found = {tag: value for tag, value in _elements(data) if tag in (_ROWS, _COLUMNS)}
+    if len(found) < 2:
+        raise ValueError("a DICOM without rows and columns")
+    return _whole(found, _ROWS), _whole(found, _COLUMNS)
+
+
 def _values(found, allocated, most):  # -> unsigned integers [H, W]
     """Return the pixels as they are stored."""
     rows, columns = _whole(found, _ROWS), _whole(found, _COLUMNS)

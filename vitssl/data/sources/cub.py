@@ -39,6 +39,9 @@ def open(
     split,
     *,
     images="images",
+    image_sub_path_train="",
+    image_sub_path_test="",
+    mask_sub_path="segmentations",
     train_share: ranges.Share = 1.0,
     labels: Literal["all", "split"] = "all",
     keypoints=True,
@@ -55,12 +58,15 @@ def open(
         split: "train", "test", or "val": what train_share leaves of the training set.
         images: folder of the images, relative to root or absolute: another one with
             the same file names gives the birds before other backgrounds (Waterbirds).
+        image_sub_path_train, image_sub_path_test: the same of one split alone, "val"
+            being a part of training; "" = `images`.
+        mask_sub_path: folder of the segmentations, like `images`.
         train_share: first part of the training set that is "train"; the rest, in file
             order, is "val".
         labels: "all": numbered over all images; "split": over those of the split, as
             in the original, where a class that is missing shifts the numbers.
         keypoints: read parts/part_locs.txt and bounding_boxes.txt.
-        masks: read segmentations/.
+        masks: read the segmentations.
 
     Raises:
         DataError: what is missing or does not fit.
@@ -71,6 +77,8 @@ def open(
     label = {int(i): int(c) for i, c, *_ in _table(base, "image_class_labels.txt", 2)}
     train = {int(i): t == "1" for i, t, *_ in _table(base, "train_test_split.txt", 2)}
     called = {int(i): name for i, name, *_ in _table(base, "classes.txt", 2)}
+    own = image_sub_path_test if split == "test" else image_sub_path_train
+    images = own or images
     if not (base / images).is_dir():
         layout.fail("cub", f"no folder {images}", base, EXPECTED)
     ids = _members(list(names), train, split, train_share)
@@ -88,7 +96,7 @@ def open(
     shown = ()
     if masks:
         paths = [names[i] for i in ids]
-        shown = layout.beside(paths, base / "segmentations", ".png", "mask")
+        shown = layout.beside(paths, base / mask_sub_path, ".png", "mask")
     return wrappers.WithColumns(files, columns, shown)
 
 

@@ -12,7 +12,9 @@ EXPECTED = "ROOT/{train,test}/{cat,dog}/<context, as cat(sofa)>/*.jpg"
 SPLITS = {key: key for key in ("train", "val", "test")}
 
 
-def open(root, split, *, channels=3):
+def open(
+    root, split, *, image_sub_path_train="train", image_sub_path_test="test", channels=3
+):
     """One split; the class is the first folder, the group the folder of the image.
 
     Examples also have "group", the rank of that folder among those of all splits.
@@ -20,26 +22,29 @@ def open(root, split, *, channels=3):
     Args:
         root: MetaDatasetCatDog.
         split: "train" or "test"; "val" only where there is such a folder.
+        image_sub_path_train, image_sub_path_test: folders of these two.
 
     Raises:
         DataError: no such folder, or no image in it.
     """
-    split = layout.split_of("metashift", split, SPLITS)
+    own = {"train": image_sub_path_train, "test": image_sub_path_test}
+    place = layout.split_of("metashift", split, SPLITS | own)
     base = layout.root_of("metashift", root, EXPECTED)
-    if not (base / split).is_dir():
-        layout.fail("metashift", f"no folder {split}", base, EXPECTED)
-    there = [s for s in SPLITS if (base / s).is_dir()]
+    if not (base / place).is_dir():
+        layout.fail("metashift", f"no folder {place}", base, EXPECTED)
+    # Two splits may be one folder, and it is read once.
+    there = [s for s in dict.fromkeys((SPLITS | own).values()) if (base / s).is_dir()]
     classes = folder.classes_of(base, there)
     members = {s: folder.members(base, s, classes) for s in there}
-    contexts = {s: [_context(path) for path, _ in members[s]] for s in there}
+    contexts = {s: [_context(path, s) for path, _ in members[s]] for s in there}
     every = sorted({c for own in contexts.values() for c in own})
     rank = {context: i for i, context in enumerate(every)}
-    group = np.array([rank[c] for c in contexts[split]], np.int32)
+    group = np.array([rank[c] for c in contexts[place]], np.int32)
     about = dict(classes=classes, name="metashift", split=split)
-    files = folder.files(base, members[split], channels=channels, **about)
+    files = folder.files(base, members[place], channels=channels, **about)
     return wrappers.WithColumns(files, {"group": group})
 
 
-def _context(path):
-    """Return the folder of an image, relative to the split."""
-    return path.partition("/")[2].rpartition("/")[0]
+def _context(path, place):
+    """Return the folder of an image, relative to that of its split."""
+    return path.removeprefix(f"{place}/").rpartition("/")[0]

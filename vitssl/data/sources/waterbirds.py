@@ -18,7 +18,15 @@ SPLITS = {k: k for k in ("train", "val", "test", "worst_case", "best_case")}
 CLASSES = ("landbird", "waterbird")
 
 
-def open(root, split, *, channels=3):
+def open(
+    root,
+    split,
+    *,
+    image_sub_path_train=FOLDER,
+    image_sub_path_test=FOLDER,
+    mask_sub_path="",
+    channels=3,
+):
     """One split of Waterbirds.
 
     Examples also have "group" = 2 y + place: a landbird on land, on water, a waterbird
@@ -29,12 +37,20 @@ def open(root, split, *, channels=3):
         split: "train", "val", "test"; "worst_case" and "best_case" are the test images
             whose place is not, or is, the bird's own; waterbirds come first.
 
+        image_sub_path_train, image_sub_path_test: folder below root, if it is not
+            root itself, that holds metadata.csv and the images; of "train" and "val",
+            and of the others.
+        mask_sub_path: folder below root of masks by the names of the images, such as
+            CUB's "segmentations": examples also have "mask" uint8 [H, W]; "" = none.
+
     Raises:
-        DataError: no metadata, or columns that are missing from it.
+        DataError: no metadata, columns that are missing from it, images without mask.
     """
     split = layout.split_of("waterbirds", split, SPLITS)
     given = layout.root_of("waterbirds", root, EXPECTED)
-    there = [p for p in (given, given / FOLDER) if (p / "metadata.csv").is_file()]
+    learns = split in ("train", "val")
+    own = image_sub_path_train if learns else image_sub_path_test
+    there = [p for p in (given, given / own) if (p / "metadata.csv").is_file()]
     if not there:
         layout.fail("waterbirds", "no metadata.csv", given, EXPECTED)
     number = {"train": 0, "val": 1}.get(split, 2)
@@ -46,7 +62,11 @@ def open(root, split, *, channels=3):
     about = dict(classes=CLASSES, name="waterbirds", split=split)
     files = folder.files(there[0], members, channels=channels, **about)
     group = np.array([2 * y + place for _, y, _, place in rows], np.int32)
-    return wrappers.WithColumns(files, {"group": group})
+    shown = ()
+    if mask_sub_path:
+        paths, masks = [name for name, _ in members], given / mask_sub_path
+        shown = layout.beside(paths, masks, ".png", "mask")
+    return wrappers.WithColumns(files, {"group": group}, shown)
 
 
 def _rows(path):
