@@ -1,12 +1,13 @@
 """Every family: in, out and in again gives the same bits, and nothing goes unsaid."""
 
+import functools
 import re
 
 import numpy as np
 import pytest
 
 from tests import runs
-from tests.convert import checkpoints, pth, published
+from tests.convert import checkpoints, pth, published, test_cnn
 from vitssl import errors, tree
 from vitssl.convert import __main__ as command
 from vitssl.convert import (
@@ -31,6 +32,7 @@ TREES = checkpoints.TREES | {
     "parts": checkpoints.parts,
     "parts of Hugging Face": lambda: checkpoints.parts(hf=True),
     "parts of PDiscoFormer": checkpoints.p_disco_former,
+    **{kind: functools.partial(test_cnn.file, kind) for kind in test_cnn.FILES},
     "olmoearth": checkpoints.olmo_earth,
     "olmoearth encoder": lambda: checkpoints.olmo_earth(encoder_alone=True),
 }

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from concurrent import futures
 from typing import Any
@@ -26,6 +27,7 @@ from vitssl.models import MODELS
 FILE = "weights.safetensors"
 FORMAT = 1
 KEY = "vitssl"
+NO_FEATURES = "no features of its own: "  # A note of imports that tell no config.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,8 @@ class About:
         source: name of the file or run.
         sha256: of the source file; "" for a run.
         notes: what the conversion added, folded or left out.
-        config: of the run, {} for an import.
+        config: of the run; of an import, what builds a whole method, or {}.
+        classes: names, of a whole method that has some.
         metrics: the run's last scores.
     """
 
@@ -57,6 +60,7 @@ class About:
     notes: tuple[str, ...] = ()
     config: dict = dataclasses.field(default_factory=dict)
     metrics: dict = dataclasses.field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Backbone:
         if not values:
             raise errors.CheckpointError(
                 f"{self.about.source}: all parameters of a method, no encoder alone; "
-                "start a run from it with --config.init.from, then load the run"
+                "start a run from it with --config.init.from, or vitssl.load it"
             )
         name = values.pop("name", "vit")
         if name not in MODELS:
@@ -94,20 +98,25 @@ class Backbone:
 
     def encoder(self) -> dict:
         """Return the nested parameters of the module, as float32 arrays."""
-        head = "encoder/"
-        return tree.nest(
-            {
-                name.removeprefix(head): np.asarray(leaf, np.float32)
-                for name, leaf in self.leaves.items()
-                if name.startswith(head)
-            }
-        )
+        return self._under("encoder/", "params").get("params", {})
+
+    def variables(self) -> dict:
+        """Return what the module is applied with: parameters, batch statistics."""
+        return {"params": self.encoder()} | self._under("stats/encoder/", "batch_stats")
+
+    def _under(self, prefix, name) -> dict:
+        """Return {name: nested float32 leaves under a prefix}, {} without any."""
+        found = {
+            key.removeprefix(prefix): np.asarray(leaf, np.float32)
+            for key, leaf in self.leaves.items()
+            if key.startswith(prefix)
+        }
+        return {name: tree.nest(found)} if found else {}
 
     @property
     def channels(self) -> int:
         """Channels of an image: of both streams, if there are two."""
-        kernels = [k for k in self.leaves if k.endswith("patch_embed/kernel")]
-        return sum(self.leaves[k].shape[2] for k in kernels)
+        return channels(self.leaves)
 
     def check(self) -> None:
         """Compare the encoder with its description; nothing of whole methods.
@@ -118,11 +127,14 @@ class Backbone:
         if not self.about.model:
             return
         module = self.module()
-        size = getattr(module, "table_size", None) or sizes.pair(module.image_size)
+        size = getattr(module, "table_size", None)
+        size = size or sizes.pair(getattr(module, "image_size", 64))
         image = jax.ShapeDtypeStruct((1, *size, self.channels or 3), jnp.float32)
-        want = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-        faults = []
-        for name, leaf in tree.flat({"encoder": want}).items():
+        made, faults = jax.eval_shape(module.init, jax.random.key(0), image), []
+        want = {"encoder": made["params"]}
+        if "batch_stats" in made:
+            want["stats"] = {"encoder": made["batch_stats"]}
+        for name, leaf in tree.flat(want).items():
             if name not in self.leaves:
                 faults.append(f"{name} is missing")
             elif self.leaves[name].shape != leaf.shape:
@@ -138,6 +150,19 @@ class Backbone:
     def size(self) -> int:
         """Number of parameters."""
         return tree.size(dict(self.leaves))
+
+
+_READS = r".*patch_embed/kernel|(.*/)?(encoder|backbone)/(conv1|stem)/kernel"
+
+
+def reads(leaves) -> list[str]:
+    """Return the names of the kernels that read pixels."""
+    return [name for name in leaves if re.fullmatch(_READS, name)]
+
+
+def channels(leaves) -> int:
+    """Return the channels of an image: of both streams, if there are two."""
+    return sum(leaves[k].shape[2] for k in reads(leaves))
 
 
 def is_backbone(path) -> bool:

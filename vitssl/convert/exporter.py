@@ -17,6 +17,7 @@ from vitssl.convert import (
     backbone,
     beside,
     bigvision,
+    cnn_names,
     dinov3,
     families,
     family,
@@ -127,8 +128,9 @@ def _fitting(source) -> tuple[str, ...]:
     """Return the layouts for the kind of model that a source is."""
     if not source.about.model:
         return WHOLE
-    if source.about.model.get("name", "vit") == "hvit":
-        return ("hvit",)
+    kind = source.about.model.get("name", "vit")
+    if kind == "hvit" or kind in cnn_names.TABLES:
+        return ("hvit",) if kind == "hvit" else ("timm",)
     return tuple(name for name in LAYOUTS if name not in (*WHOLE, "hvit"))
 
 
@@ -145,6 +147,8 @@ def timm(source: backbone.Backbone) -> Export:
     Raises:
         UsageError: rotary positions, which that class does not have.
     """
+    if source.about.model.get("name") in cnn_names.TABLES:
+        return _convolutional(source)
     source = _settled(source)
     module, about = source.module(), source.about
     if module.rope:
@@ -185,6 +189,32 @@ def timm(source: backbone.Backbone) -> Export:
         "model.forward_features(images), pre_logits=True)\n"
     )
     return Export(state, recipe, snippet)
+
+
+def _convolutional(source) -> Export:
+    """Return timm's layout of a ResNet or ConvNeXt, the backbone alone."""
+    module, kind = source.module(), source.about.model["name"]
+    leaves = _copied(source)
+    recipe = dict(in_chans=backbone.channels(leaves), num_classes=0)
+    recipe["output_stride"] = module.output_stride
+    if kind == "resnet":
+        name, sizes = "ResNet", dict(layers=module.depths, channels=module.widths)
+        block = {"basic": "BasicBlock", "bottleneck": "Bottleneck"}[module.kind]
+        first = f"timm.models.resnet.{block}, "
+    else:
+        name, sizes = "ConvNeXt", dict(depths=module.depths, dims=module.widths)
+        first = ""
+        sizes["ls_init_value"] = module.layerscale or None
+    recipe = sizes | recipe
+    arguments = first + ", ".join(f"{key}={value!r}" for key, value in recipe.items())
+    snippet = (
+        "import timm\nfrom safetensors.torch import load_file\n"
+        f"model = timm.models.{name}({arguments})\n"
+        "# Not strict: what comes after the last stage is not in the file.\n"
+        'model.load_state_dict(load_file("{file}"), strict=False)\n'
+    )
+    table = cnn_names.TABLES[kind]("", "encoder/")
+    return Export(convert.export(tree.nest(leaves), table), recipe, snippet)
 
 
 def hf(source: backbone.Backbone) -> Export:

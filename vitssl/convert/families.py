@@ -3,8 +3,8 @@
 To add one: a `family.Family` in a module of its own, and its line here, above the
 families whose description fits it too. Whole methods stand here: every parameter of
 one, not an encoder alone, for `init.from` of their method, whose parameters have the
-same names; they have no features of their own, and `to_parts` and `to_olmoearth` are
-the way back.
+same names; `whole` tells the config that gives them features, and `to_parts` and
+`to_olmoearth` are the way back.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from vitssl import convert, errors, tree
 from vitssl.convert import (
     Table,
     bigvision,
+    cnn_names,
     dinov3,
     family,
     huggingface,
@@ -23,18 +24,21 @@ from vitssl.convert import (
     prefixes,
     reader,
     timm_names,
+    whole,
 )
 from vitssl.methods.latent_mim import names
 from vitssl.methods.parts import names as parts
 
 _HF = "encoder.layer."  # Hugging Face's name of a block.
+# First layers of convolutional networks: their names there, and here.
+_CNN = {"resnet": ("conv1.weight", "conv1"), "convnext": ("stem.0.weight", "stem")}
 
 
 def _parts_table(fields: Mapping) -> Table:
     if fields["stages"] == 2:
         return parts.two_stage(hf=fields["hf"])
     # The names of the method's kind "single_stage".
-    return parts.part_net(flax="stage_1/", hf=fields["hf"])
+    return parts.part_net(flax="stage_1/", hf=fields["hf"], cnn=fields["cnn"])
 
 
 def _parts_fields(state: Mapping, options) -> dict:
@@ -42,6 +46,7 @@ def _parts_fields(state: Mapping, options) -> dict:
     return dict(
         stages=2 if any(key.startswith("stage_2.") for key in state) else 1,
         hf=any(_HF in key for key in state),
+        cnn=next((k for k, (key, _) in _CNN.items() if key in state), ""),
     )
 
 
@@ -52,13 +57,15 @@ def _parts_prepare(state: Mapping, notes: list) -> dict:
 
 PARTS = family.Family(
     name="parts",
-    about="iFAM and PDiscoFormer: both stages, for the method parts",
+    about="iFAM, PDiscoFormer, PDiscoNet: all stages, for the method parts",
     fits=lambda state: any(key.endswith("fc_landmarks.weight") for key in state),
     model=_parts_fields,
     table=_parts_table,
     prepare=_parts_prepare,
     places=("MODEL_STATE", "model", "state_dict", ""),
     whole=True,
+    config=whole.parts,
+    classes=whole.parts_classes,
 )
 
 
@@ -80,6 +87,7 @@ OLMOEARTH = family.Family(
     places=("model", "model_state_dict", "state_dict", ""),
     strip=("module.", "_orig_mod.", "model."),
     whole=True,
+    config=whole.olmoearth,
 )
 
 
@@ -89,6 +97,7 @@ ORDER = (
     OLMOEARTH,
     hvit_names.FAMILY,
     timm_names.HJEPA,
+    *cnn_names.FAMILIES,
     bigvision.BIGVISION,
     dinov3.DINOV3,
     huggingface.DINOV2,
@@ -266,7 +275,9 @@ def to_parts(leaves: Mapping, hf: bool) -> dict[str, np.ndarray]:
     if not any(name.startswith("stage_") for name in leaves):
         raise errors.UsageError("--layout=parts: these are no weights of that method")
     first = not any(name.startswith("stage_2/") for name in leaves)
-    fields = dict(stages=1 if first else 2, hf=hf)
+    backbone = "stage_1/backbone/{}/kernel"
+    found = (k for k, (_, x) in _CNN.items() if backbone.format(x) in leaves)
+    fields = dict(stages=1 if first else 2, hf=hf, cnn=next(found, ""))
     state = convert.export(tree.nest(dict(leaves)), _parts_table(fields))
     return huggingface.split(state) if hf else state
 

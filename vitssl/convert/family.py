@@ -71,6 +71,8 @@ class Family:
         strip: prefixes to take off every key that has one.
         named: fits only the dicts of a training checkpoint that `places` names.
         whole: not an encoder but all parameters of a method, see `families`.
+        config: of a whole method: (state, options, mean, std, notes) -> config.
+        classes: of a whole method: state -> how many its classifier names.
         kind: key of `models.MODELS`; `model` returns its fields.
         shapes: (fields, state) -> nested shapes of {"encoder", "head"}, where they are
             not those of a ViT and a linear layer.
@@ -91,6 +93,8 @@ class Family:
     strip: tuple[str, ...] = ("module.",)
     named: bool = False
     whole: bool = False
+    config: Callable[..., dict] | None = None
+    classes: Callable[[Mapping], int] = lambda state: 0
     kind: str = "vit"
     shapes: Callable[[dict, Mapping], dict] | None = None
     told: Callable[[Mapping], dict] = lambda tree: {}

@@ -122,7 +122,10 @@ def _read(path, one, raw, said, notes) -> backbone.Backbone:
         _check_kinds(leaves)
         notes += _aside(state, table)
         mean, std = _pixels(facts, about, len(about.mean), notes)
-        return _noted(about, leaves, notes, mean=mean, std=std)
+        built = _config(one, state, table_options, (mean, std), notes)
+        classes = tuple(map(str, range(one.classes(state))))
+        more = dict(mean=mean, std=std, config=built, classes=classes)
+        return _noted(about, leaves, notes, **more)
     if header.get("resampling") and one.kind == "vit":
         fields["resampling"] = header["resampling"]
     _say_of_fields(one, fields, facts, table_options, notes)
@@ -132,7 +135,7 @@ def _read(path, one, raw, said, notes) -> backbone.Backbone:
     notes += _aside(state, table)
     options = dataclasses.replace(said.options, config={})
     leaves, fields = _adapt(leaves, fields, about, options, notes)
-    mean, std = _pixels(facts, about, _channels(leaves), notes)
+    mean, std = _pixels(facts, about, backbone.channels(leaves), notes)
     pool = facts["pool"].value if "pool" in facts else one.pool
     pool = pool if fields.get("cls") else "mean"
     model = {"name": one.kind, **fields}
@@ -285,6 +288,15 @@ def _check_kinds(leaves):
             )
 
 
+def _config(one, state, options, pixels, notes) -> dict:
+    """Return the config of a whole method; {} where the file does not tell it."""
+    try:
+        return one.config(state, options, *pixels, notes)
+    except errors.VitsslError as e:  # A run may start from it all the same.
+        notes.append(f"{backbone.NO_FEATURES}{e}")
+        return {}
+
+
 def _noted(about, leaves, notes, **more) -> backbone.Backbone:
     about = dataclasses.replace(about, notes=tuple(notes), **more)
     return backbone.Backbone(about, leaves)
@@ -316,10 +328,11 @@ def _own(path, name, part, options):
     fields = {key: getattr(module, key) for key in keys if hasattr(module, key)}
     leaves, fields = _adapt(found.leaves, fields, about, options, notes)
     mean, std = about.mean, about.std
-    if (count := _channels(leaves)) != len(mean):
+    if (count := backbone.channels(leaves)) != len(mean):
         mean, std = _spread(mean, count), _spread(std, count)
         notes += [f"mean={mean}, std={std}: spread over {count} channels"]
-    model = dict(about.model) | {"image_size": fields["image_size"]}
+    sized = {k: fields[k] for k in ("image_size",) if k in fields}
+    model = dict(about.model) | sized
     return _noted(about, leaves, notes, model=model, mean=mean, std=std)
 
 
@@ -380,7 +393,7 @@ def _aside(state, table) -> list[str]:
 def _adapt(leaves, fields, one, options, notes):
     """Return (leaves, fields) for the channels and size asked for."""
     leaves = dict(leaves)
-    had = _channels(leaves)
+    had = backbone.channels(leaves)
     if options.channels < 0:
         raise errors.UsageError(
             f"--channels={options.channels}: 1 or more, 0 as stored"
@@ -391,11 +404,19 @@ def _adapt(leaves, fields, one, options, notes):
                 f"--channels={options.channels}: this model takes {had}, those of two "
                 "images"
             )
-        leaves[_KERNEL] = channels(leaves[_KERNEL], options.channels)
+        (kernel,) = backbone.reads(leaves)
+        leaves[kernel] = channels(leaves[kernel], options.channels)
         notes.append(
             f"patch embedding of {had} channels converted to {options.channels} "
             f"({'summed' if options.channels == 1 else 'repeated and scaled'})"
         )
+    if "patch" not in fields:  # A convolutional network has no size.
+        if options.image_size:
+            raise errors.UsageError(
+                f"--image_size={options.image_size}: this network takes images of any "
+                "size; leave it out"
+            )
+        return leaves, fields
     size, patch = options.image_size or fields["image_size"], fields["patch"]
     if size % patch:
         raise errors.UsageError(
@@ -412,12 +433,6 @@ def _adapt(leaves, fields, one, options, notes):
             f"({one.rule})"
         )
     return leaves, fields | {"image_size": size}
-
-
-def _channels(leaves) -> int:
-    """Return the channels of an image: of both streams, if there are two."""
-    kernels = [k for k in leaves if k.endswith("patch_embed/kernel")]
-    return sum(leaves[k].shape[2] for k in kernels)
 
 
 def channels(kernel, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitssl import errors, sizes
 from vitssl.data import views
@@ -153,6 +154,24 @@ class Method(abc.ABC):
             yield f"evals.image_size={size}: {fault}"
 
     # What a method may add to evaluation.
+
+    @property
+    def reads(self) -> dict:
+        """Return options of a data set, as `modalities`, that the method asks for."""
+        return {}
+
+    def sample(self, images: dict, *, raw: bool = False) -> dict:
+        """Return what `features` takes of a user's {sensor: array}.
+
+        Raises:
+            UsageError: the method takes pictures, or a sensor does not fit.
+        """
+        del images, raw
+        raise errors.UsageError("this method takes images [B, H, W, C], not a dict")
+
+    def sample_shapes(self, size: tuple[int, int], channels: int):
+        """Return shapes of what `features` takes, of one sample."""
+        return jax.ShapeDtypeStruct((1, *size, channels), np.uint8)
 
     def evaluation_transform(self, size: int) -> Callable:
         """Return the transform of evaluation images.

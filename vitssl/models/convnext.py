@@ -48,6 +48,8 @@ class ConvNeXt(nn.Module):
     layerscale: ranges.NotNegative = 1e-6
     output_stride: resnet.Stride = 32
 
+    poolings = ("mean",)
+
     @property
     def width(self):
         """Channels of a token."""
@@ -87,6 +89,10 @@ class ConvNeXt(nn.Module):
             padding="SAME" if dilation > 1 else "VALID",
             name=f"stage{s}_down_conv",
         )(x).astype(jnp.float32)
+
+    def features(self, image) -> dict:
+        """Return {"tokens": [B, N, width], "mean": [B, width]} of images."""
+        return resnet.pooled(self(image))
 
     def check_image(self, size) -> Iterator[str]:
         """Yield nothing: a convolutional network takes images of any size."""

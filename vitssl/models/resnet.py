@@ -8,6 +8,7 @@ two stages joined as in PDiscoNet, van der Klis et al. 2023, arXiv:2309.03173.
 from collections.abc import Iterator
 from typing import Literal
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -51,6 +52,12 @@ def join(last, previous):
     if shape != last.shape:
         last = jax.image.resize(last, shape, "linear", antialias=False)
     return jnp.concatenate([last, previous], axis=-1)
+
+
+def pooled(x) -> dict:  # [B, h, w, D]
+    """Return {"tokens": [B, h w, D], "mean": [B, D]} of a grid."""
+    tokens = einops.rearrange(x, "b h w d -> b (h w) d").astype(jnp.float32)
+    return {"tokens": tokens, "mean": tokens.mean(1)}
 
 
 class Block(nn.Module):
@@ -105,6 +112,8 @@ class ResNet(nn.Module):
     kind: Literal["basic", "bottleneck"] = "bottleneck"
     output_stride: Stride = 32
 
+    poolings = ("mean",)
+
     @property
     def width(self):
         """Channels of a token."""
@@ -136,6 +145,10 @@ class ResNet(nn.Module):
                 before = dilation
             stages.append(x)
         return join(stages[-1], stages[-2])
+
+    def features(self, image) -> dict:
+        """Return {"tokens": [B, N, width], "mean": [B, width]} of images."""
+        return pooled(self(image))
 
     def check_image(self, size) -> Iterator[str]:
         """Yield nothing: a convolutional network takes images of any size."""

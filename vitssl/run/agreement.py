@@ -7,6 +7,7 @@ import unicodedata
 import numpy as np
 
 from vitssl import errors, tree
+from vitssl.convert import backbone
 from vitssl.data import sources as kinds
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def with_checkpoint(spec, past, data, size, params) -> None:
         data, size: section and training size of this run.
         params: of this run; where what reads the pixels starts anew, nothing is said.
     """
-    kernels = (n for n in tree.flat(params) if n.endswith("patch_embed/kernel"))
+    kernels = backbone.reads(tree.flat(params))
     if all(any(re.fullmatch(p, name) for p in spec.skip) for name in kernels):
         return
     if past.imported:

@@ -326,8 +326,10 @@ def read(directory, step: int, target):
 
 
 def read_meta(directory, step: int) -> dict:
-    """Return the json beside the state of one checkpoint."""
+    """Return the json beside the state of one checkpoint; {} where there is none."""
     path = pathlib.Path(os.path.abspath(directory)) / str(step) / "meta"
+    if not path.is_dir():
+        return {}
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(path)
 

@@ -7,6 +7,15 @@ vitssl.load("runs/finetune_hvit").predict(images)["class"]      # of any sizes
 
 vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
 vitssl extract WEIGHTS --program=FOLDER
+
+Whole methods of others are loaded as runs are, once they are converted:
+
+vitssl convert import ifam_cub.pth --to=ifam
+found = vitssl.load("ifam")(images)             # "maps" [B, h, w, K + 1]: each patch
+                                                # to K parts, the background last
+vitssl convert import olmoearth_nano.pth --to=olmo
+found = vitssl.load("olmo")(samples, raw=True)  # {"sentinel2_l2a": [B, H, W, T, 12],
+                                                # "timestamps": [B, T, 3]}
 """
 
 import contextlib
@@ -19,7 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 import einops
-import flax
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +42,7 @@ from vitssl.run import opened
 logger = logging.getLogger(__name__)
 
 NAMES = ("pooled", "tokens")
+MAPS = "maps"  # Of methods that find parts, too.
 PIXELS = (np.uint8, np.uint16)  # Dtypes of images that are not normalised yet.
 UPSAMPLINGS = ("shift", "bilinear", "nearest")  # Those that need no training.
 
@@ -65,21 +75,28 @@ class Features:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __call__(self, images) -> dict[str, jax.Array]:
+    def __call__(self, images, *, raw: bool = False) -> dict[str, jax.Array]:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
+
+        A method that finds parts adds "maps" [B, h, w, K + 1], the share of each patch
+        in every part and, last, in the background.
 
         Args:
             images: [B, H, W, C], uint8 or uint16 pixels, or float32 already normalised;
-                of a method that reads several arrays a dict of them, see its
-                `features`.
+                of a method that reads several sensors a dict of them, see its `sample`.
+            raw: the values of that dict are in the sensors' own units.
 
         Raises:
             UsageError: another rank, dtype or number of channels, or floats that are
                 not normalised.
         """
         if isinstance(images, dict):
-            found = _compiled(self.apply)(self.state, images)
-            return {name: found[name] for name in NAMES}
+            if self.method is None:
+                raise errors.UsageError(f"{self.name}: takes [B, H, W, C], not a dict")
+            sample = self.method.sample(images, raw=raw)
+            return _kept(_compiled(self.apply)(self.state, sample))
+        if raw:
+            raise errors.UsageError("raw=True: pixels have no units; give uint8")
         images = np.asarray(images) if not hasattr(images, "dtype") else images
         if images.ndim != 4 or images.shape[-1] != self.channels:
             raise errors.UsageError(
@@ -93,8 +110,7 @@ class Features:
             )
         self._check_normalised(images)
         self._check_size(images.shape[1:3])
-        found = _compiled(self.apply)(self.state, images)
-        return {name: found[name] for name in NAMES}
+        return _kept(_compiled(self.apply)(self.state, images))
 
     def _check_normalised(self, images) -> None:
         """Refuse floats that no pixel becomes by mean and std."""
@@ -125,9 +141,11 @@ class Features:
         Raises:
             CheckpointError: the weights lack parameters.
         """
-        shape = (1, *sizes.pair(self.image_size), self.channels)
+        size = sizes.pair(self.image_size)
+        image = jax.ShapeDtypeStruct((1, *size, self.channels), np.uint8)
+        if self.method is not None:
+            image = self.method.sample_shapes(size, self.channels)
         with _complete(self.name):
-            image = jax.ShapeDtypeStruct(shape, np.uint8)
             return jax.eval_shape(self.apply, self.state, image)
 
     @property
@@ -198,6 +216,10 @@ class Features:
         ]
 
 
+def _kept(found) -> dict:
+    return {name: found[name] for name in (*NAMES, MAPS) if name in found}
+
+
 @contextlib.contextmanager
 def _complete(name):
     """Raise CheckpointError where a network misses parameters."""
@@ -238,12 +260,14 @@ def load(
     """Return the features of weights on disk.
 
     Args:
-        path: a run's workdir, one checkpoint of it, or converted weights.
+        path: a run's workdir, one checkpoint of it, or converted weights: of an
+            encoder, or of a whole method.
         part: of a run: "" = what its evaluations use; "target" or "encoder" = that
             encoder alone, without what the method puts on top.
         pool: "cls" or "mean"; "" = what the weights' family uses. Of a run: needs
             `part`.
-        image_size: of converted weights: resample the position table for it.
+        image_size: of converted weights: resample the position table for it; of a
+            whole method: the size of images that `predict` and `vitssl extract` make.
         output_patch: "tokens" are those of patches of this side, a divisor of the
             ViT's own: [B, (H / q) (W / q), D], row by row; 0 = its own. Of a run: of
             its encoder alone.
@@ -255,6 +279,11 @@ def load(
         UsageError: an option does not fit the weights.
     """
     past = opened.past(path)
+    if past.imported and not past.weights.about.model:
+        for key, value in dict(part=part, pool=pool, output_patch=output_patch).items():
+            if value:
+                raise errors.UsageError(f"{key}={value}: {path} holds a whole method")
+        return _of_whole(past, image_size)
     if past.imported:
         found = past.weights
     elif part or output_patch:
@@ -297,15 +326,16 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
     if pool not in known:
         more = "" if "cls" in known else " (there is no class token)"
         raise errors.UsageError(f"pool={pool}: {' or '.join(known)}{more}")
-    if image_size and image_size != module.image_size:
+    stored = getattr(module, "image_size", 0)  # A convolutional network has none.
+    if stored and image_size and image_size != stored:
         found, module = _resized(found, image_size)
-    params = found.encoder()
-    for name, leaf in tree.flat(params).items():
+    variables = found.variables()
+    for name, leaf in tree.flat(variables["params"]).items():
         backbone.check_finite(f"{about.source}: {name}", leaf)
     return Features(
         _Encode(module, about.mean, about.std, pool),
-        jax.device_put(params),
-        module.image_size,
+        jax.device_put(variables),
+        image_size or stored,
         found.channels,
         about.mean,
         about.std,
@@ -333,33 +363,33 @@ def _resized(found, size):
 
 @dataclasses.dataclass(frozen=True)
 class _Encode:
-    """(params, image) -> features of a backbone of `models.MODELS`."""
+    """(variables, image) -> features of a backbone of `models.MODELS`."""
 
     module: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pool: str
 
-    def __call__(self, params, image) -> dict:
+    def __call__(self, variables, image) -> dict:
         """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
         x = patches.normalise(image, self.mean, self.std)
-        found = self.module.apply({"params": params}, x, method="features")
+        found = self.module.apply(variables, x, method="features")
         return {"pooled": found[self.pool], "tokens": found["tokens"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class _EncodeFiner:
-    """(params, image) -> features of a ViT with more tokens than it processes."""
+    """(variables, image) -> features of a ViT with more tokens than it processes."""
 
     net: hybrid_vit.HybridViT
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pool: str
 
-    def __call__(self, params, image) -> dict:
+    def __call__(self, variables, image) -> dict:
         """Return pooled [B, D] and tokens [B, (H / q) (W / q), D] of [B, H, W, C]."""
         x = patches.normalise(image, self.mean, self.std)
-        dense = self.net.apply({"vit": params}, x)
+        dense = self.net.apply({"vit": variables["params"]}, x)
         coarse = dense.tokens_p.astype(jnp.float32).mean((1, 2))
         pooled = dense.prefix[:, 0] if self.pool == "cls" else coarse
         tokens = einops.rearrange(dense.features_q, "b h w d -> b (h w) d")
@@ -400,6 +430,18 @@ def _of_run(past: opened.Past, pool="", image_size=0) -> Features:
     )
 
 
+def _of_whole(past: opened.Past, image_size: int) -> Features:
+    """Return the features of a whole method that was imported.
+
+    Raises:
+        CheckpointError: a leaf is missing, or has another shape than its method's.
+    """
+    found = _of_run(past)
+    found = dataclasses.replace(found, image_size=image_size or found.image_size)
+    found.shapes()  # Complains of what is missing.
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Method:
     """((params, extra), image) -> features of a method."""
@@ -408,8 +450,7 @@ class _Method:
 
     def __call__(self, state, image) -> dict:
         """Return pooled [B, D] and tokens [B, N, D] of images [B, H, W, C]."""
-        found = self.method.features(*state, image)
-        return {name: found[name] for name in NAMES}
+        return _kept(self.method.features(*state, image))
 
 
 def export_program(

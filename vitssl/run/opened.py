@@ -20,6 +20,7 @@ from vitssl.convert import backbone
 from vitssl.run import build, checkpoint, experiment
 
 AVERAGES = ("ema/", "average/")  # Where methods keep averages of all parameters.
+BESIDE = ("target/", "stats/")  # What is no parameter, of what a file holds.
 FORMS = "want WORKDIR, WORKDIR@best, @last or @STEP, or WORKDIR/checkpoints/STEP"
 
 
@@ -54,11 +55,18 @@ class Past:
 
     @functools.cached_property
     def experiment(self) -> experiment.Experiment:
-        """Return the checked config of the run.
+        """Return the checked config of the run, or of an import of a whole method.
 
         Raises:
             CheckpointError: there is none.
         """
+        if self.imported:
+            about = self.weights.about
+            if not about.config:
+                why = [n for n in about.notes if n.startswith(backbone.NO_FEATURES)]
+                way_out = (*why, "convert the original file again")[0]
+                raise errors.CheckpointError(f"{self.path}: says no config; {way_out}")
+            return experiment.read(config.from_json(json.dumps(about.config)))
         file = self.workdir / "config.json"
         if not file.is_file():
             raise errors.CheckpointError(
@@ -69,6 +77,8 @@ class Past:
     @functools.cached_property
     def meta(self) -> dict:
         """Return the json beside the state: classes, metrics, versions."""
+        if self.imported:
+            return {"classes": self.weights.about.classes}
         return checkpoint.read_meta(self.directory, self.step)
 
     @functools.cached_property
@@ -77,7 +87,9 @@ class Past:
         return backbone.read(self.path)
 
     def trees(self, *keys: str) -> dict:
-        """Return {key: {name: numpy array}} of a run's "params" and "extra"."""
+        """Return {key: {name: numpy array}} of "params" and "extra"."""
+        if self.imported:
+            return _split(self.weights.leaves)
         state = self.directory.resolve() / str(self.step) / "state"
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             everything = reader.metadata(state).item_metadata.tree
@@ -105,7 +117,8 @@ class Past:
         if self.imported:
             if part != "params":
                 raise errors.UsageError(f"{self.path}: an import has no part {part!r}")
-            return dict(self.weights.leaves)
+            leaves = dict(self.weights.leaves)
+            return {k: v for k, v in leaves.items() if not k.startswith("stats/")}
         stored = self.trees("params", "extra")
         params, extra = stored["params"], stored["extra"]
         average = {k: v for p in AVERAGES for k, v in _under(extra, p).items()}
@@ -116,6 +129,10 @@ class Past:
             has = ", ".join(name for name, leaves in kept.items() if leaves)
             raise errors.UsageError(f"{self.path}: no part {part!r}; the run has {has}")
         return params | kept[part]
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Return {name: array} of the batch statistics that go with the parameters."""
+        return _under(self.trees("extra")["extra"], "stats/")
 
     def state(self):
         """Return (`build.Parts`, state) to go on with; opens the run's data."""
@@ -152,6 +169,8 @@ class Past:
             metrics=_scores(self.workdir),
         )
         if not parts:
+            classes = tuple(self.meta.get("classes", ()))
+            about = dataclasses.replace(about, classes=classes)
             return backbone.Backbone(about, _whole(stored))
         chosen = part or next(iter(parts))
         leaves = {f"encoder/{name}": leaf for name, leaf in parts[chosen].items()}
@@ -227,10 +246,18 @@ def _encoders(stored) -> dict:
 
 
 def _whole(stored) -> dict:
-    """Return all parameters; averaged ones, and those of a target, where there are."""
+    """Return all parameters; averaged ones, of a target, statistics, if there are."""
     average = _under(stored["extra"], "average/")
-    target = {k: x for k, x in stored["extra"].items() if k.startswith("target/")}
-    return stored["params"] | average | target
+    beside = {k: x for k, x in stored["extra"].items() if k.startswith(BESIDE)}
+    return stored["params"] | average | beside
+
+
+def _split(leaves) -> dict:
+    """Return {"params", "extra"} of the leaves of `_whole`."""
+    found = {"params": {}, "extra": {}}
+    for name, leaf in leaves.items():
+        found["extra" if name.startswith(BESIDE) else "params"][name] = leaf
+    return found
 
 
 def _classifier(about, head, settings, extra):

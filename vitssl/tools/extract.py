@@ -3,10 +3,12 @@
     vitssl extract WEIGHTS --images=FOLDER --to=FEATURES.npz
         [--image_size=N] [--batch_size=64] [--names=pooled,tokens] [--pool=cls|mean]
         [--part=target|encoder] [--output_patch=N] [--upsampling=shift]
-        [--divided=auto|yes|no]
+        [--divided=auto|yes|no] [--source=NAME --split=test]
     vitssl extract WEIGHTS --program=FOLDER [--image_size=N] [--batch=N]
 
-WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert.
+WEIGHTS is a run's workdir, one checkpoint of it, or an import of vitssl.convert, of an
+encoder or of a whole method; one that finds parts has --names=pooled,tokens,maps, too.
+A method that reads several sensors takes --source=olmoearth: FOLDER is its data.root.
 FEATURES.npz holds "pooled" [M, D], "label" [M], "classes" and "path" [M].
 FEATURES.parquet (extra [parquet]) has one row an image: "class", "label", "path" and
 each feature as a list, whose shape the schema's metadata tells under "shapes".
@@ -21,7 +23,7 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.convert import place
-from vitssl.data import decode, pipeline, views
+from vitssl.data import decode, pipeline, sources, views
 from vitssl.data.sources import folder
 from vitssl.evals import extraction
 from vitssl.run import inference
@@ -38,11 +40,14 @@ def run(
     batch_size: int = 64,
     divided: str = "auto",
     names: tuple[str, ...] = ("pooled",),
+    kind: str = "folder",
+    split: str = "test",
     show=print,
 ) -> dict[str, np.ndarray]:
     """Extract the features of a folder and write them; return them too.
 
-    Images are resized on their short side and cut to a central square.
+    Images of a folder are resized on their short side and cut to a central square;
+    those of another data set go through the evaluation transform of the method.
 
     Args:
         weights: of `inference.load`.
@@ -51,7 +56,9 @@ def run(
         to: `.npz` or `.parquet` file.
         batch_size: images at once.
         divided: "yes", "no" or "auto": whether the first folders are splits.
-        names: of "pooled" and "tokens".
+        names: of "pooled" and "tokens", and "maps" where parts are found.
+        kind: of data set, a key of `sources.SOURCES`.
+        split: of one that is no folder.
         show: receives lines of progress.
 
     Returns:
@@ -64,13 +71,12 @@ def run(
     to = _checked(to, batch_size, names)
     if not weights.image_size:
         raise errors.UsageError("--image_size=N is missing; these weights have none")
-    options = dict(channels=weights.channels, divided=divided, labels="any")
-    source = folder.open(str(images), "all", **options)
-    writing.compare(source, weights, show)
     shapes = weights.shapes()
+    if wrong := [name for name in names if name not in shapes]:
+        raise errors.UsageError(f"--names={wrong[0]}: these have {', '.join(shapes)}")
+    source, transform = _opened(weights, images, kind, split, divided, show)
     each = sum(4 * math.prod(shapes[name].shape) for name in names)
     place.check(to, "--to", each * len(source))
-    transform = views.Evaluate(weights.image_size, 1.0)
     with pipeline.evaluate(source, transform, batch_size=batch_size) as batches:
         found = extraction.extract(
             weights.apply,
@@ -79,7 +85,8 @@ def run(
             names=names,
         )
     index = found.pop("index")
-    found["path"] = np.array([source.path(i) for i in index])
+    path = getattr(source, "path", str)  # Some have one file for all.
+    found["path"] = np.array([path(i) for i in index])
     found["classes"] = np.array(source.classes)
     with writing.whole(to) as part:
         _write(part, found)
@@ -92,11 +99,27 @@ def run(
 
 def _checked(to, batch_size, names):
     """Return where to write, once the flags are sound: before weights are read."""
-    to = writing.place(to, KINDS)
+    to, known = writing.place(to, KINDS), (*inference.NAMES, inference.MAPS)
     writing.counts(batch_size=batch_size)
-    if wrong := [name for name in names if name not in inference.NAMES]:
-        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(inference.NAMES)}")
+    if wrong := [name for name in names if name not in known]:
+        raise errors.UsageError(f"--names={wrong[0]}: of {', '.join(known)}")
     return to
+
+
+def _opened(weights, images, kind, split, divided, show):
+    """Return (source, transform) of the images."""
+    if kind == "folder":
+        options = dict(channels=weights.channels, divided=divided, labels="any")
+        source = folder.open(str(images), "all", **options)
+        writing.compare(source, weights, show)
+        return source, views.Evaluate(weights.image_size, 1.0)
+    if weights.method is None:
+        raise errors.UsageError(f"--source={kind}: an encoder alone reads folders")
+    given = dict(channels=weights.channels) | weights.method.reads
+    known = sources.options_of(kind) if kind in sources.SOURCES else {}
+    options = {key: value for key, value in given.items() if key in known}
+    source = sources.open(kind, str(images), split, **options)
+    return source, weights.method.evaluation_transform(weights.image_size)
 
 
 def _write(to, found):
@@ -137,6 +160,8 @@ def _main(argv) -> int:
     flags.add_argument("--batch", default="b", help="fixed size of a program's batch")
     flags.add_argument("--divided", default="auto", choices=("auto", "yes", "no"))
     flags.add_argument("--names", default="pooled")
+    flags.add_argument("--source", default="folder", help="kind of data set")
+    flags.add_argument("--split", default="test", help="of one that is no folder")
     flags.add_argument("--pool", default="")
     flags.add_argument("--part", default="")
     flags.add_argument("--output_patch", type=int, default=0, help="side of a token")
@@ -163,7 +188,7 @@ def _main(argv) -> int:
         return 0
     options = dict(batch_size=f.batch_size, divided=f.divided, names=names)
     with place.reading(errors.DataError):
-        run(found, f.images, f.to, **options)
+        run(found, f.images, f.to, kind=f.source, split=f.split, **options)
     return 0
 
 

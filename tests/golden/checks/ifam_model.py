@@ -1,11 +1,12 @@
 """iFAM: both stages, the predecessors and the baselines."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tests.golden import ifam_names, reading
-from vitssl import convert
 from vitssl.methods.parts import heads, names, networks
 from vitssl.methods.parts import maps as partmaps
 from vitssl.models import convnext, layers, posemb, resnet, vit
@@ -177,10 +178,11 @@ def _pdiscoformer(case):
         variables = load(case, net, names.part_net, image(case))
     else:
         kind = "original" if "modulation" in case.param else "layer_norm"
-        net, rules = networks.PartNet(_cnn(c), head(c, kind)), _cnn_table(c)
+        net = networks.PartNet(_cnn(c), head(c, kind))
         reading.agree(c, image=image(case).shape[1])
         like = jax.eval_shape(net.init, jax.random.key(0), image(case))
-        variables = convert.convert(case.param, like, rules)
+        rules = functools.partial(names.part_net, cnn=_kind(c))
+        variables = _variables(case, like, rules)
     found = apply(net, variables, image(case), draws(case))
     # The predecessor's modulation of what the orthogonality sees is an option.
     orth = c.get("modulation_orth", False)
@@ -206,8 +208,17 @@ def _cnn(c):
     )
 
 
-def _cnn_table(c):
-    return ifam_names.convnext() if "dims" in c else ifam_names.resnet()
+def _kind(c):
+    return "convnext" if "dims" in c else "resnet"
+
+
+def _variables(case, like, rules):
+    """Return variables like `like`; statistics stand under "stats" in the tables."""
+    tree = dict(like["params"])
+    if "batch_stats" in like:
+        tree["stats"] = like["batch_stats"]
+    tree = ifam_names.load(case.param, tree, rules)
+    return {"batch_stats": tree.pop("stats", {}), "params": tree}
 
 
 def _baseline(case):
@@ -224,11 +235,7 @@ def _baseline(case):
         pooling = {"late": "late_mask"}.get(pooling, pooling)
         model = networks.Baseline(net, c["num_classes"], pooling)
     like = jax.eval_shape(model.init, jax.random.key(0), *args)
-    tree = dict(like["params"])
-    if "batch_stats" in like:
-        tree["stats"] = like["batch_stats"]
-    tree = ifam_names.load(case.param, tree, names.masked)
-    variables = {"batch_stats": tree.pop("stats", {}), "params": tree}
+    variables = _variables(case, like, names.masked)
     case.close("logits", apply(model, variables, *args))
 
 

@@ -312,6 +312,40 @@ class LatentMIM(base.Embedding):
             "tokens_p": einops.rearrange(coarse, "b h w d -> b (h w) d"),
         }
 
+    @property
+    def reads(self) -> dict:
+        """Return the option of data sets that `features` asks for."""
+        return {"modalities": tuple(kind.name for kind in self.read)}
+
+    def sample(self, images: dict, *, raw: bool = False) -> dict:
+        """Return what `features` takes of {modality: array, "timestamps": [B, T, 3]}.
+
+        A modality may lack; timestamps are (day, month 0 to 11, year).
+
+        Args:
+            raw: values are in the sensors' own units: `modalities.normalise_sensors`
+                makes of them what is read otherwise.
+
+        Raises:
+            UsageError: none of the modalities is there; another shape than [B, H, W,
+                T, C], [B, T, C] or [B, C].
+        """
+        if raw and "rgb" not in images:
+            images = modalities.normalise_sensors(images)
+        return readout.sample(self.read, images)
+
+    def sample_shapes(self, size, channels):
+        """Return shapes of what `features` takes, of one sample."""
+        if [k.name for k in self.read] == ["rgb"]:
+            return super().sample_shapes(size, channels)
+        times = self.readout.times
+        found = {
+            k.name: jax.ShapeDtypeStruct((1, *k.shape(size[0], times)), jnp.float32)
+            for k in self.read
+        }
+        stamps = jax.ShapeDtypeStruct((1, times, 3), jnp.int32)
+        return found | {"timestamps": stamps}
+
     def _fields(self, image) -> dict:
         """Return evaluation inputs as a dict."""
         if isinstance(image, dict):

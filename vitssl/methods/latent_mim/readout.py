@@ -71,6 +71,38 @@ class Measures:
             yield "classes=1: 0 (none known per pixel), or 2 or more"
 
 
+def sample(kinds, images: dict) -> dict:
+    """Return a user's sensors as evaluations read them; see `LatentMIM.sample`.
+
+    Raises:
+        UsageError: see there.
+    """
+    there = {k.name: np.asarray(images[k.name]) for k in kinds if k.name in images}
+    known = ", ".join(k.name for k in kinds)
+    spread = [k for k in kinds if k.space and k.name in there]
+    if not spread or "timestamps" not in images:
+        lacking = "timestamps" if spread else "a sensor with rows and columns"
+        raise errors.UsageError(
+            f"a sample lacks {lacking}; it has {', '.join(images)}; one reads {known}, "
+            "and timestamps [B, T, 3] (day, month 0 to 11, year)"
+        )
+    stamps = np.asarray(images["timestamps"], np.int32)
+    first = there[spread[0].name]
+    size, batch = [n // spread[0].factor for n in first.shape[1:3]], len(first)
+    if stamps.shape[:1] + stamps.shape[2:] != (batch, 3):
+        raise errors.UsageError(f"timestamps {stamps.shape}: want [{batch}, T, 3]")
+    found = {"timestamps": stamps}
+    for kind in kinds:
+        want = (batch, *kind.shape(size[0], stamps.shape[1]))
+        if kind.space:
+            want = (batch, *(n * kind.factor for n in size), *want[3:])
+        x = there.get(kind.name, np.full(want, modalities.MISSING, np.float32))
+        if x.shape != want:
+            raise errors.UsageError(f"{kind.name} {x.shape}: want {want}")
+        found[kind.name] = x.astype(np.float32)
+    return found
+
+
 def online(kind, x, patch):
     """Return the states of the tokens of x [B, H, W, T, C]: ONLINE or MISSING.
 

@@ -230,11 +230,13 @@ class PartDiscovery(base.Method):
         Returns:
             "tokens" [B, N, D] patch tokens of the network that finds parts (of the
             only one, where there is none), "pooled" [B, D]: the class embedding of the
-            second stage; the mean token in a single-stage model.
+            second stage; the mean token in a single-stage model; "maps" [B, h, w, K+1]
+            where parts are found, the background last.
         """
-        tokens, pooled = self._evaluate(params, extra, image, method="embed")
+        tokens, pooled, found = self._evaluate(params, extra, image, method="embed")
         tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
-        return {"tokens": tokens, "pooled": pooled}
+        each = {"tokens": tokens, "pooled": pooled}
+        return each if found is None else each | {"maps": found}
 
     def predict(self, params, extra, image, *, rng=None, **options) -> networks.Outputs:
         """Return what is found in images [B, H, W, C], and their classes.

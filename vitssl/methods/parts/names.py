@@ -1,10 +1,10 @@
 """iFAM, PDiscoFormer, PDiscoNet and their baselines: the originals' state dicts.
 
 Those of released two-stage models are timm's (or Hugging Face's) under "stage_1." and
-"stage_2.".
+"stage_2.". Batch statistics go under "stats/", as in the extra state of a run.
 """
 
-from vitssl.convert import LINEAR, Rule, Table, huggingface, vit_names
+from vitssl.convert import LINEAR, Rule, Table, cnn_names, huggingface, vit_names
 
 # The originals' buffers that hold no weights.
 ASIDE = ("{*}num_batches_tracked", "num_batches_tracked", "{*}prefix_attn_mask")
@@ -29,8 +29,9 @@ def head(torch: str = "", flax: str = "head/") -> Table:
     return Table(tuple(rules), ASIDE).under(torch, flax)
 
 
-def _backbone(torch: str, flax: str, hf: bool) -> Table:
-    return (huggingface if hf else vit_names).table(torch, f"{flax}backbone/")
+def _backbone(torch: str, flax: str, hf: bool, cnn: str = "") -> Table:
+    vit = huggingface.table if hf else vit_names.table
+    return cnn_names.TABLES.get(cnn, vit)(torch, f"{flax}backbone/")
 
 
 def _classifier(torch: str, flax: str) -> Table:
@@ -44,15 +45,20 @@ def _classifier(torch: str, flax: str) -> Table:
         Rule("aim_head.k.weight", "pool/k/kernel", LINEAR),
         Rule("aim_head.v.weight", "pool/v/kernel", LINEAR),
         Rule("aim_head.linear.weight", "head/kernel", LINEAR),
-        Rule("aim_head.bn.running_mean", "stats/pool/bn/mean"),
-        Rule("aim_head.bn.running_var", "stats/pool/bn/var"),
     )
-    return Table(rules, ASIDE).under(torch, flax)
+    statistics = (
+        Rule("aim_head.bn.running_mean", f"stats/{flax}pool/bn/mean"),
+        Rule("aim_head.bn.running_var", f"stats/{flax}pool/bn/var"),
+    )
+    found = Table(rules, ASIDE).under(flax=flax) + Table(statistics)
+    return found.under(torch)
 
 
-def part_net(torch: str = "", flax: str = "", *, hf: bool = False) -> Table:
-    """Return the table of `networks.PartNet` on a ViT."""
-    return head(torch, f"{flax}head/") + _backbone(torch, flax, hf)
+def part_net(
+    torch: str = "", flax: str = "", *, hf: bool = False, cnn: str = ""
+) -> Table:
+    """Return the table of `networks.PartNet` on a ViT, or on a `cnn_names.TABLES`."""
+    return head(torch, f"{flax}head/") + _backbone(torch, flax, hf, cnn)
 
 
 def masked(torch: str = "", flax: str = "", *, hf: bool = False) -> Table:

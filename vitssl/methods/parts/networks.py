@@ -176,12 +176,12 @@ class TwoStage(nn.Module):
         return Outputs(logits, found, mask)
 
     def embed(self, image, *, train=False):
-        """Return (tokens [B, h, w, D] of stage 1, embedding [B, D] of stage 2)."""
+        """Return (tokens [B, h, w, D] and maps of stage 1, embedding of stage 2)."""
         z = self.stage_1.tokens(image, train)
         found = self.stage_1.head(z)
         mask = (found.soft if self.masking == "soft" else found.hard)[..., 0]
         pooled = self.stage_2.embed(image, mask, masking=self.masking, train=train)
-        return z, pooled
+        return z, pooled, found.maps
 
 
 class OneStage(nn.Module):
@@ -195,9 +195,9 @@ class OneStage(nn.Module):
         return Outputs(found.class_logits, found, found.hard[..., 0])
 
     def embed(self, image, *, train=False):
-        """Return (tokens [B, h, w, D], their mean [B, D])."""
+        """Return (tokens [B, h, w, D], their mean [B, D], maps [B, h, w, K+1])."""
         z = self.stage_1.tokens(image, train)
-        return z, z.astype(jnp.float32).mean((1, 2))
+        return z, z.astype(jnp.float32).mean((1, 2)), self.stage_1.head(z).maps
 
 
 def discover(net, image, draws=maps.QUIET, *, train=False) -> heads.Found:
@@ -216,10 +216,10 @@ class NoParts(nn.Module):
         return Outputs(self.stage_2(image, *args, train=train), None, mask)
 
     def embed(self, image, *, train=False):
-        """Return (patch tokens [B, N, D], class token [B, D]) of all patches."""
+        """Return (patch tokens [B, N, D], class token [B, D], None: no maps)."""
         tokens, _ = self.stage_2.backbone(image, train=train)
         prefix = self.stage_2.backbone.prefix
-        return tokens[:, prefix:], tokens[:, 0].astype(jnp.float32)
+        return tokens[:, prefix:], tokens[:, 0].astype(jnp.float32), None
 
 
 class EfficientProbing(nn.Module):
