@@ -12,6 +12,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 _UNIONS = (types.UnionType, typing.Union)
@@ -55,6 +56,14 @@ BelowOne = Annotated[float, Range(0, 1, open_high=True)]  # A share that leaves 
 Share = Annotated[float, Range(0, 1, open_low=True)]  # A share that is not nothing.
 Count = Annotated[int, Range(1)]
 OrNone = Annotated[int, Range(0)]  # 0 is none, all or off, as the key says.
+
+
+def in_order(section, *keys: str) -> Iterator[str]:
+    """Yield what is wrong with pairs (smallest, largest) of a section."""
+    for key in keys:
+        low, high = getattr(section, key)
+        if low > high:
+            yield f"{key}={(low, high)}: smallest <= largest"
 
 
 def fault(annotation, value) -> str:

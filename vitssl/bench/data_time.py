@@ -26,7 +26,7 @@ from PIL import Image
 
 from vitssl import errors
 from vitssl.bench import clock
-from vitssl.data import decode, pipeline
+from vitssl.data import decode, multicrop, pipeline
 from vitssl.data.sources import folder
 from vitssl.methods.hjepa import masks, views
 
@@ -37,9 +37,9 @@ WARM_UP = 2  # Batches per core, before the clock of a loader starts.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def section(interpolation: str, **changes) -> views.MultiCrop:
+def section(interpolation: str, **changes) -> multicrop.MultiCrop:
     """Return H-JEPA's crops: 2 x 224 and 6 x 96, flip and jitter, nothing else."""
-    return views.MultiCrop(
+    return multicrop.MultiCrop(
         num_global_crops=2,
         num_local_crops=6,
         global_crop_size=224,
@@ -181,7 +181,7 @@ def _parts(paths, repeats):
     off = dict(global_color_jitter=0.0, local_color_jitter=0.0)
 
     def crop(interpolation, **changes):
-        transform = views.MultiCropTransform(section(interpolation, **changes))
+        transform = section(interpolation, **changes)
         return lambda i: transform({"image": images[i]}, rng)
 
     parts = {

@@ -73,6 +73,22 @@ def augment_crops(key, crops, recipes):
     return augment(key, crops, **settings)
 
 
+def augment_batch(key, batch, recipe):
+    """Return a multi-crop batch with the colours that the host has left alone.
+
+    Args:
+        key: random key.
+        batch: {"global": uint8 [B, G, H, W, C], "local": [B, L, h, w, C], ...}.
+        recipe: (kind, index of a crop) -> keywords of `augment`.
+    """
+    batch = dict(batch)
+    for i, kind in enumerate(k for k in ("global", "local") if k in batch):
+        recipes = [recipe(kind, c) for c in range(batch[kind].shape[1])]
+        own = jax.random.fold_in(key, i)
+        batch[kind] = augment_crops(own, batch[kind], recipes)
+    return batch
+
+
 def draw_jitter(key, strength, spread=SPREAD):
     """Draw the factors and the order of the jitter of images of strength [...].
 

@@ -11,9 +11,10 @@ from tests.golden import hjepa_names as names
 from tests.golden import reading
 from tests.golden.checks import hjepa_encoder
 from vitssl import convert, tree
+from vitssl.data import multicrop
 from vitssl.losses import regression
 from vitssl.methods import base
-from vitssl.methods.hjepa import apply, levels, masks, predictor, views
+from vitssl.methods.hjepa import apply, levels, masks, predictor
 from vitssl.methods.hjepa import method as hjepa
 from vitssl.methods.hjepa import objective as hjepa_losses
 from vitssl.optim import optimizer as optim
@@ -59,7 +60,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             fpn=fpn,
             fpn_width=c.get("fpn_feature_dim") or 0,
         ),
-        multicrop=views.MultiCrop(
+        multicrop=multicrop.MultiCrop(
             num_global_crops=c.get("ng", 1),
             # One at least: then the query without a position exists.
             num_local_crops=max(1, c.get("nl", 0)),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitssl.methods.hjepa import views
+from vitssl.data import multicrop
 from vitssl.optim import schedules
 
 
@@ -84,7 +84,7 @@ def _momentum(ema, steps):
 
 
 def _adaptive(spec, warmup_epochs):
-    return views.MultiCrop(
+    return multicrop.MultiCrop(
         num_global_crops=2,
         num_local_crops=6,
         global_crop_size=32,

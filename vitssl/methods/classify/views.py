@@ -314,8 +314,7 @@ class Augment:
 
     def check(self) -> Iterator[str]:
         """Yield what does not fit together, and a `randaugment` that is none."""
-        if self.scale[0] > self.scale[1]:
-            yield f"scale={self.scale}: smallest <= largest"
+        yield from ranges.in_order(self, "scale")
         try:
             RandAugment.parse(self.randaugment)
         except errors.UsageError as e:

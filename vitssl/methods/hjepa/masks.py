@@ -88,8 +88,7 @@ class Masking:
 
     def check(self) -> Iterator[str]:
         """Yield one line per pair that is no range."""
-        yield from in_order(self, "base_scale")
-        yield from in_order(self, "aspect_ratio_range")
+        yield from ranges.in_order(self, "base_scale", "aspect_ratio_range")
         low, high = self.context_scale
         if high and not 0 < low <= high:
             yield (
@@ -140,13 +139,6 @@ class Masking:
     def keep(self, grid: tuple[int, int]) -> int:
         """Return the fewest visible patches on this grid."""
         return min(self.min_keep, grid[0] * grid[1] // 4)
-
-
-def in_order(section, key: str) -> Iterator[str]:
-    """Yield what is wrong with a pair (smallest, largest) of a section."""
-    low, high = getattr(section, key)
-    if low > high:
-        yield f"{key}={(low, high)}: smallest <= largest"
 
 
 def block_size(scale, aspect, grid):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import ranges, sizes, tree
+from vitssl.data import multicrop
 from vitssl.evals import quality
 from vitssl.methods import base
 from vitssl.methods.hjepa import (
@@ -65,7 +66,7 @@ class HJEPA(base.Embedding):
     model: vit.ViT
     predictor: predictor.Spec
     levels: levels.Spec
-    multicrop: views.MultiCrop
+    multicrop: multicrop.MultiCrop
     masking: masks.Masking
     objective: objective.Objective
     ema: Ema
@@ -180,7 +181,7 @@ class HJEPA(base.Embedding):
         del step, phase  # The number of local crops shows in the batch.
         drop, _, paint = jax.random.split(rng, 3)
         if self.multicrop.colour == "device":
-            batch = self._coloured(batch, paint)
+            batch = jitter.augment_batch(paint, batch, self.multicrop.recipe)
         return self.rows(self.networks(params, extra, rng=drop, train=True), batch)
 
     def compare(self, params, extra, rows, rng, *, step=0, phase=None):
@@ -233,16 +234,6 @@ class HJEPA(base.Embedding):
                 free = self._pixels(batch["local"][:, hidden:])
         views = self.uses_views
         return forward.forward(net, near, far, free, self.masking, views=views)
-
-    def _coloured(self, batch, key):
-        """Return the batch with the colour augmentation the host has left to us."""
-        batch = dict(batch)
-        for i, kind in enumerate(k for k in ("global", "local") if k in batch):
-            count = batch[kind].shape[1]
-            recipes = [self.multicrop.recipe(kind, c) for c in range(count)]
-            own = jax.random.fold_in(key, i)
-            batch[kind] = jitter.augment_crops(own, batch[kind], recipes)
-        return batch
 
     def _pixels(self, image):
         return patches.normalise(image, self.run.mean, self.run.std)

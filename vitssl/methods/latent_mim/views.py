@@ -46,8 +46,7 @@ class Augment:
 
     def check(self) -> Iterator[str]:
         """Yield that the scale is upside down."""
-        if self.scale[0] > self.scale[1]:
-            yield f"scale={self.scale}: smallest <= largest"
+        yield from ranges.in_order(self, "scale")
 
     def which(self, rng) -> int:
         """Return the number of a random turn of `TURNS`."""

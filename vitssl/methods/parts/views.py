@@ -94,10 +94,7 @@ class Augment:
 
     def check(self) -> Iterator[str]:
         """Yield what is in the wrong order."""
-        for key in ("scale", "crop_scale"):
-            low, high = getattr(self, key)
-            if low > high:
-                yield f"{key}={(low, high)}: smallest <= largest"
+        yield from ranges.in_order(self, "scale", "crop_scale")
 
 
 @dataclasses.dataclass(frozen=True)

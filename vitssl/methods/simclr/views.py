@@ -71,10 +71,7 @@ class Views:
 
     def check(self) -> Iterator[str]:
         """Yield what does not fit together."""
-        for key in ("scale", "ratio", "blur_sigma"):
-            low, high = getattr(self, key)
-            if low > high:
-                yield f"{key}={(low, high)}: smallest <= largest"
+        yield from ranges.in_order(self, "scale", "ratio", "blur_sigma")
         if self.blur_kernel and self.blur_kernel % 2 == 0:
             yield f"blur_kernel={self.blur_kernel}: odd, or 0 (by the size)"
 
