@@ -69,6 +69,25 @@ def hvit(**keys):
     return dict(name="hvit") | own | keys
 
 
+def crops(size, local_size, **keys):
+    """Return a section `multicrop`: two large crops, no small ones, all coloured."""
+    own = dict(
+        num_global_crops=2,
+        num_local_crops=0,
+        global_crop_size=size,
+        local_crop_size=local_size,
+        global_crop_scale=(0.4, 1.0),
+        local_crop_scale=(0.05, 0.4),
+        global_color_jitter=1.0,
+        local_color_jitter=1.0,
+        color_jitter_prob=0.8,
+        horizontal_flip_prob=0.5,
+        interpolation="fast",
+        colour="host",
+    )
+    return own | keys
+
+
 def adamw(lr, warmup_epochs, **keys):
     """Return a section `optim`: AdamW, a warm-up and a cosine to nothing."""
     rate = dict(lr=lr, schedule="cosine", warmup_epochs=warmup_epochs, min_lr=0.0)
@@ -93,6 +112,7 @@ def smoke(c, batch_size):
     """Return a config whose run is two steps."""
     c.steps, c.batch_size, c.optim.warmup_epochs = 2, batch_size, 0.0
     c.log.update(every_steps=1, pictures=False)
+    c.optim.thaw = ()  # Within two steps nothing begins to train.
     return c
 
 

@@ -54,19 +54,15 @@ def _demo():
         levels="finest",
         mode="drop",
     )
-    c.multicrop = dict(
-        num_global_crops=2,
-        num_local_crops=0,
-        global_crop_size=24,
-        local_crop_size=12,
+    c.multicrop = base.crops(
+        24,
+        12,
         global_crop_scale=(0.6, 1.0),
         local_crop_scale=(0.2, 0.6),
         global_color_jitter=0.0,
         local_color_jitter=0.0,
         color_jitter_prob=1.0,
         horizontal_flip_prob=0.0,
-        interpolation="fast",
-        colour="host",
         min_local_crops=2,
         max_local_crops=10,
     )

@@ -1,6 +1,7 @@
 """The table of methods: what the key `method` of a config may be."""
 
 from vitssl.methods.classify import method
+from vitssl.methods.dino import method as dino
 from vitssl.methods.hjepa import method as hjepa
 from vitssl.methods.latent_mim import method as latent_mim
 from vitssl.methods.localmim import method as localmim
@@ -9,6 +10,7 @@ from vitssl.methods.simclr import method as simclr
 
 METHODS = {
     "classify": method.Classify,
+    "dino": dino.DINO,
     "hjepa": hjepa.HJEPA,
     "latent_mim": latent_mim.LatentMIM,
     "localmim": localmim.LocalMIM,
