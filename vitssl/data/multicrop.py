@@ -81,6 +81,19 @@ class MultiCrop:
                 f"{self.min_local_crops}; give the epoch of max_local_crops"
             )
 
+    def faults(self, model, *, local=True) -> Iterator[str]:
+        """Yield one line per kind of crop that does not fit a backbone.
+
+        Args:
+            model: see `models.Backbone`.
+            local: whether local crops are used, if there are any.
+        """
+        kinds = ["global"] + ["local"] * (local and self.locals_at(10**9) > 0)
+        for kind in kinds:
+            size = getattr(self, f"{kind}_crop_size")
+            for fault in model.check_image(size):
+                yield f"multicrop.{kind}_crop_size={size}: {fault}"
+
     def locals_at(self, epoch: int) -> int:
         """Return the number of local crops of an epoch (0-based)."""
         if not self.adaptive:

@@ -164,7 +164,15 @@ class ViT(nn.Module):
         return posemb.resample(table, self.table_grid, grid, self.resampling)
 
     def __call__(
-        self, image, *, keep=None, count=None, hide=None, weight=None, train=False
+        self,
+        image,
+        *,
+        keep=None,
+        count=None,
+        hide=None,
+        fill=None,
+        weight=None,
+        train=False,
     ):
         """Encode images.
 
@@ -176,6 +184,8 @@ class ViT(nn.Module):
                 are padding that no token attends to. None = all.
             hide: [B, N] bool, patches whose token becomes 0 once it has its position
                 ("zero" masking); they stay in the sequence.
+            fill: [D], what patches of `hide` are instead, before they get their
+                position (BEiT's, SimMIM's and iBOT's mask token); None = 0 after it.
             weight: [B, N] how much every patch counts as a key, in every block
                 (`layers.weighted_attention`); the prefix counts 1. None = all alike.
             train: drop paths, from the stream "drop_path".
@@ -188,18 +198,21 @@ class ViT(nn.Module):
 
         Raises:
             ValueError: the patch does not divide the image, or keep and hide are
-                both given, or count comes without keep, or weight with keep.
+                both given, or count comes without keep, weight with keep, fill without
+                hide.
         """
         if keep is not None and hide is not None:
             raise ValueError("ViT: give keep (drop) or hide (zero), not both")
         if count is not None and keep is None:
             raise ValueError("ViT: count says how much of keep is meant; give keep")
+        if fill is not None and hide is None:
+            raise ValueError("ViT: fill says what hidden patches are; give hide")
         if weight is not None:
             if keep is not None:
                 raise ValueError("ViT: give keep (drop) or weight, not both")
             weight = jnp.pad(weight, ((0, 0), (self.prefix, 0)), constant_values=1.0)
         grid = patches.grid(image, self.patch)
-        x, rope = self._embed(image, grid, keep, hide)  # [B, P + K, D]
+        x, rope = self._embed(image, grid, keep, hide, fill)  # [B, P + K, D]
         length = None if count is None else (count + self.prefix).astype(jnp.int32)
         blocks = []
         for block in self.block:
@@ -209,7 +222,7 @@ class ViT(nn.Module):
 
     def start(self, image):
         """Return the sequence before the first block [B, P + N, D], nothing hidden."""
-        return self._embed(image, patches.grid(image, self.patch), None, None)[0]
+        return self._embed(image, patches.grid(image, self.patch))[0]
 
     def through(self, x, first, last, train=False):
         """Return the outputs of blocks first .. last - 1 of a sequence [B, T, D].
@@ -295,15 +308,17 @@ class ViT(nn.Module):
         """Yield why images of this size, in pixels, do not fit, if they do not."""
         yield from sizes.faults(size, self.patch)
 
-    def _embed(self, image, grid, keep, hide):
+    def _embed(self, image, grid, keep=None, hide=None, fill=None):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]
+        if fill is not None:
+            x = jnp.where(hide[..., None], fill.astype(x.dtype), x)
         if self.positions != "none":
             pos = self.position_table(grid)[None]  # [1, N, D]
             if keep is not None:
                 pos = patches.take(pos, keep)
             x = x + pos.astype(x.dtype)
-        if hide is not None:
+        if hide is not None and fill is None:
             x = jnp.where(hide[..., None], 0.0, x)
         prefix = []
         if self.cls:

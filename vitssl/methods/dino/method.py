@@ -1,9 +1,15 @@
-"""DINO: small crops shall be sorted as an averaged copy sorts the large ones.
+"""DINO: an image's crops shall be sorted as an averaged copy sorts its large ones.
+
+A head sorts class tokens into K outputs that mean nothing beforehand. The teacher, an
+average of the student, sees the global crops; its scores are centred and sharpened,
+and every crop of the student shall have them. As options KoLeo, Sinkhorn-Knopp and the
+loss on hidden patches, which make it iBOT or DINOv2.
 
 Sources: Caron et al. 2021, arXiv:2104.14294; facebookresearch/dino main_dino.py.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import einops
 import flax.linen as nn
@@ -14,109 +20,233 @@ from vitssl import ranges, tree
 from vitssl.data import multicrop
 from vitssl.losses import regression
 from vitssl.methods import base
+from vitssl.methods.dino import objective as criteria
 from vitssl.models import layers, patches, vit
 from vitssl.ops import jitter
 from vitssl.optim import schedules
 
 
 class Head(nn.Module):
-    """Config section `head`: three layers, length one, K weight-normalised outputs."""
+    """Config section `head`: three layers, then length one, then scores.
+
+    The last layer's weights have length one, for each output.
+
+    Attributes:
+        outputs: K.
+        hidden, bottleneck: widths before them.
+        lengths: train the lengths of the last layer's weights, too, from 1
+            (norm_last_layer=False of the original).
+    """
 
     outputs: ranges.Count = 65536
     hidden: ranges.Count = 2048
     bottleneck: ranges.Count = 256
+    lengths: bool = False
 
     @nn.compact
     def __call__(self, x):  # [..., D] -> [..., K] float32
         for i in range(2):
             x = layers.gelu(layers.dense(self.hidden, x.dtype, f"fc{i}")(x))
-        x = layers.dense(self.bottleneck, x.dtype, "fc2")(x)
+        x = regression.unit(layers.dense(self.bottleneck, x.dtype, "fc2")(x), 1e-12)
         init = layers.uniform_fan_in(self.bottleneck)
         last = self.param("last", init, (self.bottleneck, self.outputs))
-        return regression.unit(x, 1e-12) @ (last / jnp.linalg.norm(last, axis=0))
+        last = last / jnp.linalg.norm(last, axis=0)
+        if self.lengths:
+            last = last * self.param("lengths", nn.initializers.ones, self.outputs)
+        return x @ last
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Config section `teacher`: momenta of its average and centre, temperatures."""
+    """Config section `teacher`: the momentum of the average, half a cosine.
+
+    Attributes:
+        start, end: at the first and after the last step.
+    """
 
     start: ranges.Probability = 0.996
     end: ranges.Probability = 1.0
-    temperature: ranges.Positive = 0.04
-    first_temperature: ranges.Positive = 0.04
-    warmup_epochs: ranges.NotNegative = 0.0
-    centre: ranges.Probability = 0.9
-    student_temperature: ranges.Positive = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class DINO(base.Method):
-    """The method; fields are the sections of its config."""
+    """The method; fields are the sections of its config.
+
+    Parameters: "encoder", "head", with objective.patch "mask_token", what hidden
+    patches are instead, and "patch_head" unless shared. Extra: "teacher", a copy of
+    them; without Sinkhorn "centre" and "mean", {kind: [K]}: what the centre will be
+    moved by, summed over the micro-batches, so that they change nothing.
+    """
 
     run: base.Run
     model: vit.ViT
     multicrop: multicrop.MultiCrop
     head: Head = Head()
     teacher: Teacher = Teacher()
+    objective: criteria.Objective = criteria.Objective()
 
     @staticmethod
-    def training_size(c):
+    def training_size(c) -> int:
+        """Return the side of training images of a config."""
         return c.multicrop.global_crop_size
 
-    def transform(self):
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss mixes samples, so that a batch may not be split."""
+        return self.objective.couples_batch
+
+    def transform(self) -> multicrop.MultiCrop:
+        """Return the training transform."""
         return self.multicrop
 
-    def phase(self, step):
+    def phase(self, step: int) -> int:
+        """Return the number of local crops of a step; each number is compiled once."""
         return self.multicrop.locals_at(step // max(1, self.run.steps_per_epoch))
 
     def init(self, rng, batch):
-        keys = jax.random.split(rng)
-        image = jnp.zeros((1, *batch["global"].shape[2:]))
-        head = self.head.init(keys[1], jnp.zeros((1, self.model.width)))["params"]
-        params = {"encoder": self.model.init(keys[0], image)["params"], "head": head}
-        zeros = jnp.zeros(self.head.outputs)
-        return params, self.adopt(params, {"centre": zeros, "mean": zeros})
+        """Return (params, extra) of fresh networks; the teacher is an exact copy."""
+        keys, width = jax.random.split(rng, 3), self.model.width
+        image, row = jnp.zeros((1, *batch["global"].shape[2:])), jnp.zeros((1, width))
+        params = {
+            "encoder": self.model.init(keys[0], image)["params"],
+            "head": self.head.init(keys[1], row)["params"],
+        }
+        if self.objective.patch:
+            params["mask_token"] = jnp.zeros(width)
+            if not self.objective.shared:
+                params["patch_head"] = self.head.init(keys[2], row)["params"]
+        extra = {}
+        if self.objective.centring == "ema":
+            for name in ("centre", "mean"):
+                nothing = jnp.zeros(self.head.outputs)
+                extra[name] = dict.fromkeys(self.objective.kinds, nothing)
+        return params, self.adopt(params, extra)
 
     def adopt(self, params, extra):
+        """Return `extra` with a teacher that starts as a copy of loaded parameters."""
         return extra | {"teacher": tree.copy(params)}
 
-    def scores(self, params, crops, **how):  # uint8 [B, V, H, W, C] -> [B, V, K]
-        x = patches.normalise(crops, self.run.mean, self.run.std)
-        x = einops.rearrange(x, "b v h w c -> (b v) h w c")  # Keeps its device.
+    def _encode(self, params, image, hidden=None, **options):
+        """Return ([B, V, D], [B, V, N, D]): class and patch tokens of crops.
+
+        Args:
+            image: [B, V, H, W, C], normalised.
+            hidden: bool [B, V, N], or None.
+        """
+        b = len(image)
+        image = einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
+        if hidden is not None:
+            options["hide"] = einops.rearrange(hidden, "b v n -> (b v) n")
+            options["fill"] = params["mask_token"]
         net = {"params": params["encoder"]}
-        x = self.model.apply(net, x, "cls", method="pooled", **how)
-        x = self.head.apply({"params": params["head"]}, x)
-        return einops.rearrange(x, "(b v) k -> b v k", b=len(crops))
+        tokens, _ = self.model.apply(net, image, **options)
+        tokens = einops.rearrange(tokens, "(b v) n d -> b v n d", b=b)
+        return tokens[:, :, 0], tokens[:, :, self.model.prefix :]
+
+    def _sort(self, params, x, kind="view"):  # [..., D] -> [..., K]
+        own = params.get(f"{kind}_head", params["head"])
+        return self.head.apply({"params": own}, x)
 
     def loss(self, params, extra, batch, rng, *, step=0, phase=None):
-        t, keys = self.teacher, jax.random.split(rng, 3)
+        """Return (loss [], (extra, metrics)) of the global batch."""
+        del phase  # The number of local crops shows in the batch.
+        o = self.objective
+        paint, draw, *drop = jax.random.split(rng, 4)
         if self.multicrop.colour == "device":
-            batch = jitter.augment_batch(keys[2], batch, self.multicrop.recipe)
-        kinds = [kind for kind in ("global", "local") if kind in batch]
-        own = [dict(train=True, rngs={"drop_path": key}) for key in keys]
-        student = [self.scores(params, batch[k], **own[i]) for i, k in enumerate(kinds)]
-        log_q = jax.nn.log_softmax(jnp.concatenate(student, 1) / t.student_temperature)
-        goal = jax.lax.stop_gradient(self.scores(extra["teacher"], batch["global"]))
-        heat = dict(base=t.temperature, start=t.first_temperature)
-        heat["warmup_steps"] = round(t.warmup_epochs * self.run.steps_per_epoch)
-        log_p = (goal - extra["centre"]) / schedules.constant(step, **heat)
-        cross = -jnp.einsum("bgk,bvk->gv", jax.nn.softmax(log_p), log_q) / len(goal)
-        value = cross.sum(where=~jnp.eye(*cross.shape, dtype=bool))
-        mean = extra["mean"] + goal.mean((0, 1)) / self.run.accumulate
-        return value / (cross.size - len(cross)), (extra | {"mean": mean}, {})
+            batch = jitter.augment_batch(paint, batch, self.multicrop.recipe)
+        crops = {
+            kind: patches.normalise(batch[kind], self.run.mean, self.run.std)
+            for kind in ("global", "local")
+            if kind in batch
+        }
+        options = [dict(train=True, rngs={"drop_path": key}) for key in drop]
+        hidden = None
+        if o.patch:
+            n = patches.patchify(crops["global"], self.model.patch).shape[-2]
+            hidden = o.hide(draw, crops["global"].shape[:2], n)
+        cls, tokens = self._encode(params, crops["global"], hidden, **options[0])
+        views = cls
+        if "local" in crops:
+            small, _ = self._encode(params, crops["local"], **options[1])
+            views = jnp.concatenate([cls, small], 1)  # [B, V, D]
+        teacher = jax.lax.stop_gradient(extra["teacher"])
+        right, seen = self._encode(teacher, crops["global"])
+        pairs = {"view": (views, right, None)}
+        if o.patch:
+            where, count = patches.pack(hidden, o.most(n))  # [B, G, S]
+            both = (patches.take(x, where) for x in (tokens, seen))
+            pairs["patch"] = (*both, patches.valid(count, where.shape[-1]))
+        losses, extra, metrics = self._compare(params, teacher, extra, pairs, step)
+        total = losses["view"] + o.patch * losses.get("patch", 0.0)
+        if o.koleo:
+            losses["koleo"] = o.spread(cls)
+            total = total + o.koleo * losses["koleo"]
+        return total, (extra, metrics | {f"loss_{k}": v for k, v in losses.items()})
+
+    def _compare(self, params, teacher, extra, pairs, step):
+        """Return ({kind: loss []}, extra, metrics).
+
+        Args:
+            pairs: {kind: (features [..., D] of the student, of the teacher, which of
+                them count or None)}.
+        """
+        o, losses, means = self.objective, {}, {}
+        heat = o.heat(step, self.run.steps_per_epoch)
+        for kind, (x, y, valid) in pairs.items():
+            scores = self._sort(params, x, kind)
+            right = self._sort(teacher, y, kind)
+            centre = extra["centre"][kind] if "centre" in extra else None
+            target = jax.lax.stop_gradient(o.target(right, centre, heat, valid))
+            if kind == "view":
+                losses[kind] = o.views(target, scores)
+                metrics = criteria.entropies(target)
+            else:
+                losses[kind] = o.patches(target, scores, valid)
+            means[kind] = criteria.mean(right, valid) / self.run.accumulate
+        if "mean" in extra:
+            moved = jax.tree.map(jnp.add, extra["mean"], means)
+            extra = extra | {"mean": jax.lax.stop_gradient(moved)}
+        return losses, extra, metrics
 
     def after(self, params, extra, step):
+        """Return `extra` after update `step`: teacher and centre follow."""
         t, total = self.teacher, self.run.total_steps
         m = schedules.cosine(step, base=t.start, final=t.end, total_steps=total)
-        centre = t.centre * extra["centre"] + (1 - t.centre) * extra["mean"]
-        teacher = tree.ema(extra["teacher"], params, m)
-        return {"teacher": teacher, "centre": centre, "mean": jnp.zeros_like(centre)}
+        moved = {"teacher": tree.ema(extra["teacher"], params, m)}
+        if "centre" in extra:
+            own = self.objective.centre
+            moved["centre"] = tree.ema(extra["centre"], extra["mean"], own)
+            moved["mean"] = jax.tree.map(jnp.zeros_like, extra["mean"])
+        return moved
 
     def features(self, params, extra, image):
+        """Return the teacher's features of images [B, H, W, C].
+
+        "pooled" and "cls" [B, D] are the class token, "mean" that of the patches,
+        "tokens" [B, N, D], all after the last norm; "gap": see `vit.ViT.pooled`.
+        """
         x = patches.normalise(image, self.run.mean, self.run.std)
         net = {"params": extra["teacher"]["encoder"]}
         found = self.model.apply(net, x, method="features")
         return found | {"pooled": found["cls"]}
 
-    def freeze_layers(self):
+    def pictures(self, params, extra, batch, image) -> dict:
+        """Return fields of `pictures.drawing.Material`: where the teacher looks."""
+        return self.attention(extra["teacher"]["encoder"], image)
+
+    def freeze_layers(self) -> tuple:
+        """Return `FreezeOut.layers`: the encoder's; the head never freezes."""
         return self.model.freeze_layers("encoder/")
+
+    def check(self) -> Iterator[str]:
+        """Yield one line per impossible combination of the sections."""
+        yield from self.multicrop.faults(self.model)
+        if self.multicrop.num_global_crops + self.multicrop.locals_at(0) < 2:
+            yield "multicrop.num_global_crops=1: needs a second crop to compare"
+        if not self.model.cls:
+            yield "model.cls=False: DINO sorts class tokens"
+        if self.couples_batch and self.run.batch_size < 2:
+            yield (
+                f"batch_size={self.run.batch_size}: 2 or more for objective.koleo and "
+                "objective.centring=sinkhorn"
+            )

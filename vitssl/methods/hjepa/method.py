@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from vitssl import ranges, sizes, tree
+from vitssl import ranges, tree
 from vitssl.data import multicrop
 from vitssl.evals import quality
 from vitssl.methods import base
@@ -385,12 +385,12 @@ class HJEPA(base.Embedding):
     def _check_crops(self):
         """Yield what does not fit between crops, patches and masks."""
         made, patch = self.multicrop, max(1, self.model.patch)
+        found = list(made.faults(self.model, local=self.uses_locals))
+        yield from found
         kinds = ["global"] + ["local"] * (self.uses_locals and self._most_locals > 0)
-        for kind in kinds:
+        for kind in () if found else kinds:
             size = getattr(made, f"{kind}_crop_size")
-            if faults := list(sizes.faults(size, patch)):
-                yield f"multicrop.{kind}_crop_size={size}: {faults[0]}"
-            elif (size // patch) ** 2 < 4:
+            if (size // patch) ** 2 < 4:
                 yield (
                     f"multicrop.{kind}_crop_size={size}: fewer than 2 x 2 patches of "
                     f"{patch} pixels"
