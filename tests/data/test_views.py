@@ -55,7 +55,7 @@ def test_evaluation_is_not_random():
 
 
 def test_a_single_crop_is_a_crop_and_nothing_else():
-    transform = views.SingleCrop(24, (0.3, 1.0))
+    transform = views.SingleCrop(24, (0.3, 1.0), flip=0.0)
     image = picture((60, 60))
     rows = [transform({"image": image}, np.random.default_rng(i)) for i in range(200)]
     boxes = np.array([row["global_box"][0] for row in rows])

@@ -12,7 +12,7 @@ from vitssl.convert import Rule, Table, vit_names
 
 
 def decoder(scale: float) -> Table:
-    """Return the table of `localmim.decoder.StageDecoder` of one scale."""
+    """Return the table of `models.decoder.StageDecoder` of one scale."""
     rules = [Rule("mask_token", "mask_token")]
     rules += [*vit_names.linear("embed", "embed"), *vit_names.norm("norm", "norm")]
     ups = 0

@@ -54,7 +54,7 @@ def stage_decoder(
         patches, visible: N and K.
         inner: width of the encoder.
         width: of the decoder, of one block.
-        scale, out: see `methods.localmim.decoder.StageDecoder`.
+        scale, out: see `models.decoder.StageDecoder`.
     """
     total = 2 * (1 + visible) * inner * width + block(1 + patches, width)
     cells, features = patches * min(1.0, scale) ** 2, width

@@ -8,10 +8,12 @@ the side of the result, or (height, width), in pixels; `interpolation` is explai
 """
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from vitssl import sizes
+from vitssl import ranges, sizes
 from vitssl.data import geometry, resample
 from vitssl.data.randaugment import RandAugment
 
@@ -63,17 +65,23 @@ class Warp:
 
 @dataclasses.dataclass(frozen=True)
 class SingleCrop:
-    """One random crop, mirrored or not, and nothing else: as I-JEPA and MAE train.
+    """Config section `augment`: one random crop, as I-JEPA and MAE train.
 
     Attributes:
+        size: side of the crop, in pixels.
         scale: smallest and largest share of the area.
         flip: probability that it is mirrored.
+        interpolation: see `resample.resize`.
     """
 
-    size: int
-    scale: tuple[float, float]
-    flip: float = 0.0
-    interpolation: str = "bicubic"
+    size: ranges.Count
+    scale: tuple[ranges.Share, ranges.Share] = (0.2, 1.0)
+    flip: ranges.Probability = 0.5
+    interpolation: Literal["bicubic", "bilinear", "fast"] = "bicubic"
+
+    def check(self) -> Iterator[str]:
+        """Yield a scale that is upside down."""
+        yield from ranges.in_order(self, "scale")
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Return {global [1, s, s, C], global_box float32 [1, 5], label, index}.

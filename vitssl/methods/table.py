@@ -5,6 +5,7 @@ from vitssl.methods.dino import method as dino
 from vitssl.methods.hjepa import method as hjepa
 from vitssl.methods.latent_mim import method as latent_mim
 from vitssl.methods.localmim import method as localmim
+from vitssl.methods.mae import method as mae
 from vitssl.methods.parts import method as parts
 from vitssl.methods.simclr import method as simclr
 
@@ -14,6 +15,7 @@ METHODS = {
     "hjepa": hjepa.HJEPA,
     "latent_mim": latent_mim.LatentMIM,
     "localmim": localmim.LocalMIM,
+    "mae": mae.MAE,
     "parts": parts.PartDiscovery,
     "simclr": simclr.SimCLR,
 }

@@ -63,6 +63,30 @@ def patchify(image, patch):
     )
 
 
+def cells(image, cell, normalise):  # [B, H, W, C] -> [B, h, w, cell cell C]
+    """Return the pixels of every cell, as they are or with mean 0 and variance 1.
+
+    Source: He et al. 2021, arXiv:2111.06377, section 4.1 (norm_pix_loss).
+    """
+    x = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=cell, q=cell)
+    if not normalise:
+        return x
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, ddof=1, keepdims=True)
+    return (x - mean) / jnp.sqrt(var + 1e-6)
+
+
+def paint(x, image, cell, normalised):  # [B, h, w, cell cell C] -> [B, H, W, C]
+    """Put cells together; normalised ones get brightness and contrast of the image's.
+
+    Args:
+        image: [B, H, W, C] they are of, or stand for.
+    """
+    if normalised:
+        own = cells(image, cell, normalise=False)
+        x = x * own.std(-1, ddof=1, keepdims=True) + own.mean(-1, keepdims=True)
+    return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=cell, q=cell)
+
+
 def pack(mask, slots):
     """List the members of sets [..., N] bool in a fixed number of slots, at most N.
 

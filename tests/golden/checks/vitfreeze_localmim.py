@@ -11,10 +11,12 @@ import numpy as np
 
 from tests.golden import localmim_names, reading
 from vitssl import convert, tree
+from vitssl.data import views
 from vitssl.methods import base
-from vitssl.methods.localmim import decoder, random_masking, stages, targets
 from vitssl.methods.localmim import method as localmim
-from vitssl.models import posemb, vit
+from vitssl.methods.localmim import stages, targets
+from vitssl.models import decoder, posemb, vit
+from vitssl.ops import random_masking
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
 
@@ -62,7 +64,7 @@ def build(c, **sections):
             positions="sincos",
             norm_eps=c.get("ln_eps", 1e-6),
         ),
-        augment=localmim.Augment(size=c["img_size"]),
+        augment=views.SingleCrop(size=c["img_size"]),
         decoder=decoder.Decoder(
             width=c["decoder_embed_dim"],
             depth=c.get("decoder_depth", 1),

@@ -10,9 +10,11 @@ import pytest
 
 from vitssl import config, tree
 from vitssl.bench import flops
+from vitssl.data import views
 from vitssl.methods import base
-from vitssl.methods.localmim import decoder, method, random_masking, stages, targets
-from vitssl.models import patches, vit
+from vitssl.methods.localmim import method, stages, targets
+from vitssl.models import decoder, patches, vit
+from vitssl.ops import random_masking
 from vitssl.optim import freezeout
 from vitssl.run import step
 
@@ -37,7 +39,7 @@ def _method(width=16, depth=7, heads=2, size=32, patch=8, channels=3, **own):
             std=(0.25,) * channels,
         ),
         model=vit.ViT(**model, positions="sincos", **own.pop("model", {})),
-        augment=method.Augment(size=size),
+        augment=views.SingleCrop(size=size),
         decoder=decoder.Decoder(**dict(width=16, heads=2) | own.pop("decoder", {})),
         stages=stages.Stages(**own.pop("stages", {})),
         masking=random_masking.Masking(**own.pop("masking", {})),

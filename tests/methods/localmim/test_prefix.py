@@ -11,7 +11,7 @@ import pytest
 
 from tests.methods.localmim import test_method
 from vitssl import errors, tree
-from vitssl.methods.localmim import method as localmim
+from vitssl.data import views
 from vitssl.methods.localmim import store as feature_store
 from vitssl.run import step
 
@@ -118,7 +118,7 @@ def test_a_store_is_refused_for_other_weights_blocks_or_a_training_prefix(tmp_pa
     with pytest.raises(errors.UsageError, match="encoder/cls trains"):
         blocks = {k for k in _frozen(m, 3) if "/block_" in k}
         stored._prefix(params, None, {}, blocks | {"encoder/patch_embed/kernel"})
-    flipped = dataclasses.replace(stored, augment=localmim.Augment(size=32, flip=0.0))
+    flipped = dataclasses.replace(stored, augment=views.SingleCrop(size=32, flip=0.0))
     with pytest.raises(errors.UsageError, match="use the same augment"):
         flipped.transform()
     for text in ("[]", "{}", "[" * 100_000):

@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 
 from vitssl import tree
+from vitssl.data import views
 from vitssl.methods import base
-from vitssl.methods.localmim import (
-    decoder,
-    method,
-    random_masking,
-    stages,
-    store,
-    transitive,
-)
-from vitssl.models import vit
+from vitssl.methods.localmim import method, stages, store, transitive
+from vitssl.models import decoder, vit
+from vitssl.ops import random_masking
 from vitssl.optim import freezeout
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
@@ -30,7 +25,7 @@ def _method(boundary=0, dtype="float32", remat=False, **own):
     return method.LocalMIM(
         run=base.Run(10, 2, 4, 0, 1, one, one),
         model=vit.ViT(16, 4, 2, 4, 16, positions="sincos", dtype=dtype, remat=remat),
-        augment=method.Augment(16),
+        augment=views.SingleCrop(16),
         decoder=decoder.Decoder(width=16, heads=2),
         stages=stages.Stages((3,), (1.0,), ("pixel",)),
         masking=random_masking.Masking(),

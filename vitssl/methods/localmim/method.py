@@ -11,21 +11,21 @@ arXiv:2312.02194 (with FreezeOut); utkutpcgl/ViTFreeze@30e80f9.
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import einops
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from vitssl import errors, ranges, sizes, tree
+from vitssl import errors, sizes, tree
 from vitssl.data import views
 from vitssl.methods import base
-from vitssl.methods.localmim import pictures, random_masking, store, targets
-from vitssl.methods.localmim.decoder import Decoder, StageDecoder
+from vitssl.methods.localmim import pictures, store, targets
 from vitssl.methods.localmim.stages import Stages
 from vitssl.methods.localmim.transitive import Transitive
-from vitssl.models import layers, patches, vit
+from vitssl.models import layers, patches, vit, xavier
+from vitssl.models.decoder import Decoder, StageDecoder
+from vitssl.ops import random_masking
 from vitssl.optim import freezeout
 
 
@@ -34,28 +34,6 @@ class Phase(NamedTuple):
 
     visible: int
     blocks: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Augment:
-    """Config section `augment`: one random crop.
-
-    Attributes:
-        size: side of the crop, in pixels.
-        scale: smallest and largest share of the area.
-        flip: probability that it is mirrored.
-        interpolation: see `data.resample.resize`.
-    """
-
-    size: ranges.Count
-    scale: tuple[ranges.Share, ranges.Share] = (0.2, 1.0)
-    flip: ranges.Probability = 0.5
-    interpolation: Literal["bicubic", "bilinear", "fast"] = "bicubic"
-
-    def check(self) -> Iterator[str]:
-        """Yield what does not fit together."""
-        if self.scale[0] > self.scale[1]:
-            yield f"scale={self.scale}: smallest <= largest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +46,7 @@ class LocalMIM(base.Method):
 
     run: base.Run
     model: vit.ViT
-    augment: Augment
+    augment: views.SingleCrop
     decoder: Decoder = Decoder()
     stages: Stages = Stages()
     masking: random_masking.Masking = random_masking.Masking()
@@ -115,11 +93,9 @@ class LocalMIM(base.Method):
 
     def transform(self):
         """Return the training transform."""
-        a = self.augment
-        view = views.SingleCrop(a.size, a.scale, a.flip, interpolation=a.interpolation)
         if self.prefix.store:
-            return store.open(self.prefix.store).views(view, self.view_key)
-        return view
+            return store.open(self.prefix.store).views(self.augment, self.view_key)
+        return self.augment
 
     @property
     def view_key(self) -> str:
@@ -139,7 +115,7 @@ class LocalMIM(base.Method):
         keys = jax.random.split(rng, 3 + self.stages.count)
         image = jnp.zeros((1, *batch["global"].shape[2:]))
         encoder = self.model.init(keys[0], image)["params"]
-        params = {"encoder": xavier(keys[1], encoder)}
+        params = {"encoder": xavier.redraw(keys[1], encoder)}
         row = jnp.zeros((1, 2, self.model.width))
         restore = jnp.arange(self.grid[0] * self.grid[1])[None]
         for k in range(self.stages.count):
@@ -147,7 +123,8 @@ class LocalMIM(base.Method):
                 params[f"norm_{k}"] = self._norm.init(keys[2], row)["params"]
             module, key = self.decoder_module(k), keys[3 + k]
             found = module.init(key, row, restore, self.grid)["params"]
-            params[f"decoder_{k}"] = xavier(jax.random.fold_in(key, 1), found)
+            own = jax.random.fold_in(key, 1)
+            params[f"decoder_{k}"] = xavier.redraw(own, found, keep=("up_", "pred"))
         extra = {}
         if self.target.hog_bias:
             shape = (self.stages.count, 2)
@@ -294,7 +271,7 @@ class LocalMIM(base.Method):
         for k in active:
             if kinds[k] == "pixel":
                 normalise = self.target.normalise_pixels
-                found[k] = targets.pixels(image, cells[k], normalise)
+                found[k] = patches.cells(image, cells[k], normalise)
             elif kinds[k] == "feature":
                 net = {"params": jax.lax.stop_gradient(params["encoder"])}
                 _, out = self.model.apply(net, image)
@@ -361,6 +338,8 @@ class LocalMIM(base.Method):
             return
         if not self.model.cls:
             yield "model.cls=False: the decoders attend to the class token"
+        if self.model.registers:
+            yield f"model.registers={self.model.registers}: the decoders take none"
         if self.prefix.boundary >= depth:
             yield (
                 f"prefix.boundary={self.prefix.boundary}: below model.depth={depth}, "
@@ -373,30 +352,4 @@ class LocalMIM(base.Method):
         for s in self.stages.scales:
             if self.decoder.width % max(1, round(s)):
                 yield f"decoder.width={self.decoder.width}: must be a multiple of {s:g}"
-        epochs = (0.0, *(start for start, _ in self.masking.schedule))
-        n = self.grid[0] * self.grid[1]
-        if any(not 0 < self.masking.visible(n, e) < n for e in epochs):
-            yield f"masking.ratio: leaves none or all of the {n} patches visible"
-
-
-def xavier(rng, params):
-    """Return parameters with LocalMIM's initial values.
-
-    Linear layers start Xavier-uniform (the packed query-key-value matrix as one), the
-    patch embedding too, as a [D, p p C] matrix; class and mask tokens normal(0.02).
-    The decoders' heads (up_*, pred) keep what they have.
-
-    Source: utkutpcgl/ViTFreeze ViT/models_mim.py:initialize_weights.
-    """
-    draw = nn.initializers.xavier_uniform()
-    leaves = tree.flat(params)
-    for i, (name, leaf) in enumerate(sorted(leaves.items())):
-        key, parts = jax.random.fold_in(rng, i), name.split("/")
-        if parts[-1] == "cls":
-            leaves[name] = layers.normal(key, leaf.shape)
-        elif parts[0] == "patch_embed" and parts[-1] == "kernel":
-            flat = draw(key, (leaf[..., 0].size, leaf.shape[-1]))
-            leaves[name] = flat.reshape(leaf.shape)
-        elif parts[-1] == "kernel" and not parts[0].startswith(("up_", "pred")):
-            leaves[name] = draw(key, leaf.shape)
-    return tree.nest(leaves)
+        yield from self.masking.faults(self.grid)

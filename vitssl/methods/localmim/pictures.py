@@ -6,7 +6,6 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from vitssl.methods.localmim import targets
 from vitssl.models import patches
 
 
@@ -60,12 +59,7 @@ def _shown(both, image, method, k):
     if kind != "pixel":
         return {"tokens": tuple(both)}
     cell = image.shape[1] // both[0].shape[1]
-    if method.target.normalise_pixels:
-        # Cells get the brightness and contrast of the image back.
-        own = targets.pixels(image, cell, normalise=False)
-        mean, std = own.mean(-1, keepdims=True), own.std(-1, ddof=1, keepdims=True)
-        both = [x * std + mean for x in both]
-    whole = "b h w (p q c) -> b (h p) (w q) c"
-    both = [einops.rearrange(x, whole, p=cell, q=cell) for x in both]
+    normalised = method.target.normalise_pixels
+    both = [patches.paint(x, image, cell, normalised) for x in both]
     mean, std = (jnp.asarray(v) for v in (method.run.mean, method.run.std))
     return {"pixels": tuple(x * std + mean for x in both)}

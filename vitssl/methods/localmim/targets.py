@@ -109,15 +109,6 @@ def hog(image, cells, nbins, biases=None):
     return [made[cell] for cell in cells]
 
 
-def pixels(image, cell, normalise):  # [B, H, W, C] -> [B, h, w, cell cell C]
-    """Return the pixels of every cell, as they are or with mean 0 and variance 1."""
-    x = einops.rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=cell, q=cell)
-    if not normalise:
-        return x
-    mean, var = x.mean(-1, keepdims=True), x.var(-1, ddof=1, keepdims=True)
-    return (x - mean) / jnp.sqrt(var + 1e-6)
-
-
 def standardise(x, eps=1e-6):  # [..., D] -> [..., D] float32
     """Return vectors with mean 0 and variance 1."""
     x = x.astype(jnp.float32)

@@ -1,6 +1,7 @@
-"""Which patches LocalMIM hides, drawn on the device, and how much of each target."""
+"""Which patches are hidden at random, drawn on the device: MAE, LocalMIM, SimMIM."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
 import einops
@@ -51,25 +52,44 @@ class Masking:
             compiled once.
         distance: 0: hidden patches are drawn at random. Towards 1 the visible ones
             gather around a random centre, so that what is hidden lies far from them.
+        block: squares of so many patches a side are hidden or visible as a whole.
     """
 
     ratio: Ratio = 0.75
     schedule: tuple[tuple[float, Ratio], ...] = ()
     distance: ranges.Probability = 0.0
+    block: ranges.Count = 1
 
     def visible(self, patches: int, epoch: float) -> int:
-        """Return K = int(N (1 - ratio)), truncated as the original does."""
+        """Return K = int(N (1 - ratio)), truncated as LocalMIM does; whole squares."""
         ratio = self.ratio
         for start, value in self.schedule:
             if epoch >= start:
                 ratio = value
-        return int(patches * (1 - ratio))
+        square = self.block**2
+        return int(patches // square * (1 - ratio)) * square
+
+    def faults(self, grid: tuple[int, int]) -> Iterator[str]:
+        """Yield why these masks do not fit a grid of patches, if they do not."""
+        n = grid[0] * grid[1]
+        if any(side % self.block for side in grid):
+            yield (
+                f"masking.block={self.block}: must divide the grid of {grid[0]} x "
+                f"{grid[1]} patches"
+            )
+            return
+        epochs = (0.0, *(start for start, _ in self.schedule))
+        if any(not 0 < self.visible(n, e) < n for e in epochs):
+            yield f"masking.ratio: leaves none or all of the {n} patches visible"
 
     def draw(self, rng, count: int, grid: tuple[int, int], visible: int) -> Masks:
         """Return the masks of `count` images of h x w patches, K of them visible."""
         n = grid[0] * grid[1]
         noise_key, centre_key = jax.random.split(rng)
-        noise = jax.random.uniform(noise_key, (count, n))
+        h, w = (side // self.block for side in grid)
+        noise = jax.random.uniform(noise_key, (count, h * w))
+        if self.block > 1:  # Equal in a square: a stable sort keeps it together.
+            noise = cell_weights(noise, (h, w), self.block)
         if self.distance:
             cells = jnp.stack(jnp.divmod(jnp.arange(n), grid[1]), axis=-1)
             centre = jax.random.randint(centre_key, (count, 1), 0, n)

@@ -1,4 +1,4 @@
-"""The small decoder that LocalMIM attaches to an encoder block.
+"""The decoder of MAE, which LocalMIM attaches, small, to several encoder blocks.
 
 Everything after the transformer block acts on single patches (transposed convolutions
 of kernel = stride do not overlap), so the head works on lists of tokens and may leave
@@ -19,7 +19,7 @@ from vitssl.models import layers, patches, posemb
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Config section `decoder`: the transformer of every stage's decoder."""
+    """Config section `decoder`: its transformer."""
 
     width: ranges.Count = 256
     depth: ranges.Count = 1
