@@ -158,10 +158,10 @@ def shrunk(c) -> dict:
         found["optim.thaw"] = tuple((pattern, 0.1) for pattern, _ in thaw)
     if "presence_group" in c.get("objective", {}):
         found["objective.presence_group"] = 1 if c.batch_size == 16 else 4
-    found |= {"hjepa": _hjepa, "latent_mim": _latent_mim}.get(c.method, _image)(c)
-    if c.method == "localmim":
-        found |= {"decoder.width": 16, "decoder.heads": 2}
-        if not c.stages.blocks:
+    found |= _METHODS.get(c.method, _image)(c)
+    if c.method in ("localmim", "mae"):
+        found |= {"decoder.width": 16, "decoder.heads": 2, "decoder.depth": 1}
+        if c.method == "localmim" and not c.stages.blocks:
             found["stages.blocks"] = "(0, 1, 2, 3)"
     if "linear" in c.evals.final and c.precision == "bfloat16":
         # The demos measure all there is; of the published recipes k-NN is enough.
@@ -178,7 +178,8 @@ def _side(c) -> int:
     patch = c.model.patch
     if c.model.name == "hvit":
         return patch * 2 ** len(c.model.depths) // (1 if patch < 14 else 2)
-    grid = 2 if c.method in ("localmim", "classify") and patch > 8 else 3
+    even = c.method in ("localmim", "classify", "mae")
+    grid = 2 if even and patch > 8 else 3
     return c.model.image_size if patch < 14 else grid * patch
 
 
@@ -196,6 +197,15 @@ def _hjepa(c) -> dict:
     if c.predictor.width:
         found["predictor.width"] = 16
     return found
+
+
+def _dino(c) -> dict:
+    patch = c.model.patch
+    side = 3 * patch
+    found = {"multicrop.global_crop_size": side, "evals.image_size": side}
+    found |= {"multicrop.local_crop_size": patch, "head.outputs": 16}
+    found["multicrop.num_local_crops"] = min(2, c.multicrop.num_local_crops)
+    return found | {"head.hidden": 16, "head.bottleneck": 8}
 
 
 def _latent_mim(c) -> dict:
@@ -218,7 +228,7 @@ def _vit(c) -> dict:
     if c.method == "localmim" or c.get("init", {}).get("absent"):
         depth = len(c.get("stages", {}).get("blocks", ())) or 4
     found = {"model.width": 16, "model.heads": 2, "model.depth": depth}
-    side = 6 * c.model.patch if c.method == "hjepa" else _side(c)
+    side = {"hjepa": 6, "dino": 3}.get(c.method, 0) * c.model.patch or _side(c)
     return found | {"model.image_size": side}
 
 
@@ -234,6 +244,7 @@ def _resnet(c) -> dict:
     return found | {"model.stem": 8}
 
 
+_METHODS = {"dino": _dino, "hjepa": _hjepa, "latent_mim": _latent_mim}
 _MODELS = {"vit": _vit, "hvit": _hvit, "resnet": _resnet}
 
 

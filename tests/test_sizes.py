@@ -161,6 +161,8 @@ FOLLOWED = {
     "finetune_vit.py": ("augment.size=32", 32),
     "simclr_hvit.py": ("augment.size=72", 72),
     "localmim.py": ("augment.size=32", 32),
+    "dino.py": ("multicrop.global_crop_size=60", 60),
+    "mae.py": ("augment.size=60", 60),
     "latent_mim.py": ("sampling.max_side=5", 40),
 }
 

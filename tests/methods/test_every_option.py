@@ -19,13 +19,26 @@ from vitssl import errors, tree
 from vitssl.methods import table
 from vitssl.run import build, devices, evaluation, experiment, loop
 
-# Method: its config, and what makes the smoke run smaller and the same every time.
+# Method, or one by other options: its config, and what makes the smoke run smaller and
+# the same every time.
 SMALL = {
     "classify": (
         "finetune_vit",
         "model.width=16 model.heads=2 model.depth=1 model.drop_path=0.0 "
         "augment.erase=0.0 mix.mixup=0.0 mix.cutmix=0.0 "
         "head.init_std=0.1 head.pool=mean",
+    ),
+    "dino": (
+        "dino",
+        "model.width=16 model.heads=2 model.depth=1 multicrop.global_crop_size=24 "
+        "multicrop.local_crop_size=12 head.outputs=16 head.hidden=16 head.bottleneck=8",
+    ),
+    "dinov2": (
+        "dino",
+        "model.width=16 model.heads=2 model.depth=1 multicrop.global_crop_size=24 "
+        "multicrop.num_local_crops=0 head.outputs=16 head.hidden=16 head.bottleneck=8 "
+        "head.lengths=True objective.patch=1.0 objective.shared=False "
+        "objective.koleo=0.1 objective.centring=sinkhorn",
     ),
     "hjepa": (
         "hjepa",
@@ -42,6 +55,16 @@ SMALL = {
         "localmim",
         "model.width=16 model.heads=2 model.depth=2 stages.blocks=(0,1) "
         "stages.scales=(2.0,1.0) decoder.width=16 decoder.heads=2",
+    ),
+    "mae": (
+        "mae",
+        "model.width=16 model.heads=2 model.depth=1 augment.size=24 "
+        "decoder.width=16 decoder.heads=2 decoder.depth=1",
+    ),
+    "simmim": (
+        "mae",
+        "model.width=16 model.heads=2 model.depth=1 augment.size=24 masking.block=2 "
+        "objective.hidden=token objective.loss=l1 objective.normalise=False",
     ),
     "parts": ("parts", "model.width=16 model.heads=2"),
     "simclr": ("simclr_hvit", "model.width=16"),
@@ -60,9 +83,14 @@ RUN = (
 ALL = sorted(SMALL)
 # Distance of the losses and of the gradients of a batch in two parts and in one.
 # H-JEPA's is a mean over tokens to predict; some micro-batches have more of them.
-WHOLE = {"classify": (1e-5, 1e-5), "hjepa": (5e-3, 0.05), "simclr": (1e-6, 1e-5)}
+WHOLE = {
+    "classify": (1e-5, 1e-5),
+    "dino": (1e-5, 1e-4),
+    "hjepa": (5e-3, 0.05),
+    "simclr": (1e-6, 1e-5),
+}
 # Masks or noise are drawn for each micro-batch.
-DRAWN = ("latent_mim", "localmim", "parts")
+DRAWN = ("dinov2", "latent_mim", "localmim", "mae", "parts", "simmim")
 
 
 class First(NamedTuple):
@@ -154,7 +182,8 @@ def _same(found, want, *, loss=1e-5, grads=1e-5):
 
 
 def test_every_method_is_here():
-    assert set(ALL) == set(table.METHODS) == {*WHOLE, *DRAWN}
+    methods = {_read(name).settings.method for name in ALL}
+    assert methods == set(table.METHODS) and set(ALL) == {*WHOLE, *DRAWN}
 
 
 @pytest.mark.parametrize("name", ALL)
