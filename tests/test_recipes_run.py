@@ -178,8 +178,7 @@ def _side(c) -> int:
     patch = c.model.patch
     if c.model.name == "hvit":
         return patch * 2 ** len(c.model.depths) // (1 if patch < 14 else 2)
-    even = c.method in ("localmim", "classify", "mae")
-    grid = 2 if even and patch > 8 else 3
+    grid = {"localmim": 2, "classify": 2, "mae": 4}.get(c.method, 3)
     return c.model.image_size if patch < 14 else grid * patch
 
 
