@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.methods import plain
-from vitssl import errors
 from vitssl.data import multicrop
 from vitssl.methods import base
 from vitssl.methods.dino import method, objective
@@ -255,5 +254,3 @@ def test_impossible_settings_are_one_line_each():
     assert line == "model.cls=False: DINO sorts class tokens"
     (line,) = objective.Objective(ratio=(0.5, 0.1)).check()
     assert line == "ratio=(0.5, 0.1): smallest <= largest"
-    with pytest.raises(errors.UsageError, match="compares the samples of a batch"):
-        step.make(_method(koleo=0.1), None, accumulate=2)

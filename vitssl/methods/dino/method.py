@@ -69,7 +69,7 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True)
-class DINO(base.Method):
+class DINO(base.Embedding):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder", "head", with objective.patch "mask_token", what hidden
@@ -92,7 +92,7 @@ class DINO(base.Method):
 
     @property
     def couples_batch(self) -> bool:
-        """Whether the loss mixes samples, so that a batch may not be split."""
+        """Whether the loss mixes samples."""
         return self.objective.couples_batch
 
     def transform(self) -> multicrop.MultiCrop:
@@ -147,9 +147,13 @@ class DINO(base.Method):
         own = params.get(f"{kind}_head", params["head"])
         return self.head.apply({"params": own}, x)
 
-    def loss(self, params, extra, batch, rng, *, step=0, phase=None):
-        """Return (loss [], (extra, metrics)) of the global batch."""
-        del phase  # The number of local crops shows in the batch.
+    def embed(self, params, extra, batch, rng, *, step=0, phase=None) -> dict:
+        """Return the features that are compared of each image.
+
+        {"view": of all crops (student [B, V, D], teacher [B, G, D]), and with the loss
+        on hidden patches "patch": ([B, G, S, D] of both, which count [B, G, S])}.
+        """
+        del step, phase  # The number of local crops shows in the batch.
         o = self.objective
         paint, draw, *drop = jax.random.split(rng, 4)
         if self.multicrop.colour == "device":
@@ -171,28 +175,34 @@ class DINO(base.Method):
             views = jnp.concatenate([cls, small], 1)  # [B, V, D]
         teacher = jax.lax.stop_gradient(extra["teacher"])
         right, seen = self._encode(teacher, crops["global"])
-        pairs = {"view": (views, right, None)}
+        rows = {"view": (views, right)}
         if o.patch:
             where, count = patches.pack(hidden, o.most(n))  # [B, G, S]
             both = (patches.take(x, where) for x in (tokens, seen))
-            pairs["patch"] = (*both, patches.valid(count, where.shape[-1]))
-        losses, extra, metrics = self._compare(params, teacher, extra, pairs, step)
+            rows["patch"] = (*both, patches.valid(count, where.shape[-1]))
+        return rows
+
+    def compare(self, params, extra, rows, rng, *, step=0, phase=None):
+        """Return (loss [], (extra, metrics)) of the rows of `embed`."""
+        del rng, phase
+        losses, extra, metrics = self._losses(params, extra, rows, step)
+        o = self.objective
         total = losses["view"] + o.patch * losses.get("patch", 0.0)
         if o.koleo:
-            losses["koleo"] = o.spread(cls)
+            views, right = rows["view"]
+            losses["koleo"] = o.spread(views[:, : right.shape[1]])
             total = total + o.koleo * losses["koleo"]
         return total, (extra, metrics | {f"loss_{k}": v for k, v in losses.items()})
 
-    def _compare(self, params, teacher, extra, pairs, step):
-        """Return ({kind: loss []}, extra, metrics).
-
-        Args:
-            pairs: {kind: (features [..., D] of the student, of the teacher, which of
-                them count or None)}.
-        """
+    def _losses(self, params, extra, rows, step):
+        """Return ({kind: loss []}, extra, metrics) of the rows of `embed`."""
         o, losses, means = self.objective, {}, {}
         heat = o.heat(step, self.run.steps_per_epoch)
-        for kind, (x, y, valid) in pairs.items():
+        teacher = jax.lax.stop_gradient(extra["teacher"])
+        # A loss over the batch sees all of it at once.
+        parts = 1 if self.couples_batch else self.run.accumulate
+        for kind, (x, y, *valid) in rows.items():
+            valid = valid[0] if valid else None
             scores = self._sort(params, x, kind)
             right = self._sort(teacher, y, kind)
             centre = extra["centre"][kind] if "centre" in extra else None
@@ -202,7 +212,7 @@ class DINO(base.Method):
                 metrics = criteria.entropies(target)
             else:
                 losses[kind] = o.patches(target, scores, valid)
-            means[kind] = criteria.mean(right, valid) / self.run.accumulate
+            means[kind] = criteria.mean(right, valid) / parts
         if "mean" in extra:
             moved = jax.tree.map(jnp.add, extra["mean"], means)
             extra = extra | {"mean": jax.lax.stop_gradient(moved)}
