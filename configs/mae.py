@@ -19,6 +19,9 @@ One override away:
     --config.decoder.depth=1
     --config.evals.features=cls             (instead of the mean of the patches)
 
+The demo cut to 12 epochs (--config.epochs=12 --config.optim.warmup_epochs=1), seed 0:
+k-NN 35.5, linear probe 68.3 %; untrained 21.7, 54.8; raw pixels 42.4, 69.3.
+
 SimMIM's ViT has relative positions that all blocks share; here positions are learned.
 
 Published (ImageNet, fine-tuned, 1,600 epochs): 83.6 for ViT-B, 85.9 for ViT-L, 86.9 for
