@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.methods import plain
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.methods import base
 from vitssl.methods.dino import method, objective
 from vitssl.models import vit
@@ -21,7 +21,7 @@ NET = dict(width=8, depth=1, heads=2, patch=4, image_size=8, positions="sincos")
 
 
 def _method(**own):
-    crops = dict(
+    views = dict(
         num_global_crops=2,
         num_local_crops=own.pop("locals", 2),
         global_crop_size=8,
@@ -46,7 +46,7 @@ def _method(**own):
             std=(0.25,),
         ),
         model=vit.ViT(**NET | own.pop("model", {})),
-        multicrop=multicrop.MultiCrop(**crops | own.pop("multicrop", {})),
+        multicrop=crops.MultiCrop(**views | own.pop("multicrop", {})),
         head=method.Head(outputs=6, hidden=8, bottleneck=4, **own.pop("head", {})),
         objective=objective.Objective(**own),
     )

@@ -26,7 +26,7 @@ from PIL import Image
 
 from vitssl import errors
 from vitssl.bench import clock
-from vitssl.data import decode, multicrop, pipeline
+from vitssl.data import crops, decode, pipeline
 from vitssl.data.sources import folder
 from vitssl.methods.hjepa import masks, views
 
@@ -37,9 +37,9 @@ WARM_UP = 2  # Batches per core, before the clock of a loader starts.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def section(interpolation: str, **changes) -> multicrop.MultiCrop:
+def section(interpolation: str, **changes) -> crops.MultiCrop:
     """Return H-JEPA's crops: 2 x 224 and 6 x 96, flip and jitter, nothing else."""
-    return multicrop.MultiCrop(
+    return crops.MultiCrop(
         num_global_crops=2,
         num_local_crops=6,
         global_crop_size=224,

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from vitssl.data import colour, geometry, multicrop, resample
+from vitssl.data import colour, crops, geometry, resample
 from vitssl.data import views as plain
 from vitssl.methods.hjepa import masks, views
 
@@ -227,7 +227,7 @@ def _batch(strategy, want, batch):
         mode="drop",
     )
     keys = ("num_global_crops", "num_local_crops", "global_crop_size")
-    crop = multicrop.MultiCrop(
+    crop = crops.MultiCrop(
         **DINOV2 | {key: info[key] for key in (*keys, "local_crop_size")}
     )
     patch = round(info["global_crop_size"] / info["global_num_patches"] ** 0.5)

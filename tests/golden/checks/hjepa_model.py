@@ -11,7 +11,7 @@ from tests.golden import hjepa_names as names
 from tests.golden import reading
 from tests.golden.checks import hjepa_encoder
 from vitssl import convert, tree
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.losses import regression
 from vitssl.methods import base
 from vitssl.methods.hjepa import apply, levels, masks, predictor
@@ -60,7 +60,7 @@ def _method(c, *, mode, pooling, objective=None, masking=None, ema=None, **run):
             fpn=fpn,
             fpn_width=c.get("fpn_feature_dim") or 0,
         ),
-        multicrop=multicrop.MultiCrop(
+        multicrop=crops.MultiCrop(
             num_global_crops=c.get("ng", 1),
             # One at least: then the query without a position exists.
             num_local_crops=max(1, c.get("nl", 0)),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.optim import schedules
 
 
@@ -84,7 +84,7 @@ def _momentum(ema, steps):
 
 
 def _adaptive(spec, warmup_epochs):
-    return multicrop.MultiCrop(
+    return crops.MultiCrop(
         num_global_crops=2,
         num_local_crops=6,
         global_crop_size=32,

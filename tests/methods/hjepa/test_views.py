@@ -9,11 +9,11 @@ import pytest
 from tests.data.test_colour import gap, picture
 from tests.methods.hjepa.test_masks import HJEPA
 from vitssl import config
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.data import views as plain
 from vitssl.methods.hjepa import views
 
-SMALL = multicrop.MultiCrop(
+SMALL = crops.MultiCrop(
     num_global_crops=2,
     num_local_crops=3,
     global_crop_size=32,
@@ -216,7 +216,7 @@ def test_blur_and_solarisation_depend_on_the_kind_and_the_number_of_the_crop():
 
 def test_section_reports_every_bad_value():
     given, found = dataclasses.asdict(SMALL), config.Problems()
-    assert config.section(multicrop.MultiCrop, given, "c", found) == SMALL and not found
+    assert config.section(crops.MultiCrop, given, "c", found) == SMALL and not found
     bad = dict(
         num_global_crops=0,
         num_local_crops=-2,
@@ -228,7 +228,7 @@ def test_section_reports_every_bad_value():
         blur_prob=(0.0, 2.0, 0.0),
         adaptive_warmup_epochs=-1,
     )
-    config.section(multicrop.MultiCrop, given | bad, "c", found)
+    config.section(crops.MultiCrop, given | bad, "c", found)
     assert {line.split("=")[0] for line in found} == {f"c.{key}" for key in bad}
     assert "c.num_global_crops=0: 1 or more" in found
     less = change(

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.methods import base
 from vitssl.methods.hjepa import levels, masks, objective, predictor
 from vitssl.methods.hjepa import method as hjepa
@@ -67,7 +67,7 @@ def _method(key, dtype, batch_size):
         model=vit.ViT(**MODEL | dict(dtype=dtype) | own.get("model", {})),
         predictor=predictor.Spec(**PREDICTOR | own.get("predictor", {})),
         levels=levels.Spec(**LEVELS | own.get("levels", {})),
-        multicrop=multicrop.MultiCrop(**MULTICROP | own.get("multicrop", {})),
+        multicrop=crops.MultiCrop(**MULTICROP | own.get("multicrop", {})),
         masking=masks.Masking(**MASKING | own.get("masking", {})),
         objective=objective.Objective(**OBJECTIVE | own.get("objective", {})),
         ema=hjepa.Ema(**EMA | own.get("ema", {})),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import ranges, tree
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.losses import regression
 from vitssl.methods import base
 from vitssl.methods.dino import objective as criteria
@@ -80,7 +80,7 @@ class DINO(base.Embedding):
 
     run: base.Run
     model: vit.ViT
-    multicrop: multicrop.MultiCrop
+    multicrop: crops.MultiCrop
     head: Head = Head()
     teacher: Teacher = Teacher()
     objective: criteria.Objective = criteria.Objective()
@@ -95,7 +95,7 @@ class DINO(base.Embedding):
         """Whether the loss mixes samples."""
         return self.objective.couples_batch
 
-    def transform(self) -> multicrop.MultiCrop:
+    def transform(self) -> crops.MultiCrop:
         """Return the training transform."""
         return self.multicrop
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import ranges, tree
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.methods import base
 from vitssl.methods.hjepa import (
@@ -66,7 +66,7 @@ class HJEPA(base.Embedding):
     model: vit.ViT
     predictor: predictor.Spec
     levels: levels.Spec
-    multicrop: multicrop.MultiCrop
+    multicrop: crops.MultiCrop
     masking: masks.Masking
     objective: objective.Objective
     ema: Ema

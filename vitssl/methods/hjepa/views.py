@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from vitssl.data import multicrop
+from vitssl.data import crops
 from vitssl.methods.hjepa import masks
 
 
@@ -21,7 +21,7 @@ class MultiCropTransform:
         patch: side of a patch, in pixels.
     """
 
-    crops: multicrop.MultiCrop
+    crops: crops.MultiCrop
     masking: masks.Masking
     patch: int
 
