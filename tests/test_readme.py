@@ -1,4 +1,4 @@
-"""Every command of README.md is valid: checked here, or run by the test named here."""
+"""Every command of README.md and docs/ is valid: checked here, or run by the test named here."""
 
 import re
 import shlex
@@ -10,7 +10,8 @@ from vitssl import config
 from vitssl.run import experiment
 from vitssl.tools import study
 
-README = (runs.ROOT / "README.md").read_text()
+PAGES = [runs.ROOT / "README.md", *sorted((runs.ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
 TRAIN = ("launch/local.sh", "vitssl train", "python -m vitssl.main")
 # Commands that do something else than train, and the file whose tests run them.
 TESTED = {
@@ -30,6 +31,9 @@ TESTED = {
     "python -m vitssl.bench freeze": "bench/test_freeze_time.py",
     "python -m vitssl.bench data": "bench/test_data_time.py",
     "python -m vitssl.bench knn": "bench/test_knn_time.py",
+    "vitssl prepare": "tools/test_prepare.py",
+    "python -m tests.fuzz": "test_fuzz.py",
+    "python -m pytest tests/run/test_lowered.py": "run/test_lowered.py",
     "vitssl store": "methods/localmim/test_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.
@@ -62,7 +66,7 @@ def test_a_command_is_valid_or_run_elsewhere(command):
         assert (runs.ROOT / "tests" / TESTED[known[0]]).exists()
         return
     words = [w for w in shlex.split(command) if w.startswith("--config")]
-    spec = str(runs.ROOT / words[0].removeprefix("--config="))
+    spec = words[0].removeprefix("--config=")  # Published names need no folder.
     c = experiment.load(spec, [w.removeprefix("--config.") for w in words[1:]])
     study.read(c) if "study" in c else experiment.read(c)
 
@@ -81,9 +85,13 @@ def test_overrides_of_every_block_are_valid():
         faults.stop()
 
 
-def test_files_that_the_readme_names_exist():
-    named = set(re.findall(r"`((?:tests|configs|launch|vitssl|docs)/[\w/.]+)`", README))
-    named |= set(re.findall(r"\]\(([\w/.]+)\)", README))
-    assert len(named) > 10
-    absent = {n for n in named if not (runs.ROOT / n).exists()}
-    assert absent == set()
+def test_files_that_the_pages_name_exist():
+    absent, count = set(), 0
+    for page in PAGES:
+        text = page.read_text()
+        named = re.findall(r"`((?:tests|configs|launch|vitssl|docs)/[\w/.]+)`", text)
+        links = re.findall(r"\]\(([\w/.]+)\)", text)
+        absent |= {n for n in named if not (runs.ROOT / n).exists()}
+        absent |= {n for n in links if not (page.parent / n).exists()}
+        count += len(named) + len(links)
+    assert absent == set() and count > 10
