@@ -1,4 +1,4 @@
-"""Every command of README.md and docs/ is valid: checked here, or run by the test named here."""
+"""Every command of README.md and docs/ is valid, or run by the test named here."""
 
 import re
 import shlex
