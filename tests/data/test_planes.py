@@ -86,7 +86,7 @@ def test_the_range_of_planes_may_be_their_own(root, tmp_path):
 def test_a_damaged_plane_names_its_file(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((5, 4)))
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:140])
-    with pytest.raises(errors.DataError, match="x.npy: cannot be read"):
+    with pytest.raises(errors.DataError, match="x.npy: cannot be decoded"):
         spectral.read(str(tmp_path / "x.npy"), (5, 4), 1)
 
 

@@ -68,10 +68,10 @@ def test_scores_are_of_images_the_probe_did_not_see():
     truth = rng.integers(0, 2, (40, 1, 1)).repeat(4, 1).repeat(4, 2)
     named = np.eye(40, dtype=np.float32)[:, None, None].repeat(2, 1).repeat(2, 2)
     measures = readout.Measures(classes=2, epochs=30, lr=0.05)
-    found = readout.scores({"tokens": named, "truth": truth}, measures)
+    found = readout.scores(*readout.halves({"tokens": named, "truth": truth}), measures)
     assert found["accuracy"] < 0.8
     told = {"tokens": truth[:, ::2, ::2, None].astype(np.float32), "truth": truth}
     told["pixels"] = np.zeros((40, 4, 4, 2), np.float32)
-    found = readout.scores(told, measures)
+    found = readout.scores(*readout.halves(told), measures)
     assert found["miou"] == 1.0 and found["miou_pixels"] == found["miou_guess"] < 0.5
-    assert readout.scores({"label": truth}, measures) == {}
+    assert readout.scores({"label": truth}, {"label": truth}, measures) == {}
