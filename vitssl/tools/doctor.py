@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import time
 
-import vitssl
 from vitssl import config
 
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
@@ -28,7 +27,7 @@ EXTRAS = (
 
 def install(extra: str) -> str:
     """Return the command that adds an extra to this installation."""
-    if config.home().parent == pathlib.Path(vitssl.__file__).parent:
+    if config.home().parent == pathlib.Path(config.__file__).parent:
         return f"pip install 'vitssl[{extra}]'"
     return f"VITSSL_EXTRAS={extra} launch/local.sh ..., or pip install -e '.[{extra}]'"
 
