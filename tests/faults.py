@@ -32,9 +32,9 @@ def kill_after_step(n):
 
 def kill_in_save(n):
     """SIGKILL while the n-th checkpoint is on disk but not sealed."""
-    from vitssl.run import checkpoint
+    from vitssl.run import seals
 
-    write, count = checkpoint._write_manifest, [0]
+    write, count = seals.write, [0]
 
     def wrapped(path):
         count[0] += 1
@@ -42,7 +42,7 @@ def kill_in_save(n):
             os.kill(os.getpid(), signal.SIGKILL)
         write(path)
 
-    checkpoint._write_manifest = wrapped
+    seals.write = wrapped
 
 
 def kill_in_write(n):

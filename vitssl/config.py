@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import flax.linen as nn
 import ml_collections
 
-from vitssl import errors, ranges
+from vitssl import disk, errors, ranges
 
 # The one section that may be given as a whole, as a dict: its keys are a source's.
 OPEN = "data.options"
@@ -298,7 +298,7 @@ def typed(annotation, value, path, problems):
 
 def choose(table: dict, name, path: str, problems: Problems):
     """Return table[name], or report the names there are."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     guess = difflib.get_close_matches(str(name), list(table), 1, cutoff=0.5)
     hint = f"; did you mean {guess[0]!r}?" if guess else ""
@@ -319,8 +319,12 @@ def _plain(value):
     return value
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
-    """Return the config of `to_json` text; lists become tuples."""
+def from_json(text: str | bytes) -> ml_collections.ConfigDict:
+    """Return the config of `to_json` text; lists become tuples.
+
+    Raises:
+        Damaged: it is no such text.
+    """
 
     def tuples(value):
         if isinstance(value, dict):
@@ -329,7 +333,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
             return tuple(map(tuples, value))
         return value
 
-    return ml_collections.ConfigDict(tuples(json.loads(text)))
+    return ml_collections.ConfigDict(tuples(disk.parse(text)))
 
 
 def differences(a, b, path="") -> Iterator[str]:

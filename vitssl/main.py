@@ -12,7 +12,7 @@ import sys
 USAGE = """\
 usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
                              [--config.KEY=VALUE ...] [--dry_run] [--force_unlock]
-                             [--share=K/N]
+                             [--reseal] [--share=K/N]
 
   --config        a recipe: hjepa, hjepa:smoke, or a file, configs/hjepa.py:smoke
   --workdir       directory of the run (default runs/<config>[-<argument>]);
@@ -20,10 +20,13 @@ usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
   --config.KEY    override any value: --config.optim.lr=1e-3
   --dry_run       print the config in full and the memory of a step; no training
   --force_unlock  ignore the lock of another run on this workdir
+  --reseal        take checkpoints that were copied without their vitssl.sha256.json,
+                  once they are read to the end
   --share         of a study: make every N-th of its runs, from the K-th on; N such
                   commands beside each other make all
 """
-_FLAGS = ("config", "workdir", "dry_run", "force_unlock", "share", "help")
+_FLAGS = ("config", "workdir", "dry_run", "force_unlock", "reseal", "share", "help")
+_SWITCHES = ("dry_run", "force_unlock", "reseal", "help")
 
 
 def parse(argv: list[str]) -> dict:
@@ -35,7 +38,7 @@ def parse(argv: list[str]) -> dict:
     from vitssl import errors
 
     found = {"config": "", "workdir": "", "overrides": [], "share": (1, 1)}
-    found |= {"dry_run": False, "force_unlock": False, "help": False}
+    found |= dict.fromkeys(_SWITCHES, False)
     faults, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -44,7 +47,7 @@ def parse(argv: list[str]) -> dict:
         if flag == word == name or not word.startswith("-"):
             faults.append(f"{word}: not a flag; a recipe is given as --config={word}")
             continue
-        if name in ("dry_run", "force_unlock", "help", "h") and not equals:
+        if name in (*_SWITCHES, "h") and not equals:
             found["help" if name == "h" else name] = True
             continue
         if not equals:
@@ -115,7 +118,8 @@ def _run(flags) -> int:
     from vitssl.run import devices, loop
 
     devices.start()
-    loop.run(checked, workdir, name=name, force_unlock=flags["force_unlock"])
+    own = {key: flags[key] for key in ("force_unlock", "reseal")}
+    loop.run(checked, workdir, name=name, **own)
     return 0
 
 

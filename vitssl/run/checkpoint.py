@@ -1,18 +1,15 @@
 """Checkpoints: orbax underneath, closed, verified, never half loaded.
 
-WORKDIR/checkpoints/<step>/ holds the state; `vitssl.sha256.json`, written last, holds
-a digest of every file. A step without it (the process died) or with a file that does
-not match it (the disk lied) is never loaded: the newest good one is.
+WORKDIR/checkpoints/<step>/ holds the state and its seal, see `seals`. A step without
+one (the process died) or with a file that does not match it (the disk lied) is never
+loaded: the newest good one is.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import pathlib
-import shutil
 import threading
 from typing import Annotated
 
@@ -20,12 +17,10 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vitssl import errors, ranges
-from vitssl.run import devices
+from vitssl import disk, errors, ranges
+from vitssl.run import devices, seals
 
 logger = logging.getLogger(__name__)
-MANIFEST = "vitssl.sha256.json"
-FORMAT = 1
 # Entries of `extra` that methods kept before the trainer told them the step.
 RETIRED = ("step",)
 
@@ -114,9 +109,15 @@ class Checkpoints:
         workdir: directory of the run.
         spec: the config section.
         steps_per_epoch: to turn epochs into steps.
+        reseal: take steps that lost their seal, if they can be read.
+
+    Raises:
+        CheckpointError: what is there is of another version, or has no seal.
     """
 
-    def __init__(self, workdir, spec: Checkpoint, steps_per_epoch: int):
+    def __init__(
+        self, workdir, spec: Checkpoint, steps_per_epoch: int, reseal: bool = False
+    ):
         # Orbax fails late, in a thread, on a relative path.
         self.directory = pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
         self.spec = spec
@@ -134,11 +135,16 @@ class Checkpoints:
         self._keep = policies.AnyPreservationPolicy(keep)
         self._finishing, self._failed, self._in_a_row = None, None, 0
         self._reason = None  # Of the last failure.
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if reseal and devices.is_main():
+            seals.reseal(self.directory)
+        devices.meet("reseal")
+        seals.check(self.directory)
+        if devices.is_main() and self.directory.is_dir():
+            seals.tidy(self.directory)
         self._manager = self._opened()
 
     def _opened(self) -> ocp.CheckpointManager:
-        self._remove_debris()
+        self.directory.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -174,7 +180,7 @@ class Checkpoints:
         self._at = step
         found = metrics.get(self.spec.best)
         best = float("-inf") if found is None else self.spec.sign * float(found)
-        meta = {"format": FORMAT, "step": step, "metrics": dict(metrics), **meta}
+        meta = {"format": seals.FORMAT, "step": step, "metrics": dict(metrics), **meta}
         try:
             self._manager.save(
                 step,
@@ -225,10 +231,7 @@ class Checkpoints:
         self._in_a_row += 1
         logger.warning("checkpoint of step %d failed: %s", self._at, self._failed)
         self._reason = self._failed
-        # Orbax raises an error of its thread again: at the next save, and at the end.
-        with contextlib.suppress(Exception):
-            self._manager.close()
-        self._manager = self._opened()
+        self.reopen()
         if self._in_a_row >= self.spec.failures:
             raise errors.CheckpointError(
                 f"{self.directory}: {self._in_a_row} saves in a row failed, the last "
@@ -236,27 +239,29 @@ class Checkpoints:
             ) from self._failed
         self._failed = None
 
+    def reopen(self) -> None:
+        """Begin anew after a save that failed, or in a folder that is empty again."""
+        # Orbax raises an error of its thread again: at the next save, and at the end.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        # What the save of this process left has no use, and holds room.
+        if devices.is_main() and self.directory.is_dir():
+            for path in self.directory.glob(f"{self._at}*"):
+                if seals.is_unfinished(path):
+                    seals.discard(path)
+        self._manager = self._opened()
+
     def _finish(self, step):
         try:
             self._manager.wait_until_finished()
             if devices.is_main():
-                _write_manifest(self.directory / str(step))
+                seals.write(self.directory / str(step))
         except Exception as e:  # noqa: BLE001 - judged by the loop's thread.
             self._failed = e
 
-    def _remove_debris(self):
-        """Remove what a killed save left: temporary and unsealed directories."""
-        if not devices.is_main():
-            return
-        for path in self.directory.iterdir():
-            unsealed = path.name.isdigit() and not (path / MANIFEST).exists()
-            if ".orbax-checkpoint-tmp" in path.name or unsealed:
-                logger.warning("removing the unfinished checkpoint %s", path)
-                shutil.rmtree(path, ignore_errors=True)
-
     def steps(self) -> list[int]:
         """Return the steps that are complete on disk, oldest first."""
-        return sealed_steps(self.directory)
+        return seals.sealed(self.directory)
 
     def restore(self, target_of):
         """Return (state, meta) of the newest checkpoint that is undamaged, or None.
@@ -269,7 +274,7 @@ class Checkpoints:
         """
         damaged = []
         for step in reversed(self.steps()):
-            fault = _damage(self.directory / str(step))
+            fault = seals.damage(self.directory / str(step))
             if fault:
                 logger.warning(
                     "checkpoint %d is damaged (%s); trying older", step, fault
@@ -277,28 +282,19 @@ class Checkpoints:
                 damaged.append(f"{step}: {fault}")
                 continue
             state, meta = read(self.directory, step, target_of(step))
-            for bad in self.steps():
+            for bad in self.steps() if devices.is_main() else ():
                 if bad > step:  # Its number must be free for the run to save again.
-                    shutil.rmtree(self.directory / str(bad), ignore_errors=True)
+                    new = disk.aside(self.directory / str(bad), "damaged")
+                    logger.warning("the damaged checkpoint %d is kept as %s", bad, new)
+            devices.meet("restored")
             self._manager.reload()
             return state, meta
         if damaged:
             raise errors.CheckpointError(
-                f"{self.directory}: no checkpoint is intact: {'; '.join(damaged)}"
+                f"{self.directory}: no checkpoint is intact: {'; '.join(damaged)}; "
+                "give another --workdir, or move the folder away to start anew"
             )
         return None
-
-
-def sealed_steps(directory) -> list[int]:
-    """Return the complete steps under `directory` (a workdir's checkpoints)."""
-    directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(p.name)
-        for p in directory.iterdir()
-        if p.name.isdigit() and (p / MANIFEST).exists()
-    )
 
 
 def read(directory, step: int, target):
@@ -313,24 +309,28 @@ def read(directory, step: int, target):
         CheckpointError: names the leaves that differ, with both shapes.
     """
     path = pathlib.Path(os.path.abspath(directory)) / str(step)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        stored = reader.metadata(path / "state").item_metadata.tree
+    handler = ocp.StandardCheckpointHandler()
+    with seals.reading(path), ocp.Checkpointer(handler) as reader:
+        stored = seals.metadata(reader, path / "state")
         retired = {k: target.step for k in RETIRED if k in (stored.get("extra") or {})}
         whole = target.replace(extra=target.extra | retired)
         _compare(path, stored, whole)
         state = reader.restore(path / "state", args=ocp.args.StandardRestore(whole))
         state = state.replace(extra={k: state.extra[k] for k in target.extra})
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(path / "meta")
-    return state, meta
+    return state, read_meta(directory, step)
 
 
 def read_meta(directory, step: int) -> dict:
-    """Return the json beside the state of one checkpoint; {} where there is none."""
+    """Return the json beside the state of one checkpoint; {} where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     path = pathlib.Path(os.path.abspath(directory)) / str(step) / "meta"
     if not path.is_dir():
         return {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    handler = ocp.JsonCheckpointHandler()
+    with seals.reading(path), ocp.Checkpointer(handler) as reader:
         return reader.restore(path)
 
 
@@ -375,36 +375,3 @@ def _shapes(tree) -> dict:
 def _is_key(leaf) -> bool:
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _files(step_dir: pathlib.Path):
-    return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def _write_manifest(step_dir: pathlib.Path) -> None:
-    table = {str(p.relative_to(step_dir)): _digest(p) for p in _files(step_dir)}
-    temporary = step_dir / (MANIFEST + ".tmp")
-    temporary.write_text(json.dumps({"format": FORMAT, "files": table}, indent=1))
-    os.replace(temporary, step_dir / MANIFEST)
-
-
-def _damage(step_dir: pathlib.Path) -> str:
-    """Return what is wrong with a checkpoint's files, or ""."""
-    try:
-        manifest = json.loads((step_dir / MANIFEST).read_text())
-    except (OSError, ValueError) as e:
-        return f"{MANIFEST}: {e}"
-    if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')}, this version reads {FORMAT}"
-    for name, digest in manifest["files"].items():
-        path = step_dir / name
-        if not path.exists():
-            return f"{name} is missing"
-        if _digest(path) != digest:
-            return f"{name} does not match its sha256"
-    return ""

@@ -5,9 +5,11 @@ is split over both axes. Losses are written on the global batch, so nothing here
 a method calls a collective.
 """
 
+import contextlib
 import dataclasses
 import os
 from typing import Literal
+import sys
 
 import jax
 import numpy as np
@@ -16,9 +18,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitssl import errors, ranges
 from vitssl.run import compilecache
+from vitssl.run import log
 
 # Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
 _FSDP_MIN_SIZE = 2**14
+
+# Words of collectives, and of JAX's runtime, about a process that does not answer.
+_GONE = ("Connection closed", "Connection reset", "Broken pipe", "Socket closed")
+_GONE += ("heartbeat", "unhealthy", "remote process exited", "NCCL")
+# Address space that JAX, its threads and the checkpoint library want before a step.
+LEAST_SPACE = 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +60,13 @@ def start() -> None:
 
     JAX finds Slurm, Open MPI, Kubernetes and TPU pods itself; elsewhere set
     JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+        OutOfMemoryError: a limit of this process (ulimit -v) is too low for JAX, which
+            would be killed rather than told.
     """
     compilecache.start()
+    _check_limits()
     given = "JAX_COORDINATOR_ADDRESS" in os.environ
     slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if not (given or slurm) or jax.distributed.is_initialized():
@@ -65,6 +79,20 @@ def start() -> None:
         )
     else:
         jax.distributed.initialize()
+
+
+def _check_limits() -> None:
+    try:
+        import resource
+    except ImportError:  # No Unix, no limits.
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_SPACE:
+        raise errors.OutOfMemoryError(
+            f"the address space of this process is limited to {limit / 2**30:.2g} GiB "
+            f"(ulimit -v); JAX needs {LEAST_SPACE / 2**30:.0f} GiB or more: raise the "
+            "limit, or bound the resident memory instead (systemd, cgroups)"
+        )
 
 
 def mesh(spec: Mesh, batch_size: int, accumulate: int = 1) -> jax.sharding.Mesh:
@@ -157,6 +185,33 @@ def get(tree):
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(one, tree)
+
+
+@contextlib.contextmanager
+def company(workdir):
+    """End this process with exit code 7 where another process of the job is gone.
+
+    It ends at once: nothing can be computed or saved alone, and what is under way, and
+    JAX at exit, would wait for the others. What a device reports is seen here; where
+    JAX's runtime hears of it first, it aborts the process itself.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if jax.process_count() == 1 or not any(word in str(e) for word in _GONE):
+            raise
+        why = str(e).partition("\n")[0]
+        text = f"StalledError: another process of this job has ended ({why})"
+        print(f"{text}; run the job again", file=sys.stderr, flush=True)
+        if is_main():
+            log.write_status(workdir, state="failed", error=text)
+        os._exit(errors.StalledError.code)
+
+
+def meet(place: str) -> None:
+    """Wait until every process of the job is at `place`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
 
 
 def is_main() -> bool:

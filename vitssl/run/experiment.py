@@ -232,12 +232,17 @@ def _keep(section, known, choice: str):
 def complete(c: ml_collections.ConfigDict) -> None:
     """Add the keys that a config file may leave out, with their defaults."""
     config.fill(c, Settings)
-    if c.data.get("source") in sources.SOURCES:
-        for key, default in sources.options_of(c.data.source).items():
+    data = c.get("data")
+    data = data if isinstance(data, ml_collections.ConfigDict) else {}
+    options = data.get("options")
+    if isinstance(options, ml_collections.ConfigDict) and str(data.get("source")) in (
+        sources.SOURCES
+    ):
+        for key, default in sources.options_of(data.source).items():
             # The number of channels is `data.channels`, once for the whole run.
-            if key != "channels" and key not in c.data.options:
-                c.data.options[key] = default
-    cls = methods_table.METHODS.get(c.get("method"))
+            if key != "channels" and key not in options:
+                options[key] = default
+    cls = methods_table.METHODS.get(str(c.get("method")))
     for key, (annotation, default) in (_sections_of(cls) if cls else {}).items():
         # A section that is not there could not be overridden.
         if key not in c and dataclasses.is_dataclass(default):

@@ -24,31 +24,84 @@ FOLDERS = ("checkpoints", "pictures")
 
 @contextlib.contextmanager
 def lock(workdir, force: bool = False):
-    """Hold WORKDIR/lock.json, an OS lock that dies with its process.
+    """Hold WORKDIR/lock.json, an OS lock that dies with its process; yield a `Lock`.
 
     Raises:
         UsageError: the directory cannot be written, or another live run holds it.
     """
-    workdir = pathlib.Path(workdir)
+    held = Lock(pathlib.Path(workdir), force)
+    held.take()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = (workdir / LOCK).open("a+")
-    except OSError as e:
-        raise errors.UsageError(
-            f"--workdir={workdir}: cannot be written ({e.strerror}); give another"
-        ) from e
-    with handle:
-        if not _take(handle) and not force:
-            handle.seek(0)
+        yield held
+    finally:
+        held.close()
+
+
+class Lock:
+    """The lock of a workdir, which somebody may remove together with its folder."""
+
+    def __init__(self, workdir: pathlib.Path, force: bool = False):
+        self._workdir, self._force, self._handle = workdir, force, None
+
+    @property
+    def lost(self) -> bool:
+        """Return whether what is in the workdir now is not the file that is held."""
+        try:
+            now = os.stat(self._workdir / LOCK)
+        except OSError:
+            return True
+        mine = os.fstat(self._handle.fileno())
+        return (mine.st_dev, mine.st_ino) != (now.st_dev, now.st_ino)
+
+    def take(self) -> None:
+        """Make the workdir, and take its lock; see `lock`."""
+        workdir = self._workdir
+        _check_name(workdir)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not _regular(workdir / LOCK):
+                raise FileExistsError(0, f"{LOCK} is no regular file")
+            handle = (workdir / LOCK).open("a+")
+        except OSError as e:
             raise errors.UsageError(
-                f"--workdir={workdir}: in use by a live run ({handle.read().strip()}); "
-                "give another, or end that run (--force_unlock ignores this)"
+                f"--workdir={workdir}: cannot be written ({e.strerror}); give another"
+            ) from e
+        if not _take(handle) and not self._force:
+            with handle:
+                handle.seek(0)
+                who = ascii(handle.read(200).strip())[1:-1]
+            raise errors.UsageError(
+                f"--workdir={workdir}: in use by a live run ({who}); give another, or "
+                "end that run (--force_unlock ignores this)"
             )
-        handle.seek(0)
-        handle.truncate()
-        handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
-        yield
+        self.close()
+        self._handle = handle
+        with contextlib.suppress(OSError):  # A full disk: the lock itself is held.
+            handle.seek(0)
+            handle.truncate()
+            handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+
+    def close(self) -> None:
+        """Let the lock go."""
+        if self._handle is not None:
+            with contextlib.suppress(OSError):  # What a full disk did not take.
+                self._handle.close()
+
+
+def _check_name(workdir) -> None:
+    """Refuse a name that the checkpoint library cannot be told, which wants UTF-8."""
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError as e:
+        raise errors.UsageError(
+            f"--workdir={ascii(str(workdir))}: is no UTF-8 text; give another, or "
+            "set LC_ALL=C.UTF-8 where the locale has another encoding"
+        ) from e
+
+
+def _regular(path) -> bool:
+    return path.is_file() or not os.path.lexists(path)
 
 
 def writable(workdir, files=FILES, folders=FOLDERS) -> None:
@@ -60,11 +113,15 @@ def writable(workdir, files=FILES, folders=FOLDERS) -> None:
     workdir = pathlib.Path(workdir)
     for name in (*files, *folders):
         path, folder = workdir / name, name in folders
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
-        fault = "" if os.access(path, os.W_OK) else "no permission"
-        if path.is_dir() != folder:
-            fault = "a file is in its place" if folder else "a folder is in its place"
+        fault = "" if os.access(path, os.R_OK | os.W_OK) else "no permission"
+        if folder and not path.is_dir():
+            fault = "a file is in its place"
+        elif not folder and path.is_dir():
+            fault = "a folder is in its place"
+        elif not folder and not _regular(path):
+            fault = "it is no regular file"
         if fault:
             raise errors.UsageError(
                 f"--workdir={workdir}: {name} cannot be written ({fault}); move it, or "

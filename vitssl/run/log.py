@@ -16,12 +16,13 @@ import secrets
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import numpy as np
 
-from vitssl import errors, ranges
+from vitssl import disk, errors, ranges
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +71,16 @@ class Writers:
     Args:
         workdir: directory of the run.
         spec: the config section.
-        step: lines of later steps are removed (they belong to work that was lost).
+        step: lines of later steps are removed: they belong to work that was lost, and
+            is done again. None is a run that starts: it has no lines yet.
         config: resolved config, for W&B.
         name: name of the run, for W&B.
     """
 
-    def __init__(self, workdir, spec: Log, step: int, config: dict, name: str):
+    def __init__(self, workdir, spec: Log, step: int | None, config: dict, name: str):
         workdir = pathlib.Path(workdir)
         self._path = workdir / "metrics.jsonl"
-        self._fresh = _truncate(self._path, step)
+        self._last = _truncate(self._path, step)
         self._others = {}
         if spec.tensorboard:
             self._try("tensorboard", lambda: _tensorboard(workdir, step))
@@ -88,9 +90,10 @@ class Writers:
     def scalars(self, step: int, values: dict) -> None:
         """Write one line of metrics.jsonl and the same to the other writers."""
         line = json.dumps({"step": step, **values}) + "\n"
+        if line in self._last:  # A finished run was evaluated once more.
+            return
         try:
-            with self._path.open("a") as f:
-                f.write(line)
+            _append(self._path, line.encode())
         except OSError as e:  # A full disk must not end the run.
             logger.warning("%s: %s; this line is lost: %s", self._path, e, line[:200])
         self._write(step, values)
@@ -125,21 +128,50 @@ class Writers:
             self._others.pop(name, None)
 
 
-def _truncate(path: pathlib.Path, step: int) -> bool:
-    """Drop lines after `step` and a torn last line; return whether none were left."""
-    if not path.exists():
-        return True
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+def lines(path) -> Iterator[tuple[str, dict]]:
+    """Yield (line, row) of what is whole in a metrics.jsonl; the rest is left out."""
+    try:
+        raw = pathlib.Path(path).read_bytes()
+    except OSError:
+        return
+    for line in raw.splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
+            row = disk.parse(line)
+        except disk.Damaged:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-    return not kept
+        step = row.get("step")
+        if isinstance(step, int | float) and math.isfinite(step):
+            yield line.decode().rstrip("\r\n") + "\n", row
+
+
+def _truncate(path: pathlib.Path, step: int | None) -> set[str]:
+    """Drop lines after `step`, and torn ones; return those of `step` itself."""
+    if not path.exists():
+        return set()
+    found = list(lines(path))
+    last = max((row["step"] for _, row in found), default=0)
+    lost = "no line of it can be read" if path.stat().st_size and not found else ""
+    if step is None and last:
+        lost = f"it reaches step {last}, of which there is no checkpoint"
+    if lost:
+        kept = disk.aside(path, "before")
+        logger.warning("%s: %s; it begins anew, the old is %s", path, lost, kept.name)
+    step = -1 if step is None else step
+    kept = [line for line, row in found if row["step"] <= step]
+    disk.write(path, "".join(kept))
+    return {line for line, row in found if row["step"] == step}
+
+
+def _append(path: pathlib.Path, line: bytes) -> None:
+    """Add a line, whole or not at all: a torn one would swallow the next."""
+    with path.open("ab", buffering=0) as f:
+        at = os.fstat(f.fileno()).st_size
+        try:
+            while line:
+                line = line[f.write(line) :]
+        except OSError:
+            os.ftruncate(f.fileno(), at)
+            raise
 
 
 def _tensorboard(workdir, step):
@@ -198,10 +230,10 @@ def _wandb_id(path, given):
 
     A name would not do: runs of one recipe with other seeds share it.
     """
-    kept = path.read_text().strip() if path.exists() else ""
+    kept = path.read_text(errors="replace").strip() if path.exists() else ""
     chosen = given or kept or secrets.token_hex(8)
     if chosen != kept:
-        path.write_text(chosen + "\n")
+        disk.write(path, chosen + "\n")
     return chosen
 
 
@@ -400,9 +432,7 @@ def write_status(workdir, **values) -> None:
     now = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     values = {**now, **values}
     try:
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(values, indent=1, default=_plain) + "\n")
-        os.replace(temporary, path)
+        disk.write(path, json.dumps(values, indent=1, default=_plain) + "\n")
     except OSError as e:
         logger.warning("%s: %s", path, e)
 
@@ -424,6 +454,10 @@ class _Terminal(logging.Handler):
 
 def to_terminal(verbose: bool = True) -> None:
     """Send the package's log records to standard output, without decoration."""
+    for stream in (sys.stdout, sys.stderr):
+        # A path with an accent, where the locale has none, must not cost the line.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     handler = _Terminal()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("vitssl")

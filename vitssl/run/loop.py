@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from vitssl import config, errors
+from vitssl import config, disk, errors
 from vitssl.run import (
     agreement,
     build,
@@ -35,7 +35,14 @@ from vitssl.run import (
 logger = logging.getLogger(__name__)
 
 
-def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
+def run(
+    experiment,
+    workdir,
+    *,
+    name: str,
+    force_unlock: bool = False,
+    reseal: bool = False,
+) -> dict:
     """Train until the end, or go on where a killed run of this workdir stopped.
 
     Args:
@@ -43,6 +50,7 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         workdir: directory of the run.
         name: of the run, for people.
         force_unlock: ignore the lock of another run.
+        reseal: take checkpoints that lost their seal, if they can be read.
 
     Returns:
         Metrics of the final evaluation.
@@ -51,30 +59,37 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
         VitsslError: see `errors`; each has its exit code.
     """
     workdir = pathlib.Path(os.path.abspath(workdir))
+    s = experiment.settings
     with contextlib.ExitStack() as stack:
+        stack.enter_context(disk.faults(workdir))
+        held = None
         if devices.is_main():
-            stack.enter_context(guard.lock(workdir, force_unlock))
+            held = stack.enter_context(guard.lock(workdir, force_unlock))
             guard.writable(workdir)
         signals = stack.enter_context(guard.Signals())
+        watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
+        stack.enter_context(_last_words(workdir, held))
+        watchdog.beat("opening the data")
         parts = build.build(experiment)
-        s = experiment.settings
         evaluation.check(s, parts.method, parts.source)
         agreement.bright(s.data, parts.source)
+        watchdog.beat("making or restoring the state")
+        per_epoch = parts.run.steps_per_epoch
         saves = stack.enter_context(
-            checkpoint.Checkpoints(workdir, s.checkpoint, parts.run.steps_per_epoch)
+            checkpoint.Checkpoints(workdir, s.checkpoint, per_epoch, reseal)
         )
-        stack.enter_context(_last_words(workdir))
         stack.enter_context(memory.refusals(parts))
         state, meta, skipped = _first_state(parts, saves, workdir, name)
-        watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
         writers = None
         if devices.is_main():
             plain = json.loads(config.to_json(experiment.config))
-            writers = log.Writers(workdir, s.log, int(state.step), plain, name)
+            at = int(state.step) if meta else None
+            writers = log.Writers(workdir, s.log, at, plain, name)
             stack.callback(writers.close)
         stack.callback(parts.compiled.close)
+        stack.enter_context(devices.company(workdir))
         logger.info("%s", notes.start(parts, state.params, name, workdir))
-        loop = _Loop(parts, workdir, saves, signals, watchdog, writers, meta)
+        loop = _Loop(parts, workdir, held, saves, signals, watchdog, writers, meta)
         if not parts.run.total_steps and skipped:
             loop.evaluate.leave_out(state, skipped)
         state = loop.go(state)
@@ -82,14 +97,15 @@ def run(experiment, workdir, *, name: str, force_unlock: bool = False) -> dict:
 
 
 @contextlib.contextmanager
-def _last_words(workdir):
+def _last_words(workdir, held):
     """Say in status.json why a run ended that did not finish."""
     try:
         yield
     except errors.Preempted:
         raise  # Said already, with the step.
     except Exception as e:
-        if devices.is_main():
+        # Another run may have the workdir by now.
+        if held is not None and not held.lost:
             error = f"{type(e).__name__}: {e}"
             log.write_status(workdir, state="failed", error=error)
         raise
@@ -105,7 +121,9 @@ def _first_state(parts, saves, workdir, name) -> tuple:
         log.write_status(
             workdir, state="starting", step=at, total_steps=total, name=name
         )
-    _record_config(workdir, parts.experiment.config, resumed=bool(found))
+        if found:
+            _say_changes(workdir / "config.json", parts.experiment.config)
+        record_config(workdir, parts.experiment.config)
     if found:
         way_out = "give another --workdir, or the data it was trained on"
         stored = meta.get("classes")
@@ -145,34 +163,13 @@ def _past(init):
         raise errors.CheckpointError(told) from e
 
 
-def _pictures(parts, workdir, state, untrained):
-    """Write the pictures of a finished run; a failure is reported, no more."""
-    from vitssl.pictures import drawing
-    from vitssl.pictures.gather import gather
-
-    s = parts.experiment.settings
-    try:
-        material = gather(
-            parts.method,
-            (state.params, state.extra),
-            s.data,
-            s.evals,
-            seed=s.seed,
-            untrained=(untrained.params, untrained.extra),
-            metrics_path=workdir / "metrics.jsonl",
-        )
-        paths = drawing.write_all(workdir / "pictures", material)
-    except Exception:
-        logger.exception("the pictures could not be drawn")
-        return
-    logger.info("%d pictures in %s", len(list(paths)), workdir / "pictures")
-
-
 class _Loop:
     """The state of the loop that is not the state of the model."""
 
-    def __init__(self, parts, workdir, saves, signals, watchdog, writers, meta):
+    def __init__(self, parts, workdir, held, saves, signals, watchdog, writers, meta):
         self.parts, self.workdir, self.saves = parts, workdir, saves
+        self.held, self.resumed = held, bool(meta)
+        self.faults = list(meta.get("faults", ()))  # That did not end the run.
         self.signals, self.watchdog, self.writers = signals, watchdog, writers
         s = parts.experiment.settings
         self.evaluate = evaluation.Evaluation(
@@ -197,10 +194,10 @@ class _Loop:
         state = self._entered(state, phase)
         self._first_compile(phase, at)
         self._enter(phase, at)
-        if at == 0:
+        if not self.resumed:
             # Fail now, not at the end of the first epoch.
-            self._evaluate(state, 0)
-            self._save(state, 0)
+            self._evaluate(state, at)
+            self._save(state, at)
         self.clock.restart()
         with contextlib.closing(parts.stream(at)) as stream:
             batch, ids, waited = _next(stream, sharding)
@@ -221,13 +218,15 @@ class _Loop:
                 self.clock.step(waited)
                 self.phases.step()
                 self.watchdog.beat(f"step {at + 1}")
-                self._push(state, at, metrics, ids)
+                with self._finite(state):
+                    self.metrics.push(at, metrics, ids)
                 at += 1
                 if at < total:
                     batch, ids, waited = _next(stream, sharding)
                     self._look_ahead(at)
                 self._profile(at - first)
-                self._after(state, at, s)
+                with self._finite(state):
+                    self._after(state, at, s)
         self.phases.leave()
         return state
 
@@ -253,18 +252,50 @@ class _Loop:
         values, text = self.evaluate.final(state, untrained)
         logger.info("%s", text)
         if self.evaluate.arrays and devices.is_main():
-            np.savez_compressed(self.workdir / "scores.npz", **self.evaluate.arrays)
+            self._write_scores()
         if table := self.phases.table():
             logger.info("%s", table)
         self.write(at, values)
         if self.phases.rows:
             values = values | self.phases.totals()
         if s.log.pictures and devices.is_main():
-            _pictures(parts, self.workdir, state, untrained)
+            self._pictures(state, untrained)
         if self.best.step is not None:
             logger.info("  best %s; load it as RUN@best", self._best_text())
         self._status("finished", at, metrics=values, name=name)
         return values
+
+    def _write_scores(self):
+        path = self.workdir / "scores.npz"
+        try:
+            np.savez_compressed(path, **self.evaluate.arrays)
+        except OSError as e:
+            path.unlink(missing_ok=True)
+            self._fault(f"{path.name} could not be written: {e.strerror}")
+
+    def _pictures(self, state, untrained):
+        """Write the pictures of a finished run; a failure is reported, no more."""
+        from vitssl.pictures import drawing
+        from vitssl.pictures.gather import gather
+
+        s = self.parts.experiment.settings
+        try:
+            material = gather(
+                self.parts.method,
+                (state.params, state.extra),
+                s.data,
+                s.evals,
+                seed=s.seed,
+                untrained=(untrained.params, untrained.extra),
+                metrics_path=self.workdir / "metrics.jsonl",
+            )
+            paths = list(drawing.write_all(self.workdir / "pictures", material))
+        except Exception as e:
+            if not isinstance(e, OSError | errors.VitsslError):
+                logger.exception("the pictures could not be drawn")
+            self._fault(f"the pictures could not be drawn: {_first_line(e)}")
+            return
+        logger.info("%d pictures in %s", len(paths), self.workdir / "pictures")
 
     def _best_state(self, state):
         """Return the state of the best evaluation, if its checkpoint is kept."""
@@ -315,12 +346,19 @@ class _Loop:
         # XLA counts the body of a loop once.
         return flops * self.parts.experiment.settings.accumulate
 
-    def _push(self, state, at, metrics, ids):
+    @contextlib.contextmanager
+    def _finite(self, state):
+        """Seal the last finite state, wherever non-finite steps end the run.
+
+        Such steps change nothing but the count of steps, so it is the present one.
+        """
         try:
-            self.metrics.push(at, metrics, ids)
+            yield
         except errors.NonFiniteError:
-            self.metrics.in_a_row = 0
-            self._save(state, at + 1, seal=True)
+            with contextlib.suppress(errors.NonFiniteError):
+                self.metrics.drain()
+            self.metrics.in_a_row = 0  # A run that goes on has its own chances.
+            self._save(state, int(state.step), seal=True)
             raise
 
     def _look_ahead(self, at):
@@ -336,6 +374,7 @@ class _Loop:
     def _after(self, state, at, s):
         """Log, evaluate, save, stop: whatever is due after `at` updates."""
         total = self.parts.run.total_steps
+        self._look_after_workdir(at)
         last = at == total
         if at % s.log.every_steps == 0 or last:
             self.metrics.drain()
@@ -363,12 +402,37 @@ class _Loop:
                 self._status("preempted", at)
             raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
 
+    def _look_after_workdir(self, at):
+        """Go on in a new workdir where somebody has removed it during the run.
+
+        Raises:
+            UsageError: another run has it by now.
+            CheckpointError: several processes would have to begin anew together.
+        """
+        if self.held is None or not self.held.lost:
+            return
+        if jax.process_count() > 1:
+            raise errors.CheckpointError(f"{self.workdir}: removed during the run")
+        self.held.take()
+        if (self.workdir / "config.json").exists():
+            return  # The lock alone was removed.
+        self._fault(f"the workdir was removed before step {at}; it was made anew")
+        record_config(self.workdir, self.parts.experiment.config)
+        self.saves.reopen()
+
+    def _fault(self, text):
+        """Note what went wrong, but is no reason to end the run, for status.json."""
+        logger.warning("%s", text)
+        self.faults.append(text)
+
     def _status(self, state, at, **values):
-        """Write status.json, with the best evaluation so far."""
+        """Write status.json, with the best evaluation so far, and faults."""
         total, best = self.parts.run.total_steps, self.best
         if best.step is not None:
             metric = self.parts.experiment.settings.checkpoint.best
             values["best"] = {"metric": metric, "value": best.value, "step": best.step}
+        if self.faults:
+            values["faults"] = self.faults
         log.write_status(
             self.workdir, state=state, step=at, total_steps=total, **values
         )
@@ -399,8 +463,9 @@ class _Loop:
             values = self.evaluate.online(state)
         except errors.VitsslError:
             raise
-        except Exception:  # A bug in an evaluator must not cost the training.
+        except Exception as e:  # A bug in an evaluator must not cost the training.
             logger.exception("the evaluation after step %d failed", at)
+            self._fault(f"the evaluation after step {at} failed: {_first_line(e)}")
             values = {}
         scores = {k: v for k, v in values.items() if isinstance(v, float)}
         self.scores = at, scores
@@ -426,6 +491,7 @@ class _Loop:
             "patience": self.best.state(),
             "phases": self.phases.state(),
             "classes": list(self.parts.source.classes),
+            "faults": list(self.faults),
             "versions": notes.versions(),
         }
         of, scores = self.scores
@@ -459,14 +525,33 @@ def _next(stream, sharding):
     return devices.put(batch, sharding), batch.get("index"), waited
 
 
-def _record_config(workdir, c, *, resumed: bool):
-    """Write config.json; say what changed since the run was started."""
-    if not devices.is_main():
+def _first_line(e) -> str:
+    return f"{type(e).__name__}: {e}".partition("\n")[0]
+
+
+def record_config(workdir, c) -> None:
+    """Write config.json and versions.json, where they are not there already."""
+    _put(workdir / "config.json", config.to_json(c))
+    _put(workdir / "versions.json", json.dumps(notes.versions(), indent=1))
+
+
+def _put(path, text):
+    """Write a file, unless it has this text: what is not written cannot be torn."""
+    try:
+        if path.read_bytes() == text.encode():
+            return
+    except OSError:
+        pass  # There is none, or it may be written and not read.
+    disk.write(path, text)
+
+
+def _say_changes(path, c) -> None:
+    """Say what changed since the run was started."""
+    try:
+        old = config.from_json(path.read_bytes())
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", "") or e
+        logger.warning("%s: damaged (%s); written anew from this command", path, why)
         return
-    path = workdir / "config.json"
-    if resumed and path.exists():
-        old = config.from_json(path.read_text())
-        for line in config.differences(old, c):
-            logger.warning("config changed since this run began: %s", line)
-    path.write_text(config.to_json(c))
-    (workdir / "versions.json").write_text(json.dumps(notes.versions(), indent=1))
+    for line in config.differences(old, c):
+        logger.warning("config changed since this run began: %s", line)

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from vitssl import config, errors, tree
 from vitssl.convert import backbone
-from vitssl.run import build, checkpoint, experiment
+from vitssl.run import build, checkpoint, experiment, log, seals
 
 AVERAGES = ("ema/", "average/")  # Where methods keep averages of all parameters.
 BESIDE = ("target/", "stats/")  # What is no parameter, of what a file holds.
@@ -58,7 +58,7 @@ class Past:
         """Return the checked config of the run, or of an import of a whole method.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none that can be read.
         """
         if self.imported:
             about = self.weights.about
@@ -68,11 +68,18 @@ class Past:
                 raise errors.CheckpointError(f"{self.path}: says no config; {way_out}")
             return experiment.read(config.from_json(json.dumps(about.config)))
         file = self.workdir / "config.json"
-        if not file.is_file():
+        of = "it says what the weights are of"
+        if not file.exists():
+            raise errors.CheckpointError(f"{file}: missing; {of}")
+        try:
+            return experiment.read(config.from_json(file.read_bytes()))
+        except errors.UsageError as e:
+            raise errors.CheckpointError(f"{file}: {e}") from e
+        except (OSError, ValueError) as e:
+            why = getattr(e, "strerror", "") or e
             raise errors.CheckpointError(
-                f"{file}: missing; it says what the weights are of"
-            )
-        return experiment.read(config.from_json(file.read_text()))
+                f"{file}: damaged ({why}); {of}: the command of the run writes it anew"
+            ) from e
 
     @functools.cached_property
     def meta(self) -> dict:
@@ -91,8 +98,9 @@ class Past:
         if self.imported:
             return _split(self.weights.leaves)
         state = self.directory.resolve() / str(self.step) / "state"
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            everything = reader.metadata(state).item_metadata.tree
+        handler = ocp.PyTreeCheckpointHandler()
+        with seals.reading(state), ocp.Checkpointer(handler) as reader:
+            everything = seals.metadata(reader, state)
             stored = {key: everything[key] for key in keys if everything.get(key)}
             one = ocp.RestoreArgs(restore_type=np.ndarray)
             want = jax.tree.map(lambda _: one, stored)
@@ -198,20 +206,28 @@ def past(path) -> Past:
     if not at or pathlib.Path(text).exists():
         head, which = text, "last"
     folder = pathlib.Path(head)
-    if folder.name.isdigit() and (folder / checkpoint.MANIFEST).exists():
-        return Past(text, folder.parent, int(folder.name))
+    if folder.name.isdigit() and (folder / seals.MANIFEST).exists():
+        return _checked(text, folder.parent, int(folder.name))
     directory = folder / "checkpoints"
-    steps = checkpoint.sealed_steps(directory)
+    steps = seals.sealed(directory)
+    if not steps and seals.unsealed(directory):
+        raise errors.CheckpointError(f"{path}: {seals.without(directory)}")
     if not steps:
         raise errors.CheckpointError(f"{path}: no complete checkpoint; {FORMS}")
     if which == "last":
-        return Past(text, directory, steps[-1])
+        return _checked(text, directory, steps[-1])
     if which == "best":
-        return Past(text, directory, best_step(directory, steps))
+        return _checked(text, directory, best_step(directory, steps))
     if not which.isdigit() or int(which) not in steps:
         there = ", ".join(map(str, steps))
         raise errors.CheckpointError(f"{path}: no such step; there is {there}; {FORMS}")
-    return Past(text, directory, int(which))
+    return _checked(text, directory, int(which))
+
+
+def _checked(text, directory, step) -> Past:
+    """Return a checkpoint, once it is sure that this version can read it."""
+    seals.check_format(directory / str(step))
+    return Past(text, directory, step)
 
 
 def best_step(directory, steps) -> int:
@@ -289,15 +305,9 @@ def _under(leaves, prefix) -> dict[str, np.ndarray]:
 
 def _scores(workdir) -> dict:
     """Return the last top-1 accuracies in metrics.jsonl, baselines included."""
-    file, found = workdir / "metrics.jsonl", {}
-    if not file.is_file():
-        return found
-    for line in file.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # A line that a killed run did not finish.
-            continue
+    found = {}
+    for _, row in log.lines(workdir / "metrics.jsonl"):
         for key, value in row.items():
-            if key.endswith("/top1"):
+            if key.endswith("/top1") and isinstance(value, int | float):
                 found[key] = round(value, 4)
     return found
