@@ -198,6 +198,26 @@ def slow_data(n):
     pipeline.Loader.__next__ = wrapped
 
 
+def stuck_step(n):
+    """The n-th step never ends on the device."""
+    from vitssl.run import step
+
+    make = step.make
+
+    def wrapped(*args, **kwargs):
+        inner = make(*args, **kwargs)
+
+        def step_(state, batch, phase):
+            state, metrics = inner(state, batch, phase)
+            turns = jnp.where(state.step == n, jnp.uint32(2), jnp.uint32(0))
+            turns = jax.lax.while_loop(lambda i: i > 1, lambda i: i + 2 - 2, turns)
+            return state, metrics | {"turns": turns.astype(jnp.float32)}
+
+        return step_
+
+    step.make = wrapped
+
+
 def out_of_memory(_):
     """The device refuses the step."""
     from vitssl.run import step

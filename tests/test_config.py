@@ -200,3 +200,55 @@ def test_nothing_of_a_bad_config_touches_devices_or_data():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     )
     assert done.stdout.split() == ["2", "False", "False"], done
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("optim.lr=1e999", "optim.lr=1e999: want a finite number"),
+        ("optim.lr=-1e999", "optim.lr=-1e999: want a finite number"),
+        ("optim.lr=1e39", "optim.lr=1e39: want a number that float32 holds"),
+        ("optim.lr=1" + "0" * 400, "want a number below 2^63"),
+        ("optim.lr=1" + "0" * 5000, "want float, like"),
+        ("optim.lr=nan", "optim.lr=nan: want float"),
+        ("optim.lr=" + "(" * 10_000, "want float, like"),
+        ("data.mean=(0.5, 1e999)", "want a finite number"),
+        ("data.options={'every': 1e999}", "want a finite number"),
+        ("data.options={'a': ({'b': -1e999},)}", "want a finite number"),
+        ("epochs=1e999", "epochs=1e999: want a finite number"),
+        ("steps=3000000000", "steps=3000000000: below 2^31"),
+        ("log.stall_seconds=1e999", "want a finite number"),
+    ],
+)
+def test_a_number_that_cannot_be_computed_with_is_one_line(override, says):
+    with pytest.raises(errors.UsageError) as caught:
+        experiment.read(experiment.load("configs/hjepa.py:smoke", [override]))
+    head, *lines = str(caught.value).splitlines()
+    assert head == "config:" and len(lines) == 1
+    assert says in lines[0] and len(lines[0]) < 300
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_a_file_of_such_numbers_is_one_line_each(value):
+    c = experiment.load("configs/hjepa.py:smoke")
+    c.optim.lr = value
+    c.data.options = dict(table=(1.0, value))
+    with pytest.raises(errors.UsageError) as caught:
+        experiment.read(c)
+    _, *lines = str(caught.value).splitlines()
+    assert [line.strip().partition("=")[0] for line in lines] == [
+        *("data.options.table", "optim.lr")
+    ] or len(lines) == 2
+
+
+@pytest.mark.parametrize("name", ["a", "lr=1e-3-seed=0", "größe_2", "x.y z+1"])
+def test_names_of_folders(name):
+    assert not config.folder_fault(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "/etc/x", "a/b", "a\\b", "-x", "a\0", "a\n", "ä" * 120],
+)
+def test_names_that_leave_their_folder_or_are_none(name):
+    assert config.folder_fault(name)

@@ -129,7 +129,12 @@ def beside(path: str, name: str) -> types.ModuleType:
 def files(folder) -> list[pathlib.Path]:
     """Return the config files of a folder, by name, without what only helps them."""
     found = sorted(pathlib.Path(folder).glob("*.py"))
-    return [p for p in found if re.search(r"^(def )?get_config\b", p.read_text(), re.M)]
+    return [p for p in found if _defines_config(p)]
+
+
+def _defines_config(path) -> bool:
+    text = path.read_text("utf-8", errors="replace")
+    return bool(re.search(r"^(def )?get_config\b", text, re.M))
 
 
 def _override(c, key: str, text: str, problems: Problems):
@@ -142,12 +147,19 @@ def _override(c, key: str, text: str, problems: Problems):
     if not isinstance(old, str):
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             # A bare word may be the one entry of a tuple: evals.final=knn.
             if not (isinstance(old, tuple) and text.isidentifier()):
-                problems.append(f"{key}={text}: want {_like(old)}")
+                problems.append(f"{key}={_short(text)}: want {_like(old)}")
                 return
+    if fault := ranges.beyond(value):
+        problems.append(f"{key}={_short(text)}: {fault}")
+        return
     _replace(parent, leaf, key, value, problems)
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 100 else f"{text[:90]}..."
 
 
 def _find(c, key, problems):
@@ -346,6 +358,13 @@ def differences(a, b, path="") -> Iterator[str]:
             yield from differences(a[key], b[key], f"{where}.")
         elif _plain(a[key]) != _plain(b[key]):
             yield f"{where}: {a[key]!r} -> {b[key]!r}"
+
+
+def folder_fault(name: str) -> str:
+    """Return why a name cannot be that of a folder of ours, or ""."""
+    if not re.fullmatch(r"\w[\w =.+-]*", name):
+        return "want a letter or digit, then letters, digits and any of =.+-_"
+    return "" if len(name.encode()) <= 200 else "want at most 200 bytes"
 
 
 def describes(cls) -> str:

@@ -91,12 +91,14 @@ def main(argv: list[str]) -> int:
 
 
 def _run(flags) -> int:
-    from vitssl import config, errors
+    from vitssl import config, disk, errors
     from vitssl.run import experiment, log
 
     c = experiment.load(flags["config"], flags["overrides"])
     name = config.name_of(flags["config"])
     workdir = flags["workdir"] or str(pathlib.Path("runs") / name)
+    if not flags["workdir"] and pathlib.Path(name).name != name:
+        raise errors.UsageError(f"{name!r} is no name of a folder; give --workdir=DIR")
     log.to_terminal()
     if "study" in c:
         from vitssl.tools import study
@@ -106,7 +108,8 @@ def _run(flags) -> int:
             print(config.to_json(c), end="")
             return 0
         unlock, share = flags["force_unlock"], flags["share"]
-        study.run(plan, workdir, name=name, force_unlock=unlock, share=share)
+        with disk.faults(workdir):
+            study.run(plan, workdir, name=name, force_unlock=unlock, share=share)
         return 0
     checked = experiment.read(c)
     if flags["share"] != (1, 1):

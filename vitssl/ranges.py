@@ -9,13 +9,13 @@ several keys must agree on.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 _UNIONS = (types.UnionType, typing.Union)
+LARGEST = 3.4028234e38  # That float32, in which everything is computed, holds.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +90,25 @@ def fault(annotation, value) -> str:
         right = annotation is bool
     elif annotation is float:
         right = isinstance(value, int | float)
-        if right and not math.isfinite(value):
-            return "want a finite number"
+        if right and (text := beyond(value)):
+            return text
     else:
         right = isinstance(annotation, type) and isinstance(value, annotation)
     return "" if right else _want(annotation)
+
+
+def beyond(value) -> str:
+    """Return why a number, or one inside of a value, cannot be computed with, or ""."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return next(filter(None, map(beyond, value)), "")
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return "want a finite number"
+    if isinstance(value, float) and abs(value) > LARGEST:
+        return f"want a number that float32 holds, up to {LARGEST:.2g}"
+    large = isinstance(value, int) and abs(value) >= 2**63
+    return "want a number below 2^63" if large else ""
 
 
 def _tuple_fault(annotation, args, value) -> str:

@@ -1,15 +1,20 @@
 """Faults a run must survive, or end from with its exit code and one clear message."""
 
+import io
 import json
+import os
 import shlex
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 from tests import runs
-from vitssl.run import guard
+from tests.run import test_loop
+from vitssl import disk, errors
+from vitssl.run import build, devices, guard, log, loop
 
 
 def test_one_nan_is_skipped_and_counted(tmp_path):
@@ -20,16 +25,6 @@ def test_one_nan_is_skipped_and_counted(tmp_path):
     lines = runs.metrics(tmp_path)
     assert [m["nonfinite_steps"] for m in lines] == [0, 1, 1, 1]
     assert all(np.isfinite(v).all() for v in runs.state(tmp_path).values())
-
-
-def test_persistent_nan_ends_with_5_and_a_finite_checkpoint(tmp_path):
-    done = runs.run(tmp_path, "nan_from_step=5")
-    assert done.returncode == 5, done.said
-    assert "3 non-finite steps in a row" in done.stderr
-    assert "lower optim.lr" in done.stderr and "Traceback" not in done.said
-    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-    state = runs.state(tmp_path, steps[-1])
-    assert all(np.isfinite(v).all() for v in state.values())
 
 
 def test_a_failed_save_is_retried_at_the_next(tmp_path):
@@ -51,6 +46,29 @@ def test_a_stall_ends_with_7_and_the_stacks(tmp_path):
     assert "stalled: step" in done.stderr and "stacks of all threads" in done.stderr
     assert "tests/faults.py" in done.stderr, "no stack shows where it hangs"
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "stalled"
+
+
+def test_a_step_that_never_ends_on_the_device_ends_with_7(tmp_path):
+    done = runs.run(tmp_path, "stuck_step=4", log__stall_seconds=30.0)
+    assert done.returncode == 7, done.said
+    assert "stalled: " in done.stderr and "stacks of all threads" in done.stderr
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "stalled"
+
+
+def test_the_watchdog_watches_from_the_first_second(tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(guard.Watchdog, "beat", lambda self, what: beats.append(what))
+
+    def hang(*unused):
+        assert threading.active_count() and beats == ["opening the data"]
+        assert "watchdog" in {t.name for t in threading.enumerate()}
+        raise errors.DataError("a disk that does not answer")
+
+    monkeypatch.setattr(build, "build", hang)
+    with pytest.raises(errors.DataError):
+        loop.run(test_loop._read(tmp_path), tmp_path, name="test")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["error"] == "DataError: a disk that does not answer"
 
 
 def test_out_of_memory_ends_with_6_and_advice(tmp_path):
@@ -190,3 +208,116 @@ def test_a_last_save_that_fails_is_made_once_more(tmp_path, fault):
     assert (tmp_path / "checkpoints" / "12").is_dir()
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "finished"
+
+
+_WRITES = """
+import os, sys, pathlib
+from vitssl import disk
+from vitssl.run import log
+place = pathlib.Path(sys.argv[1])
+log.to_terminal()
+log.write_status(place, state="training")
+disk.write(place / "config.json", "old")
+writers = log.Writers(place, log.Log(every_steps=1), 0, {}, "x")
+writers.scalars(1, {"loss": 1.0})
+fill = (place / "fill").open("wb", buffering=0)
+for size in (65536, 1):
+    try:
+        while fill.write(b"x" * size) == size:
+            pass
+    except OSError:
+        pass
+for step in range(2, 40):
+    writers.scalars(step, {"loss": 2.0, "text": "x" * 5000})
+log.write_status(place, state="finished", metrics={"text": "x" * 9000})
+try:
+    with disk.faults(place):
+        disk.write(place / "config.json", "new" * 5000)
+except ValueError as e:
+    print("refused:", e)
+fill.close()
+os.unlink(place / "fill")
+writers.scalars(40, {"loss": 3.0})
+writers.close()
+log.write_status(place, state="over")
+for name in sorted(os.listdir(place)):
+    if not name.startswith("events"):
+        print(name, (place / name).read_text())
+"""
+
+
+@pytest.mark.skipif(not _can_mount(), reason="needs user namespaces")
+def test_small_files_on_a_real_full_disk_are_whole_or_old(tmp_path):
+    script = (
+        f"mount -t tmpfs -o size=256k tmpfs {tmp_path} && "
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(_WRITES)} {tmp_path}"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        **dict(capture_output=True, text=True, timeout=100, cwd=runs.ROOT),
+        env=runs.environment(),
+    )
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
+    assert "this line is lost" in said and "status.json: [Errno 28]" in said
+    assert (
+        "config.json: No space left on device; free space"
+        in said.partition("refused:")[2]
+    )
+    # The lines after the loss are whole; nothing is torn, and no temporary is left.
+    files = said.partition("refused:")[2].splitlines()[1:]
+    assert files[0] == "config.json old"
+    lines = [json.loads(line.removeprefix("metrics.jsonl ")) for line in files[1:3]]
+    assert [line["step"] for line in lines] in ([1, 2], [1, 40])
+    assert '"state": "over"' in "\n".join(files)
+    assert not any(".tmp" in line for line in files)
+
+
+def test_a_full_disk_at_the_start_is_one_line(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(disk, "write", full)
+    with pytest.raises(errors.CheckpointError) as caught:
+        loop.run(test_loop._read(tmp_path), tmp_path, name="test")
+    line = f"{tmp_path}/config.json: No space left on device; free space, or give "
+    assert str(caught.value).startswith(line)
+
+
+def test_a_limit_of_the_address_space_that_jax_would_die_of_is_one_line(monkeypatch):
+    import resource
+
+    for limit, refused in ((2**31, True), (devices.LEAST_SPACE, False), (-1, False)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, n=limit: (n, n))
+        if refused:
+            with pytest.raises(errors.OutOfMemoryError, match="limited to 2 GiB .ulim"):
+                devices.start()
+        else:
+            devices.start()
+
+
+def test_a_workdir_whose_name_is_no_utf8_is_one_line(tmp_path):
+    # As Python reads an accent where the locale is C and its UTF-8 mode is off.
+    path = tmp_path / b"\xc3\xa9".decode("ascii", "surrogateescape")
+    with pytest.raises(errors.UsageError) as caught:
+        loop.run(test_loop._read(tmp_path), path, name="test")
+    assert "is no UTF-8 text" in str(caught.value)
+    assert "LC_ALL=C.UTF-8" in str(caught.value)
+    str(caught.value).encode("ascii")
+
+
+@pytest.mark.parametrize("name", [*guard.FILES, guard.LOCK])
+def test_a_pipe_in_the_place_of_a_file_of_ours_does_not_hang(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(errors.UsageError, match=f"{name}.*no regular file"):
+        with guard.lock(tmp_path):
+            guard.writable(tmp_path)
+
+
+def test_a_line_with_an_accent_is_shown_where_the_terminal_has_none(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    log.to_terminal()
+    log.logger.warning("runs/é")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"runs/\\xe9\n"

@@ -127,3 +127,19 @@ def test_other_shares_wait_for_the_first_run(tmp_path, monkeypatch):
     study.run(plan, tmp_path, name="test", share=(2, 2))
     assert told == [study.WAIT] and (tmp_path / "warm/seed1/final.json").exists()
     assert not (tmp_path / "warm/seed0").exists()
+
+
+def test_arms_are_names_of_folders_and_not_too_many(tmp_path):
+    c = _config(tmp_path, **{"../x": (), "ok": ()})
+    with pytest.raises(errors.UsageError, match="an arm called '../x': want a letter"):
+        study.read(c)
+    c = _config(tmp_path, a=())
+    c.study.seeds = tuple(range(10_000))
+    with pytest.raises(errors.UsageError, match="10000 runs; at most 1000"):
+        study.read(c)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_torn_result_counts_as_not_finished(content, tmp_path):
+    (tmp_path / "final.json").write_bytes(content)
+    assert not study._finished(tmp_path)

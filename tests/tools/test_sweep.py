@@ -188,3 +188,40 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch, capsys):
     flags = [f"--workdir={tmp_path}/w", "--slurm"]
     assert cli.main(["sweep", str(path), *flags]) == 2
     assert "sbatch: not found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("../../x: seed=0", "line 2: a run called '../../x': want a letter or digit"),
+        ("/etc/x: seed=0", "line 2: a run called '/etc/x': want a letter"),
+        ("..: seed=0", "line 2: a run called '..': want a letter"),
+        ("optim./../../x=3", "line 2: a run called '/../../x=3': want a letter"),
+        (f"{'n' * 201}: seed=0", "want at most 200 bytes"),
+        (
+            " ".join(f"k{i}={{{','.join('0123456789')}}}" for i in range(7)),
+            "line 2: 10000000 runs up to here; at most 1000 in one file",
+        ),
+    ],
+)
+def test_a_sweep_stays_in_its_folder_and_is_of_a_size_to_run(line, says):
+    start = time.monotonic()
+    with pytest.raises(errors.UsageError) as caught:
+        sweep.parse(f"--config=c.py\n{line}\n")
+    assert says in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    assert time.monotonic() - start < 1
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path):
+    path = tmp_path / "a.sweep"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(errors.UsageError, match="cannot be read: it is no UTF-8 text"):
+        sweep.main([str(path)])
+
+
+def test_a_run_with_a_damaged_config_is_run_again(tmp_path, capsys):
+    one = sweep.One("a", "c.py", (), 1)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_bytes(b"\xff")
+    assert not sweep._finished(one, tmp_path)
+    assert "config.json: damaged" in capsys.readouterr().out

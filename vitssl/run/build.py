@@ -107,6 +107,8 @@ def build(experiment) -> Parts:
     total = s.steps or round(s.epochs * per_epoch)
     if s.epochs or s.steps:
         total = max(1, total)
+    if total >= 2**31:  # Steps are counted in int32.
+        raise errors.UsageError(f"epochs={s.epochs:g}: {total:.3g} steps, want < 2^31")
     labels = getattr(source, "labels", None)
     classes, counts = len(source.classes), ()
     if labels is not None and classes:

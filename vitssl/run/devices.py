@@ -8,8 +8,8 @@ a method calls a collective.
 import contextlib
 import dataclasses
 import os
-from typing import Literal
 import sys
+from typing import Literal
 
 import jax
 import numpy as np
@@ -17,8 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitssl import errors, ranges
-from vitssl.run import compilecache
-from vitssl.run import log
+from vitssl.run import compilecache, log
 
 # Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
 _FSDP_MIN_SIZE = 2**14

@@ -65,6 +65,8 @@ class Settings:
         """Yield what cannot be combined."""
         if not 0 <= self.seed < 2**63:
             yield f"seed={self.seed}: 0 or more, below 2^63"
+        if self.steps >= 2**31:
+            yield f"steps={self.steps}: below 2^31, in which steps are counted"
         if not self.epochs and not self.steps and not self.init.from_:
             line = "epochs=0: evaluates only, so it needs init.from (or set steps)"
             yield "; ".join(filter(None, (line, self.init.wanted)))
@@ -269,6 +271,10 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     """
     problems = config.Problems()
     c = c.copy_and_resolve_references()
+    for key, value in _leaves(c):
+        if fault := ranges.beyond(value):
+            problems.append(f"{key}={_short(value)}: {fault}")
+    problems.stop()
     own = config.schema(Settings)
     cls = None
     if "method" in c:
@@ -295,6 +301,21 @@ def read(c: ml_collections.ConfigDict) -> Experiment:
     problems.extend(experiment.faults())
     problems.stop()
     return experiment
+
+
+def _leaves(c, path="") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a config."""
+    for key, value in c.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def _short(value) -> str:
+    # Python writes no integer of more than 4,300 digits.
+    large = isinstance(value, int) and abs(value) >= 2**63
+    return "an integer" if large else repr(value)
 
 
 def _follow(c, cls) -> None:

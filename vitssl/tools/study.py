@@ -20,14 +20,13 @@ Several processes may share one: `--share=1/2` and `--share=2/2` beside each oth
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import time
 
 import ml_collections
 import numpy as np
 
-from vitssl import config, errors
+from vitssl import config, disk, errors
 from vitssl.run import experiment
 from vitssl.tools import listing
 from vitssl.tools import workdir as workdirs
@@ -36,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FIRST = "@first"
 COST = "compute/tflop"  # A study with this column gets a picture against it.
+MOST = 1000  # Runs of a study.
 WAIT = 5.0  # Seconds between looks for the first run of another process.
 
 
@@ -60,9 +60,20 @@ def read(c: ml_collections.ConfigDict) -> Plan:
         if key not in study:
             problems.append(f"study.{key}: missing")
     problems.stop()
+    # One seed may be given for several: --config.study.seeds=3.
+    seeds = study.seeds if isinstance(study.seeds, tuple) else (study.seeds,)
+    for arm in study.arms:
+        fault = config.folder_fault(arm)
+        if arm == "first" and study.get("first", ()):
+            fault = "it is the folder of study.first"
+        if fault:
+            problems.append(f"study.arms: an arm called {arm!r}: {fault}")
+    if (count := len(study.arms) * len(seeds)) > MOST:
+        problems.append(f"study: {count} runs; at most {MOST}")
+    problems.stop()
     runs = {}
     for arm, overrides in study.arms.items():
-        for seed in study.seeds:
+        for seed in seeds:
             copy = config.without(base)
             try:
                 experiment.apply(copy, (*overrides, f"seed={seed}"))
@@ -141,15 +152,18 @@ def run(
 
 
 def _finished(directory) -> bool:
-    return (directory / "final.json").exists()
+    return bool(_values(directory))
+
+
+def _values(directory) -> dict:
+    """Return the values of a finished run, or {}; torn ones are made again."""
+    return workdirs.lenient(directory / "final.json")
 
 
 def _finish(directory, values) -> None:
     """Write the values of a finished run, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / "final.json.part"
-    part.write_text(json.dumps(values, indent=1))
-    os.replace(part, directory / "final.json")
+    disk.write(directory / "final.json", json.dumps(values, indent=1))
 
 
 def _results(plan, workdir) -> dict:
@@ -157,8 +171,7 @@ def _results(plan, workdir) -> dict:
     found, columns = {}, (*plan.columns, "minutes")
     missing = 0
     for arm, seed in plan.runs:
-        path = workdir / arm / f"seed{seed}" / "final.json"
-        values = workdirs.lenient(path)
+        values = _values(workdir / arm / f"seed{seed}")
         missing += not values
         for column in columns:
             value = values.get(column)
@@ -168,8 +181,8 @@ def _results(plan, workdir) -> dict:
     logger.info("\n%s", text)
     if missing:
         logger.info("%d of %d runs are not finished yet", missing, len(plan.runs))
-    (workdir / "study.json").write_text(json.dumps(found, indent=1))
-    (workdir / "study.md").write_text(text + "\n")
+    disk.write(workdir / "study.json", json.dumps(found, indent=1))
+    disk.write(workdir / "study.md", text + "\n")
     if COST in plan.columns and not missing:
         from vitssl.pictures import tradeoff
 

@@ -4,8 +4,10 @@ Every run is an ordinary workdir, SWEEP/NAME: it resumes, and a sweep that was s
 goes on where it was.
 """
 
+import collections
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 import shlex
@@ -21,6 +23,7 @@ from vitssl.tools import workdir as read
 
 SBATCH = pathlib.Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 RUN = (sys.executable, "-m", "vitssl.main")
+MOST = 1000  # Runs of a sweep; a Slurm array has as many by default.
 RESTARTS = 3  # A run that exits with 75 while the sweep goes on is started again.
 
 HELP = """\
@@ -57,7 +60,8 @@ def parse(text: str) -> list[One]:
     """Return the runs of a file.
 
     Raises:
-        UsageError: every line that is not understood, and names that occur twice.
+        UsageError: every line that is not understood, names that occur twice or are
+            no name of a folder, more than `MOST` runs.
     """
     spec, common, found, faults = "", (), [], []
     for number, line in enumerate(text.splitlines(), 1):
@@ -84,12 +88,19 @@ def parse(text: str) -> list[One]:
             common = (*common, *words)
         elif not spec:
             faults.append(f"line {number}: no --config=FILE line comes before it")
+        elif (count := len(found) + math.prod(map(len, map(_choices, words)))) > MOST:
+            faults.append(
+                f"line {number}: {count} runs up to here; at most {MOST} in one file"
+            )
         else:
             found.extend(_grid(name, spec, common, words, number))
-    names = [one.name for one in found]
-    for name in sorted({n for n in names if names.count(n) > 1}):
+    names = collections.Counter(one.name for one in found)
+    for name in sorted(name for name, count in names.items() if count > 1):
         lines = [str(one.line) for one in found if one.name == name]
         faults.append(f"lines {', '.join(lines)}: two runs are called {name!r}")
+    for one in found:
+        if fault := config.folder_fault(one.name):
+            faults.append(f"line {one.line}: a run called {one.name!r}: {fault}")
     if not found and not faults:
         faults.append("no run in it; a run is a line KEY=VALUE ...")
     if faults:
@@ -157,7 +168,12 @@ def main(argv) -> int:
     path = pathlib.Path(flags.file)
     if not path.is_file():
         raise errors.UsageError(f"{path}: no such file; see vitssl sweep --help")
-    runs = parse(path.read_text())
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", "") or "it is no UTF-8 text"
+        raise errors.UsageError(f"{path}: cannot be read: {why}") from e
+    runs = parse(text)
     check(runs)
     workdir = pathlib.Path(flags.workdir or pathlib.Path("runs") / path.stem)
     if flags.dry_run:
@@ -196,14 +212,23 @@ def _flags(argv):
 
 
 def _finished(one, workdir) -> bool:
-    path = pathlib.Path(workdir) / one.name
-    return read.is_workdir(path) and read.workdir(path).state == "finished"
+    found = _workdir(pathlib.Path(workdir) / one.name)
+    return found is not None and found.state == "finished"
+
+
+def _workdir(path):
+    """Return a run of the sweep, or None where it has not begun, or is damaged."""
+    try:
+        return read.workdir(path) if read.is_workdir(path) else None
+    except errors.UsageError as e:
+        print(e)  # Its own command writes it anew.
+        return None
 
 
 def _table(runs, workdir, flags):
     """Print one table of all runs, and write it to SWEEP/sweep.md."""
-    paths = [workdir / one.name for one in runs]
-    found = [read.workdir(path) for path in paths if read.is_workdir(path)]
+    found = [_workdir(workdir / one.name) for one in runs]
+    found = [run for run in found if run is not None]
     if not found:
         print("no run has begun yet")
         return
@@ -259,7 +284,7 @@ class _Local:
         for one in (one for one in runs if one not in self._left):
             print(f"{one.name}: finished already")
         self._workdir, self._gpus, self._jobs = workdir, gpus, jobs
-        self._slots = list(range(jobs))
+        self._slots = list(range(min(jobs, len(runs))))
         self._going, self._tries = {}, {}
         self._stopping, self._code = False, 0
 
