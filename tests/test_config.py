@@ -208,7 +208,7 @@ def test_nothing_of_a_bad_config_touches_devices_or_data():
         ("optim.lr=1e999", "optim.lr=1e999: want a finite number"),
         ("optim.lr=-1e999", "optim.lr=-1e999: want a finite number"),
         ("optim.lr=1e39", "optim.lr=1e39: want a number that float32 holds"),
-        ("optim.lr=1" + "0" * 400, "want a number below 2^63"),
+        ("optim.lr=1" + "0" * 400, "want a number below 2^64"),
         ("optim.lr=1" + "0" * 5000, "want float, like"),
         ("optim.lr=nan", "optim.lr=nan: want float"),
         ("optim.lr=" + "(" * 10_000, "want float, like"),

@@ -49,9 +49,9 @@ def recipe(spec: str) -> ml_collections.ConfigDict:
         raise errors.UsageError(f"--config={path}: defines no get_config()")
     try:
         c = file.get_config(argument) if argument else file.get_config()
+        return ml_collections.ConfigDict(c)
     except ValueError as e:
         raise errors.UsageError(f"--config={spec}: {e}") from e
-    return ml_collections.ConfigDict(c)
 
 
 def override(c, overrides: Sequence[str], problems: Problems) -> None:

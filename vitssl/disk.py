@@ -53,9 +53,9 @@ def write(path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as e:
         temporary.unlink(missing_ok=True)  # On a full disk it holds room.
-        raise
+        raise OSError(e.errno, e.strerror, str(path)) from e
 
 
 def read(path) -> dict:

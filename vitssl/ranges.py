@@ -107,8 +107,8 @@ def beyond(value) -> str:
         return "want a finite number"
     if isinstance(value, float) and abs(value) > LARGEST:
         return f"want a number that float32 holds, up to {LARGEST:.2g}"
-    large = isinstance(value, int) and abs(value) >= 2**63
-    return "want a number below 2^63" if large else ""
+    large = isinstance(value, int) and abs(value) >= 2**64
+    return "want a number below 2^64" if large else ""
 
 
 def _tuple_fault(annotation, args, value) -> str:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests import runs
+from tests.methods import test_every_option
 from tests.run import test_loop
 from vitssl import errors
-from vitssl.run import evaluation, guard, log, loop, seals
+from vitssl.run import build, evaluation, guard, log, loop, seals
 
 ONLINE = dict(
     evals__online_samples_train=16,
@@ -183,3 +184,28 @@ def test_two_thousand_steps_use_no_more_memory_files_or_compilations(
     assert programs_after == programs
     assert abs(files_after - files) <= 4  # A save under way has a few open.
     assert pages_after < 1.02 * pages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", test_every_option.ALL)
+def test_kill_9_changes_nothing_of_any_method_with_online_evaluation(name, tmp_path):
+    config, small = test_every_option.SMALL[name]
+    words = [*small.split(), *test_every_option.RUN]
+    base = dict(word.split("=", 1) for word in words)
+    base |= {k.replace("__", "."): v for k, v in ONLINE.items() if k != "evals__knn_k"}
+    base |= {"evals.knn_k": "(3,)", "log.every_steps": 1}
+    made = test_loop._read(tmp_path, name=config, base=base)
+    per_epoch = build.build(made).run.steps_per_epoch
+    base |= {"evals.every_epochs": 2 / per_epoch, "evals.final": "()"}
+    base |= {"checkpoint.every_epochs": 2 / per_epoch}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    # The same devices in all three, and what one compiles is there for the next.
+    own = dict(name=config, base=base)
+    done = runs.run(killed, "kill_after_step=3", devices=jax.device_count(), **own)
+    assert done.returncode == -9, done.said
+    _train(whole, **own)
+    _train(killed, **own)
+    assert runs.digest(killed, 4) == runs.digest(whole, 4)
+    assert runs.metrics(killed) == runs.metrics(whole)
+    evaluated = [m["step"] for m in runs.metrics(whole) if "loss" not in m]
+    assert evaluated[:2] == [0, 2]

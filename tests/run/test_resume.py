@@ -3,6 +3,7 @@
 import json
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 
@@ -31,7 +32,6 @@ def _same(workdir, whole):
     "fault",
     [
         "kill_after_step=0",
-        "kill_after_step=6",
         "kill_after_step=7",
         "kill_after_step=11",
         "kill_in_save=2",
@@ -176,37 +176,52 @@ def test_retention_keeps_the_last_and_each_nth(tmp_path):
     assert kept == [0, 5, 10, 11, 12]
 
 
-def test_two_processes_on_loopback_train_like_one(whole, tmp_path):
-    import socket
-
+def _pair(workdir, faults=("none", "none"), **changes):
+    """Start a job of two processes on loopback; return them."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = []
-    for i in range(2):
-        env = runs.environment() | {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": str(i),
-        }
-        processes.append(
-            subprocess.Popen(
-                runs.command(tmp_path, "none"),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=runs.ROOT,
-                env=env,
-            )
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    return [
+        subprocess.Popen(
+            runs.command(workdir, fault, **changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=runs.ROOT,
+            env=runs.environment() | job | {"JAX_PROCESS_ID": str(i)},
         )
+        for i, fault in enumerate(faults)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_on_loopback_train_like_one(fsdp, whole, tmp_path):
+    split = dict(mesh__fsdp=fsdp, mesh__fsdp_min_size=64)
+    processes = _pair(tmp_path, **split)
     said = [p.communicate(timeout=400)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], said
+    assert f"fsdp={fsdp}" in said[0]
     ours, theirs = runs.metrics(tmp_path), runs.metrics(whole)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
     one, two = runs.state(whole), runs.state(tmp_path)
     kernel = "params/encoder/block_0/mlp/fc1/kernel"
     np.testing.assert_allclose(one[kernel], two[kernel], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_rest_of_a_job_ends_at_once_when_a_process_dies(tmp_path):
+    first, second = _pair(tmp_path, ("none", "kill_after_step=5"), steps=4000)
+    said = first.communicate(timeout=400)[0]
+    assert second.wait(10) == -signal.SIGKILL
+    assert first.returncode == 7, said
+    (line,) = [x for x in said.splitlines() if x.startswith("StalledError: ")]
+    assert "another process of this job has ended" in line
+    assert "run the job again" in line and "Traceback" not in said
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "has ended" in status["error"]
 
 
 @pytest.fixture(scope="module")

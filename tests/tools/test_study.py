@@ -130,8 +130,8 @@ def test_other_shares_wait_for_the_first_run(tmp_path, monkeypatch):
 
 
 def test_arms_are_names_of_folders_and_not_too_many(tmp_path):
-    c = _config(tmp_path, **{"../x": (), "ok": ()})
-    with pytest.raises(errors.UsageError, match="an arm called '../x': want a letter"):
+    c = _config(tmp_path, **{"/x": (), "ok": ()})
+    with pytest.raises(errors.UsageError, match="an arm called '/x': want a letter"):
         study.read(c)
     c = _config(tmp_path, a=())
     c.study.seeds = tuple(range(10_000))
