@@ -94,4 +94,7 @@ def test_files_that_the_pages_name_exist():
         absent |= {n for n in named if not (runs.ROOT / n).exists()}
         absent |= {n for n in links if not (page.parent / n).exists()}
         count += len(named) + len(links)
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+            if f"def {name}(" not in (runs.ROOT / file).read_text():
+                absent.add(f"{file}::{name}")
     assert absent == set() and count > 10
