@@ -28,6 +28,7 @@ usage: vitssl COMMAND ...
   prepare siim_acr DIR --to=ROOT       published files to the folders of a data set
   sweep FILE                           many runs from a file of overrides
   store RUN --to=DIR --boundary=N      tokens of a frozen prefix of LocalMIM
+  pack DIR --to=SHARDS                 a folder of images as tar files
 
 `vitssl COMMAND --help` says more. A RUN is a workdir, such as runs/hjepa.
 """
@@ -190,6 +191,7 @@ COMMANDS = {
     "prepare": "vitssl.tools.prepare",
     "sweep": "vitssl.tools.sweep",
     "store": "vitssl.tools.feature_store",
+    "pack": "vitssl.tools.pack",
 }
 
 

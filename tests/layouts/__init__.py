@@ -10,6 +10,7 @@ from tests.layouts import (
     birds,
     earth,
     in9,
+    packed,
     prepared,
     radiographs,
     satellites,
@@ -24,6 +25,8 @@ def sarcld(root):
 
 MAKERS = {
     "folder": trees.folder,
+    "tar": packed.tar,
+    "parquet": packed.parquet,
     "cifar10": binaries.cifar10,
     "cifar100": binaries.cifar100,
     "stl10": binaries.stl10,

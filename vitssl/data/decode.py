@@ -9,10 +9,10 @@ import stat
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitssl import errors
-from vitssl.data import dicom, npy
+from vitssl.data import dicom, npy, tiff
 
 try:
     import simplejpeg
@@ -48,7 +48,8 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
     Args:
         data: of a file in one of `FORMATS`, of a `.npy` array, or of a grey DICOM
             (see `dicom.decode`).
-        channels: 1 (gray, ITU-R 601 luma), 3 (RGB), or, for `.npy`, any number.
+        channels: 1 (gray, ITU-R 601 luma), 3 (RGB), or, for `.npy` and TIFF, any
+            number, which the file must have.
         bounds: (lowest, highest) value of images of more than 8 bits, which become 0
             and 255; () = 0 and 65535 of integers, and no other kinds.
         name: what to call it in the error.
@@ -61,8 +62,10 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
             raise ValueError("the file has zero bytes")
         if data[:6] == b"\x93NUMPY":
             return _channels(_checked_array(npy.array(data), bounds), channels)
+        if data[:4] in tiff.MAGIC and (channels not in (1, 3) or _is_deep(data)):
+            return _channels(_bands(tiff.decode(data).values, bounds), channels)
         if channels not in (1, 3):
-            raise ValueError(f"only .npy arrays can give {channels} channels")
+            raise ValueError(f"only .npy and TIFF files can give {channels} channels")
         if data[128:132] == b"DICM":
             return _channels(dicom.decode(data, MAX_PIXELS), channels)
         if data[:3] == b"\xff\xd8\xff":
@@ -227,6 +230,24 @@ def _pillow(data, channels, bounds):
         mode = "RGB" if channels == 3 else "L"
         image = np.asarray(image if image.mode == mode else image.convert(mode))
     return image.reshape(*image.shape[:2], channels)
+
+
+def _is_deep(data) -> bool:
+    """Return whether a TIFF is one that Pillow does not know: deep colours, say."""
+    try:
+        with _opened(data):
+            return False
+    except UnidentifiedImageError:
+        return True
+
+
+def _bands(values, bounds):  # [H, W, C] -> uint8 [H, W, C]
+    """Return bands of numbers as 0..255; bytes stay as they are."""
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype.kind == "f" and not bounds:
+        raise ValueError(f"float image of unknown range; {_GIVE}")
+    return _scaled(values, bounds)
 
 
 def _deep_png(data):  # -> uint16 [H, W, 1 or 3]

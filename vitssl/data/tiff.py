@@ -1,16 +1,19 @@
 """TIFF and GeoTIFF files of any number of bands, in their own numbers."""
 
 import html
+import io
 import logging
+import os
 import re
 from typing import NamedTuple
 
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import decode
 
 SUFFIXES = (".tif", ".tiff")
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAX_PIXELS = 1 << 27
 _METADATA, _NODATA = 42112, 42113  # GDAL's tags.
 _DESCRIPTION = re.compile(
     r'<Item name="DESCRIPTION" sample="(\d+)" role="description">([^<]*)</Item>'
@@ -41,22 +44,36 @@ def read(path) -> Raster:
         DataError: no TIFF, truncated, too large, of numbers that are not real, or of a
             compression that cannot be read.
     """
-    import tifffile
-
-    # What it logs of a damaged file is in the error, once.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    where = decode.printable(path)
+    where = os.fsencode(path).decode("utf-8", "backslashreplace")
     try:
-        with tifffile.TiffFile(path) as file:
-            return _raster(file)
+        return _read(path)
     except OSError as e:
         why = e.strerror or e
         raise errors.DataError(f"{where}: cannot be read: {why}") from e
     except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
         why = str(e) or type(e).__name__
-        if "imagecodecs" in why:
-            why = f"{why} (extra 'geo')"
         raise errors.DataError(f"{where}: cannot be decoded: {why}") from e
+
+
+def decode(data: bytes) -> Raster:
+    """Read a file that is in memory; raises whatever is wrong."""
+    return _read(io.BytesIO(data))
+
+
+def _read(file) -> Raster:
+    import tifffile
+
+    # What it logs of a damaged file is in the error, once.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    try:
+        with tifffile.TiffFile(file) as opened:
+            return _raster(opened)
+    except OSError:
+        raise
+    except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
+        if "imagecodecs" in str(e):
+            raise ValueError(f"{e} (extra 'geo')") from e
+        raise
 
 
 def _raster(file) -> Raster:
@@ -66,8 +83,8 @@ def _raster(file) -> Raster:
         raise ValueError(
             f"{series.dtype} along {axes}; want real numbers along Y and X"
         )
-    if np.prod([series.shape[axes.index(a)] for a in "YX"]) > decode.MAX_PIXELS:
-        raise OverflowError(f"{series.shape} are more than {decode.MAX_PIXELS} pixels")
+    if np.prod([series.shape[axes.index(a)] for a in "YX"]) > MAX_PIXELS:
+        raise OverflowError(f"{series.shape} are more than {MAX_PIXELS} pixels")
     x = np.moveaxis(series.asarray(), [axes.index(a) for a in "YX"], [0, 1])
     x = x.reshape(*x.shape[:2], -1)
     names = [""] * x.shape[-1]

@@ -10,7 +10,7 @@ import numpy as np
 
 from vitssl import errors, ranges
 from vitssl.data import decode
-from vitssl.data.sources import layout
+from vitssl.data.sources import layout, tables
 
 EXPECTED = (
     "ROOT/{train,val,test}/<class>/**/*.jpg, or ROOT/<class>/**/*.jpg, or "
@@ -18,6 +18,7 @@ EXPECTED = (
 )
 SPLITS = {alias: key for key, names in layout.ALIASES.items() for alias in names}
 SPLITS["all"] = "all"
+LABELS = ("folder", "none", "any")
 # What systems put into folders: thumbnails, and what was deleted.
 SYSTEM = frozenset(
     ("@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin")
@@ -58,6 +59,10 @@ class Files(layout.Source):
     def path(self, i: int) -> str:
         """Return where image i is."""
         return os.path.join(self.root, self.relative(i))
+
+    def encoded(self, i: int) -> bytes:
+        """Return the bytes of image i as they are stored."""
+        return decode.contents(self.path(i))
 
     def image(self, i: int) -> np.ndarray:
         """Return image i, decoded."""
@@ -270,9 +275,10 @@ def open(
     *,
     channels=3,
     holdout: ranges.BelowOne = 0.1,
-    labels: Literal["folder", "none", "any"] = "folder",
+    labels: str = "folder",
     divided: Literal["auto", "yes", "no"] = "auto",
     value_range: tuple[float, ...] = (),
+    listed: str = "",
 ):
     """Images below `root`, any depth; the class is the first folder of the path.
 
@@ -285,26 +291,28 @@ def open(
         channels: 1 or 3, or more for `.npy` files.
         holdout: share of the images to hold out where there are no split folders.
         labels: "folder" (images beside the class folders are left out), "none" (every
-            image is unlabelled, -1) or "any" (only those beside are).
+            image is unlabelled, -1) or "any" (only those beside are); or a table of
+            labels, `.csv`, `.tsv` or `.parquet`, see `tables.read`: images that it
+            does not name are left out.
         divided: "yes", "no" or "auto": whether ROOT's first folders are splits.
         value_range: lowest and highest value, which become 0 and 255, of images of
             more than 8 bits; () = 0 and 65535.
+        listed: text file of the images and folders to take, one per line, from ROOT on;
+            "" = all.
 
     Raises:
         DataError: nothing there, or not that split.
     """
-    if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
-        raise errors.UsageError(
-            f"data.options.value_range={value_range}: (lowest, highest), or ()"
-        )
+    bounds = bounds_of(value_range)
     split = layout.split_of("folder", split, SPLITS)
     base = layout.root_of("folder", root, EXPECTED)
-    splits = split_folders(base, divided)
+    table = None if labels in LABELS else tables.read(labels)
+    splits = {} if table and table.splits else split_folders(base, divided)
     if divided == "yes" and not splits:
         layout.fail("folder", "no train, val or test folder", base, EXPECTED)
     parts = _parts(base, split, splits)
     classes, census = (), Census()
-    if labels != "none":
+    if labels != "none" and not table:
         classes = classes_of(base, splits.values() or ("",))
     found = [m for part in parts for m in _members(base, part, classes, census)]
     if labels == "any":
@@ -319,14 +327,31 @@ def open(
     if census.out:
         where = decode.printable(base / (parts[0] if len(parts) == 1 else ""))
         layout.once(f"folder: {where}: left out: {census}")
-    if found and not splits and split != "all":
+    if listed:
+        found = tables.listed(listed, base, found)
+    if table:
+        found, classes = table.labelled(found, split), table.classes
+    if found and not (splits or table and table.splits) and split != "all":
         keep = held_out(*zip(*found, strict=True), holdout) == (split != "train")
         found = [m for m, k in zip(found, keep, strict=True) if k]
     if not found:
         out = f" (left out: {census})" if census.out else ""
         layout.fail("folder", f"no image in split {split!r}{out}", base, EXPECTED)
-    about = dict(classes=classes, name="folder", split=split, bounds=value_range)
+    about = dict(classes=classes, name="folder", split=split, bounds=bounds)
     return files(base, found, channels=channels, **about)
+
+
+def bounds_of(value_range) -> tuple[float, ...]:
+    """Return the option `value_range` as it is, if it is a range or ().
+
+    Raises:
+        UsageError: it is not.
+    """
+    if value_range and (len(value_range) != 2 or value_range[0] >= value_range[1]):
+        raise errors.UsageError(
+            f"data.options.value_range={value_range}: (lowest, highest), or ()"
+        )
+    return tuple(value_range)
 
 
 def plantvillage(root, split, *, channels=3):
