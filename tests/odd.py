@@ -267,7 +267,9 @@ def _refused() -> dict[str, Odd]:
         "npy of floats": Odd(npy(np.ones((2, 2, 3))), "want uint8"),
         "npy, cut": Odd(npy(PICTURE)[:-1], "is more than its"),
         "npy, five channels": Odd(npy(np.zeros((2, 2, 5), np.uint8)), "5 channels"),
-        "png for five channels": Odd(png, r"only \.npy arrays can give 5", channels=5),
+        "png for five channels": Odd(
+            png, r"only \.npy and TIFF files can give 5", channels=5
+        ),
         "dicom without rows": Odd(_dicom(rows=0), "0 rows x 20 columns"),
         "dicom of 4e8 pixels": Odd(_dicom(rows=20_000, columns=20_000), "20000 rows"),
         "dicom of 7 bits in 12": Odd(

@@ -4,6 +4,7 @@ Needs the extra [torch]: python -m pytest -m torch tests/convert/test_torch.py
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import vitssl
+from tests.convert import published
 from vitssl import errors
 from vitssl.convert import backbone, exporter, family, importer, reader
 from vitssl.run import inference
@@ -270,3 +272,41 @@ def test_features_of_an_export_are_those_of_the_notebook(tmp_path):
     _close(pooled, theirs.numpy())
     assert json.dumps(recipe)  # The recipe is data, so a card can print it.
     assert inference.NAMES == ("pooled", "tokens")
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers and layerscale", "qk-norm"])
+def test_a_folder_of_the_hub_loads_by_its_name_alone(kind, tmp_path):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    transformers = pytest.importorskip("transformers")
+    fields = {"plain": dict(classes=5), "qk-norm": dict(qk_norm=True)}
+    fields |= {"registers and layerscale": dict(registers=2, layerscale=0.1)}
+    net = published.network(**fields[kind])
+    about = dataclasses.replace(net.about, mean=(0.4, 0.5, 0.6), std=(0.3, 0.2, 0.25))
+    net = backbone.Backbone(about, net.leaves)
+    image = _image(net.module().image_size)
+    ours = _ours(net, image)
+    exporter.write(net, tmp_path / "timm", "timm")
+    model = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
+    assert model.num_classes == (5 if kind == "plain" else 0)
+    assert list(model.pretrained_cfg["mean"]) == list(net.about.mean)
+    _close(ours, _theirs(model, image))
+    wrapped = transformers.AutoModel.from_pretrained(tmp_path / "timm").eval()
+    _close(ours, _theirs(wrapped, image))
+    again = importer.read(tmp_path / "timm" / "model.safetensors")
+    assert (again.about.mean, again.about.std) == (about.mean, about.std)
+    told = " ".join(again.about.notes)
+    assert "GUESSED" not in told and "contradicts" not in told
+    _close(ours, _ours(again, image))
+    if kind == "qk-norm":  # transformers has no such ViT of its own.
+        return
+    exporter.write(net, tmp_path / "hf", "hf")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    _close(ours, _theirs(model, image))
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert pixels.image_mean == list(net.about.mean)
+    side = net.module().image_size
+    grey = np.full((side, side, 3), 51, np.uint8)
+    got = pixels(grey, return_tensors="pt")["pixel_values"]
+    want = (0.2 - np.array(net.about.mean)) / np.array(net.about.std)
+    np.testing.assert_allclose(got[0, :, 3, 3], want, atol=1e-5)
+    assert torch.isfinite(got).all()

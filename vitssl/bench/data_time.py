@@ -6,8 +6,9 @@ Both sides decode a file and make H-JEPA's crops (2 x 224 and 6 x 96, bicubic, f
 colour jitter 0.4); ours also draws the masks of three levels, theirs also turns the
 crops into normalised floats, as the original does on the host. One thread each, in
 turn (ABAB), in one process; a core's second is a second of processor time, which other
-work on the machine does not count into. With --loader_batches the whole loaders run
-too, ours with one thread per core, torchvision's with one process per core.
+work on the machine does not count into. The same files are read and decoded from a
+folder, from tar (`vitssl pack`) and from parquet. With --loader_batches the whole
+loaders run too, ours with one thread per core, torchvision's with one process per core.
 """
 
 import functools
@@ -27,8 +28,9 @@ from PIL import Image
 from vitssl import errors
 from vitssl.bench import clock
 from vitssl.data import crops, decode, pipeline
-from vitssl.data.sources import folder
+from vitssl.data.sources import folder, parquet, tar
 from vitssl.methods.hjepa import masks, views
+from vitssl.tools import pack
 
 HEIGHT, WIDTH = 375, 500  # A typical photograph of ImageNet.
 QUALITY = 92
@@ -102,7 +104,8 @@ def run(argv=()) -> dict:
 
     Returns:
         `versions`; `samples_per_core_second` of each contender (median of the
-        repeats, and all of them); `times_torchvision`, ours over theirs per repeat;
+        repeats, and all of them); `images_per_core_second` of each source, alike;
+        `times_torchvision`, ours over theirs per repeat;
         `parts_ms`, processor time per image of the parts of our transform; `loader`.
     """
     parser = errors.Parser("vitssl.bench data", __doc__)
@@ -130,10 +133,8 @@ def run(argv=()) -> dict:
             "benchmark": "data",
             "recipe": "2x224+6x96 bicubic, flip, jitter 0.4",
             "jpeg": f"{o.images} of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB each",
-            "samples_per_core_second": {
-                name: {"median": statistics.median(r), "all": r}
-                for name, r in rates.items()
-            },
+            "samples_per_core_second": _medians(rates),
+            "images_per_core_second": _medians(_sources(root, paths, o.repeats)),
             "times_torchvision": _ratios(rates),
             "parts_ms": _parts(paths, o.repeats),
             "loader": _loaders(root, paths, o, theirs) if o.loader_batches else {},
@@ -142,6 +143,28 @@ def run(argv=()) -> dict:
     if not theirs:
         out["torchvision"] = "not installed"
     return out
+
+
+def _medians(rates):
+    return {k: {"median": statistics.median(r), "all": r} for k, r in rates.items()}
+
+
+def _sources(root, paths, repeats):
+    """Return images read and decoded per second of processor time, of each source."""
+    packed = f"{root}/packed"
+    pack.run(root, packed, show=lambda line: None)
+    found = {"folder": folder.open(root, "train"), "tar": tar.open(packed, "train")}
+    try:
+        from pyarrow import Table
+        from pyarrow import parquet as files
+    except ImportError:  # The extra [parquet].
+        pass
+    else:
+        table = Table.from_pydict({"image": [path.read_bytes() for path in paths]})
+        files.write_table(table, f"{packed}/train.parquet", row_group_size=100)
+        found["parquet"] = parquet.open(f"{packed}/train.parquet", "train")
+    loads = {k: lambda _, i, source=s: source[i] for k, s in found.items()}
+    return _in_turn(loads, paths, repeats)
 
 
 def _ours(transform, path, index):

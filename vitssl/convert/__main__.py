@@ -11,7 +11,9 @@
 FILE is a .safetensors, .npz, .pth, .pt or .bin, a folder of a hub, or the index of a
 file in shards; nothing in it is ever executed. What neither tensors nor the files
 beside them tell is a line that begins with GUESSED and names the flag that says it.
-WEIGHTS is a run's workdir, one checkpoint of it, or a FOLDER of an import.
+WEIGHTS is a run's workdir, one checkpoint of it, or a FOLDER of an import. With
+--to=FOLDER the layouts hf and timm make a folder of a hub: model.safetensors,
+config.json, preprocessor_config.json (hf) and README.md, the card.
 """
 
 import argparse
@@ -122,8 +124,9 @@ def _export(flags) -> int:
     place.check(file, "--to", 4 * found.size)
     with place.writing("--to", file):
         exporter.write(found, flags.to, flags.layout)
-    print(f"{file}: layout {flags.layout}, card {file.with_suffix('.md')}")
-    card = file.with_suffix(".md").read_text("utf-8")
+    path = backbone.card_of(file)
+    print(f"{file}: layout {flags.layout}, card {path}")
+    card = path.read_text("utf-8")
     print(card.split("```python\n")[1].split("```")[0])
     return 0
 

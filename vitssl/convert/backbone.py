@@ -282,7 +282,7 @@ def digest(*paths) -> str:
 
 
 def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=True):
-    """Write the model card of a file beside it, as NAME.md.
+    """Write the model card of a file beside it, see `card_of`.
 
     Args:
         file: the exported file.
@@ -312,7 +312,8 @@ def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=T
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
     notes = "\n".join(f"- {note}" for note in about.notes)
     parts = [
-        f"# {file.stem}",
+        *([_front(layout, source)] if is_of_hub(file) else []),
+        f"# {_title(file)}",
         f"Weights in the layout `{layout}`, written by vitssl.",
         f"| | |\n|---|---|\n{rows}",
         f"```python\n{code}```",
@@ -323,7 +324,32 @@ def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=T
         settings = json.dumps(about.config, indent=1)
         parts.append(f"## Config of the run\n\n```json\n{settings}\n```")
     text = "\n\n".join(parts) + "\n"
-    file.with_suffix(".md").write_text(text, "utf-8", "backslashreplace")
+    card_of(file).write_text(text, "utf-8", "backslashreplace")
+
+
+def is_of_hub(file: pathlib.Path) -> bool:
+    """Return whether a file is the one that hubs know, in a folder of its own."""
+    return file.name == "model.safetensors"
+
+
+def card_of(file: pathlib.Path) -> pathlib.Path:
+    """Return where the model card of a file is: README.md of a hub, else NAME.md."""
+    return file.with_name("README.md") if is_of_hub(file) else file.with_suffix(".md")
+
+
+def _title(file) -> str:
+    return file.absolute().parent.name if is_of_hub(file) else file.stem
+
+
+def _front(layout, source) -> str:
+    """Return the front matter of a card, by which a hub lists a model."""
+    heads = layout == "timm" and "head/bias" in source.leaves
+    lines = ["tags:", "- vitssl", "- self-supervised"]
+    if layout in ("timm", "hf"):
+        library = "transformers" if layout == "hf" else "timm"
+        task = "classification" if heads else "feature-extraction"
+        lines += [f"library_name: {library}", f"pipeline_tag: image-{task}"]
+    return "\n".join(["---", *lines, "---"])
 
 
 _POOLS = {

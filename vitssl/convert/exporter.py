@@ -38,11 +38,13 @@ class Export:
         arrays: by name.
         recipe: arguments of timm's VisionTransformer, or a transformers config.json.
         snippet: the lines that load it; {file} stands for the file's path.
+        hub: config.json of a folder of timm's hub, {} where none can say the model.
     """
 
     arrays: dict[str, np.ndarray]
     recipe: dict
     snippet: str
+    hub: dict = dataclasses.field(default_factory=dict)
 
 
 def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
@@ -50,8 +52,9 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
 
     Args:
         source: what to write.
-        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder, best for "hf":
-            it gets `model.safetensors` and `config.json`, as from_pretrained expects.
+        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder, which "hf" and
+            "timm" make one of a hub: `model.safetensors`, `config.json`, `README.md`
+            and, for transformers, `preprocessor_config.json`.
         layout: key of `LAYOUTS`, or "vitssl".
 
     Raises:
@@ -84,6 +87,9 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     if layout == "hf":
         _write_json(file.with_name("config.json"), made.recipe)
         _write_json(file.with_name("preprocessor_config.json"), _processor(source))
+    if layout == "timm" and made.hub and backbone.is_of_hub(file):
+        _write_json(file.with_name("config.json"), made.hub)
+        made = dataclasses.replace(made, snippet=_TIMM_FOLDER)
     backbone.write_card(file, source, layout, made.snippet)
     return file
 
@@ -188,7 +194,41 @@ def timm(source: backbone.Backbone) -> Export:
         "pooled = model.eval().forward_head("
         "model.forward_features(images), pre_logits=True)\n"
     )
-    return Export(state, recipe, snippet)
+    return Export(state, recipe, snippet, _timm_hub(source, recipe, module.norm_eps))
+
+
+def _timm_hub(source, recipe, eps) -> dict:
+    """Return timm's config.json, {} where a LayerNorm's eps is not the one of timm."""
+    if eps != 1e-6:
+        return {}
+    kept = ("num_classes", "global_pool")
+    size = [recipe["in_chans"], *sizes.pair(recipe["img_size"])]
+    pixels = dict(mean=list(source.about.mean), std=list(source.about.std))
+    return dict(
+        architecture="vit_base_patch16_224",  # Any ViT of timm; model_args say which.
+        num_features=recipe["embed_dim"],
+        **{key: recipe[key] for key in kept},
+        model_args={k: v for k, v in recipe.items() if k not in kept},
+        pretrained_cfg=dict(
+            tag="vitssl",
+            input_size=size,
+            fixed_input_size=True,
+            interpolation="bicubic",
+            crop_pct=1.0,
+            num_classes=recipe["num_classes"],
+            first_conv="patch_embed.proj",
+            classifier="head",
+            **pixels,
+        ),
+    )
+
+
+_TIMM_FOLDER = """\
+import timm
+# On a hub: "hf-hub:NAME/OF_THE_FOLDER".
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+"""
 
 
 def _convolutional(source) -> Export:
