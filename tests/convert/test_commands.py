@@ -46,6 +46,38 @@ def test_weights_there_and_back(weights):
             np.testing.assert_array_equal(found.leaves[name], leaf)
 
 
+@pytest.mark.parametrize("layout", ["timm", "hf"])
+def test_a_folder_of_the_hub_has_its_card_and_configs(tmp_path, capsys, layout):
+    exporter.write(published.network(classes=3), tmp_path / "w", "vitssl")
+    to = tmp_path / "my-vit"
+    given = ["export", str(tmp_path / "w"), f"--to={to}", f"--layout={layout}"]
+    assert command.main(given) == 0
+    assert "README.md" in capsys.readouterr().out
+    names = {"model.safetensors", "config.json", "README.md"}
+    names |= {"preprocessor_config.json"} if layout == "hf" else set()
+    assert {p.name for p in to.iterdir()} == names
+    front, body = (to / "README.md").read_text().split("---\n")[1:]
+    library, task = {
+        "timm": ("timm", "image-classification"),  # With its head.
+        "hf": ("transformers", "image-feature-extraction"),
+    }[layout]
+    assert f"library_name: {library}\npipeline_tag: {task}\n" in front
+    assert body.startswith("\n# my-vit\n")
+    config = json.loads((to / "config.json").read_text())
+    if layout == "timm":
+        assert config["model_args"]["embed_dim"] == 32 and config["num_classes"] == 3
+        assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    else:
+        assert (config["model_type"], config["hidden_size"]) == ("vit", 32)
+
+
+def test_a_norm_that_timm_cannot_say_has_no_config_of_its_hub(tmp_path):
+    net = published.network(norm_eps=1e-5)
+    exporter.write(net, tmp_path, "timm")
+    assert not (tmp_path / "config.json").exists()
+    assert "norm_layer=lambda" in (tmp_path / "README.md").read_text()
+
+
 def test_large_transposes_are_copied_right():
     x = np.random.default_rng(0).normal(size=(700, 600)).astype(np.float32)
     got = backbone.contiguous(x.T)

@@ -5,6 +5,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.layouts import radiographs
 from vitssl import errors
 from vitssl.data import sources
 
@@ -142,6 +143,16 @@ def test_bands_of_tiff_files_are_channels(tmp_path):
         _open(tmp_path, channels=5)[0]
     got = _open(tmp_path, channels=5, value_range=(0.0, 1.0))[0]["image"]
     np.testing.assert_array_equal(got, bands.transpose(1, 2, 0))
+
+
+def test_radiographs_lie_in_a_plain_folder(tmp_path):
+    for n in range(2):
+        path = tmp_path / f"class {n}" / "1.dcm"
+        path.parent.mkdir()
+        path.write_bytes(radiographs.dicom(np.full((6, 5), 40 + n, np.uint8)))
+    source = _open(tmp_path, channels=1)
+    assert [int(e["image"].mean()) for e in source] == [40, 41]
+    assert source[0]["image"].shape == (6, 5, 1)
 
 
 def test_deep_colours_of_a_tiff_are_read(tmp_path):
