@@ -141,10 +141,11 @@ def _labels(place, samples, wanted) -> list:
             return said
         captions = side == ".txt" and 2 * len(set(given)) > len(given)
         if wanted == "auto" and given and not captions:
-            layout.once(
-                f"tar: {decode.printable(place.base)}: labels of {len(given)} of "
-                f"{len(said)} images by their {side} (data.options.labels decides)"
-            )
+            if side != ".cls":  # It is a label, the others may be anything.
+                layout.once(
+                    f"tar: {decode.printable(place.base)}: labels of {len(given)} of "
+                    f"{len(said)} images by their {side} (data.options.labels decides)"
+                )
             return said
     names = [name if wanted != "none" else "" for _, name, *_ in samples]
     return [name.partition("/")[0] if "/" in name else None for name in names]
