@@ -68,7 +68,7 @@ def test_compare_shows_what_differs_and_nothing_else(tmp_path, capsys):
         (["report", "nowhere"], "nowhere: no such directory"),
         (["report", "RUNS/a", "--out=/proc/no/report.html"], "--out=/proc/no/report"),
         (["doctor", "--wrkdir=x"], "unrecognized arguments: --wrkdir=x"),
-        (["train"], "--config=FILE is missing"),
+        (["train"], "--config=NAME is missing"),
         (["--config=nowhere.py"], "nowhere.py: no such file"),
         (["sweep", "nowhere.txt"], "nowhere.txt: no such file"),
     ],

@@ -28,8 +28,7 @@ from collections.abc import Mapping
 import cv2
 
 from vitssl import errors
-from vitssl.convert import reader_pickle
-from vitssl.data import dicom
+from vitssl.data import dicom, pickles
 from vitssl.data.sources import siim_acr
 
 RLE = ("train-rle.csv", "stage_2_train.csv")
@@ -121,7 +120,7 @@ def _tubes(file) -> dict[str, bool]:
         if path.suffix == ".json":
             found = json.loads(path.read_text())
         elif path.suffix in (".pkl", ".pickle"):
-            found = reader_pickle.read(path.read_bytes(), str(path))
+            found = pickles.read(path.read_bytes(), str(path))
         else:
             with path.open(newline="") as lines:
                 rows = [row for row in csv.reader(lines) if len(row) > 1]
