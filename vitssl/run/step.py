@@ -246,7 +246,7 @@ class Compiled:
     """
 
     def __init__(self, step, abstract_state, mesh, fsdp: devices.Mesh):
-        self._step, self.abstract = step, abstract_state
+        self._step, self.abstract = step, functools.cache(abstract_state)
         self._mesh, self._fsdp = mesh, fsdp
         self._done, self._pending = {}, {}
         self.seconds = 0.0  # Spent waiting for a compilation.
