@@ -31,6 +31,7 @@ TESTED = {
     "python -m vitssl.bench freeze": "bench/test_freeze_time.py",
     "python -m vitssl.bench data": "bench/test_data_time.py",
     "python -m vitssl.bench knn": "bench/test_knn_time.py",
+    "vitssl pack": "data/test_pieces.py",
     "vitssl prepare": "tools/test_prepare.py",
     "python -m tests.fuzz": "test_fuzz.py",
     "python -m pytest tests/run/test_lowered.py": "run/test_lowered.py",
