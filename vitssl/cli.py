@@ -27,6 +27,7 @@ usage: vitssl COMMAND ...
   predict RUN --images=DIR --to=FILE   classes of a folder of images
   prepare siim_acr DIR --to=ROOT       published files to the folders of a data set
   sweep FILE                           many runs from a file of overrides
+  bench NAME ...                       times, and steps compiled for devices elsewhere
   store RUN --to=DIR --boundary=N      tokens of a frozen prefix of LocalMIM
   pack DIR --to=SHARDS                 a folder of images as tar files
 
@@ -190,6 +191,7 @@ COMMANDS = {
     "predict": "vitssl.tools.predict",
     "prepare": "vitssl.tools.prepare",
     "sweep": "vitssl.tools.sweep",
+    "bench": "vitssl.bench.__main__",
     "store": "vitssl.tools.feature_store",
     "pack": "vitssl.tools.pack",
 }

@@ -12,21 +12,22 @@ import sys
 USAGE = """\
 usage: python -m vitssl.main --config=FILE[:ARGUMENT] [--workdir=DIR]
                              [--config.KEY=VALUE ...] [--dry_run] [--force_unlock]
-                             [--reseal] [--share=K/N]
+                             [--reseal] [--share=K/N] [--on=KIND:NUMBER]
 
   --config        a recipe: hjepa, hjepa:smoke, or a file, configs/hjepa.py:smoke
   --workdir       directory of the run (default runs/<config>[-<argument>]);
                   the same command again goes on where the run stopped
   --config.KEY    override any value: --config.optim.lr=1e-3
   --dry_run       print the config in full and the memory of a step; no training
+  --on            with --dry_run: compile for devices that are not here, h200:8, v5e:4x4
   --force_unlock  ignore the lock of another run on this workdir
   --reseal        take checkpoints that were copied without their vitssl.sha256.json,
                   once they are read to the end
   --share         of a study: make every N-th of its runs, from the K-th on; N such
                   commands beside each other make all
 """
-_FLAGS = ("config", "workdir", "dry_run", "force_unlock", "reseal", "share", "help")
 _SWITCHES = ("dry_run", "force_unlock", "reseal", "help")
+_FLAGS = ("config", "workdir", "share", "on", *_SWITCHES)
 
 
 def parse(argv: list[str]) -> dict:
@@ -38,7 +39,7 @@ def parse(argv: list[str]) -> dict:
     from vitssl import errors
 
     found = {"config": "", "workdir": "", "overrides": [], "share": (1, 1)}
-    found |= dict.fromkeys(_SWITCHES, False)
+    found |= {"on": ""} | dict.fromkeys(_SWITCHES, False)
     faults, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -55,7 +56,7 @@ def parse(argv: list[str]) -> dict:
                 faults.append(f"{word}: needs a value, {word}=VALUE")
                 continue
             value = rest.pop(0)
-        if name in ("config", "workdir"):
+        if name in ("config", "workdir", "on"):
             found[name] = value
         elif name == "share":
             fits = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", value)
@@ -68,6 +69,8 @@ def parse(argv: list[str]) -> dict:
             near = difflib.get_close_matches(name, _FLAGS, 1)
             hint = f"; did you mean --{near[0]}?" if near else ""
             faults.append(f"{word}: no such flag{hint}")
+    if found["on"] and not found["dry_run"]:
+        faults.append("--on: needs --dry_run; to train, start on those devices")
     if not found["config"] and not found["help"]:
         faults.append("--config=NAME is missing; `vitssl recipes` lists them")
     if faults and not found["help"]:
@@ -116,7 +119,7 @@ def _run(flags) -> int:
         raise errors.UsageError("command line:\n  --share: of a study; this is one run")
     if flags["dry_run"]:
         print(config.to_json(checked.config), end="", flush=True)
-        return _dry_run(checked)
+        return _dry_run(checked, flags["on"], flags["config"])
     # Only now anything that touches devices or data.
     from vitssl.run import devices, loop
 
@@ -126,17 +129,19 @@ def _run(flags) -> int:
     return 0
 
 
-def _dry_run(checked) -> int:
+def _dry_run(checked, on, name) -> int:
     """Print what a step needs; it is compiled, but nothing is computed."""
-    from vitssl import errors
-    from vitssl.run import build, devices, experiment, memory, notes
+    if on:
+        from vitssl.bench import aot
+
+        there = aot.reach(on)
+        return aot.report(aot.of_experiment(checked, there, name), there)
+    from vitssl.run import build, devices, memory, notes
 
     devices.start()
-    try:
-        parts = build.build(checked)
-    except errors.DataError as e:
-        print(f"data: {e}\n  noise takes its place here", flush=True)
-        parts = build.build(experiment.with_noise(checked))
+    parts, said = build.anyhow(checked)
+    if said:
+        print(said, flush=True)
     params = parts.compiled.abstract(parts.phase(0)).params
     lines = notes.parameter_table(params, parts.optimizer)
     print("\n".join(lines), flush=True)

@@ -78,7 +78,7 @@ def _counts(e) -> hlo.Counts:
         e = experiment.with_noise(e)
     parts = build.build(e)
     phase = parts.phase(0)
-    program = parts.compiled._program(phase)
+    program = parts.compiled.program(phase)
     return hlo.count(
         hlo.lowered(program, parts.compiled.abstract(phase), parts.shapes(0))
     )

@@ -5,6 +5,7 @@ data    the input pipeline, samples per second and core
 freeze  every phase of a run with FreezeOut, against its cost formula
 parts   the training step of iFAM at its published size, with and without remat
 knn     exact nearest neighbours
+aot     a step compiled for devices that are not here: what it needs, no times
 hybrid  hybrid patch sizes: every mode on every case, against its cost formula
 """
 
@@ -12,7 +13,7 @@ import importlib
 import json
 import sys
 
-NAMES = ("step", "data", "freeze", "parts", "knn", "hybrid")
+NAMES = ("aot", "step", "data", "freeze", "parts", "knn", "hybrid")
 
 
 def main(argv: list[str]) -> int:
@@ -26,6 +27,10 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv) -> int:
+    if argv[0] == "aot":
+        from vitssl.bench import aot
+
+        return aot.main(argv[1:])
     found = importlib.import_module(f"vitssl.bench.{argv[0]}_time").run(argv[1:])
     print(json.dumps(found), flush=True)
     return 0

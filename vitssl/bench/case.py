@@ -26,6 +26,7 @@ class Case:
     """A step to measure.
 
     Attributes:
+        batch: arrays, or shapes if it is only compiled.
         analytic: FLOPs of an image by formula; 0 if there is none.
     """
 
@@ -37,6 +38,7 @@ class Case:
     accumulate: int = 1
     seed: int = 0
     analytic: float = 0.0
+    mesh: devices.Mesh = devices.Mesh()
 
     @property
     def rows(self) -> int:
@@ -51,7 +53,7 @@ class Case:
     @functools.cached_property
     def compiled(self) -> step.Compiled:
         """Return the step of the trainer, compiled as the trainer does."""
-        spec = devices.Mesh()
+        spec = self.mesh
         mesh = devices.mesh(spec, self.rows, self.accumulate)
         key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -111,7 +113,7 @@ class Ready:
         sharding = case.compiled.state_sharding(case.phase(at))
         make = jax.jit(fresh, out_shardings=sharding)
         self._state = make(jax.random.key(case.seed))
-        mesh = devices.mesh(devices.Mesh(), case.rows, case.accumulate)
+        mesh = devices.mesh(case.mesh, case.rows, case.accumulate)
         self._batch = devices.put(case.batch, devices.batch_sharding(mesh))
         self._executable, self.figures, self.metrics = executable, figures, {}
 

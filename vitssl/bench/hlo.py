@@ -1,7 +1,8 @@
 """What a step is made of, read from the StableHLO it is lowered to; no device needed.
 
-A step is lowered for a GPU on any machine: which kernel an attention takes and in which
-precision a product is made is settled by then. What XLA makes of it is not.
+A step is lowered for a GPU or a TPU on any machine: which kernel an attention takes and
+in which precision a product is made is settled by then. What XLA makes of it is not:
+`compiled`.
 """
 
 import contextlib
@@ -22,8 +23,17 @@ _FUSED = "__cudnn$fmha"
 
 
 @contextlib.contextmanager
-def gpu(capability=HOPPER):
-    """Trace as on an NVIDIA GPU of this compute capability, which need not be here."""
+def traced_for(platform="cuda", capability=HOPPER):
+    """Trace as on a device that need not be here.
+
+    Args:
+        platform: "cuda" or "tpu".
+        capability: of an NVIDIA GPU, its compute capability.
+    """
+    if platform == "tpu":
+        with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+            yield
+        return
 
     def at_least(version):
         return capability >= tuple(map(int, version.split(".")))
@@ -53,7 +63,7 @@ def lowered(function, *args):
         ValueError: it calls the host (`jax.debug.print` and the like), which is lowered
             for devices that are here alone, and would stall a step.
     """
-    with gpu():
+    with traced_for():
         low = function.trace(*args).lower(lowering_platforms=("cuda",))
     return low.compiler_ir("stablehlo")
 
@@ -69,6 +79,7 @@ class Counts:
         forward, backward: calls of a fused attention kernel.
         fused: their FLOPs.
         maps: products with an axis of heads: attention whose map is in memory.
+        unfused: their FLOPs.
         literal: bytes of the largest constant.
     """
 
@@ -77,6 +88,7 @@ class Counts:
     backward: float = 0
     fused: float = 0.0
     maps: float = 0
+    unfused: float = 0.0
     literal: int = 0
 
     @property
@@ -140,7 +152,9 @@ class _Count:
             # [B, T, heads, c] with one of its kind, or with a map [B, heads, T, S]: the
             # axes that both have in common are not the first of either.
             common = [_axes(op, f"{side}_batching") for side in ("lhs", "rhs")]
-            self._found.maps += times * any(x != list(range(len(x))) for x in common)
+            heads = any(x != list(range(len(x))) for x in common)
+            self._found.maps += times * heads
+            self._found.unfused += 2.0 * times * out * work * heads
         flops = 2.0 * times * out * work
         self._found.products[kind] = self._found.products.get(kind, 0.0) + flops
 

@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from vitssl.bench import case
+from vitssl.bench import case, flops
 from vitssl.methods import base
 from vitssl.models import patches, vit
+from vitssl.run import devices
 
 SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
@@ -57,4 +58,30 @@ def named(name: str, image: int, **changes) -> vit.ViT:
     size = name.rstrip("0123456789")
     width, depth, heads = SIZES[size]
     own = dict(width=width, depth=depth, heads=heads, patch=int(name[len(size) :]))
-    return vit.ViT(image_size=image, **own, **changes)
+    return vit.ViT(image_size=image, **own | changes)
+
+
+def case_of(name: str, batch: dict, *, dtype: str, seed=0, mesh=None, **changes):
+    """Return the step of the ViT of a name on a batch, or on the shapes of one."""
+    rows, image = batch["image"].shape[:2]
+    facts = base.Run(100, 10, rows, 1000, 3, (0.5,) * 3, (0.5,) * 3, dtype)
+    net = named(name, image, dtype=dtype, **changes)
+    method, tokens = Plain(facts, net), (image // net.patch) ** 2
+    forward = flops.vit(
+        tokens + net.prefix,
+        tokens,
+        width=net.width,
+        depth=net.depth,
+        patch=net.patch,
+        channels=3,
+    )
+    return case.Case(
+        f"vit {name} {image}",
+        method,
+        case.adamw(method, batch),
+        batch,
+        dtype,
+        seed=seed,
+        analytic=3 * forward,
+        mesh=mesh or devices.Mesh(),
+    )

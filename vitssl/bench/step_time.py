@@ -18,8 +18,7 @@ import jax
 import numpy as np
 
 from vitssl import errors
-from vitssl.bench import case, clock, flops, plain
-from vitssl.methods import base
+from vitssl.bench import case, clock, plain
 from vitssl.run import devices
 
 
@@ -44,7 +43,15 @@ def run(argv: list[str]) -> dict:
     if o.versus and not o.config or o.torch and not o.vit:
         raise errors.UsageError("bench step: --versus needs --config, --torch --vit")
     of = (
-        case.of_config(o.config, overrides, o.batch, o.seed) if o.config else _of_vit(o)
+        case.of_config(o.config, overrides, o.batch, o.seed)
+        if o.config
+        else plain.case_of(
+            o.vit,
+            case.random_images(o.batch or 8, o.image, o.seed),
+            dtype=o.dtype,
+            remat=o.remat,
+            seed=o.seed,
+        )
     )
     ours = of.prepare()
     figures = {"bench": "step"} | ours.figures
@@ -85,32 +92,6 @@ def _rival(o, of):
         batch=of.batch,
         dtype=o.dtype,
         compiled=o.torch == "compile",
-    )
-
-
-def _of_vit(o) -> case.Case:
-    """Return the step of a plain ViT."""
-    batch = case.random_images(o.batch or 8, o.image, o.seed)
-    facts = base.Run(100, 10, o.batch or 8, 1000, 3, (0.5,) * 3, (0.5,) * 3, o.dtype)
-    net = plain.named(o.vit, o.image, dtype=o.dtype, remat=o.remat)
-    method = plain.Plain(facts, net)
-    tokens = (o.image // net.patch) ** 2
-    forward = flops.vit(
-        tokens + net.prefix,
-        tokens,
-        width=net.width,
-        depth=net.depth,
-        patch=net.patch,
-        channels=3,
-    )
-    return case.Case(
-        f"vit {o.vit} {o.image}",
-        method,
-        case.adamw(method, batch),
-        batch,
-        o.dtype,
-        seed=o.seed,
-        analytic=3 * forward,
     )
 
 

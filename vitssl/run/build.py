@@ -11,6 +11,7 @@ from vitssl import errors
 from vitssl.data import pipeline
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices, step
+from vitssl.run import experiment as of_config
 
 
 @dataclasses.dataclass
@@ -141,6 +142,19 @@ def build(experiment) -> Parts:
     function = step.make(method, optimizer, s.accumulate, mesh, every, s.mesh.gradients)
     compiled = step.Compiled(function, abstract, mesh, s.mesh)
     return Parts(experiment, source, method, optimizer, run, mesh, compiled)
+
+
+def anyhow(experiment) -> tuple[Parts, str]:
+    """Return `build` and ""; for data that are not here, with noise, and what is said.
+
+    Raises:
+        UsageError, DataError: it does not work with noise either.
+    """
+    try:
+        return build(experiment), ""
+    except errors.DataError as e:
+        said = f"data: {e}\n  noise takes its place here"
+        return build(of_config.with_noise(experiment)), said
 
 
 def _check_labels(experiment, source, counts) -> None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitssl import errors, ranges
-from vitssl.run import compilecache, log
+from vitssl.run import compilecache, kinds, log
 
 # Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
 _FSDP_MIN_SIZE = 2**14
@@ -228,26 +228,11 @@ def describe(m: jax.sharding.Mesh) -> str:
     )
 
 
-# Dense peak in FLOP/s per device by compute dtype, from the vendors' data sheets.
-_PEAK = {
-    ("h200", "bfloat16"): 989e12,
-    ("h100", "bfloat16"): 989e12,
-    ("a100", "bfloat16"): 312e12,
-    ("l40s", "bfloat16"): 362e12,
-    ("tpu v4", "bfloat16"): 275e12,
-    ("tpu v5p", "bfloat16"): 459e12,
-    ("tpu v5 lite", "bfloat16"): 197e12,
-    ("tpu v6 lite", "bfloat16"): 918e12,
-    ("h200", "float32"): 494e12,  # TF32
-    ("h100", "float32"): 494e12,
-    ("a100", "float32"): 156e12,
-}
+# What a product of a dtype is made in by default.
+_MADE_IN = {"bfloat16": "bf16", "float32": "tf32"}
 
 
 def peak_flops(dtype: str) -> float:
     """Return the data-sheet peak of one device in FLOP/s, or 0.0 if unknown."""
-    kind = jax.devices()[0].device_kind.lower()
-    for (name, d), peak in _PEAK.items():
-        if d == dtype and name in kind:
-            return peak
-    return 0.0
+    kind = kinds.of_device(jax.devices()[0].device_kind)
+    return kind.products[_MADE_IN[dtype]] if kind else 0.0

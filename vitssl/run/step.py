@@ -270,7 +270,7 @@ class Compiled:
             if failure:
                 raise failure[0]
         if phase not in self._done:
-            program = self._program(phase)
+            program = self.program(phase)
             made = program.lower(self.abstract(phase), _shapes(batch)).compile()
             self._done[phase] = made
             self.seconds += time.perf_counter() - start
@@ -290,7 +290,7 @@ class Compiled:
 
         def work():
             try:
-                program = self._program(phase)
+                program = self.program(phase)
                 made = program.lower(self.abstract(phase), _shapes(batch)).compile()
                 self._done[phase] = made
             except Exception as e:  # noqa: BLE001 - raised by `get` in the loop.
@@ -309,7 +309,7 @@ class Compiled:
         for thread, _ in self._pending.values():
             thread.join()
 
-    def _program(self, phase: Phase):
+    def program(self, phase: Phase):
         """Return the jitted step of `phase`, not traced yet."""
         sharding = self.state_sharding(phase)
         rows = devices.batch_sharding(self._mesh)
