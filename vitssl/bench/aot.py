@@ -14,6 +14,7 @@ which need the device: what is fused around a product will differ there. Exit co
 does not fit.
 """
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -55,11 +56,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--on", required=True, help="h200, h200:8, v5e:4x4, ...")
     parser.add_argument("--config", default="")
     parser.add_argument("--vit", default="", help="instead: ti16, s16, b16, l16")
-    parser.add_argument("--image", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=0, help="0: the config's; 64")
-    parser.add_argument("--depth", type=int, default=0, help="blocks of --vit")
-    parser.add_argument("--dtype", default="bfloat16", help="of --vit")
-    parser.add_argument("--fsdp", type=int, default=0, help="mesh.fsdp")
+    parser.add_argument("--image", type=_count, default=224)
+    parser.add_argument("--batch", type=_count, default=0, help="0: the config's; 64")
+    parser.add_argument("--depth", type=_count, default=0, help="blocks of --vit")
+    parser.add_argument("--dtype", default="bfloat16", choices=case.DTYPES)
+    parser.add_argument("--fsdp", type=_count, default=0, help="mesh.fsdp")
     parser.add_argument("--lower", action="store_true", help="do not compile")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     o, overrides = case.words(parser, argv)
@@ -77,6 +78,12 @@ def main(argv: list[str]) -> int:
             raise errors.UsageError(f"bench aot: {o.config} is a study; name a recipe")
         step = of_experiment(experiment.read(c), there, o.config)
     return report(step, there, as_json=o.json)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
 
 
 def reach(on: str, lower: bool = False) -> elsewhere.Elsewhere:
@@ -148,6 +155,7 @@ def of_lowered(step: Step, there, counts: hlo.Counts) -> dict:
         "name": step.name,
         "device": there.kind.name,
         "devices": there.count,
+        "compiles": there.compiles,
         "batch": step.rows,
         "accumulate": step.accumulate,
         "parameters": tree.size(step.state.params),
@@ -222,7 +230,8 @@ def _lowered_text(f: dict) -> str:
         ("true float32", f"{100 * f['float32_share']:.2f} % of the products"),
         ("fused attention", _fused_text(share, f["fused_calls"])),
     ]
-    head = f"compiled for, not run on, {f['devices']} x {f['device']}"
+    done = "compiled" if f["compiles"] else "lowered"
+    head = f"{done} for, not run on, {f['devices']} x {f['device']}"
     return "\n".join([head, *(f"  {name:<17}{text}" for name, text in rows)])
 
 
@@ -252,7 +261,8 @@ def _compiled_text(f: dict) -> str:
         (
             "time, a MODEL",
             f"{model['together']} ms = products {model['products']} + memory "
-            f"{model['memory']} + exchange {model['exchange']}; {rate:.0f} images/s each",
+            f"{model['memory']} + exchange {model['exchange']}: {rate:.0f} images/s "
+            "of a device",
         ),
     ]
     lines = [f"  {name:<17}{text}" for name, text in rows]

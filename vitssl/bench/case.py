@@ -14,6 +14,8 @@ from vitssl.methods import base
 from vitssl.optim import optimizer as optim
 from vitssl.run import build, devices, experiment, notes, step
 
+DTYPES = ("float32", "bfloat16")
+
 
 class Bare(base.Method):
     """A method that has nothing but a step."""

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
+from vitssl import errors
 from vitssl.bench import case, flops
 from vitssl.methods import base
 from vitssl.models import patches, vit
@@ -54,10 +55,21 @@ class Plain(case.Bare):
 
 
 def named(name: str, image: int, **changes) -> vit.ViT:
-    """Return the ViT of a name such as "b16" or "ti16" for square images."""
+    """Return the ViT of a name such as "b16" or "ti16" for square images.
+
+    Raises:
+        UsageError: there is none of that name, or its patches do not fit the image.
+    """
     size = name.rstrip("0123456789")
+    patch = int(name[len(size) :] or 0)
+    if size not in SIZES or not patch:
+        raise errors.UsageError(
+            f"--vit={name}: want one of {', '.join(SIZES)} and the patch, such as b16"
+        )
+    if image < 1 or image % patch:
+        raise errors.UsageError(f"--image={image}: not made of patches of {patch}")
     width, depth, heads = SIZES[size]
-    own = dict(width=width, depth=depth, heads=heads, patch=int(name[len(size) :]))
+    own = dict(width=width, depth=depth, heads=heads, patch=patch)
     return vit.ViT(image_size=image, **own | changes)
 
 

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> dict:
     parser.add_argument("--vit", default="", help="ti16, s16, b16, l16")
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=case.DTYPES)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--versus", default="")
     parser.add_argument("--torch", default="", choices=("", "eager", "compile"))

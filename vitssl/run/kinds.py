@@ -49,18 +49,21 @@ class Kind:
     target: dict[str, float] = dataclasses.field(default_factory=dict)
     topologies: tuple[str, ...] = ()
 
-    def shape(self, text: str) -> tuple[int, ...]:
+    def shape(self, text: str | None) -> tuple[int, ...]:
         """Return the shape of so many devices: (hosts, devices of one), or of a slice.
 
         Args:
-            text: "8", "4x4"; "" = one device, or the smallest slice.
+            text: "8", "4x4"; None = one device, or the smallest slice.
 
         Raises:
             UsageError: no machine has that shape.
         """
-        if not re.fullmatch(r"|[1-9]\d*(x[1-9]\d*)*", text):
+        if text is None:
+            sides = ()
+        elif re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", text):
+            sides = tuple(map(int, text.split("x")))
+        else:
             raise errors.UsageError(f"{text!r} is no number or shape, as 8 or 4x4 are")
-        sides = tuple(map(int, text.split("x"))) if text else ()
         return self._slice(sides) if self.platform == "tpu" else self._hosts(sides)
 
     def _slice(self, sides):
@@ -117,13 +120,13 @@ def named(text: str) -> tuple[Kind, tuple[int, ...]]:
     Raises:
         UsageError: there is no such kind, or none in that shape.
     """
-    name, _, shape = text.partition(":")
+    name, colon, shape = text.partition(":")
     if name not in known():
         near = difflib.get_close_matches(name, known(), 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known())}"
         raise errors.UsageError(f"--on={text}: no such kind of device; {hint}")
     kind = known()[name]
     try:
-        return kind, kind.shape(shape)
+        return kind, kind.shape(shape if colon else None)
     except errors.UsageError as e:
         raise errors.UsageError(f"--on={text}: {e}") from None

@@ -1,0 +1,132 @@
+"""Steps for devices that are not here: lowered everywhere, compiled with the extra."""
+
+import json
+
+import jax
+import pytest
+
+from vitssl import main as trainer
+from vitssl.bench import __main__ as bench
+from vitssl.bench import aot, elsewhere
+
+TINY = ("--vit=ti16", "--depth=1", "--image=32", "--batch=16")
+SMALL = (
+    "--config=configs/hjepa.py:imagenet_vitb",
+    "--config.model.depth=2",
+    "--config.predictor.depth=1",
+    "--batch=64",
+)
+
+
+def _figures(capsys, *argv):
+    assert bench.main(["aot", "--json", *argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_step_lowered_for_a_gpu_has_its_flops_on_a_device_and_fused_attention(
+    capsys,
+):
+    found = _figures(capsys, "--on=h200:8", *TINY, "--lower")
+    tokens, width, rows = 5, 192, 16
+    block = 12 * width**2 * tokens
+    outside = 4 * 16 * 16 * 3 * width + 1000 * width
+    # Of the images no gradient is wanted.
+    flop = 2 * rows * (3 * (block + outside) - 4 * 16 * 16 * 3 * width)
+    # Padded to six tokens: two products, five in the gradient.
+    fused = 7 * 2 * rows * 6 * 6 * width
+    assert found["flop"] == (flop + fused) / 8
+    assert found["flop_by_kind"]["fused attention"] == fused / 8
+    assert (found["fused_share"], found["fused_calls"]) == (1.0, 2)
+    assert found["float32_share"] == 0.0 and found["devices"] == 8
+    assert found["device"] == "NVIDIA H200 141GB" and "peak_bytes" not in found
+
+
+def test_a_tpu_has_no_fused_attention_and_the_same_products(capsys):
+    found = _figures(capsys, "--on=v5e:4x4", *TINY, "--lower")
+    assert (found["fused_share"], found["fused_calls"]) == (0.0, 0)
+    assert found["devices"] == 16 and set(found["flop_by_kind"]) <= {"bf16", "tf32"}
+
+
+def test_without_its_compiler_the_extra_is_named_and_the_step_lowered(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr(elsewhere.importlib.util, "find_spec", lambda name: None)
+    assert bench.main(["aot", "--on=h100", *TINY]) == 0
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "not compiled, only lowered: pip install 'vitssl[aot-cuda]' compiles"
+    ]
+    assert "compiled for, not run on" not in out
+    assert "lowered for, not run on, 1 x NVIDIA H100 80GB SXM" in out
+    assert "100 % of attention, 2 calls of a kernel" in out
+    assert elsewhere.missing(aot.kinds.known()["v5p"]) == "aot-tpu"
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--on=h20", *TINY], "--on=h20: no such kind of device; did you mean h200?"),
+        (["--on=v5e:3x3", *TINY], "--on=v5e:3x3: no such slice of TPU v5e"),
+        (["--on=h200:12", *TINY], "nearest: 8, 16"),
+        (["--on=h200:3", *TINY], "batch_size=16 does not split over 3 devices"),
+        (["--on=h200:8", *TINY, "--fsdp=3"], "mesh.fsdp=3 does not divide 8"),
+        (["--on=h200", *TINY, "--fsdp=-1"], "argument --fsdp: '-1'"),
+        (["--on=h200", *TINY, "--depth=x"], "argument --depth: 'x'"),
+        (["--on=h200", "--vit=b"], "--vit=b: "),
+        (["--on=h200", "--vit=q16"], "--vit=q16: "),
+        (["--on=h200", "--vit=b16", "--image=100"], "--image=100"),
+        (["--on=h200", "--vit=b16", "--dtype=int8"], "--dtype"),
+        (["--on=h200"], "give --config=FILE or --vit=NAME"),
+        ([*TINY], "--on"),
+        (["--on=h200", "--config=configs/hjepa.py:evidence"], "is a study"),
+        (["--on=h200", "--config=nowhere"], "nowhere"),
+        (
+            ["--on=h200:8", "--config=configs/hjepa.py:smoke", "--batch=12"],
+            "batch_size=12 does not split over 8 devices; nearest that do: 8, 16",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(argv, says, capsys):
+    assert bench.main(["aot", *argv, "--lower"]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == 1 and err.startswith("UsageError: ")
+    assert not out
+
+
+def test_a_dry_run_on_devices_elsewhere_lowers_the_recipe(capsys, monkeypatch):
+    monkeypatch.setattr(elsewhere.importlib.util, "find_spec", lambda name: None)
+    argv = ["--config=configs/finetune_vit.py:smoke", "--dry_run", "--on=v6e:2x2"]
+    assert trainer.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "lowered for, not run on, 4 x TPU v6e" in out
+    assert trainer.main(argv[::2]) == 2
+    assert "--on: needs --dry_run" in capsys.readouterr().err
+    assert jax.default_backend() == "cpu" and jax.device_count() == 4
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "argv, traffic, peak",
+    [
+        (("--vit=b16", "--batch=64", "--depth=2"), 6.999e9, 1.0120e9),
+        (SMALL, 51.139e9, 5.8374e9),
+    ],
+)
+def test_traffic_and_peak_memory_on_an_h200_are_what_they_were(
+    argv, traffic, peak, capsys
+):
+    found = _figures(capsys, "--on=h200", *argv)
+    assert found["traffic_bytes"] == pytest.approx(traffic, rel=0.02)
+    assert found["peak_bytes"] == pytest.approx(peak, rel=0.02)
+    assert found["fits"] and not found["collectives"]
+    assert sum(found["traffic_by_kind"].values()) == found["traffic_bytes"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("devices", (8, 256))
+def test_gradients_cross_gpus_once_however_many_there_are(devices, capsys):
+    argv = ("--vit=ti16", "--depth=2", f"--batch={8 * devices}")
+    found = _figures(capsys, f"--on=h200:{devices}", *argv)
+    assert list(found["collectives"]) == ["all-reduce"]
+    size = found["collectives"]["all-reduce"][1]
+    assert size == pytest.approx(4 * found["parameters"], rel=0.01)
