@@ -35,6 +35,7 @@ TESTED = {
     "vitssl prepare": "tools/test_prepare.py",
     "python -m tests.fuzz": "test_fuzz.py",
     "python -m pytest tests/run/test_lowered.py": "run/test_lowered.py",
+    "vitssl bench aot": "bench/test_aot.py",
     "vitssl store": "methods/localmim/test_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.

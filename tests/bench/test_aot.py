@@ -59,7 +59,7 @@ def test_without_its_compiler_the_extra_is_named_and_the_step_lowered(
     assert "compiled for, not run on" not in out
     assert "lowered for, not run on, 1 x NVIDIA H100 80GB SXM" in out
     assert "100 % of attention, 2 calls of a kernel" in out
-    assert elsewhere.missing(aot.kinds.known()["v5p"]) == "aot-tpu"
+    assert elsewhere.missing(aot.chips.known()["v5p"]) == "aot-tpu"
 
 
 @pytest.mark.parametrize(
@@ -129,4 +129,5 @@ def test_gradients_cross_gpus_once_however_many_there_are(devices, capsys):
     found = _figures(capsys, f"--on=h200:{devices}", *argv)
     assert list(found["collectives"]) == ["all-reduce"]
     size = found["collectives"]["all-reduce"][1]
-    assert size == pytest.approx(4 * found["parameters"], rel=0.01)
+    # The positions' are summed in bfloat16, see `mesh.gradients`.
+    assert size == pytest.approx(4 * found["parameters"], rel=0.02)

@@ -25,7 +25,7 @@ import numpy as np
 
 from vitssl import errors, tree
 from vitssl.bench import case, compiled, elsewhere, hlo, plain
-from vitssl.run import build, devices, experiment, kinds, memory, notes
+from vitssl.run import build, chips, devices, experiment, memory, notes
 
 # Of the peak that products reach, in the model of the time.
 _REACHED = 0.8
@@ -94,7 +94,7 @@ def reach(on: str, lower: bool = False) -> elsewhere.Elsewhere:
     """
     # The device at hand, if there is one, has no part in this.
     jax.config.update("jax_platforms", "cpu")
-    kind, _ = kinds.named(on)
+    kind, _ = chips.named(on)
     extra = "" if lower else elsewhere.missing(kind)
     if extra:
         text = f"not compiled, only lowered: pip install 'vitssl[{extra}]' compiles"
@@ -171,7 +171,7 @@ def of_lowered(step: Step, there, counts: hlo.Counts) -> dict:
     }
 
 
-def _rate(kind: kinds.Kind, made: str) -> float:
+def _rate(kind: chips.Kind, made: str) -> float:
     """Return the FLOP/s that products made in some type are taken to reach."""
     of, _, parts = made.partition(" as ")
     times, _, of = parts.partition(" ") if parts else ("1", "", of)

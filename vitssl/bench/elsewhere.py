@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from vitssl import errors
 from vitssl.bench import hlo
-from vitssl.run import kinds
+from vitssl.run import chips
 
 # Of each platform: modules of which one has its compiler, the extra that installs it.
 _COMPILERS = {
@@ -48,7 +48,7 @@ class Elsewhere:
     """
 
     def __init__(self, on: str, compiles: bool = True):
-        self.kind, self.shape = kinds.named(on)
+        self.kind, self.shape = chips.named(on)
         self.count = math.prod(self.shape)
         self._devices = None
         if compiles:
@@ -104,7 +104,7 @@ class Elsewhere:
                 raise kind(text) from e
 
 
-def missing(kind: kinds.Kind) -> str:
+def missing(kind: chips.Kind) -> str:
     """Return the extra that has the compiler for a kind; "" if it is installed."""
     modules, extra = _COMPILERS[kind.platform]
     return "" if any(map(importlib.util.find_spec, modules)) else extra
@@ -114,7 +114,7 @@ def _topology(kind, shape):
     if kind.platform == "tpu":
         for name, value in _TPU.items():
             os.environ.setdefault(name, value)
-        name = next(n for n, k in kinds.known().items() if k is kind)
+        name = next(n for n, k in chips.known().items() if k is kind)
         one = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(shape) == 1 else {}
         name = f"{name}:{'x'.join(map(str, shape))}"
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **one)

@@ -10,8 +10,7 @@ import numpy as np
 from vitssl import errors
 from vitssl.data import pipeline
 from vitssl.optim import optimizer as optim
-from vitssl.run import devices, step
-from vitssl.run import experiment as of_config
+from vitssl.run import devices, experiment, step
 
 
 @dataclasses.dataclass
@@ -144,17 +143,17 @@ def build(experiment) -> Parts:
     return Parts(experiment, source, method, optimizer, run, mesh, compiled)
 
 
-def anyhow(experiment) -> tuple[Parts, str]:
+def anyhow(checked) -> tuple[Parts, str]:
     """Return `build` and ""; for data that are not here, with noise, and what is said.
 
     Raises:
         UsageError, DataError: it does not work with noise either.
     """
     try:
-        return build(experiment), ""
+        return build(checked), ""
     except errors.DataError as e:
         said = f"data: {e}\n  noise takes its place here"
-        return build(of_config.with_noise(experiment)), said
+        return build(experiment.with_noise(checked)), said
 
 
 def _check_labels(experiment, source, counts) -> None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vitssl import errors, ranges
-from vitssl.run import compilecache, kinds, log
+from vitssl.run import chips, compilecache, log
 
 # Smaller arrays are kept whole everywhere: splitting them costs more than it saves.
 _FSDP_MIN_SIZE = 2**14
@@ -234,5 +234,5 @@ _MADE_IN = {"bfloat16": "bf16", "float32": "tf32"}
 
 def peak_flops(dtype: str) -> float:
     """Return the data-sheet peak of one device in FLOP/s, or 0.0 if unknown."""
-    kind = kinds.of_device(jax.devices()[0].device_kind)
+    kind = chips.of_device(jax.devices()[0].device_kind)
     return kind.products[_MADE_IN[dtype]] if kind else 0.0

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from vitssl import errors
-from vitssl.run import devices, kinds
+from vitssl.run import chips, devices
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from vitssl.run import devices, kinds
 def test_a_device_is_known_by_what_jax_calls_it(said, name, bf16, float32, monkeypatch):
     device = types.SimpleNamespace(device_kind=said)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert kinds.of_device(said) is kinds.known().get(name)
+    assert chips.of_device(said) is chips.known().get(name)
     assert devices.peak_flops("bfloat16") == bf16
     assert devices.peak_flops("float32") == float32
 
@@ -51,7 +51,7 @@ def test_a_device_is_known_by_what_jax_calls_it(said, name, bf16, float32, monke
     ],
 )
 def test_a_number_of_devices_is_hosts_or_a_slice(on, shape):
-    assert kinds.named(on)[1] == shape
+    assert chips.named(on)[1] == shape
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_a_number_of_devices_is_hosts_or_a_slice(on, shape):
 )
 def test_devices_that_there_are_not_are_said_in_one_line(on, says):
     with pytest.raises(errors.UsageError) as e:
-        kinds.named(on)
+        chips.named(on)
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", kinds.known())
+@pytest.mark.parametrize("name", chips.known())
 def test_every_kind_has_its_figures(name):
-    kind = kinds.known()[name]
+    kind = chips.known()[name]
     fast, slow = kind.products["bf16"], kind.products["f32"]
     assert fast >= kind.products["tf32"] > slow > 1e12
     assert 1e11 < kind.bandwidth < 1e13 and 2**33 < kind.memory < 2**38
