@@ -107,6 +107,9 @@ def _run(flags) -> int:
         from vitssl.tools import study
 
         plan = study.read(c)
+        if flags["on"]:
+            text = "--on: of one run; this is a study, name a recipe"
+            raise errors.UsageError(f"command line:\n  {text}")
         if flags["dry_run"]:
             print(config.to_json(c), end="")
             return 0

@@ -1,13 +1,19 @@
 """Steps for devices that are not here: lowered everywhere, compiled with the extra."""
 
+import dataclasses
 import json
+import shlex
+import types
 
 import jax
 import pytest
 
+from tests import runs
+from tests.bench import test_compiled
 from vitssl import main as trainer
 from vitssl.bench import __main__ as bench
 from vitssl.bench import aot, elsewhere
+from vitssl.run import chips, experiment
 
 TINY = ("--vit=ti16", "--depth=1", "--image=32", "--batch=16")
 SMALL = (
@@ -59,7 +65,7 @@ def test_without_its_compiler_the_extra_is_named_and_the_step_lowered(
     assert "compiled for, not run on" not in out
     assert "lowered for, not run on, 1 x NVIDIA H100 80GB SXM" in out
     assert "100 % of attention, 2 calls of a kernel" in out
-    assert elsewhere.missing(aot.chips.known()["v5p"]) == "aot-tpu"
+    assert elsewhere.missing(chips.known()["v5p"]) == "aot-tpu"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,70 @@ def test_a_dry_run_on_devices_elsewhere_lowers_the_recipe(capsys, monkeypatch):
     assert trainer.main(argv[::2]) == 2
     assert "--on: needs --dry_run" in capsys.readouterr().err
     assert jax.default_backend() == "cpu" and jax.device_count() == 4
+
+
+def _compiled(memory, peak, devices=8):
+    """Return the figures of the program of `test_compiled` on so many GPUs."""
+    kind = dataclasses.replace(chips.known()["h200"], memory=memory)
+    there = types.SimpleNamespace(kind=kind, count=devices)
+    analysis = types.SimpleNamespace(
+        peak_memory_in_bytes=peak,
+        argument_size_in_bytes=30,
+        temp_size_in_bytes=50,
+        output_size_in_bytes=20,
+        alias_size_in_bytes=10,
+    )
+    made = types.SimpleNamespace(
+        as_text=lambda: test_compiled.TEXT, memory_analysis=lambda: analysis
+    )
+    return aot.of_compiled(made, there, {"model_product_seconds": 1.0})
+
+
+def test_the_time_is_products_and_other_traffic_and_what_crosses_the_links():
+    here, far = _compiled(1000, 91), _compiled(1000, 91, devices=16)
+    model, traffic = here["model_seconds"], here["traffic_by_kind"]
+    rest = here["traffic_bytes"] - traffic["product"]
+    assert rest == traffic["move"] + traffic["attention"] + traffic["other"] > 0
+    assert (model["products"], model["memory"]) == (1.0, rest / 4.8e12)
+    # All-reduce goes round twice; between hosts the links are slower.
+    assert model["exchange"] == pytest.approx((2 * 4000 + 400) / 450e9)
+    assert far["model_seconds"]["exchange"] == pytest.approx((2 * 4000 + 400) / 50e9)
+    assert model["together"] == 1.0 + model["memory"] + model["exchange"]
+
+
+@pytest.mark.parametrize(
+    "memory, peak, needs, fits",
+    [(100, 92, 92, True), (100, 93, 93, False), (100, 0, 90, True)],
+)
+def test_a_step_fits_if_its_peak_leaves_the_allocator_some_room(
+    memory, peak, needs, fits
+):
+    found = _compiled(memory, peak)
+    assert (found["peak_bytes"], found["fits"]) == (needs, fits)
+
+
+def test_products_in_parts_take_as_many_passes():
+    kind = chips.known()["h200"]
+    assert aot._rate(kind, "bf16") == aot._rate(kind, "fused attention") == 0.8 * 989e12
+    assert aot._rate(kind, "f32 as 3 bf16") == 0.8 * 989e12 / 3
+    assert aot._rate(kind, "tf32") == 0.8 * 494e12
+    assert aot._rate(kind, "f64") == aot._rate(kind, "f32") == 0.8 * 67e12
+
+
+def test_commands_of_the_document_are_valid():
+    text = (runs.ROOT / "docs" / "compiled.md").read_text().replace("\\\n", " ")
+    lines = [x for x in text.splitlines() if x.startswith("vitssl bench aot ")]
+    assert len(lines) > 5
+    for line in lines:
+        words = shlex.split(line.partition("  #")[0])[3:]
+        given = dict(w.partition("=")[::2] for w in words)
+        assert chips.named(given.pop("--on"))
+        if spec := given.pop("--config", ""):
+            batch = given.pop("--batch", "")
+            keys = {k.removeprefix("--config."): v for k, v in given.items()}
+            keys |= {"batch_size": batch} if batch else {}
+            overrides = [f"{k}={v}" for k, v in keys.items()]
+            experiment.read(experiment.load(str(runs.ROOT / spec), overrides))
 
 
 @pytest.mark.aot

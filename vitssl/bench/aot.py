@@ -164,6 +164,7 @@ def of_lowered(step: Step, there, counts: hlo.Counts) -> dict:
         "fused_calls": calls,
         "fused_share": counts.fused / attention if attention else None,
         "float32_share": counts.float32,
+        "literal_bytes": counts.literal,
         "model_product_seconds": sum(
             v / there.count / _rate(there.kind, k) for k, v in made.items()
         ),
@@ -229,6 +230,7 @@ def _lowered_text(f: dict) -> str:
         ("products", f"{f['flop'] / 1e12:.3f} TFLOP on a device: {made}"),
         ("true float32", f"{100 * f['float32_share']:.2f} % of the products"),
         ("fused attention", _fused_text(share, f["fused_calls"])),
+        ("largest literal", memory.size(f["literal_bytes"])),
     ]
     done = "compiled" if f["compiles"] else "lowered"
     head = f"{done} for, not run on, {f['devices']} x {f['device']}"
