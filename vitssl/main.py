@@ -5,6 +5,7 @@ memory, 7 stalled, 75 preempted and saved. 1 is a bug, with its traceback.
 """
 
 import difflib
+import functools
 import pathlib
 import re
 import sys
@@ -137,8 +138,8 @@ def _dry_run(checked, on, name) -> int:
     if on:
         from vitssl.bench import aot
 
-        there = aot.reach(on)
-        return aot.report(aot.of_experiment(checked, there, name), there)
+        make = functools.partial(aot.of_experiment, checked, name)
+        return aot.report(make, aot.reach(on))
     from vitssl.run import build, devices, memory, notes
 
     devices.start()

@@ -201,3 +201,4 @@ def test_gradients_cross_gpus_once_however_many_there_are(devices, capsys):
     size = found["collectives"]["all-reduce"][1]
     # The positions' are summed in bfloat16, see `mesh.gradients`.
     assert size == pytest.approx(4 * found["parameters"], rel=0.02)
+    assert (found["fused_share"], found["fused_calls"]) == (1.0, 4)

@@ -16,6 +16,7 @@ does not fit.
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -36,13 +37,18 @@ _LAYOUTS = {"cuda": r"S\(5\)", "tpu": r"S\([1-9]"}
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step to compile: the jitted function, the shapes of its state and batch."""
+    """A step to compile: the jitted function, the shapes of its state and batch.
+
+    Attributes:
+        said: what a reader must know of it.
+    """
 
     name: str
     program: object
     state: object
     batch: dict
     accumulate: int
+    said: str = ""
 
     @property
     def rows(self) -> int:
@@ -68,16 +74,15 @@ def main(argv: list[str]) -> int:
         raise errors.UsageError("bench aot: give --config=FILE or --vit=NAME")
     there = reach(o.on, o.lower)
     if o.vit:
-        with there.seen():
-            step = _of_vit(o)
+        make = functools.partial(_of_vit, o)
     else:
         more = {"mesh.fsdp": o.fsdp, "batch_size": o.batch}
         overrides = [*overrides, *(f"{k}={v}" for k, v in more.items() if v)]
         c = experiment.load(o.config, overrides)
         if "study" in c:
             raise errors.UsageError(f"bench aot: {o.config} is a study; name a recipe")
-        step = of_experiment(experiment.read(c), there, o.config)
-    return report(step, there, as_json=o.json)
+        make = functools.partial(of_experiment, experiment.read(c), o.config)
+    return report(make, there, as_json=o.json)
 
 
 def _count(text: str) -> int:
@@ -102,15 +107,12 @@ def reach(on: str, lower: bool = False) -> elsewhere.Elsewhere:
     return elsewhere.Elsewhere(on, compiles=not (lower or extra))
 
 
-def of_experiment(checked, there, name: str) -> Step:
+def of_experiment(checked, name: str) -> Step:
     """Return the first step of a checked config; noise stands in for missing data."""
-    with there.seen():
-        parts, said = build.anyhow(checked)
-        if said:
-            print(said, file=sys.stderr, flush=True)
-        phase, accumulate = parts.phase(0), parts.experiment.settings.accumulate
-        state, batch = parts.compiled.abstract(phase), parts.shapes(0)
-        return Step(name, parts.compiled.program(phase), state, batch, accumulate)
+    parts, said = build.anyhow(checked)
+    phase, accumulate = parts.phase(0), parts.experiment.settings.accumulate
+    state, batch = parts.compiled.abstract(phase), parts.shapes(0)
+    return Step(name, parts.compiled.program(phase), state, batch, accumulate, said)
 
 
 def _of_vit(o) -> Step:
@@ -126,14 +128,25 @@ def _of_vit(o) -> Step:
     return Step(found.name, program, state, found.shapes, 1)
 
 
-def report(step: Step, there: elsewhere.Elsewhere, as_json: bool = False) -> int:
-    """Print what a step is on devices that are not here; return the exit code."""
-    lowered = there.lower(step.program, step.state, step.batch)
+def report(make, there: elsewhere.Elsewhere, as_json: bool = False) -> int:
+    """Print what a step is on devices that are not here; return the exit code.
+
+    Args:
+        make: returns the `Step`; called while they are seen.
+        there: the devices.
+        as_json: print one line.
+    """
+    # Split over devices, attention is a call without a name until it is compiled.
+    step, lowered = _lowered(make, there if there.count == 1 else there.alone())
+    if step.said:
+        print(step.said, file=sys.stderr, flush=True)
     counts = hlo.count(lowered.compiler_ir("stablehlo"))
     found = of_lowered(step, there, counts)
     if not as_json:
         print(_lowered_text(found), flush=True)
     if there.compiles:
+        if there.count > 1:
+            _, lowered = _lowered(make, there)
         start = time.process_time()
         executable = there.compile(lowered)
         found["compile_cpu_seconds"] = time.process_time() - start
@@ -143,6 +156,13 @@ def report(step: Step, there: elsewhere.Elsewhere, as_json: bool = False) -> int
     if as_json:
         print(json.dumps(found), flush=True)
     return 0 if found.get("fits", True) else errors.OutOfMemoryError.code
+
+
+def _lowered(make, there):
+    """Return (step, lowered for these devices)."""
+    with there.seen():
+        step = make()
+    return step, there.lower(step.program, step.state, step.batch)
 
 
 def of_lowered(step: Step, there, counts: hlo.Counts) -> dict:

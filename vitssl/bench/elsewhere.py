@@ -4,6 +4,7 @@ What is traced sees them as if they were: their number, their kind, their kernel
 """
 
 import contextlib
+import copy
 import importlib.util
 import math
 import os
@@ -61,6 +62,12 @@ class Elsewhere:
     def compiles(self) -> bool:
         """Return whether there is a compiler for them."""
         return self._devices is not None
+
+    def alone(self) -> "Elsewhere":
+        """Return the same devices without their compiler, only to lower for."""
+        found = copy.copy(self)
+        found._devices = None
+        return found
 
     @contextlib.contextmanager
     def seen(self):
