@@ -52,11 +52,3 @@ def test_attention_in_bfloat16_is_close_to_float32():
     for a, b in zip(pull(g)[:3], wide(g.astype(jnp.float32))[:3], strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(a, float), b, atol=0.06)
-
-
-def test_the_compiler_options_are_known_to_this_version_and_for_float32_only():
-    options = cpu.compiler_options("float32")
-    assert options and cpu.compiler_options("bfloat16") == {}
-    x = _draw(0, 8, 8)
-    got = jax.jit(lambda x: x @ x, compiler_options=options)(x)
-    np.testing.assert_allclose(got, x @ x, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Attention in the form that XLA compiles well for a CPU, and its compiler's options.
+"""Attention in the form that XLA compiles well for a CPU.
 
 What automatic differentiation makes of it costs a CPU twice the time: XLA recomputes
 cheap producers once per consumer and keeps several copies of the map of attention. The
@@ -11,18 +11,6 @@ Forward-mode differentiation of `attention` is not defined.
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def compiler_options(dtype: str) -> dict:
-    """Return the options of `jax.jit` under which a step runs fastest on a CPU.
-
-    XLA hands float32 products to YNNPACK by default, which is slower at them than
-    its own kernels; in reductions it is faster. {} on other devices and for other
-    dtypes.
-    """
-    if jax.default_backend() != "cpu" or dtype != "float32":
-        return {}
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 @jax.custom_vjp
