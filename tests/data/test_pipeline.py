@@ -167,6 +167,18 @@ def test_order_is_a_permutation_that_depends_on_its_arguments():
     assert pipeline.order(10, 7, 3).tolist() == [0, 3, 1, 9, 8, 7, 4, 2, 6, 5]
 
 
+def test_a_set_too_large_to_list_is_seen_once_an_epoch_and_resumes(monkeypatch):
+    monkeypatch.setattr(pipeline, "LISTED", 39)
+    pipeline.shuffled.cache_clear()
+    whole = _batches(12)
+    _same(_batches(5, start_step=7, threads=3), whole[7:])
+    epochs = [np.concatenate([b["index"] for b in whole[k : k + 6]]) for k in (0, 6)]
+    assert all(len(set(seen.tolist())) == 36 for seen in epochs)
+    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], pipeline.order(40, 3, 0)[:36])
+    pipeline.shuffled.cache_clear()
+
+
 def test_steps_per_epoch_drops_the_rest():
     assert pipeline.steps_per_epoch(_source(40), 6) == 6
     assert pipeline.steps_per_epoch(_source(42), 6) == 7

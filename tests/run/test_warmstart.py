@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from vitssl import config, errors
+from vitssl.data import pipeline
 from vitssl.run import checkpoint, experiment, loop, opened, step, warmstart
 
 
@@ -38,6 +39,17 @@ def test_a_classifier_of_other_classes_is_refused_by_name():
         warmstart.same_classes("x", ["a", "b"], ("a", "c"), "-")
     with pytest.raises(errors.CheckpointError, match=r"3 classes.*'c'.*'\(none\)'"):
         warmstart.same_classes("x", ["a", "b", "c"], ("a", "b"), "-")
+
+
+def test_a_run_is_not_resumed_in_another_order_of_its_images():
+    many, few = pipeline.LISTED + 1, pipeline.LISTED
+    for meta, images in (({}, few), ({"order": "bijection"}, many)):
+        warmstart.same_order("x", meta, images, "shuffle")
+    warmstart.same_order("x", {}, many, "balanced")
+    with pytest.raises(errors.CheckpointError, match="x: .*'listed'.*'bijection'"):
+        warmstart.same_order("x", {}, many, "shuffle")
+    with pytest.raises(errors.CheckpointError, match="'bijection'.*'listed'"):
+        warmstart.same_order("x", {"order": "bijection"}, few, "shuffle")
 
 
 def test_patience_wants_more_than_a_trifle_and_losses_to_fall():

@@ -21,13 +21,15 @@ import cv2
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import decode
+from vitssl.data import bijection, decode
 from vitssl.data.sources import wrappers
 
 # Positions and epochs draw from different Philox keys.
 _ORDER = np.uint64(1 << 63)
 # grain wants a length; 2^40 batches are for ever.
 _FOREVER = 1 << 40
+# Up to so many images an epoch's order is an array, 32 MB of it.
+LISTED = 1 << 22
 
 
 class Spec(NamedTuple):
@@ -47,6 +49,27 @@ def _generator(seed, position):
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order in which an epoch visits n images: a permutation [n]."""
     return _generator(seed, np.uint64(epoch) | _ORDER).permutation(n)
+
+
+@functools.lru_cache(maxsize=64)
+def shuffled(n: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+    """Return the images at positions [start, stop) of an epoch of n: int64.
+
+    Above `LISTED` images nothing of length n is made, see `bijection`.
+    """
+    if n <= LISTED:
+        return order(n, seed, epoch)[start:stop]
+    rng = _generator(seed, np.uint64(epoch) | _ORDER)
+    return bijection.shuffled(np.arange(start, stop), n, rng)
+
+
+def order_of(n: int, sampling: str) -> str:
+    """Return the name of the order in which n images are visited.
+
+    A run that goes on in another order would see some images twice.
+    """
+    listed = n <= LISTED or sampling != "shuffle"
+    return "listed" if listed else "bijection"
 
 
 def class_weight(labels):  # [N] -> [N]
@@ -134,20 +157,19 @@ class _Training(_Batches):
 
     def row(self, t, r):
         """Return row r of the global batch t."""
-        n = len(self.source)
-        epoch, step = divmod(t, n // self.batch_size)
+        n, size = len(self.source), self.batch_size
+        epoch, step = divmod(t, n // size)
+        start = step * size
         if self.labels is None:
-            visits = order(n, self.seed, epoch)
+            i = int(shuffled(n, self.seed, epoch, start, start + size)[r])
         else:
-            visits = balanced(self.labels, self.seed, epoch)
-        i = int(visits[step * self.batch_size + r])
+            i = int(balanced(self.labels, self.seed, epoch)[start + r])
         example = self.source.at(i, epoch)
         example["label"] = np.int32(example["label"])
         example["index"] = np.int32(example["index"])
         example["epoch"] = epoch
         example["step"] = t  # What a batch shares may be drawn from it.
-        rng = _generator(self.seed, t * self.batch_size + r)
-        return self.transform(example, rng)
+        return self.transform(example, _generator(self.seed, t * size + r))
 
 
 @dataclasses.dataclass(frozen=True)

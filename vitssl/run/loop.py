@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from vitssl import config, disk, errors
+from vitssl.data import pipeline
 from vitssl.run import (
     agreement,
     build,
@@ -129,6 +130,8 @@ def _first_state(parts, saves, workdir, name) -> tuple:
         stored = meta.get("classes")
         warmstart.same_classes(workdir, stored, parts.source.classes, way_out)
         done = f"already complete ({at} steps); final evaluation only"
+        if at < total:
+            warmstart.same_order(workdir, meta, len(parts.source), s.data.sampling)
         on = f"resuming after step {at} of {total}"
         logger.info("%s", on if at < total else done)
     elif s.init.from_:
@@ -486,12 +489,14 @@ class _Loop:
         self.watchdog.beat(f"checkpoint after step {at}")
         self.metrics.drain()
         start = time.perf_counter()
+        source, settings = self.parts.source, self.parts.experiment.settings
         meta = {
             "log": self.metrics.state(),
             "patience": self.best.state(),
             "phases": self.phases.state(),
-            "classes": list(self.parts.source.classes),
+            "classes": list(source.classes),
             "faults": list(self.faults),
+            "order": pipeline.order_of(len(source), settings.data.sampling),
             "versions": notes.versions(),
         }
         of, scores = self.scores

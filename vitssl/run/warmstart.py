@@ -12,6 +12,7 @@ import numpy as np
 
 from vitssl import errors, tree
 from vitssl.convert import backbone, positions
+from vitssl.data import pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,25 @@ def same_classes(path, stored, classes, way_out: str) -> None:
         f"{path}: was trained on {len(stored)} classes, the data have {len(classes)}; "
         f"class {i} is {old!r} there and {new!r} here; {way_out}"
     )
+
+
+def same_order(path, meta: dict, images: int, sampling: str) -> None:
+    """Raise CheckpointError where a run would go on in another order of its images.
+
+    Args:
+        path: of the run, for the message.
+        meta: beside its state; where that names no order, they were all listed.
+        images: of the training set.
+        sampling: see `dataset.Data`.
+    """
+    old, new = meta.get("order", "listed"), pipeline.order_of(images, sampling)
+    if old != new:
+        raise errors.CheckpointError(
+            f"{path}: its order of images is {old!r}, that of {images} images with "
+            f"data.sampling={sampling} is {new!r} in this version: it cannot go on "
+            f"exactly; start anew from its weights (init.from={path}), or go on with "
+            "the data and the version it was trained with"
+        )
 
 
 def renamed(stored, names, rules) -> dict:
