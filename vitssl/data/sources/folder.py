@@ -4,13 +4,14 @@ import collections
 import dataclasses
 import hashlib
 import os
+import sys
 from typing import Literal
 
 import numpy as np
 
 from vitssl import errors, ranges
 from vitssl.data import decode
-from vitssl.data.sources import layout, tables
+from vitssl.data.sources import layout, listing, tables
 
 EXPECTED = (
     "ROOT/{train,val,test}/<class>/**/*.jpg, or ROOT/<class>/**/*.jpg, or "
@@ -19,13 +20,9 @@ EXPECTED = (
 SPLITS = {alias: key for key, names in layout.ALIASES.items() for alias in names}
 SPLITS["all"] = "all"
 LABELS = ("folder", "none", "any")
-# What systems put into folders: thumbnails, and what was deleted.
-SYSTEM = frozenset(
-    ("@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin")
-    + ("lost+found", "system volume information", "__macosx")
-)
 # Folders that lie beside those of splits, and are no classes beside one of them.
 BESIDE = frozenset("unlabeled unlabelled unsupervised extra holdout heldout".split())
+_ENCODING = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,9 +68,9 @@ class Files(layout.Source):
 
 def files(root, members, *, classes, channels, name, split, bounds=()) -> Files:
     """Return the (path relative to root, label) pairs `members`, as ordered."""
-    encoded = [os.fsencode(path) for path, _ in members]
-    ends = np.cumsum([len(p) for p in encoded], dtype=np.int64)
-    labels = np.array([label for _, label in members], np.int32)
+    encoded = [path.encode(*_ENCODING) for path, _ in members]
+    ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+    labels = np.fromiter((label for _, label in members), np.int32, len(encoded))
     about = (classes, channels, name, split, tuple(bounds))
     return Files(str(root), b"".join(encoded), ends, labels, *about)
 
@@ -83,38 +80,49 @@ class Census:
 
     Attributes:
         out: {what: how many}.
-        seen: the files that were met.
+        seen: the files that were met: {device: their inodes}.
     """
 
-    def __init__(self, seen=()):
+    def __init__(self, seen=None):
         self.out = collections.Counter()
-        self.seen = set(seen)
+        self.seen = collections.defaultdict(set)
+        for device, inodes in (seen or {}).items():
+            self.seen[device] |= inodes
 
     def leave_out(self, entry) -> None:
-        """Count an entry that is no image: by its suffix, or what it is."""
+        """Count a `listing.Entry` that is no image: by its suffix, or what it is."""
         suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.is_dir():
+        if entry.kind == listing.SYSTEMS:
             self.out[f"folder(s) {entry.name}"] += 1
-        elif not _is_file(entry):
+        elif entry.kind == listing.PIPE:
             self.out["pipe(s) or device(s)"] += 1
         else:
             self.out[suffix or "without a suffix"] += 1
 
-    def first(self, entry, device: int) -> bool:
+    def all_new(self, inodes, device: int) -> bool:
+        """Return whether no file was met before, and then note them all."""
+        seen, these = self.seen[device], set(inodes)
+        if len(these) < len(inodes) or not seen.isdisjoint(these):
+            return False
+        seen |= these
+        return True
+
+    def first(self, entry, path, device: int) -> bool:
         """Return whether a file is met for the first time; links are followed.
 
         Args:
-            device: of the folder that the entry is in.
+            path: of the entry.
+            device: of the folder that it is in.
         """
-        key = device << 64 | entry.inode()
+        inode = entry.inode
         # A folder may tell other numbers than its files do.
-        if (entry.is_symlink() or key in self.seen) and os.path.exists(entry.path):
-            found = os.stat(entry.path)
-            key = found.st_dev << 64 | found.st_ino
-        if key in self.seen:
+        if (entry.link or inode in self.seen[device]) and os.path.exists(path):
+            found = os.stat(path)
+            device, inode = found.st_dev, found.st_ino
+        if inode in self.seen[device]:
             self.out["second path(s) to one file, by links"] += 1
             return False
-        self.seen.add(key)
+        self.seen[device].add(inode)
         return True
 
     def __str__(self) -> str:
@@ -122,29 +130,6 @@ class Census:
         most = sorted(self.out.items(), key=lambda item: (-item[1], item[0]))
         more = f", {len(most) - 8} more kinds" if len(most) > 8 else ""
         return ", ".join(f"{n} {decode.printable(k)}" for k, n in most[:8]) + more
-
-
-def _entries(folder):
-    """Return what lies in a folder, sorted.
-
-    Names that begin with a dot are left out (thumbnails, "._x.jpg").
-    """
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
-
-
-def _is_file(entry):
-    # A link that leads nowhere is named as a broken image, where it is read.
-    return entry.is_file() or not os.path.exists(entry.path)
-
-
-def _is_image(entry):
-    suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in decode.SUFFIXES and _is_file(entry)
-
-
-def _is_folder(entry):
-    return entry.is_dir() and entry.name.lower() not in SYSTEM
 
 
 def _identity(folder):
@@ -155,7 +140,8 @@ def _identity(folder):
 def walk(folder, *, above=(), census=None):
     """Yield every image file below a folder, as sorted paths relative to it.
 
-    Links are followed, except those that lead back to a folder on the way.
+    Names that begin with a dot are left out (thumbnails, "._x.jpg"). Links are
+    followed, except those that lead back to a folder on the way.
 
     Args:
         above: identities of the folders on the way.
@@ -164,20 +150,28 @@ def walk(folder, *, above=(), census=None):
     here = _identity(folder)
     if here in above:
         return
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            below = walk(entry.path, above=(*above, here), census=census)
+    found = listing.read(folder)
+    if found.plain() and (not census or census.all_new(found.inodes, here[0])):
+        for entry in found.rest if census else ():
+            census.leave_out(entry)
+        yield from found.images()
+        return
+    for entry in found.entries():
+        path = os.path.join(folder, entry.name)
+        if entry.kind == listing.FOLDER:
+            below = walk(path, above=(*above, here), census=census)
             yield from (f"{entry.name}/{path}" for path in below)
-        elif not _is_image(entry):
+        elif entry.kind != listing.IMAGE:
             if census:
                 census.leave_out(entry)
-        elif not census or census.first(entry, here[0]):
+        elif not census or census.first(entry, path, here[0]):
             yield entry.name
 
 
 def folders(path) -> list[str]:
     """Return the names of the sub-folders that hold an image somewhere, sorted."""
-    return [e.name for e in _entries(path) if _is_folder(e) and any(walk(e.path))]
+    there = sorted(e.name for e in listing.read(path).rest if e.kind == listing.FOLDER)
+    return [name for name in there if any(walk(os.path.join(path, name)))]
 
 
 def classes_of(base, parts) -> tuple[str, ...]:
@@ -204,13 +198,13 @@ def members(base, part: str, classes, census=None) -> list[tuple[str, int]]:
         part: folder of the split, "" for `base` itself.
         census: see `walk`.
     """
-    above = (_identity(base / part),)
-    return [
-        (os.path.join(part, name, path), label)
-        for label, name in enumerate(classes)
-        if (base / part / name).is_dir()
-        for path in walk(base / part / name, above=above, census=census)
-    ]
+    above, found = (_identity(base / part),), []
+    for label, name in enumerate(classes):
+        if (base / part / name).is_dir():
+            inside = walk(base / part / name, above=above, census=census)
+            start = os.path.join(part, name, "")
+            found += [(start + path, label) for path in inside]
+    return found
 
 
 def split_folders(root, divided: str) -> dict[str, str]:
@@ -386,12 +380,14 @@ def _members(base, part, classes, census):
 def _beside(place, known, census):
     """Count what lies in a folder beside the folders of it that are known."""
     above = (_identity(place),)
-    for entry in _entries(place):
-        if _is_image(entry):
+    for entry in listing.read(place).entries():
+        if entry.kind == listing.IMAGE:
             census.out["image(s) beside the folders (labels='none' takes all)"] += 1
-        elif not _is_folder(entry):
+        elif entry.kind != listing.FOLDER:
             census.leave_out(entry)
         elif entry.name not in known:
-            images = sum(1 for _ in walk(entry.path, above=above, census=census))
+            images = sum(
+                1 for _ in walk(place / entry.name, above=above, census=census)
+            )
             if images:
                 census.out[f"image(s) in {entry.name}"] += images
