@@ -249,6 +249,25 @@ def _compiler(method, optimizer):
     return step.Compiled(function, abstract, mesh, devices.Mesh()), mesh
 
 
+def test_metrics_of_a_compiled_step_are_one_array_and_have_their_names():
+    given = {"loss": jnp.float32(2), "h": jnp.arange(3.0), "nonfinite": jnp.float32(1)}
+    packed = jax.device_get(jax.jit(step.Metrics.of)(given))
+    assert [x.shape for x in jax.tree.leaves(packed)] == [(2,), (3,)]
+    assert dict(packed).keys() == given.keys()
+    for name, value in given.items():
+        np.testing.assert_array_equal(packed[name], value)
+    method = toy.make()
+    optimizer = toy.optimizer(method)
+    compiled, mesh = _compiler(method, optimizer)
+    state, phase = _start(method, optimizer)
+    _, want = step.make(method, optimizer)(state, toy.batch(), phase)
+    batch = devices.put(toy.batch(), devices.batch_sharding(mesh))
+    state = jax.device_put(state, compiled.state_sharding(phase))
+    _, found = compiled.get(phase, batch)(state, batch)
+    assert len(jax.tree.leaves(found)) == 1 and set(found.keys()) == set(want)
+    np.testing.assert_allclose(found["grad_norm"], want["grad_norm"], rtol=1e-5)
+
+
 def test_a_phase_prepared_ahead_is_not_compiled_again():
     method = toy.make()
     optimizer = toy.optimizer(method, freeze=(("model/block_0/.*", 0.5),))

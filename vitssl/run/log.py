@@ -263,7 +263,8 @@ class Metrics:
 
         Args:
             step: 0-based.
-            metrics: scalars on the device, and arrays that are `histograms`.
+            metrics: on the device: a dict or `step.Metrics` of scalars, and of arrays
+                that are `histograms`.
             ids: sample ids of the batch [b], for the report of a non-finite step.
 
         Raises:
@@ -280,7 +281,7 @@ class Metrics:
             self._read(*previous)
 
     def _read(self, step, metrics, ids):
-        found = jax.device_get(metrics)
+        found = dict(jax.device_get(metrics))
         self.histograms = {}
         values = {k: float(v) for k, v in found.items() if not np.ndim(v)}
         self.last = values

@@ -39,6 +39,38 @@ class State(flax.struct.PyTreeNode):
     rng: jax.Array
 
 
+class Metrics(flax.struct.PyTreeNode):
+    """Metrics of a step: `[name]`, `dict(metrics)`.
+
+    The scalars are one array: copying sixteen to the host takes as long as some steps.
+
+    Attributes:
+        scalars: float32 [K].
+        arrays: those that are none, by name.
+        names: of the scalars.
+    """
+
+    scalars: jax.Array
+    arrays: dict[str, jax.Array]
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, metrics: dict) -> "Metrics":
+        """Pack what a step of `make` returns."""
+        names = tuple(k for k, v in metrics.items() if not jnp.ndim(v))
+        arrays = {k: v for k, v in metrics.items() if k not in names}
+        return cls(jnp.stack([metrics[k] for k in names]), arrays, names)
+
+    def keys(self):
+        """Return all names."""
+        return (*self.names, *self.arrays)
+
+    def __getitem__(self, name):
+        if name in self.arrays:
+            return self.arrays[name]
+        return self.scalars[self.names.index(name)]
+
+
 class Phase(NamedTuple):
     """The static part of a step: hashable, one compilation each."""
 
@@ -313,8 +345,13 @@ class Compiled:
         """Return the jitted step of `phase`, not traced yet."""
         sharding = self.state_sharding(phase)
         rows = devices.batch_sharding(self._mesh)
+
+        def step(state, batch):
+            state, metrics = self._step(state, batch, phase)
+            return state, Metrics.of(metrics)
+
         return jax.jit(
-            lambda state, batch: self._step(state, batch, phase),
+            step,
             in_shardings=(sharding, rows),
             out_shardings=(sharding, devices.replicated(self._mesh)),
             donate_argnums=0,
