@@ -294,8 +294,10 @@ def fill(c: ml_collections.ConfigDict, cls) -> None:
         elif key not in c and default is not dataclasses.MISSING:
             c[key] = default
         elif key in c and not ranges.fault(annotation, c[key]):
-            with c.ignore_type():
-                c[key] = ranges.convert(annotation, c[key])
+            found = ranges.convert(annotation, c[key])
+            if repr(found) != repr(c[key]):
+                with c.ignore_type():  # Slow: it walks the section, by letters.
+                    c[key] = found
 
 
 def typed(annotation, value, path, problems):

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 
 from vitssl.evals import accuracy, evaluator, metrics
 from vitssl.optim import schedules
@@ -281,6 +280,8 @@ def logistic(
 
 def _path(features, label, classes, penalties, iterations):
     """Return the solutions [{"kernel", "bias"}] for falling penalties."""
+    from scipy import optimize
+
     d = features.shape[1]
     features, label = jax.device_put((features, label))
 
@@ -293,7 +294,7 @@ def _path(features, label, classes, penalties, iterations):
     flat, found = np.zeros((d + 1) * classes), []
     options = {"maxiter": iterations, "ftol": 1e-7, "gtol": 1e-5}
     for penalty in penalties:
-        result = scipy.optimize.minimize(
+        result = optimize.minimize(
             value, flat, penalty, jac=True, method="L-BFGS-B", options=options
         )
         flat = result.x

@@ -4,7 +4,6 @@ Everything is numpy in float64, from the confusion matrix or from the scores.
 """
 
 import numpy as np
-from scipy import optimize, special
 
 BINS = 15  # Of confidence, in the calibration error.
 
@@ -58,6 +57,8 @@ def calibration_error(logits, label, bins: int = BINS) -> float:
 
 def reliability(logits, label, bins: int = BINS):
     """Return (images, how many are right, sum of confidences) of every bin, [bins]."""
+    from scipy import special
+
     p = np.exp(special.log_softmax(np.asarray(logits, np.float64), axis=1))
     sure, right = p.max(1), p.argmax(1) == np.asarray(label)
     place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
@@ -70,6 +71,8 @@ def temperature(logits, label) -> float:
 
     Source: Guo et al. 2017, arXiv:1706.04599, section 4.2.
     """
+    from scipy import optimize, special
+
     logits, rows = np.asarray(logits, np.float64), np.arange(len(label))
 
     def loss(log_t):

@@ -14,8 +14,6 @@ import threading
 from typing import Annotated
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from vitssl import disk, errors, ranges
 from vitssl.run import devices, seals
@@ -122,6 +120,9 @@ class Checkpoints:
         self.directory = pathlib.Path(os.path.abspath(workdir)) / "checkpoints"
         self.spec = spec
         self.every = max(1, round(spec.every_epochs * steps_per_epoch))
+        # 0.3 s of import, and a config is checked without.
+        from orbax.checkpoint import checkpoint_managers as policies
+
         keep = [policies.LatestN(spec.keep_last)]
         if spec.keep_best:
             keep.append(
@@ -143,7 +144,10 @@ class Checkpoints:
             seals.tidy(self.directory)
         self._manager = self._opened()
 
-    def _opened(self) -> ocp.CheckpointManager:
+    def _opened(self):  # -> orbax.checkpoint.CheckpointManager
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
         self.directory.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(
             self.directory,
@@ -176,6 +180,8 @@ class Checkpoints:
         Raises:
             CheckpointError: `spec.failures` saves in a row failed.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         self._at = step
         found = metrics.get(self.spec.best)
@@ -308,6 +314,8 @@ def read(directory, step: int, target):
     Raises:
         CheckpointError: names the leaves that differ, with both shapes.
     """
+    import orbax.checkpoint as ocp
+
     path = pathlib.Path(os.path.abspath(directory)) / str(step)
     handler = ocp.StandardCheckpointHandler()
     with seals.reading(path), ocp.Checkpointer(handler) as reader:
@@ -326,6 +334,8 @@ def read_meta(directory, step: int) -> dict:
     Raises:
         CheckpointError: it cannot be read.
     """
+    import orbax.checkpoint as ocp
+
     path = pathlib.Path(os.path.abspath(directory)) / str(step) / "meta"
     if not path.is_dir():
         return {}

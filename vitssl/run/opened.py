@@ -13,7 +13,6 @@ import pathlib
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from vitssl import config, errors, tree
 from vitssl.convert import backbone
@@ -97,6 +96,8 @@ class Past:
         """Return {key: {name: numpy array}} of "params" and "extra"."""
         if self.imported:
             return _split(self.weights.leaves)
+        import orbax.checkpoint as ocp
+
         state = self.directory.resolve() / str(self.step) / "state"
         handler = ocp.PyTreeCheckpointHandler()
         with seals.reading(state), ocp.Checkpointer(handler) as reader:

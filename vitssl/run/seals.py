@@ -14,7 +14,6 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from vitssl import disk, errors
 
@@ -178,6 +177,8 @@ def reseal(directory) -> None:
     Raises:
         CheckpointError: one cannot.
     """
+    import orbax.checkpoint as ocp
+
     for step in unsealed(directory):
         path = pathlib.Path(directory) / str(step)
         with reading(path):

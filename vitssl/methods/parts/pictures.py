@@ -5,8 +5,6 @@ import functools
 import jax
 import numpy as np
 
-from vitssl.pictures import overlays
-
 
 def arrays(method, params, extra, image) -> dict:
     """Return fields of `pictures.drawing.Material` of images uint8 [B, H, W, C]."""
@@ -27,6 +25,8 @@ def probability(measures, run, step) -> float:
 
 def snapshot(method, params, extra, batch, path):
     """Draw the valid images of a test batch, on the host, with the parts found."""
+    from vitssl.pictures import overlays
+
     maps = np.asarray(_maps(params, extra, batch["image"], method=method))
     valid = batch["valid"]
     overlays.write(path, batch["image"][valid], maps[valid])
