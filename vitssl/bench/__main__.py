@@ -7,13 +7,14 @@ parts   the training step of iFAM at its published size, with and without remat
 knn     exact nearest neighbours
 aot     a step compiled for devices that are not here: what it needs, no times
 hybrid  hybrid patch sizes: every mode on every case, against its cost formula
+growth  how costs grow: a step, a folder, the order of a billion images
 """
 
 import importlib
 import json
 import sys
 
-NAMES = ("aot", "step", "data", "freeze", "parts", "knn", "hybrid")
+NAMES = ("aot", "step", "data", "freeze", "parts", "knn", "hybrid", "growth")
 
 
 def main(argv: list[str]) -> int:
