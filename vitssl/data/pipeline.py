@@ -21,11 +21,12 @@ import cv2
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import bijection, decode
+from vitssl.data import bijection, decode, tokenstore
 from vitssl.data.sources import wrappers
 
-# Positions and epochs draw from different Philox keys.
+# Positions, epochs and views drawn once draw from different Philox keys.
 _ORDER = np.uint64(1 << 63)
+_VIEWS = 1 << 62
 # grain wants a length; 2^40 batches are for ever.
 _FOREVER = 1 << 40
 # Up to so many images an epoch's order is an array, 32 MB of it.
@@ -145,15 +146,42 @@ class _Batches:
         ours = self.batch_size // count
         return _stack([self.row(t, index * ours + r) for r in range(ours)])
 
+    def _once(self, view, i):
+        """Return view `view` of image i: a function of the seed and these two alone.
+
+        "view_seed" uint32 [2] is the key of what the device draws for it.
+        """
+        example = dict(self.source.at(i, view), epoch=view, step=0)
+        example["label"] = np.int32(example["label"])
+        example["index"] = np.int32(example["index"])
+        rng = _generator(self.seed, _VIEWS | view << 40 | i)
+        key = rng.integers(2**32, size=2, dtype=np.uint32)
+        return {**self.transform(example, rng), "view_seed": key}
+
+
+class Remembered(NamedTuple):
+    """Views that are drawn once: epoch e visits view e mod `views` of every image.
+
+    Attributes:
+        views: per image.
+        end: first step that there is no batch of.
+        store: whose tokens come with the views as "tokens" [T, D]; None: none do.
+    """
+
+    views: int
+    end: int
+    store: tokenstore.Store | None = None
+
 
 @dataclasses.dataclass(frozen=True)
 class _Training(_Batches):
-    """Endless batches."""
+    """Endless batches; those of `remembered` views end with the run."""
 
     labels: bytes | None = None  # If classes are drawn equally often.
+    remembered: Remembered | None = None
 
     def __len__(self):
-        return _FOREVER
+        return self.remembered.end if self.remembered else _FOREVER
 
     def row(self, t, r):
         """Return row r of the global batch t."""
@@ -164,6 +192,10 @@ class _Training(_Batches):
             i = int(shuffled(n, self.seed, epoch, start, start + size)[r])
         else:
             i = int(balanced(self.labels, self.seed, epoch)[start + r])
+        if self.remembered:
+            view, store = epoch % self.remembered.views, self.remembered.store
+            row = self._once(view, i)
+            return row if store is None else row | {"tokens": store.row(view, i)}
         example = self.source.at(i, epoch)
         example["label"] = np.int32(example["label"])
         example["index"] = np.int32(example["index"])
@@ -191,6 +223,24 @@ class _Evaluation(_Batches):
         example["epoch"] = 0
         row = self.transform(example, _generator(self.seed, position))
         return {**row, "valid": np.bool_(valid)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filling(_Batches):
+    """The views of some shards of a store, in their order; a shard is whole batches."""
+
+    store: tokenstore.Store
+    shards: tuple[int, ...]
+
+    def __len__(self):
+        return len(self.shards) * (self.store.rows // self.batch_size)
+
+    def row(self, t, r):
+        """Return row r of batch t; past the end of the last shard its last view."""
+        shard, part = divmod(t, self.store.rows // self.batch_size)
+        span = self.store.span(self.shards[shard])
+        at = span[min(part * self.batch_size + r, len(span) - 1)]
+        return self._once(*divmod(at, self.store.images))
 
 
 def _own(array):
@@ -332,6 +382,7 @@ def train(
     on_bad_image="skip",
     bad_share=0.01,
     sampling="shuffle",
+    remembered=None,
     **loading,
 ) -> Loader:
     """Return the endless training batches [B/n, ...] from `start_step` on.
@@ -345,6 +396,7 @@ def train(
         process: (index, n).
         on_bad_image, bad_share: see `wrappers.Tolerant`.
         sampling: "shuffle", or "balanced" (see `balanced`).
+        remembered: see `Remembered`; None draws every view anew.
         loading: threads, workers, prefetch: see `resources`.
 
     Raises:
@@ -362,8 +414,32 @@ def train(
             )
         labels = np.asarray(source.labels, np.int32).tobytes()
     source = wrappers.Tolerant(source, on_bad_image, bad_share)
-    batches = _Training(source, transform, seed, batch_size, process, labels)
+    batches = _Training(
+        source, transform, seed, batch_size, process, labels, remembered
+    )
     return Loader(batches, start_step, **loading)
+
+
+def fill(
+    source,
+    transform,
+    store,
+    shards,
+    *,
+    batch_size,
+    seed,
+    on_bad_image="skip",
+    bad_share=0.01,
+    **loading,
+) -> Loader:
+    """Return the views of shards of a store, in their order, in batches of one size.
+
+    Arguments are those of `train`, whose `Remembered` views these are.
+    """
+    source = wrappers.Tolerant(source, on_bad_image, bad_share)
+    whole = (0, 1)
+    batches = _Filling(source, transform, seed, batch_size, whole, store, tuple(shards))
+    return Loader(batches, **loading)
 
 
 def evaluate(

@@ -17,6 +17,7 @@ import numpy as np
 from vitssl import errors, sizes
 from vitssl.data import views
 from vitssl.models import patches
+from vitssl.ops import random_masking
 
 Tree = Any  # Nested dicts of arrays.
 
@@ -139,6 +140,34 @@ class Method(abc.ABC):
         """Return what `freeze.schedule` freezes; see `freezeout.FreezeOut.layers`."""
         return ()
 
+    # What a method may add to freezing: a store of tokens (`freeze.store`).
+
+    def boundary(self, live, phase) -> int:
+        """Return after how many blocks, frozen and all before them, tokens may be kept.
+
+        A method that has this takes `phase.boundary` blocks for granted in `loss`:
+        batch["tokens"] [B, T, D] has their output if it is there, else `frozen_tokens`
+        makes it. Such a batch has "view_seed" uint32 [B, 2], the keys of what the
+        device draws for a row: that must not depend on the step.
+
+        Args:
+            live: names of the parameters that train.
+            phase: as `loss` has it, but for its boundary.
+        """
+        del live, phase
+        return 0
+
+    def frozen_tokens(self, params, batch, phase, first: int, last: int) -> jax.Array:
+        """Return the tokens [B, T, D] after `last` blocks, each row by itself.
+
+        From batch["tokens"] after `first` blocks, or where that is 0 from the view.
+        """
+        raise NotImplementedError
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why `freeze.store` cannot be used with these sections."""
+        yield "freeze.store.views: this method keeps no tokens; set 0"
+
     @property
     def divisible(self) -> bool:
         """Return whether a step may see its batch in parts (`accumulate`)."""
@@ -250,6 +279,53 @@ class Method(abc.ABC):
     def snapshot(self, params, extra, batch, path) -> None:
         """Write a picture of one evaluation batch (numpy) into a file."""
         del params, extra, batch, path
+
+
+class Masked(Method):
+    """A method whose ViT sees some patches of one crop, batch["global"] [B, 1, ...].
+
+    It has the sections `model` and `masking`, the property `grid` = (h, w), and its
+    ViT's parameters are under "encoder".
+    """
+
+    @abc.abstractmethod
+    def visible(self, phase) -> int:
+        """Return how many patches are seen in a phase."""
+
+    def masks(self, batch, rng, phase) -> random_masking.Masks:
+        """Return the masks of a batch: of its views if it names them, else by `rng`."""
+        visible, keys = self.visible(phase), batch.get("view_seed")
+        if keys is not None:
+            return self.masking.draw_each(keys, self.grid, visible)
+        return self.masking.draw(rng, len(batch["global"]), self.grid, visible)
+
+    def frozen_tokens(self, params, batch, phase, first, last):
+        """Return the visible tokens [B, 1 + K, D] after `last` blocks."""
+        net = {"params": params["encoder"]}
+        if first:
+            given = batch["tokens"], first, last
+            return self.model.apply(net, *given, method="between")
+        image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
+        keep = self.masks(batch, None, phase).keep
+        return self.model.apply(net, image, 0, last, keep, method="between")
+
+    def boundary(self, live, phase) -> int:
+        """Return how many blocks train no more, nor what is before them."""
+        del phase
+        return self.model.frozen_blocks(live, "encoder/")
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why tokens cannot be kept."""
+        if self.model.rope:
+            yield "freeze.store.views: works without model.rope; set 0"
+
+    def seen(self, params, batch, phase) -> jax.Array | None:
+        """Return the visible tokens after `phase.boundary` blocks; None without."""
+        if not phase.boundary:
+            return None
+        if "tokens" in batch:
+            return batch["tokens"].astype(self.model.dtype)
+        return self.frozen_tokens(params, batch, phase, 0, phase.boundary)
 
 
 class Embedding(Method):

@@ -1,5 +1,6 @@
 """The vision transformer every method can use as its backbone."""
 
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -220,9 +221,19 @@ class ViT(nn.Module):
             blocks.append(x)
         return self.norm(x), {"blocks": blocks, "grid": grid}
 
-    def start(self, image):
-        """Return the sequence before the first block [B, P + N, D], nothing hidden."""
-        return self._embed(image, patches.grid(image, self.patch))[0]
+    def start(self, image, keep=None):
+        """Return the sequence before the first block [B, P + N or P + K, D]."""
+        return self._embed(image, patches.grid(image, self.patch), keep)[0]
+
+    def between(self, x, first, last, keep=None):
+        """Return the sequence [B, T, D] after `last` blocks, no path dropped.
+
+        Args:
+            x: that after `first` blocks; where this is 0, images [B, H, W, C].
+            keep: [B, K] patches of an image that exist; None = all.
+        """
+        x = x.astype(self.dtype) if first else self.start(x, keep)
+        return [x, *self.through(x, first, last)][-1]
 
     def through(self, x, first, last, train=False):
         """Return the outputs of blocks first .. last - 1 of a sequence [B, T, D].
@@ -234,6 +245,35 @@ class ViT(nn.Module):
             x = block(x, None, None, train)
             outputs.append(x)
         return outputs
+
+    def onwards(self, x, first, train=False):
+        """Return (tokens [B, T, D], out) of the sequence after `first` blocks.
+
+        As of images; out["blocks"] begins with that sequence.
+        """
+        blocks = [x, *self.through(x, first, self.depth, train)]
+        return self.norm(blocks[-1]), {"blocks": blocks}
+
+    def pooled_from(self, x, first, how="gap", train=False):
+        """Return what `pooled` does, of the sequence [B, T, D] after `first` blocks."""
+        return self._pool(*self.onwards(x, first, train), how)
+
+    def frozen_blocks(self, live, prefix: str = "") -> int:
+        """Return how many blocks, from the first on, a store may stand for.
+
+        None if anything before them trains, or if rotary positions, which belong to
+        the whole grid, would have to go on behind it.
+
+        Args:
+            live: names of the parameters that train.
+            prefix: of the ViT's own.
+        """
+        first = 0 if self.rope else self.depth
+        found = re.compile(rf"{prefix}(?:block_(\d+)/|norm/|(.))")
+        for match in filter(None, map(found.match, live)):
+            if match[1] or match[2]:
+                first = min(first, int(match[1] or 0))
+        return first
 
     def pooled(self, image, how="gap", train=False):
         """Return one vector per image: [B, D].

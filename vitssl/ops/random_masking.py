@@ -84,6 +84,17 @@ class Masking:
 
     def draw(self, rng, count: int, grid: tuple[int, int], visible: int) -> Masks:
         """Return the masks of `count` images of h x w patches, K of them visible."""
+        return masks(self._noise(rng, count, grid), visible)
+
+    def draw_each(self, keys, grid: tuple[int, int], visible: int) -> Masks:
+        """Return the masks of images that each have a key of their own, uint32 [B, 2].
+
+        That of a row does not depend on the others.
+        """
+        noise = jax.vmap(lambda key: self._noise(key, 1, grid)[0])(keys)
+        return masks(noise, visible)
+
+    def _noise(self, rng, count, grid):  # -> [B, N]
         n = grid[0] * grid[1]
         noise_key, centre_key = jax.random.split(rng)
         h, w = (side // self.block for side in grid)
@@ -97,7 +108,7 @@ class Masking:
             away = jnp.linalg.norm(apart, axis=-1)  # [B, N]
             away = away / away.max(-1, keepdims=True)
             noise = (1 - self.distance) * noise + self.distance * away
-        return masks(noise, visible)
+        return noise
 
 
 def masks(noise, visible: int) -> Masks:

@@ -28,6 +28,44 @@ NEVER = -1  # Layer index of what never freezes.
 
 
 @dataclasses.dataclass(frozen=True)
+class Store:
+    """Config section `freeze.store`: what a frozen prefix makes is kept, not made again.
+
+    At a freeze event the visible tokens behind the frozen blocks are stored for every
+    view; training goes on from them, and the next event extends them. The task stays
+    what it was: a view has its own mask, and hidden patches were never seen. That
+    takes views that come back, so they are drawn once, from the first event on.
+
+    Attributes:
+        views: per image, visited in turn, one an epoch; 0 is off: views are new in
+            every epoch, and the prefix is run in every step.
+        tokens: "computed" visits the same views and runs the prefix in every step: the
+            same run without a disk, what "stored" is measured against.
+        dir: folder of the store; "" is WORKDIR/store. Its contents may be deleted: they
+            are made again when needed.
+        dtype: of stored tokens; "auto" is that of the computation, which loses
+            nothing.
+        disk_gb: most gigabytes (1e9 bytes) to fill; 0.0 is what the disk has.
+        every: blocks behind which there may be a store: multiples of it. Each event
+            that moves the store rewrites it, for the forward pass of what froze.
+        shard_mb: megabytes (1e6 bytes) of a file, and of memory while it is made.
+    """
+
+    views: Annotated[int, ranges.Range(0, 1 << 20)] = 0
+    tokens: Literal["stored", "computed"] = "stored"
+    dir: str = ""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    disk_gb: ranges.NotNegative = 0.0
+    every: ranges.Count = 1
+    shard_mb: ranges.Positive = 256.0
+
+    @property
+    def on(self) -> bool:
+        """Return whether tokens are stored."""
+        return self.views > 0 and self.tokens == "stored"
+
+
+@dataclasses.dataclass(frozen=True)
 class FreezeOut:
     """Config section `freeze`; any method, any backbone.
 
@@ -49,6 +87,7 @@ class FreezeOut:
             count from block 0.
         cls_token: whether the class token freezes with its layer. False is the
             original, which then needs activation gradients through all frozen blocks.
+        store: see `Store`.
     """
 
     schedule: Literal["none", "linear", "squared", "cubic"] = "none"
@@ -59,6 +98,7 @@ class FreezeOut:
     layers: tuple[tuple[str, Annotated[int, ranges.Range(NEVER)]], ...] = ()
     patch_embed: bool = True
     cls_token: bool = True
+    store: Store = Store()
 
     def check(self) -> Iterator[str]:
         """Yield what cannot be combined."""

@@ -130,6 +130,7 @@ class Optimizer:
         layers: {name: layer index} of FreezeOut; empty without it.
         plan: FreezeOut's schedule, or None.
         frozen_until: {name: first step at which the leaf trains}.
+        store: the section `freeze.store`.
     """
 
     spec: Optim
@@ -143,6 +144,7 @@ class Optimizer:
     layers: dict = dataclasses.field(default_factory=dict)
     plan: freezeout.Schedule | None = None
     frozen_until: dict = dataclasses.field(default_factory=dict)
+    store: freezeout.Store = freezeout.Store()
 
     def lr(self, step, factor=1.0):
         """Return the rate of step `step` for leaves of a factor, float32 []."""
@@ -192,6 +194,16 @@ class Optimizer:
             for s in steps
         ]
         return steps, sets
+
+    @property
+    def events(self) -> list[int]:
+        """Return the steps at which the frozen set changes, 0 first."""
+        return self._events[0]
+
+    @functools.cached_property
+    def boundaries(self) -> dict:
+        """Return what `step.phase_at` found of each phase, for the next time."""
+        return {}
 
     def frozen(self, step: int) -> frozenset[str]:
         """Return the names of the leaves that do not train at step `step`."""
@@ -383,6 +395,7 @@ def make(
         layers=layers,
         plan=plan,
         frozen_until=until,
+        store=freeze.store,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from vitssl import errors
 from vitssl.data import pipeline
 from vitssl.optim import optimizer as optim
-from vitssl.run import devices, experiment, step
+from vitssl.run import devices, experiment, feed, step
 
 
 @dataclasses.dataclass
@@ -39,14 +39,27 @@ class Parts:
         """Return the phase of step `at`."""
         return step.phase_at(self.method, self.optimizer, at)
 
-    def stream(self, start: int):
-        """Return the batches of this process from step `start` on."""
-        settings = self.experiment.settings
-        return _stream(self.source, self.method, settings, start)
+    def stream(self, start: int, store=None):
+        """Return the batches of this process from step `start` on.
+
+        Until an event of `freeze.store`, behind which they come from its files.
+        """
+        settings, remembered = self.experiment.settings, None
+        if self.phase(start).boundary:
+            own = self.optimizer.store.views, self.run.total_steps, store
+            remembered = pipeline.Remembered(*own)
+        return _stream(self.source, self.method, settings, start, remembered)
 
     def shapes(self, at: int):
         """Return the shapes of the global batch of step `at`, reading one image."""
-        return _shapes(self.stream(at), at)
+        found = _shapes(self.stream(at), at)
+        if self.phase(at).boundary and self.optimizer.store.on:
+            found["tokens"] = feed.tokens(self, found, at)
+        return found
+
+    def store_of(self, at: int, root: str):
+        """Return the store behind step `at`, filled or not, see `freeze.store`."""
+        return feed.store_of(self, self.shapes(at)["tokens"], root)
 
     def rng(self):
         """Return the key of the whole run."""
@@ -70,7 +83,7 @@ class Parts:
         return jax.jit(make, out_shardings=self.compiled.state_sharding(first))
 
 
-def _stream(source, method, settings, start: int):
+def _stream(source, method, settings, start: int, remembered=None):
     """Return this process's batches from step `start` on."""
     return pipeline.train(
         source,
@@ -84,6 +97,7 @@ def _stream(source, method, settings, start: int):
         on_bad_image=settings.data.on_bad_image,
         bad_share=settings.data.bad_share,
         sampling=settings.data.sampling,
+        remembered=remembered,
     )
 
 

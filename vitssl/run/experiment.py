@@ -142,6 +142,8 @@ class Experiment:
         s, method = self.settings, self.method(self.run())
         found = list(method.check())
         yield from found
+        if s.freeze.store.views:
+            yield from method.store_faults()
         # What is wrong with the training size is said by now, and by its own key.
         if not found or s.evals.image_size != self.training_size:
             yield from _size_faults(method, s)

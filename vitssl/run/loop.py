@@ -23,6 +23,7 @@ from vitssl.run import (
     checkpoint,
     devices,
     evaluation,
+    feed,
     guard,
     log,
     memory,
@@ -74,6 +75,7 @@ def run(
         parts = build.build(experiment)
         evaluation.check(s, parts.method, parts.source)
         agreement.bright(s.data, parts.source)
+        feed.check(parts, workdir)
         watchdog.beat("making or restoring the state")
         per_epoch = parts.run.steps_per_epoch
         saves = stack.enter_context(
@@ -201,8 +203,10 @@ class _Loop:
             # Fail now, not at the end of the first epoch.
             self._evaluate(state, at)
             self._save(state, at)
-        self.clock.restart()
-        with contextlib.closing(parts.stream(at)) as stream:
+        with contextlib.closing(feed.Feed(parts, self.workdir)) as stream:
+            self._open(stream, state, at)
+            self._enter(phase, at)
+            self.clock.restart()
             batch, ids, waited = _next(stream, sharding)
             while at < total and not self.best.over:
                 if parts.phase(at) != phase:
@@ -224,12 +228,17 @@ class _Loop:
                 with self._finite(state):
                     self.metrics.push(at, metrics, ids)
                 at += 1
-                if at < total:
+                event = at < total and stream.over(at)
+                if at < total and not event:
                     batch, ids, waited = _next(stream, sharding)
                     self._look_ahead(at)
                 self._profile(at - first)
                 with self._finite(state):
-                    self._after(state, at, s)
+                    self._after(state, at, s, seal=event)
+                if event and not self.best.over:
+                    self._open(stream, state, at)
+                    batch, ids, waited = _next(stream, sharding)
+                    self._look_ahead(at)
         self.phases.leave()
         return state
 
@@ -374,8 +383,27 @@ class _Loop:
         if phase not in parts.compiled:
             parts.compiled.prepare(phase, parts.shapes(soon))
 
-    def _after(self, state, at, s):
-        """Log, evaluate, save, stop: whatever is due after `at` updates."""
+    def _open(self, stream, state, at):
+        """Open the batches from step `at` on; filling a store is a row of its own."""
+        start, frozen = time.perf_counter(), len(self.parts.phase(at).frozen)
+
+        def beat(cost):
+            self.watchdog.beat(f"filling the store after step {at}")
+            if cost.batches == 1:
+                self.phases.enter(at, frozen, cost.flops)
+            self.phases.step()
+            if stop := self.signals.stop(at):
+                self._status("preempted", at)
+                raise errors.Preempted(f"{stop}: saved after step {at}; run it again")
+
+        stream.open(at, state.params, beat)
+        self.clock.pause(time.perf_counter() - start)
+
+    def _after(self, state, at, s, seal=False):
+        """Log, evaluate, save, stop: whatever is due after `at` updates.
+
+        `seal`: a save is, at an event, whose store nothing before it can read.
+        """
         total = self.parts.run.total_steps
         self._look_after_workdir(at)
         last = at == total
@@ -397,9 +425,10 @@ class _Loop:
                 )
                 last = True
         stop = self.signals.stop(at)
-        if self.saves.due(at) or last or stop or (best and s.checkpoint.keep_best):
+        best = best and s.checkpoint.keep_best
+        if self.saves.due(at) or last or stop or best or seal:
             # What ends the process says "saved", and that is a promise.
-            self._save(state, at, seal=bool(last or stop))
+            self._save(state, at, seal=bool(last or stop or seal))
         if stop and not last:
             if devices.is_main():
                 self._status("preempted", at)

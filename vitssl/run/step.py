@@ -72,15 +72,29 @@ class Metrics(flax.struct.PyTreeNode):
 
 
 class Phase(NamedTuple):
-    """The static part of a step: hashable, one compilation each."""
+    """The static part of a step: hashable, one compilation each.
+
+    Attributes:
+        frozen: names of the leaves that do not train.
+        method: what `Method.phase` says.
+        boundary: blocks that `freeze.store` stands for; 0 without.
+    """
 
     frozen: frozenset[str]
     method: Hashable
+    boundary: int = 0
 
 
 def phase_at(method, optimizer: optim.Optimizer, step: int) -> Phase:
     """Return the phase of step `step`."""
-    return Phase(optimizer.frozen(step), method.phase(step))
+    phase = Phase(optimizer.frozen(step), method.phase(step))
+    if not optimizer.store.views:
+        return phase
+    known, every = optimizer.boundaries, optimizer.store.every
+    if phase not in known:
+        live = optimizer.lr_factor.keys() - phase.frozen
+        known[phase] = method.boundary(live, phase) // every * every
+    return phase._replace(boundary=known[phase])
 
 
 def init(method, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:

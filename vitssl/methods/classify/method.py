@@ -9,6 +9,7 @@ main_finetune.py, main_linprobe.py; utkutpcgl/ViTFreeze@30e80f9.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -170,15 +171,17 @@ class Classify(base.Method):
         """Return (loss [], (extra, metrics)) of one (micro-)batch."""
         del step
         keys = jax.random.split(rng, 4)
-        image = patches.normalise(batch["image"], self.run.mean, self.run.std)
         label, lam = batch["label"], 1.0
-        if self.augment.erase:
-            image = mixing.erase(keys[0], image, prob=self.augment.erase)
-        if self.mix.on:
-            image, lam = self.mix(keys[1], image)
         # Of a frozen backbone no layer is dropped: it is a fixed function.
         train = not _backbone_frozen(params, phase)
-        streams, early, x = self._pooled(params, image, train=train, rng=keys[2])
+        if phase is not None and phase.boundary:
+            x = self._pooled_from(params, batch, phase, train, keys[2])
+            streams, early = {}, {}
+        else:
+            image = self._augmented(batch, keys[0])
+            if self.mix.on:
+                image, lam = self.mix(keys[1], image)
+            streams, early, x = self._pooled(params, image, train=train, rng=keys[2])
         given = params["head"], extra.get("stats", {}), x, early
         each, stats = self.head.each(*given, train=True, rng=keys[3])
         losses, named = zip(
@@ -200,6 +203,50 @@ class Classify(base.Method):
         if stats:
             extra = extra | {"stats": stats}
         return value, (extra, metrics)
+
+    def _augmented(self, batch, key):  # -> [B, H, W, C]
+        """Return normalised images, erased by `key`, or by those of remembered views."""
+        image = patches.normalise(batch["image"], self.run.mean, self.run.std)
+        if not self.augment.erase:
+            return image
+        erase = functools.partial(mixing.erase, prob=self.augment.erase)
+        if "view_seed" not in batch:
+            return erase(key, image)
+        return jax.vmap(lambda k, x: erase(k, x[None])[0])(batch["view_seed"], image)
+
+    def _pooled_from(self, params, batch, phase, train, rng):  # -> [B, D]
+        """Return the feature of images whose first blocks are frozen, or kept."""
+        first, net = phase.boundary, {"params": params["backbone"]}
+        x = batch.get("tokens")
+        if x is None:
+            x = self.frozen_tokens(params, batch, phase, 0, first)
+        given = x.astype(self.model.dtype), first, self.head.feature, train
+        keys = {"drop_path": jax.random.split(rng)[0]}
+        return self.model.apply(net, *given, method="pooled_from", rngs=keys)
+
+    def frozen_tokens(self, params, batch, phase, first, last):
+        """Return all tokens [B, P + N, D] after `last` blocks."""
+        del phase
+        x = batch["tokens"] if first else self._augmented(batch, None)
+        net = {"params": params["backbone"]}
+        return self.model.apply(net, x, first, last, method="between")
+
+    def boundary(self, live, phase) -> int:
+        """Return how many blocks train no more, nor what is before them."""
+        del phase
+        return self.model.frozen_blocks(live, "backbone/")
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why tokens cannot be kept."""
+        key = "freeze.store.views"
+        if not isinstance(self.model, vit.ViT) or self.model.rope:
+            yield f"{key}: works with model.name=vit, without model.rope; set 0"
+        if self.mix.on:
+            yield f"{key}: mixes no images; set it to 0, or mix.prob=0.0"
+        if self.head.early:
+            yield f"{key}: head.blocks reads early blocks; set it to 0"
+        if not self.resolution.fixed:
+            yield f"{key}: views have one size; set it to 0, or resolution to one"
 
     def _objective(self, logits, label, lam):
         """Return (loss [], the labels [B] that the images show most of)."""

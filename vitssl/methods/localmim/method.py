@@ -37,7 +37,7 @@ class Phase(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalMIM(base.Method):
+class LocalMIM(base.Masked):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder" (its `norm` is that of the last stage), "norm_<k>" of the
@@ -136,8 +136,7 @@ class LocalMIM(base.Method):
         """Return (loss [], (extra, metrics)); `phase.frozen` ends stages."""
         draw, drop = jax.random.split(rng)
         image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
-        visible = phase.method.visible
-        masks = self.masking.draw(draw, len(image), self.grid, visible)
+        masks = self.masks(batch, draw, phase)
         active = self.active(phase.frozen)
         tokens = self._prefix(params, image, batch, phase.frozen)
         inside = [k for k in active if phase.method.blocks[k] < self.prefix.boundary]
@@ -147,7 +146,11 @@ class LocalMIM(base.Method):
                 f"block {phase.method.blocks[inside[0]]}, before the mask; freeze it "
                 rf"too (optim.freeze: '(norm|decoder)_{inside[0]}/.*')"
             )
-        outputs = self.encode(params, image, masks, drop, tokens)
+        seen = self.seen(params, batch, phase)
+        if seen is None:
+            outputs = self.encode(params, image, masks, drop, tokens)
+        else:
+            outputs = self._onwards(params, seen, phase.boundary, drop)
         each = self._stage_losses(
             params, extra, image, masks, active, phase.method.blocks, outputs, tokens
         )
@@ -240,18 +243,25 @@ class LocalMIM(base.Method):
 
     def encode(self, params, image, masks, drop=None, tokens=None) -> dict:
         """Return {block: its output [B, 1 + K, D]} for the visible tokens."""
-        net = {"params": params["encoder"]}
-        options = {"train": drop is not None and self.model.drop_path > 0}
-        if options["train"]:
-            options["rngs"] = {"drop_path": drop}
         if tokens is None:
+            net, options = {"params": params["encoder"]}, self._drops(drop)
             _, out = self.model.apply(net, image, keep=masks.keep, **options)
             return dict(enumerate(out["blocks"]))
         # Positions are in the tokens already: they are gathered, none is added.
         seen = patches.take(tokens[:, 1:], masks.keep)
         x = jnp.concatenate([tokens[:, :1], seen], axis=1)  # [B, 1 + K, D]
-        first, depth = self.prefix.boundary, self.model.depth
-        found = self.model.apply(net, x, first, depth, method="through", **options)
+        return self._onwards(params, x, self.prefix.boundary, drop)
+
+    def _drops(self, drop) -> dict:
+        """Return the arguments of stochastic depth by a key, or by None."""
+        if drop is None or not self.model.drop_path:
+            return {"train": False}
+        return {"train": True, "rngs": {"drop_path": drop}}
+
+    def _onwards(self, params, x, first, drop) -> dict:  # [B, 1 + K, D]
+        """Return {block: its output} of the blocks from `first` on."""
+        net, given = {"params": params["encoder"]}, (x, first, self.model.depth)
+        found = self.model.apply(net, *given, method="through", **self._drops(drop))
         return dict(enumerate(found, first))
 
     def goals(self, params, extra, image, active, tokens=None) -> dict:
@@ -293,6 +303,24 @@ class LocalMIM(base.Method):
         """Return fields of `pictures.drawing.Material`."""
         del image
         return pictures.arrays(self, params, extra, batch)
+
+    def visible(self, phase) -> int:
+        """Return how many patches are seen in a phase."""
+        return phase.method.visible
+
+    def boundary(self, live, phase) -> int:
+        """Return how many blocks are done: no stage that trains reads one of them."""
+        read = [phase.method.blocks[k] for k in self.active(phase.frozen)]
+        return min([super().boundary(live, phase), *read])
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why tokens cannot be kept."""
+        yield from super().store_faults()
+        if self.prefix.boundary:
+            yield (
+                f"prefix.boundary={self.prefix.boundary}: whole images behind frozen "
+                "blocks are another task; with freeze.store.views set it to 0"
+            )
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers` of this model: a stage goes with its block."""

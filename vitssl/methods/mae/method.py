@@ -46,7 +46,7 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
-class MAE(base.Method):
+class MAE(base.Masked):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder", "decoder"; with mask tokens "mask_token" too, and the decoder
@@ -116,8 +116,9 @@ class MAE(base.Method):
         del step
         draw, drop = jax.random.split(rng)
         image = patches.normalise(batch["global"][:, 0], self.run.mean, self.run.std)
-        masks = self.masking.draw(draw, len(image), self.grid, phase.method)
-        predicted = self.predicted(params, image, masks, masks.hidden, drop)
+        masks = self.masks(batch, draw, phase)
+        seen = self.seen(params, batch, phase), phase.boundary
+        predicted = self.predicted(params, image, masks, masks.hidden, drop, seen)
         target = patches.take(self.target(image), masks.hidden)
         return self.objective(predicted, target), (extra, {})
 
@@ -126,12 +127,18 @@ class MAE(base.Method):
         x = patches.cells(image, self.model.patch, self.objective.normalise)
         return einops.rearrange(x, "b h w c -> b (h w) c")
 
-    def predicted(self, params, image, masks, only=None, drop=None):
-        """Return the pixels [B, M or N, p p C] of patches `only` [B, M], or of all."""
+    def predicted(self, params, image, masks, only=None, drop=None, seen=(None, 0)):
+        """Return the pixels [B, M or N, p p C] of patches `only` [B, M], or of all.
+
+        `seen` are the visible tokens [B, 1 + K, D] after so many blocks, or None.
+        """
         options = {} if drop is None else dict(train=True, rngs={"drop_path": drop})
         net, own = {"params": params["encoder"]}, {"params": params["decoder"]}
         if self._drops:
-            x, _ = self.model.apply(net, image, keep=masks.keep, **options)
+            if seen[0] is None:
+                x, _ = self.model.apply(net, image, keep=masks.keep, **options)
+            else:
+                x, _ = self.model.apply(net, *seen, method="onwards", **options)
             found = self._decoder.apply(own, x, masks.restore, self.grid, only)
             return found[:, :, 0, 0]
         hidden, token = masks.mask > 0, params["mask_token"]
@@ -154,6 +161,19 @@ class MAE(base.Method):
         crops = batch["global"][:, 0]
         hidden, both = jax.device_get(_drawn(params, crops, method=self))
         return {"reconstruction": (crops, hidden, {"pixels": {"pixels": both}})}
+
+    def visible(self, phase) -> int:
+        """Return how many patches are seen in a phase."""
+        return phase.method
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why tokens cannot be kept."""
+        yield from super().store_faults()
+        if not self._drops:
+            yield (
+                "freeze.store.views: objective.hidden=token puts a token that trains "
+                "before the first block; set 0, or objective.hidden=drop"
+            )
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers`: the encoder's; the decoder never freezes."""
