@@ -61,6 +61,37 @@ def kill_in_write(n):
     ocp.CheckpointManager.save = wrapped
 
 
+def kill_in_fill(n):
+    """SIGKILL while the n-th file of a `freeze.store` is half written."""
+    from vitssl.data import tokenstore
+
+    write, count = tokenstore.Store.write, [0]
+
+    def wrapped(self, shard, rows):
+        count[0] += 1
+        if count[0] == n:
+            self.path(shard).with_suffix(".part").write_bytes(rows.tobytes()[:-7])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, shard, rows)
+
+    tokenstore.Store.write = wrapped
+
+
+def kill_in_read(n):
+    """SIGKILL when the n-th row is read from a `freeze.store`."""
+    from vitssl.data import tokenstore
+
+    row, count = tokenstore.Store.row, [0]
+
+    def wrapped(self, view, image):
+        count[0] += 1
+        if count[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row(self, view, image)
+
+    tokenstore.Store.row = wrapped
+
+
 def term_after_step(n):
     """SIGTERM after step n, as a scheduler sends it."""
     from vitssl.run import log

@@ -95,12 +95,12 @@ class Store:
             beside.replace(path)
         except OSError as e:
             raise errors.DataError(
-                f"freeze.store: {path} cannot be written ({e.strerror}); free space and "
-                "run the same command again, or set freeze.store.dir"
+                f"freeze.store: {path} cannot be written ({e.strerror}); free space "
+                "and run the same command again, or set freeze.store.dir"
             ) from e
 
     def read(self, shard: int) -> np.ndarray:
-        """Return the rows [n, T, D] of a shard, mapped; the first time they are checked.
+        """Return the rows [n, T, D] of a shard, mapped and once checked.
 
         Raises:
             DataError: it is not there, or not what was written.

@@ -29,7 +29,7 @@ NEVER = -1  # Layer index of what never freezes.
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Config section `freeze.store`: what a frozen prefix makes is kept, not made again.
+    """Config section `freeze.store`: what a frozen prefix makes is kept.
 
     At a freeze event the visible tokens behind the frozen blocks are stored for every
     view; training goes on from them, and the next event extends them. The task stays

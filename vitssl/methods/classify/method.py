@@ -205,7 +205,7 @@ class Classify(base.Method):
         return value, (extra, metrics)
 
     def _augmented(self, batch, key):  # -> [B, H, W, C]
-        """Return normalised images, erased by `key`, or by those of remembered views."""
+        """Return normalised images, erased by `key` or by those of their views."""
         image = patches.normalise(batch["image"], self.run.mean, self.run.std)
         if not self.augment.erase:
             return image
