@@ -2,6 +2,7 @@
 
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -166,3 +167,45 @@ def test_a_store_that_cannot_be_is_refused_before_training(changes, said, tmp_pa
 def test_where_no_tokens_can_be_kept_the_config_says_so(name, changes, said, tmp_path):
     with pytest.raises(errors.UsageError, match=said):
         _read(tmp_path, name=name, base={"freeze.store.views": 1} | changes)
+
+
+MAE = {
+    "model.width": 16,
+    "model.depth": 2,
+    "model.heads": 2,
+    "decoder.width": 16,
+    "decoder.depth": 1,
+    "decoder.heads": 2,
+    "optim.freeze": "(('encoder/(cls|patch_embed/.*|block_0/.*)', 0.5),)",
+}
+CLASSIFY = {
+    "model.width": 16,
+    "model.depth": 2,
+    "model.heads": 2,
+    "mix.prob": 0.0,
+    "augment.erase": 0.5,
+    "optim.freeze": "(('backbone/(cls|pos_embed|patch_embed/.*|block_0/.*)', 0.5),)",
+}
+
+
+@pytest.mark.parametrize("name, base", [("mae", MAE), ("finetune_vit", CLASSIFY)])
+def test_other_methods_train_on_from_stored_tokens_to_the_bit(name, base, tmp_path):
+    base = base | {"steps": 4, "data.per_class": 4, "freeze.store.views": 1}
+    parts = build.build(_read(tmp_path, base=base, name=name))
+    state, rng = parts.fresh(), jax.random.key(1)
+    assert parts.phase(1).boundary == 0 and parts.phase(2).boundary == 1
+    stream = feed.Feed(parts, tmp_path)
+    stream.open(2, state.params, lambda cost: None)
+    batch = next(stream)
+    stream.close()
+
+    @jax.jit
+    def loss(params, batch):
+        own = dict(step=2, phase=parts.phase(2))
+        return parts.method.loss(params, state.extra, batch, rng, **own)[0]
+
+    stored = loss(state.params, batch)
+    del batch["tokens"]
+    assert stored == loss(state.params, batch)
+    moved = jax.tree.map(lambda x: x + 0.1, state.params)
+    assert stored != loss(moved, batch)
