@@ -29,6 +29,7 @@ usage: vitssl COMMAND ...
   sweep FILE                           many runs from a file of overrides
   bench NAME ...                       times, and steps compiled for devices elsewhere
   store RUN --to=DIR --boundary=N      tokens of a frozen prefix of LocalMIM
+  freeze-plan RUN                      which layers settled when: what to freeze
   pack DIR --to=SHARDS                 a folder of images as tar files
 
 `vitssl COMMAND --help` says more. A RUN is a workdir, such as runs/hjepa.
@@ -194,6 +195,7 @@ COMMANDS = {
     "bench": "vitssl.bench.__main__",
     "store": "vitssl.tools.feature_store",
     "pack": "vitssl.tools.pack",
+    "freeze-plan": "vitssl.tools.freeze_plan",
 }
 
 

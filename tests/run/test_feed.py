@@ -78,7 +78,7 @@ def test_the_store_of_an_event_takes_the_place_of_the_one_before(whole):
     ],
 )
 def test_kill_9_around_a_store_changes_nothing(fault, whole, tmp_path):
-    own = dict(name="localmim", base=TINY)
+    own = dict(name="localmim", base=TINY, devices=4)  # As in this process.
     killed = runs.run(tmp_path, fault, **own)
     assert killed.returncode == -signal.SIGKILL, killed.said
     _same(_train(tmp_path), whole)
