@@ -27,3 +27,19 @@ def test_memory_and_moments_shrink_with_every_phase(capsys):
     flops = [r["xla_gflop_per_image"] for r in rows]
     assert flops[0] > flops[1] > 0
     assert "| layers frozen | steps |" in capsys.readouterr().err
+
+
+def test_with_a_store_a_frozen_block_costs_nothing(capsys):
+    own = {"freeze.store.views": 1, "optim.thaw": "()", "freeze.layers": "()"}
+    own |= {"freeze.t_0": 0.5}
+    changes = runs.TINY_FREEZING | own
+    words = [f"--config.{k}={v}" for k, v in changes.items()]
+    words = ["--config=configs/localmim.py:smoke", *words, "--steps=1", "--turns=1"]
+    with_store = freeze_time.run(words)["phases"]
+    without = freeze_time.run([*words, "--config.freeze.store.views=0"])["phases"]
+    # 4 of 16 patches and the class token, 16 floats each.
+    assert [r.get("stored_bytes_per_view") for r in with_store][-1] == 5 * 16 * 4
+    for key in ("xla_gflop_per_image", "formula_ratio"):
+        assert with_store[0][key] == without[0][key]
+        assert with_store[-1][key] < 0.9 * without[-1][key]
+    capsys.readouterr()

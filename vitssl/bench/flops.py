@@ -75,6 +75,7 @@ def localmim(
     depth: int,
     target: float = 0.0,
     as_coded: bool = False,
+    kept: int = 0,
 ) -> tuple[float, float]:
     """Return (forward, backward) FLOPs per image with `frozen` layers frozen.
 
@@ -90,11 +91,13 @@ def localmim(
         target: forward of one stage's target.
         as_coded: the class token trains for ever, so that activation gradients cross
             all blocks.
+        kept: blocks whose output is read from a store (`freeze.store`).
     """
     live = [
         d for d, layer in zip(decoders, stage_layers, strict=True) if layer >= frozen
     ]
-    forward = embed + depth * (linear + attention) + sum(live) + target * len(live)
+    forward = (depth - kept) * (linear + attention) + (0.0 if kept else embed)
+    forward += sum(live) + target * len(live)
     backward = 2 * sum(live) + (embed if frozen == 0 else 0.0)
     trained = depth - max(0, frozen - 1)
     backward += trained * linear  # Gradients of weights.

@@ -5,15 +5,21 @@
 One row per phase: the layers that are frozen; XLA's FLOPs of a step; step time against
 the unfrozen step, both measured in turns (ABAB) because machines are noisy; the ratio
 that the cost formula predicts; the share of the predicted saving that is realised; the
-peak memory of the compiled step; the bytes of optimizer state. Layers without a decoder
+peak memory of the compiled step; the bytes of optimizer state. With freeze.store.views
+what follows an event starts from stored tokens; filling the store is not in these
+figures: it is a forward pass of the new blocks for every view, a row of the table that
+a run prints at its end. Layers without a decoder
 of their own change the cost of a step by a few per cent, less than the noise of most
 machines, so the figure to read is `whole`: the share of the predicted saving of all
 phases, each weighted with its steps, that is realised.
 """
 
+import dataclasses
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors
@@ -38,18 +44,23 @@ def run(argv: list[str]) -> dict:
             "bench freeze: wants a LocalMIM config with freeze.schedule set"
         )
     first = of.prepare()
-    theory = [cost(method, n) for n in range(optimizer.plan.last + 1)]
+    whole_step = cost(method, 0)
     rows = [_row(of, first, 0, 0, 1.0, 1.0)]
     events = sorted(set(optimizer.frozen_from.values()))
     for at in events:
         frozen = {optimizer.layers[k] for k in optimizer.frozen(at)}
         count = len(frozen - {freezeout.NEVER})
-        one = of.prepare(at)
+        now, kept = stored(of, at), 0
+        if "tokens" in now.batch:
+            kept = of.phase(at).boundary
+        one = now.prepare(at)
         both = {"one": one, "first": first}
         spent = clock.in_turns(both, o.turns, o.steps, warmup=3)
         ratios = clock.times_faster(spent["first"], spent["one"])
-        ratio, predicted = float(np.median(ratios)), theory[count] / theory[0]
+        ratio = float(np.median(ratios))
+        predicted = cost(method, count, kept) / whole_step
         rows.append(_row(of, one, at, count, ratio, predicted))
+        rows[-1]["stored_bytes_per_view"] = _view_bytes(now)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     ends = [*events, method.run.total_steps]
     for row, start, end in zip(rows, [0, *events], ends, strict=True):
@@ -64,6 +75,12 @@ def run(argv: list[str]) -> dict:
     }
     print(_text(found), file=sys.stderr, flush=True)
     return found
+
+
+def _view_bytes(of: case.Case) -> int:
+    """Return the bytes of a stored view; 0 without."""
+    tokens = of.batch.get("tokens")
+    return 0 if tokens is None else tokens[0].nbytes
 
 
 def whole(rows) -> dict[str, float]:
@@ -129,12 +146,13 @@ def _row(of, ready, at, frozen, ratio, predicted):
     }
 
 
-def cost(method, frozen: int) -> float:
+def cost(method, frozen: int, kept: int = 0) -> float:
     """Return the formula's FLOPs per image of a LocalMIM step with frozen layers.
 
     Args:
         method: `methods.localmim.method.LocalMIM`.
         frozen: layers 0 .. frozen - 1 are frozen.
+        kept: blocks whose output is read from a store.
     """
     net, n = method.model, method.grid[0] * method.grid[1]
     visible = method.phase(0).visible
@@ -162,5 +180,30 @@ def cost(method, frozen: int) -> float:
             decoders=decoders,
             stage_layers=tuple(b + 1 for b in blocks),
             depth=net.depth,
+            kept=kept,
         )
     )
+
+
+def stored(of: case.Case, at: int) -> case.Case:
+    """Return the case of a step behind a freeze event, with tokens from `freeze.store`.
+
+    They are random ones of the right shape.
+    """
+    phase, rng = of.phase(at), np.random.default_rng(0)
+    if not phase.boundary:
+        return of
+    key = {"view_seed": rng.integers(2**32, size=(of.rows, 2), dtype=np.uint32)}
+    batch = of.batch | key
+    if of.optimizer.store.on:
+        found = jax.eval_shape(
+            lambda params, batch: of.method.frozen_tokens(
+                params, batch, phase, 0, phase.boundary
+            ),
+            of.compiled.abstract(phase).params,
+            case.shapes(batch),
+        )
+        dtype = of.optimizer.store.dtype
+        dtype = found.dtype if dtype == "auto" else np.dtype(jnp.dtype(dtype))
+        batch |= {"tokens": rng.normal(size=found.shape).astype(dtype)}
+    return dataclasses.replace(of, batch=batch)
