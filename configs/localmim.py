@@ -7,6 +7,9 @@ Arguments (`--config=configs/localmim.py:NAME`):
     smoke           two steps, seconds
     evidence        accuracy against compute for no freezing, four schedules and
                     a shorter run, three seeds, an hour on two cores
+    rivals          the same of what freezing has to beat: shorter runs, a flat rate,
+                    stored tokens, saved steps reinvested, mask ratios by schedule,
+                    decoders dropped
     localmim_vitb_1600, localmim_vitb_100_{1,4,8}gpu
                     the baseline recipes on ImageNet; need --config.data.root=DIR
     freeze_*        ViT-B/16 with FreezeOut, see RECIPES
@@ -21,6 +24,9 @@ images that a device takes at a time, --config.per_device=N.
 One override away:
     --config.freeze.schedule=cubic --config.freeze.t_0=0.65
     --config.freeze.layerwise_lr=False          (flat rate, layers still freeze)
+    --config.freeze.store.views=4               (a frozen prefix is stored, not run)
+    --config.masking.schedule="((0.0, 0.9), (50.0, 0.75))"
+    --config.optim.freeze="(('(norm|decoder)_0/.*', 0.6),)"  (a decoder goes, alone)
     --config.freeze.scale_lr=False
     --config.freeze.patch_embed=False           (never freezes)
     --config.freeze.cls_token=False             (as the original: it never freezes)
@@ -151,6 +157,35 @@ def _evidence():
     return c
 
 
+def _rivals():
+    """Return accuracy against compute: freezing with a store, and its rivals.
+
+    Equal costs are those of the steps, by formula; filling a store comes on top and is
+    in compute/tflop: a block's forward pass of every view, at every event.
+    """
+    c = _evidence()
+    cubic08 = ("freeze.schedule=cubic", "freeze.t_0=0.8")
+    store = (*cubic08, "freeze.store.views=2", "freeze.store.every=2")
+    c.study.arms = dict(
+        none=("freeze.schedule=none",),
+        none_shorter=("freeze.schedule=none", "epochs=8.1"),  # Costs what `store` does.
+        cubic08=cubic08,
+        cubic08_flat=(*cubic08, "freeze.layerwise_lr=False"),
+        store=store,
+        store_one_view=(*cubic08, "freeze.store.views=1"),
+        store_reinvested=(*store, "epochs=12.4"),  # Costs what `none` does.
+        mask_schedule=(
+            "freeze.schedule=none",
+            "masking.schedule=((0.0, 0.9), (5.0, 0.75))",
+        ),
+        decoders_dropped=(
+            "freeze.schedule=none",
+            "optim.freeze=(('(norm|decoder)_[01]/.*', 0.6),)",
+        ),
+    )
+    return c
+
+
 def _evidence_run():
     """Return one run of `evidence`."""
     c = _demo()
@@ -174,6 +209,7 @@ RECIPES = {
     "": _demo,
     "smoke": _smoke,
     "evidence": _evidence,
+    "rivals": _rivals,
     "evidence_run": _evidence_run,
     "localmim_vitb_1600": lambda: _pretrain(epochs=1600.0),
     "localmim_vitb_100_8gpu": _pretrain,
