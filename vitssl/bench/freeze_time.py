@@ -5,13 +5,14 @@
 One row per phase: the layers that are frozen; XLA's FLOPs of a step; step time against
 the unfrozen step, both measured in turns (ABAB) because machines are noisy; the ratio
 that the cost formula predicts; the share of the predicted saving that is realised; the
-peak memory of the compiled step; the bytes of optimizer state. With freeze.store.views
-what follows an event starts from stored tokens; filling the store is not in these
-figures: it is a forward pass of the new blocks for every view, a row of the table that
-a run prints at its end. Layers without a decoder
+peak memory of the compiled step; the bytes of optimizer state. Layers without a decoder
 of their own change the cost of a step by a few per cent, less than the noise of most
 machines, so the figure to read is `whole`: the share of the predicted saving of all
 phases, each weighted with its steps, that is realised.
+
+With freeze.store.views what follows an event starts from stored tokens. Filling the
+store is not in these figures: it is a forward pass of the new blocks for every view, a
+row of the table that a run prints at its end.
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ def check(parts, workdir) -> None:
             more bytes than `freeze.store.disk_gb` or the disk has.
     """
     spec, total = parts.optimizer.store, parts.run.total_steps
-    if not spec.views:
+    if not spec.views or not total:
         return
     events = [
         e for e in parts.optimizer.events if e < total and parts.phase(e).boundary
