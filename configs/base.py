@@ -104,8 +104,33 @@ def evals(every_epochs, **keys):
     knn = dict(knn_k=(20,), knn_temperature=(0.07,))
     probe = dict(probe="lbfgs", probe_epochs=90)
     online = dict(online_samples_train=0, online_samples_test=0)
+    every_epochs = float(every_epochs)  # A recipe of another length has a part of one.
     own = dict(batch_size=256, every_epochs=every_epochs, final=("knn", "linear"))
     return own | online | knn | probe | keys
+
+
+def folder(c, epochs):
+    """Make a recipe one for a folder of colour images (data.root), labels or none."""
+    c.epochs = epochs
+    c.data.update(source="folder", **RGB)
+    c.data.options = {}  # update() would merge the options.
+    c.evals.update(every_epochs=epochs / 10, batch_size=64)
+    c.log.every_steps = 10
+    c.checkpoint.every_epochs = epochs / 10
+    return c
+
+
+def continued(c, lr):
+    """Make a recipe one that goes on from trained weights (init.from), gently.
+
+    Released weights are of an encoder alone. What is new beside it learns for an epoch
+    before the encoder moves, and then ten times as fast: a high rate would undo within
+    an epoch what the weights are worth.
+    """
+    c.init = {"from": "", "absent": ("(?!encoder/).*", "encoder/pos_embed")}
+    c.optim.update(lr=lr, warmup_epochs=2.0, thaw=(("encoder/.*", 1.0),))
+    c.optim.lr_rules = (("encoder/.*", 0.1), (".*", 1.0))
+    return c
 
 
 def smoke(c, batch_size):

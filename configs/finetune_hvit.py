@@ -11,9 +11,9 @@ Arguments (`--config=configs/finetune_hvit.py:NAME`, or `NAME,OPTION,OPTION`):
                     demo of configs/simclr_hvit.py
     scratch         the same from random weights
     smoke           two steps from random weights
-    folder          the demo's size on your own folder of images (data.root), all their
-                    labels; from a run of configs/simclr_hvit.py:folder, or from
-                    random weights
+    folder          the demo's network on your own folder of images in classes
+                    (data.root), 96 px, all labels; from a run of
+                    configs/simclr_hvit.py:folder, or from random weights
     evidence        macro F1 against labels (5, 20, all per class): from scratch, from
                     SimCLR, and a colour histogram; three seeds, an hour on two cores
     infrared        the demo from scratch with a spectral stream joined by DFCA
@@ -115,11 +115,9 @@ def _smoke():
 
 
 def _folder():
-    c = _demo()
-    c.steps, c.epochs = 0, 50.0
-    c.data.update(source="folder", per_class=0)
+    c = base.folder(_demo(), epochs=50.0)
+    c.steps, c.data.per_class, c.augment.size = 0, 0, 96
     c.optim.warmup_epochs = 5.0
-    c.evals.every_epochs = c.checkpoint.every_epochs = 5.0
     return c
 
 

@@ -16,6 +16,8 @@ Arguments (`--config=configs/finetune_vit.py:NAME`):
     (none)          demo size, for a checkpoint of the demo of configs/localmim.py
     scratch         the same from random weights
     smoke           two steps from random weights
+    folder          your own folder of images in classes (data.root), for a run of
+                    configs/localmim.py:folder
     ft_vitb_from1600
                     ViT-B/16 on ImageNet from 1600 epochs of pre-training
     ft_vitb_from100_{1,2,4,8}gpu
@@ -92,6 +94,15 @@ def _smoke():
     return c
 
 
+def _folder():
+    c = base.folder(_demo(), epochs=50.0)
+    c.init["weights"] = "configs/localmim.py:folder"
+    c.model.update(patch=8, **base.VIT["ti"])
+    c.augment.update(size=96, scale=(0.2, 1.0), flip=0.5)
+    c.optim.warmup_epochs = 5.0
+    return c
+
+
 def _imagenet(
     lr=4e-3,
     min_lr=1e-6,
@@ -133,6 +144,7 @@ RECIPES = {
     "": _demo,
     "scratch": _scratch,
     "smoke": _smoke,
+    "folder": _folder,
     "ft_vitb_from1600": lambda: _imagenet(
         2e-3, 1e-5, 0.65, weights="localmim_vitb_1600"
     ),

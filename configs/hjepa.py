@@ -12,6 +12,10 @@ Arguments (`--config=configs/hjepa.py:NAME`):
                     --config.data.root=DIR
     imagenet_vitb, imagenet_vitl, ijepa_vith14
                     ImageNet recipes; need --config.data.root=DIR
+    folder          your own folder of images (data.root), labels or none: ViT-Ti/8 at
+                    96 px, half as deep
+    continue        the same from trained weights of a ViT-B/16 (init.from), at 224 px
+                    and low rates
     end_to_end      no EMA target, SIGReg instead; demo size
     birds           drawn birds at 48 px, for configs/parts.py:evidence
 
@@ -21,7 +25,7 @@ One override away:
     --config.multicrop.local_crop_size=64
     --config.objective.type=combined --config.accumulate=4  (VICReg of the whole batch)
     --config.multicrop.adaptive=True --config.multicrop.adaptive_warmup_epochs=30
-    --config.data.source=folder --config.data.root=DIR --config.data.channels=3 ...
+    --config.objective.weights='(1.0, 0.0, 0.0)'    (the finest level alone)
 
 Published results: none (the original reports targets only).
 """
@@ -172,6 +176,38 @@ def _ijepa_vith14():
     return c
 
 
+def _folder():
+    c = base.folder(_demo(), epochs=100.0)
+    c.batch_size = 64
+    c.model.update(**base.VIT["ti"] | dict(depth=6, patch=8))
+    c.predictor.update(depth=3, heads=3)
+    c.multicrop.update(
+        num_local_crops=2,
+        global_crop_size=96,
+        local_crop_size=48,
+        global_crop_scale=(0.4, 1.0),
+        local_crop_scale=(0.1, 0.4),
+        global_color_jitter=0.4,
+        local_color_jitter=0.4,
+        horizontal_flip_prob=0.5,
+    )
+    c.ema.update(start=0.99, end=1.0)
+    c.optim.update(lr=1e-3, warmup_epochs=5.0)
+    return c
+
+
+def _continue():
+    """Return what goes on from a ViT-B/16; the target is as slow as at the end."""
+    c = base.continued(_folder(), lr=2e-4)
+    c.init["weights"] = "timm/vit_base_patch16_224.dino"
+    c.precision, c.epochs = "bfloat16", 30.0
+    c.model.update(patch=16, positions="learned_sincos", **base.VIT["b"])
+    c.predictor.update(depth=6, heads=12, width=384)
+    c.multicrop.update(global_crop_size=224, local_crop_size=96)
+    c.ema.start = 0.999
+    return c
+
+
 def _end_to_end():
     c = _demo()
     c.ema.target_encoder, c.levels.target = False, "shared"
@@ -253,6 +289,8 @@ RECIPES = {
     "imagenet_vitb": lambda: _imagenet("b"),
     "imagenet_vitl": lambda: _imagenet("l"),
     "ijepa_vith14": _ijepa_vith14,
+    "folder": _folder,
+    "continue": _continue,
     "end_to_end": _end_to_end,
 }
 get_config = base.recipes(RECIPES)

@@ -15,6 +15,10 @@ Arguments (`--config=configs/localmim.py:NAME`):
     freeze_*        ViT-B/16 with FreezeOut, see RECIPES
     vits, vitl, vith14
                     other sizes of the baseline
+    folder          your own folder of images (data.root), labels or none: ViT-Ti/8 at
+                    96 px
+    continue        the same from trained weights of a ViT-B/16 (init.from), at 224 px
+                    and low rates
     debug           nine epochs at a batch of 256
 
 The recipes name the machines that the original ran on. The number of devices does not
@@ -130,6 +134,28 @@ def _debug():
     return c
 
 
+def _folder():
+    c = base.folder(_demo(), epochs=200.0)
+    c.freeze = dict(schedule="none", t_0=0.7)
+    c.model.update(patch=8, **base.VIT["ti"])
+    c.decoder.update(width=64)
+    c.stages.scales = (4.0, 2.0, 1.0, 0.5)
+    c.augment.update(size=96, scale=(0.2, 1.0), flip=0.5)
+    c.optim.update(lr=1e-3, warmup_epochs=10.0)
+    c.evals.knn_k = (20,)
+    return c
+
+
+def _continue():
+    c = base.continued(_folder(), lr=2e-4)
+    c.init["weights"] = "timm/vit_base_patch16_224.mae"
+    c.precision, c.epochs = "bfloat16", 50.0
+    c.model.update(patch=16, positions="learned_sincos", **base.VIT["b"])
+    c.decoder.update(width=256, heads=8)
+    c.augment.size = 224
+    return c
+
+
 def _evidence():
     """Return accuracy against compute: no freezing, four schedules, a shorter run."""
     c = _evidence_run()
@@ -236,6 +262,8 @@ RECIPES = {
     "vits": lambda: _pretrain("s"),
     "vitl": _vitl,
     "vith14": _vith14,
+    "folder": _folder,
+    "continue": _continue,
     "debug": _debug,
 }
 get_config = base.recipes(RECIPES)

@@ -5,7 +5,8 @@ r"""MAE: hide most patches, draw them from the others. SimMIM as an option.
 Arguments (`--config=configs/mae.py:NAME`):
     (none)          demo: drawn leaves in seven conditions, minutes on two cores
     smoke           two steps, seconds
-    folder          the demo's size on your own folder of images (data.root)
+    folder          your own folder of images (data.root), labels or none: ViT-Ti/8 at
+                    96 px
     simmim          the demo by SimMIM
     imagenet_vitb, imagenet_vitl, imagenet_vith14
                     MAE's recipe: 800 epochs, 75 % hidden, normalised pixels
@@ -52,8 +53,11 @@ def _demo():
 
 
 def _folder():
-    c = _demo()
-    c.data.source = "folder"
+    c = base.folder(_demo(), epochs=200.0)
+    c.model.update(patch=8, **base.VIT["ti"])
+    c.decoder.width = 64
+    c.augment.update(size=96, scale=(0.2, 1.0))
+    c.optim.update(lr=1e-3, warmup_epochs=10.0)
     return c
 
 

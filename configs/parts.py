@@ -11,6 +11,8 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
                     seeds, an hour on two cores
     evidence_run    one run of it with hard masks; --config.init.from=DIR of a run of
                     configs/hjepa.py:birds
+    folder          the demo's network on your own folder of images in classes
+                    (data.root), 96 px
     cub_k8, cub_k4  CUB-200-2011, ViT-B/14 at 518 px, 8 x 16 images a step
     waterbirds      Waterbirds, K=8; waterbirds_k4
     siim_acr_rad_dino
@@ -204,6 +206,14 @@ def _smoke():
     return c
 
 
+def _folder():
+    c = base.folder(_demo(), epochs=30.0)
+    c.model.patch, c.augment.size = 8, 96
+    c.measures.leave_one_out = False
+    c.checkpoint.best = "test/top1"
+    return c
+
+
 def _published(source, count=8, batch=128, image=518):
     """Return what the published recipes share: ViT-B/14 with four registers."""
     c = _demo()
@@ -311,6 +321,7 @@ RECIPES = {
     "evidence": _evidence,
     "evidence_run": _evidence_run,
     "demo_baseline": _demo_baseline,
+    "folder": _folder,
     "cub_k8": lambda: _published("cub"),
     "cub_k4": lambda: _published("cub", 4),
     "waterbirds": _waterbirds,

@@ -8,7 +8,8 @@ Arguments (`--config=configs/simclr_hvit.py:NAME`):
     (none)          demo: drawn leaves in seven conditions, minutes on two cores
     smoke           two steps, seconds
     vit             the demo with a plain ViT
-    folder          the demo's size on your own folder of images (data.root)
+    folder          the demo's network on your own folder of images (data.root), labels
+                    or none, at 96 px
     sarcld_small    SAR-CLD-2024, HViT small, 256 px: the documented recipe
     sarcld_xl_448   the recipe of the logged runs: HViT xl, 448 px, wide projector with
                     batch normalisation
@@ -85,8 +86,9 @@ def _vit():
 
 
 def _folder():
-    c = _demo()
-    c.data.source = "folder"
+    c = base.folder(_demo(), epochs=100.0)
+    c.augment.size = 96
+    c.checkpoint.best = "knn/top1"
     return c
 
 

@@ -11,6 +11,7 @@ import pathlib
 import time
 
 import jax
+import ml_collections
 import pytest
 
 from tests import layouts
@@ -34,6 +35,8 @@ STARTS = {
     "linprobe_vit:lp_vitb": "localmim:localmim_vitb_100_1gpu",
     "knn:knn_vitb": "localmim:localmim_vitb_100_1gpu",
     "finetune_hvit:": "simclr_hvit:",
+    "distill:": "localmim:",
+    "distill:evidence_student": "distill:evidence_teacher",
     "parts:evidence_run": "hjepa:birds",
     "latent_mim:eurosat": "latent_mim:nano",
     "latent_mim:pastis": "latent_mim:nano",
@@ -104,7 +107,8 @@ def run(tmp_path_factory, data):
     def workdir(recipe):
         start = STARTS.get(recipe, STARTS.get(recipe.split("_from")[0]))
         start = start or STARTS.get(recipe.split("_cubic")[0])
-        given = {"init.from": workdir(start)} if start else {}
+        key = "teacher.from" if recipe.startswith("distill") else "init.from"
+        given = {key: workdir(start)} if start else {}
         argv = command(recipe, data, **given)
         # Recipes that differ in what two steps do not reach are one run.
         resolved = _resolved(argv)
@@ -124,15 +128,24 @@ def command(recipe, data, **given):
     file, _, name = recipe.partition(":")
     spec = f"{ROOT}/configs/{file}.py:{name}"
     # Read, so that sizes of 0 are those of training.
-    c = experiment.read(experiment.load(spec, ["init.from=DIR"])).config
+    own = {"teacher.from": "untrained"} if file == "distill" else {}
+    if file == "distill" and "study" in config.recipe(spec):
+        own = {}  # Of a classifier.
+    overrides = [f"{k}={v}" for k, v in own.items()]
+    c = experiment.read(experiment.load(spec, ["init.from=DIR", *overrides])).config
+    given = own | given
     changes = EVERYWHERE | shrunk(c) | given
     changes["data.root"] = data(c.data.source)
     if c.epochs == 0:
         del changes["steps"]
     if "study" in c:
         changes["study.seeds"] = "(0,)"
-        if c.study.get("first", ()):
-            changes["study.first"] = first(c.study.first[0], data)
+        before = c.study.get("first", ())
+        if isinstance(before, ml_collections.ConfigDict):
+            for key, spec in before.items():
+                changes[f"study.first.{key}"] = (*first(spec[0], data), *spec[1:])
+        elif before:
+            changes["study.first"] = first(before[0], data)
     words = [f"--config.{k}={v}" for k, v in changes.items()]
     return [f"--config={spec}", *words]
 
@@ -227,7 +240,9 @@ def _vit(c) -> dict:
     if c.method == "localmim" or c.get("init", {}).get("absent"):
         depth = len(c.get("stages", {}).get("blocks", ())) or 4
     found = {"model.width": 16, "model.heads": 2, "model.depth": depth}
-    side = {"hjepa": 6, "dino": 3}.get(c.method, 0) * c.model.patch or _side(c)
+    side = {"hjepa": 6, "dino": 3, "distill": 6}.get(
+        c.method, 0
+    ) * c.model.patch or _side(c)
     return found | {"model.image_size": side}
 
 
@@ -243,7 +258,19 @@ def _resnet(c) -> dict:
     return found | {"model.stem": 8}
 
 
-_METHODS = {"dino": _dino, "hjepa": _hjepa, "latent_mim": _latent_mim}
+def _distill(c) -> dict:
+    side = 6 * c.model.patch
+    found = {"multicrop.global_crop_size": side, "evals.image_size": side}
+    found["multicrop.local_crop_size"] = 3 * c.model.patch
+    return found | {"multicrop.num_local_crops": min(2, c.multicrop.num_local_crops)}
+
+
+_METHODS = {
+    "dino": _dino,
+    "distill": _distill,
+    "hjepa": _hjepa,
+    "latent_mim": _latent_mim,
+}
 _MODELS = {"vit": _vit, "hvit": _hvit, "resnet": _resnet}
 
 

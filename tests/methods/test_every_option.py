@@ -40,6 +40,10 @@ SMALL = {
         "head.lengths=True objective.patch=1.0 objective.shared=False "
         "objective.koleo=0.1 objective.centring=sinkhorn",
     ),
+    "distill": (
+        "distill",
+        "model.width=16 model.heads=2 model.depth=1 multicrop.num_local_crops=1",
+    ),
     "hjepa": (
         "hjepa",
         "model.width=16 model.heads=2 model.depth=1 predictor.heads=2 "
@@ -86,6 +90,7 @@ ALL = sorted(SMALL)
 WHOLE = {
     "classify": (1e-5, 1e-5),
     "dino": (1e-5, 1e-4),
+    "distill": (1e-5, 1e-5),
     "hjepa": (5e-3, 0.05),
     "simclr": (1e-6, 1e-5),
 }

@@ -66,7 +66,7 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "load", lambda spec, overrides: alone.config)
     base.study.first = ("some/config.py:pretrain",)
     plan = study.read(base)
-    assert plan.first.settings == alone.settings
+    assert plan.first["first"].settings == alone.settings
     ran = []
 
     def fake(one, directory, **_):
@@ -89,6 +89,42 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     ran.clear()
     study.run(plan, tmp_path, name="test")
     assert not ran
+
+
+def test_runs_before_the_arms_have_names_and_use_those_before_them(
+    tmp_path, monkeypatch
+):
+    base = _config(tmp_path, a=("init.from=@two",))
+    ran = []
+    base.study.first = ml_collections.ConfigDict(
+        dict(
+            one=("distill:smoke",),
+            two=("distill:smoke", "teacher.from=@one"),
+        )
+    )
+    plan = study.read(base)
+
+    def fake(one, directory, **_):
+        directory.mkdir(parents=True)
+        froms = (one.config.get(k, {}).get("from", "") for k in ("init", "teacher"))
+        ran.append((directory.relative_to(tmp_path).as_posix(), *froms))
+        return {}
+
+    monkeypatch.setattr("vitssl.run.loop.run", fake)
+    study.run(plan, tmp_path, name="test")
+    one, two = (str(tmp_path.resolve() / name) for name in ("one", "two"))
+    assert ran == [
+        ("one", "", "untrained"),
+        ("two", "", one),
+        ("a/seed0", two, ""),
+        ("a/seed1", two, ""),
+    ]
+    base.study.first.one = ("distill:smoke", "teacher.from=@two")
+    base.study.first.a = ("distill:smoke",)
+    with pytest.raises(errors.UsageError) as caught:
+        study.read(base)
+    assert "study.first.one has teacher.from=@two" in str(caught.value)
+    assert "study.first.a: an arm has that name" in str(caught.value)
 
 
 def test_shares_make_every_run_once_and_the_last_has_the_table(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ import numpy as np
 
 from vitssl import config, errors, ranges, sizes, tree
 from vitssl.convert import beside, reader, safetensors
-from vitssl.models import MODELS
+from vitssl.models import MODELS, patches
 
 FILE = "weights.safetensors"
 FORMAT = 1
@@ -96,6 +96,20 @@ class Backbone:
             raise errors.CheckpointError("weights: " + "; ".join(problems))
         return made
 
+    def encode(self, pool: str = "") -> "Encode":
+        """Return the function from images to features; the module's own pool is "".
+
+        Raises:
+            CheckpointError: as `module`.
+            UsageError: there is no such pool.
+        """
+        module, pool = self.module(), pool or self.about.pool
+        known = [name for name in ("cls", "mean") if name in module.poolings]
+        if pool not in known:
+            more = "" if "cls" in known else " (there is no class token)"
+            raise errors.UsageError(f"pool={pool}: {' or '.join(known)}{more}")
+        return Encode(module, self.about.mean, self.about.std, pool)
+
     def encoder(self) -> dict:
         """Return the nested parameters of the module, as float32 arrays."""
         return self._under("encoder/", "params").get("params", {})
@@ -150,6 +164,22 @@ class Backbone:
     def size(self) -> int:
         """Number of parameters."""
         return tree.size(dict(self.leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """(variables, image) -> features of a backbone of `models.MODELS`."""
+
+    module: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: str
+
+    def __call__(self, variables, image) -> dict:
+        """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
+        x = patches.normalise(image, self.mean, self.std)
+        found = self.module.apply(variables, x, method="features")
+        return {"pooled": found[self.pool], "tokens": found["tokens"]}
 
 
 _READS = r".*patch_embed/kernel|(.*/)?(encoder|backbone)/(conv1|stem)/kernel"

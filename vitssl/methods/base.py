@@ -36,6 +36,8 @@ class Run:
         counts: training images per class, () if not known.
         accumulate: micro-batches of an optimizer step.
         log_every: a line of metrics is written each so many steps, and at the end.
+        weights: (path, part) -> `convert.backbone.Backbone` of a run or an import, for
+            methods that need a network trained before (`opened.Past.network`).
         dtype: compute dtype, "float32" or "bfloat16" (parameters are float32).
     """
 
@@ -50,6 +52,7 @@ class Run:
     counts: tuple[int, ...] = ()
     accumulate: int = 1
     log_every: int = 1
+    weights: Callable | None = None
 
     def when_logged(self, step, function, *args):
         """Return function(*args) at steps whose metrics are written, else nan.
@@ -130,6 +133,14 @@ class Method(abc.ABC):
         """Return `extra` for parameters loaded from elsewhere: targets follow them."""
         del params
         return extra
+
+    def given(self) -> dict:
+        """Return {key: numpy arrays} of `extra` that are read from files, not drawn.
+
+        They take the places that `init` makes for them when a run begins; from then on
+        they are part of its checkpoints.
+        """
+        return {}
 
     def phase(self, step: int) -> Hashable:
         """Return the static part of step `step`: each distinct value is compiled."""

@@ -16,8 +16,9 @@ from vitssl.models import convnext, hvit, resnet, vit
 class Backbone(Protocol):
     """What a method asks of a backbone, whichever it is: a linen module with these.
 
-    Part discovery alone takes networks that have no more than `width`, `check_image`,
-    `freeze_layers` and a call image [B, H, W, C] -> [B, h, w, width].
+    Part discovery and distillation also take networks that have no more than `width`,
+    `poolings`, `features`, `check_image`, `check_channels`, `freeze_layers` and a call
+    image [B, H, W, C] -> [B, h, w, width].
     """
 
     width: int  # Channels of a token, of the first stage where there are several.
@@ -34,7 +35,7 @@ class Backbone(Protocol):
     def pooled(self, image, how: str, train: bool = False) -> jax.Array:
         """Return one vector per image: [B, H, W, C] -> [B, D] float32."""
 
-    def features(self, image) -> dict[str, jax.Array]:
+    def features(self, image, train: bool = False) -> dict[str, jax.Array]:
         """Return {"tokens": [B, N, D] of the patches, and [B, D] of each pooling}."""
 
     def attention_maps(self, image) -> tuple[jax.Array, tuple[int, int]]:

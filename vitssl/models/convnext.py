@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vitssl import ranges
+from vitssl import ranges, sizes
 from vitssl.models import layers, resnet
 
 
@@ -90,14 +90,19 @@ class ConvNeXt(nn.Module):
             name=f"stage{s}_down_conv",
         )(x).astype(jnp.float32)
 
-    def features(self, image) -> dict:
+    def features(self, image, train=False) -> dict:
         """Return {"tokens": [B, N, width], "mean": [B, width]} of images."""
-        return resnet.pooled(self(image))
+        return resnet.pooled(self(image, train))
+
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield nothing: images have any number of channels."""
+        del channels
+        return iter(())
 
     def check_image(self, size) -> Iterator[str]:
-        """Yield nothing: a convolutional network takes images of any size."""
-        del size
-        return iter(())
+        """Yield why images of this size do not fit: the last stage has no pixel."""
+        if min(sizes.pair(size)) < self.output_stride:
+            yield f"at least {self.output_stride} pixels (model.output_stride)"
 
     def freeze_layers(self, prefix: str = "") -> tuple:
         """Return `FreezeOut.layers`: the stem 0, stage s of 0 to 3 layer s + 1."""

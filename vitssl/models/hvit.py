@@ -272,9 +272,9 @@ class HViT(pyramid.Pyramid):
             return out["stages"][-1].astype(jnp.float32).mean((1, 2))
         raise ValueError(f"HViT: how={how!r}; one of mean, gap")
 
-    def features(self, image):
+    def features(self, image, train=False):
         """Return {"tokens" [B, N, D], "mean", "gap" [B, D]}; see `ViT.features`."""
-        out = self(image)
+        out = self(image, train=train)
         tokens = out["tokens"].astype(jnp.float32)
         return {"tokens": tokens} | {k: self._pool(out, k) for k in self.poolings}
 

@@ -146,9 +146,14 @@ class ResNet(nn.Module):
             stages.append(x)
         return join(stages[-1], stages[-2])
 
-    def features(self, image) -> dict:
+    def features(self, image, train=False) -> dict:
         """Return {"tokens": [B, N, width], "mean": [B, width]} of images."""
-        return pooled(self(image))
+        return pooled(self(image, train))
+
+    def check_channels(self, channels: int) -> Iterator[str]:
+        """Yield nothing: images have any number of channels."""
+        del channels
+        return iter(())
 
     def check_image(self, size) -> Iterator[str]:
         """Yield nothing: a convolutional network takes images of any size."""

@@ -311,9 +311,9 @@ class ViT(nn.Module):
         """What `pooled` knows."""
         return ("gap", "mean", "cls") if self.cls else ("gap", "mean")
 
-    def features(self, image):
+    def features(self, image, train=False):
         """Return {"tokens": [B, N, D] of the patches, and [B, D] of each pooling}."""
-        tokens, out = self(image)
+        tokens, out = self(image, train=train)
         found = {"tokens": tokens[:, self.prefix :].astype(jnp.float32)}
         return found | {how: self._pool(tokens, out, how) for how in self.poolings}
 

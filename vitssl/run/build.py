@@ -66,8 +66,16 @@ class Parts:
         return jax.random.key(self.experiment.settings.seed)
 
     def fresh(self):
-        """Return a new state, made on the devices by one compiled function."""
-        return self._make(self.rng())
+        """Return a new state, made on the devices by one compiled function.
+
+        What the method reads from files (`Method.given`) takes its place in it.
+        """
+        state, given = self._make(self.rng()), self.method.given()
+        if not given:
+            return state
+        places = self.compiled.state_sharding(self.phase(0)).extra
+        placed = jax.device_put(given, {key: places[key] for key in given})
+        return state.replace(extra=state.extra | placed)
 
     @functools.cached_property
     def _make(self):

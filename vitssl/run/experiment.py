@@ -174,7 +174,14 @@ class Experiment:
             counts=counts,
             accumulate=s.accumulate,
             log_every=s.log.every_steps,
+            weights=_weights,
         )
+
+
+def _weights(path: str, part: str = ""):
+    from vitssl.run import opened  # Which reads the configs of runs by this module.
+
+    return opened.past(path).network(part)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:

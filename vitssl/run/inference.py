@@ -320,20 +320,18 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
             the image size.
     """
     found.check()
-    about, module = found.about, found.module()
-    pool = pool or about.pool
-    known = [name for name in ("cls", "mean") if name in module.poolings]
-    if pool not in known:
-        more = "" if "cls" in known else " (there is no class token)"
-        raise errors.UsageError(f"pool={pool}: {' or '.join(known)}{more}")
-    stored = getattr(module, "image_size", 0)  # A convolutional network has none.
+    encode = found.encode(pool)
+    # A convolutional network has none.
+    stored = getattr(encode.module, "image_size", 0)
     if stored and image_size and image_size != stored:
-        found, module = _resized(found, image_size)
+        found = _resized(found, image_size)
+        encode = found.encode(pool)
+    about = found.about
     variables = found.variables()
     for name, leaf in tree.flat(variables["params"]).items():
         backbone.check_finite(f"{about.source}: {name}", leaf)
     return Features(
-        _Encode(module, about.mean, about.std, pool),
+        encode,
         jax.device_put(variables),
         image_size or stored,
         found.channels,
@@ -345,7 +343,7 @@ def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
 
 
 def _resized(found, size):
-    """Return (backbone, module) with the position tables for another image size."""
+    """Return a backbone with the position tables for another image size."""
     module = found.module()
     if size % module.patch or size < 1:
         raise errors.UsageError(
@@ -357,24 +355,7 @@ def _resized(found, size):
         leaves[name] = positions.resample(leaves[name], first, side, found.about.rule)
     model = dict(found.about.model) | {"image_size": size}
     about = dataclasses.replace(found.about, model=model)
-    found = backbone.Backbone(about, leaves)
-    return found, found.module()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encode:
-    """(variables, image) -> features of a backbone of `models.MODELS`."""
-
-    module: Any
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pool: str
-
-    def __call__(self, variables, image) -> dict:
-        """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
-        x = patches.normalise(image, self.mean, self.std)
-        found = self.module.apply(variables, x, method="features")
-        return {"pooled": found[self.pool], "tokens": found["tokens"]}
+    return backbone.Backbone(about, leaves)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,6 +149,18 @@ class Past:
         target = build.restore_target(parts)(self.step)
         return parts, checkpoint.read(self.directory, self.step, target)[0]
 
+    def network(self, part: str = "") -> backbone.Backbone:
+        """Return what an import holds, or the encoder of a run.
+
+        Raises:
+            UsageError: there is no such part.
+        """
+        if not self.imported:
+            return self.encoder(part)
+        if part:
+            raise errors.UsageError(f"{self.path}: an import has no part {part!r}")
+        return self.weights
+
     def encoder(self, part: str = "") -> backbone.Backbone:
         """Return the encoder of a run.
 
@@ -183,6 +195,8 @@ class Past:
             return backbone.Backbone(about, _whole(stored))
         chosen = part or next(iter(parts))
         leaves = {f"encoder/{name}": leaf for name, leaf in parts[chosen].items()}
+        stats = _under(stored["extra"], "stats/encoder/")
+        leaves |= {f"stats/encoder/{name}": leaf for name, leaf in stats.items()}
         model = {"name": "vit"} | checked.config.model.to_dict()
         about = dataclasses.replace(about, model=model)
         if checked.settings.method == "classify":

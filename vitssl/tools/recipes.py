@@ -174,7 +174,7 @@ def _recipe(spec, text, c) -> Recipe:
         length = f"{runs} runs, see `study`"
         c = config.without(c, "study")
     needs = ["data.root"] if _needs_root(c.data) else []
-    needs += ["init.from"] if _needs_start(c) else []
+    needs += _needs_weights(c)
     given = f" (give {' and '.join(f'`{n}`' for n in needs)})" if needs else ""
     source = c.data.source + given
     model = c.get("model", {})
@@ -193,13 +193,13 @@ def _needs_root(data) -> bool:
     return not data.root and not _opens_without_root(data.source)
 
 
-def _needs_start(c) -> bool:
-    """Return whether a recipe makes no sense from random weights, and says so."""
+def _needs_weights(c) -> list[str]:
+    """Return the keys that a recipe makes no sense without, and says so."""
     try:
         experiment.read(c)
     except errors.UsageError as e:
-        return "init.from" in str(e)
-    return False
+        return [key for key in ("init.from", "teacher.from") if key in str(e)]
+    return []
 
 
 @functools.cache

@@ -11,7 +11,9 @@ A config becomes a study by its section `study`; arms are overrides as typed:
     c.study.first = ("configs/x.py:pretrain", "epochs=5.0")
 
 The optional key `first` is a config, and overrides of it, that is run once, in
-WORKDIR/first; arms start from it by the override init.from=@first. Every run is an
+WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
+have names, {"teacher": ("configs/x.py",), "student": (..., "teacher.from=@teacher")},
+and each may use those before it. Every run is an
 ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on
 where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
@@ -33,7 +35,7 @@ from vitssl.tools import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
-FIRST = "@first"
+FROM = ("init", "teacher")  # Sections whose key `from` may name a run by @NAME.
 COST = "compute/tflop"  # A study with this column gets a picture against it.
 MOST = 1000  # Runs of a study.
 WAIT = 5.0  # Seconds between looks for the first run of another process.
@@ -45,7 +47,7 @@ class Plan:
 
     runs: dict  # {(arm, seed): checked experiment}.
     columns: tuple[str, ...]  # Metrics of the final evaluation that the table shows.
-    first: experiment.Experiment | None = None  # What is run before all others.
+    first: dict = dataclasses.field(default_factory=dict)  # {name: run before all}.
 
 
 def read(c: ml_collections.ConfigDict) -> Plan:
@@ -81,25 +83,38 @@ def read(c: ml_collections.ConfigDict) -> Plan:
             except errors.UsageError as e:
                 problems.append(f"study.arms.{arm}: {e}")
                 break
-    first = None
-    if study.get("first", ()):
-        spec, *overrides = study.first
-        first = experiment.read(experiment.load(spec, overrides))
-    elif any(run.settings.init.from_ == FIRST for run in runs.values()):
-        problems.append(f"study.first: missing; arms have init.from={FIRST}")
+    first = study.get("first", {})
+    if not isinstance(first, ml_collections.ConfigDict):
+        first = {"first": first} if first else {}
+    before = {}
+    for name, (spec, *overrides) in first.items():
+        if name in study.arms:
+            problems.append(f"study.first.{name}: an arm has that name")
+        before[name] = experiment.read(experiment.load(spec, overrides))
+        _known(before[name], before, f"study.first.{name}", problems)
+    for (arm, _), one in runs.items():
+        _known(one, before, f"study.arms.{arm}", problems)
     problems.stop()
-    return Plan(runs, tuple(study.columns), first)
+    return Plan(runs, tuple(study.columns), before)
 
 
-def started_from(one, directory):
-    """Return an experiment whose init.from=@first names the directory of that run."""
-    if one.settings.init.from_ != FIRST:
-        return one
-    init = dataclasses.replace(one.settings.init, from_=str(directory))
-    c = config.without(one.config)
-    c.init["from"] = str(directory)
-    settings = dataclasses.replace(one.settings, init=init)
-    return dataclasses.replace(one, settings=settings, config=c)
+def _known(one, before, what, problems):
+    """Report a run that starts from one that is not among those before it."""
+    for section in FROM:
+        name = one.config.get(section, {}).get("from", "")
+        fault = f"study.first: missing; {what} has {section}.from={name}"
+        if name.startswith("@") and name[1:] not in before and fault not in problems:
+            problems.append(fault)
+
+
+def started_from(one, workdir):
+    """Return an experiment whose `from=@NAME` are the directories WORKDIR/NAME."""
+    c, found = config.without(one.config), False
+    for section in FROM:
+        name = c.get(section, {}).get("from", "")
+        if name.startswith("@"):
+            c[section]["from"], found = str(workdir / name[1:]), True
+    return experiment.read(c) if found else one
 
 
 def run(
@@ -123,13 +138,16 @@ def run(
     workdir = pathlib.Path(workdir)
     guard.writable(workdir, ("study.json", "study.md", "study.png"), ())
     number, count = share
-    before = workdir / "first"
-    if plan.first is not None and number == 1 and not _finished(before):
-        values = loop.run(plan.first, before, name="first", force_unlock=force_unlock)
-        _finish(before, values)
-    while plan.first is not None and not _finished(before):
-        logger.info("  waiting for %s", before)
-        time.sleep(WAIT)
+    home = workdir.resolve()
+    for called, one in plan.first.items():
+        before = workdir / called
+        if number == 1 and not _finished(before):
+            one = started_from(one, home)
+            values = loop.run(one, before, name=called, force_unlock=force_unlock)
+            _finish(before, values)
+        while not _finished(before):
+            logger.info("  waiting for %s", before)
+            time.sleep(WAIT)
     # All arms of a seed before the next seed: what is there can be compared.
     order = sorted(plan.runs, key=lambda run: run[1])
     for i in range(number - 1, len(order), count):
@@ -141,7 +159,7 @@ def run(
             continue
         start = time.perf_counter()
         values = loop.run(
-            started_from(plan.runs[arm, seed], before.resolve()),
+            started_from(plan.runs[arm, seed], home),
             directory,
             name=f"{arm}-{seed}",
             force_unlock=force_unlock,
