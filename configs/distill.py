@@ -26,7 +26,7 @@ One override away:
     --config.objective.patches=0            (the feature of the image alone)
     --config.multicrop.num_local_crops=6
     --config.multicrop.colour=device        (jitter, grey and blur on the accelerator)
-    --config.model.name=hvit                (or resnet, convnext)
+    --config.model.name=resnet
 
 Published results: none; the recipes are ours.
 """

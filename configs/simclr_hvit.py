@@ -10,6 +10,7 @@ Arguments (`--config=configs/simclr_hvit.py:NAME`):
     vit             the demo with a plain ViT
     folder          the demo's network on your own folder of images (data.root), labels
                     or none, at 96 px
+    folder_vit      the same with a plain ViT
     sarcld_small    SAR-CLD-2024, HViT small, 256 px: the documented recipe
     sarcld_xl_448   the recipe of the logged runs: HViT xl, 448 px, wide projector with
                     batch normalisation
@@ -85,8 +86,8 @@ def _vit():
     return c
 
 
-def _folder():
-    c = base.folder(_demo(), epochs=100.0)
+def _folder(c=None):
+    c = base.folder(c or _demo(), epochs=100.0)
     c.augment.size = 96
     c.checkpoint.best = "knn/top1"
     return c
@@ -142,6 +143,7 @@ RECIPES = {
     "smoke": _smoke,
     "vit": _vit,
     "folder": _folder,
+    "folder_vit": lambda: _folder(_vit()),
     "sarcld_small": _published,
     "sarcld_xl_448": _logged,
     "supplement": _supplement,

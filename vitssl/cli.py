@@ -14,7 +14,8 @@ from vitssl import errors
 USAGE = """\
 usage: vitssl COMMAND ...
 
-  train --config=FILE[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
+  train DIR                            train on a folder of images: what fits it
+  train --config=NAME[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
   recipes                              every recipe, and what it needs
   doctor                               what works on this machine, and what to install
   runs [DIR]                           a table of the runs below DIR
@@ -67,12 +68,33 @@ def _unknown(command) -> str:
 
 def _command(name):
     """Return the function of a command; only now is what it needs imported."""
-    found = COMMANDS[name]
+    found = COMMANDS.get(name) or TRAIN[name]
     return importlib.import_module(found).main if isinstance(found, str) else found
 
 
 def _parser(command, text):
     return errors.Parser(f"vitssl {command}", text)
+
+
+def _train(argv):
+    """Train a recipe, or on a folder, which then is one of the words."""
+    plain = [word for word in argv if not word.startswith("-")]
+    recipe = any(word.startswith("--config") and word[8:9] != "." for word in argv)
+    if recipe or not plain or _names_recipe(plain[0]):
+        return _command("recipe")(argv)
+    return _command("folder")(argv)
+
+
+def _names_recipe(word) -> bool:
+    """Return whether a word that is no folder names a recipe: train hjepa:smoke."""
+    from vitssl import config
+
+    if pathlib.Path(word).is_dir():
+        return False
+    try:
+        return bool(config.find(word.partition(":")[0]))
+    except errors.UsageError:
+        return word.endswith(".py")
 
 
 def _recipes(argv):
@@ -178,9 +200,11 @@ def _write(path, text):
     print(f"{decode.printable(path)}: {size:.1f} MB, open it in any browser")
 
 
+# What the command `train` is.
+TRAIN = {"recipe": "vitssl.main", "folder": "vitssl.tools.own"}
 # A module has a function `main`.
 COMMANDS = {
-    "train": "vitssl.main",
+    "train": _train,
     "recipes": _recipes,
     "doctor": _doctor,
     "runs": _runs,

@@ -91,6 +91,30 @@ def read(path, *, channels: int, bounds=()) -> np.ndarray:
     return decode(data, channels=channels, bounds=bounds, name=printable(path))
 
 
+def stored(path) -> np.ndarray | None:
+    """Return the values of an image of more than 8 bits, or of any `.npy`; else None.
+
+    [H, W] or [H, W, C], as they are stored.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    data = contents(path)
+    try:
+        if data[:6] == b"\x93NUMPY":
+            return npy.array(data)
+        if data[:4] == b"\x89PNG" and data[24:25] == b"\x10":
+            return _deep_png(data)
+        if data[128:132] == b"DICM" or data[:3] == b"\xff\xd8\xff":
+            return None
+        with _opened(data) as image:
+            return np.asarray(image) if image.mode[0] in "IF" else None
+    except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
+        raise errors.DataError(
+            f"{printable(path)}: cannot be decoded: {errors.told(e)}"
+        ) from e
+
+
 def contents(path, most: int = MAX_BYTES) -> bytes:
     """Return the bytes of a regular file, of at most so many.
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import pathlib
+import resource
+import sys
 
 import jax
 import numpy as np
@@ -121,6 +124,37 @@ def limit() -> int:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0
+
+
+def free() -> int:
+    """Return the bytes of a device that a run may have now; 0 if unknown.
+
+    Of a CPU, what the machine and its control group have left.
+    """
+    if jax.local_devices()[0].platform != "cpu":
+        return limit()
+    left = [limit()]
+    lines = _read("/proc/meminfo").splitlines()
+    left += [1024 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")]
+    most, used = (_read(f"/sys/fs/cgroup/memory.{k}") for k in ("max", "current"))
+    if most.strip().isdigit() and used.strip().isdigit():
+        left.append(int(most) - int(used))
+    return min(left)
+
+
+def resident() -> int | None:
+    """Return the most bytes this process has had in a CPU's memory; None elsewhere."""
+    if jax.local_devices()[0].platform != "cpu":
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _read(path) -> str:
+    try:
+        return pathlib.Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def table(e: Estimate) -> str:
