@@ -94,12 +94,12 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
 def test_runs_before_the_arms_have_names_and_use_those_before_them(
     tmp_path, monkeypatch
 ):
-    base = _config(tmp_path, a=("init.from=@two",))
+    base = _config(tmp_path, a=("init.from=@student",))
     ran = []
     base.study.first = ml_collections.ConfigDict(
         dict(
-            one=("distill:smoke",),
-            two=("distill:smoke", "teacher.from=@one"),
+            teacher=("distill:smoke",),
+            student=("distill:smoke", "teacher.from=@teacher"),
         )
     )
     plan = study.read(base)
@@ -112,18 +112,18 @@ def test_runs_before_the_arms_have_names_and_use_those_before_them(
 
     monkeypatch.setattr("vitssl.run.loop.run", fake)
     study.run(plan, tmp_path, name="test")
-    one, two = (str(tmp_path.resolve() / name) for name in ("one", "two"))
+    one, two = (str(tmp_path.resolve() / name) for name in ("teacher", "student"))
     assert ran == [
-        ("one", "", "untrained"),
-        ("two", "", one),
+        ("teacher", "", "untrained"),
+        ("student", "", one),
         ("a/seed0", two, ""),
         ("a/seed1", two, ""),
     ]
-    base.study.first.one = ("distill:smoke", "teacher.from=@two")
+    base.study.first.teacher = ("distill:smoke", "teacher.from=@student")
     base.study.first.a = ("distill:smoke",)
     with pytest.raises(errors.UsageError) as caught:
         study.read(base)
-    assert "study.first.one has teacher.from=@two" in str(caught.value)
+    assert "study.first.teacher has teacher.from=@student" in str(caught.value)
     assert "study.first.a: an arm has that name" in str(caught.value)
 
 

@@ -2,12 +2,13 @@
 
 import collections
 import dataclasses
+import pathlib
 
 import numpy as np
 
 from vitssl import errors
 from vitssl.data import decode
-from vitssl.data.sources import folder, layout
+from vitssl.data.sources import folder
 
 SAMPLE = 200  # Images that are read: spread evenly over the sorted list.
 LEAST = 16  # Images to train on.
@@ -143,12 +144,19 @@ def look(root, *, labels: str = "") -> Survey:
 
 def _root(root):
     """Return (folder, its split folders); a lone split is the folder itself."""
-    base = layout.root_of("folder", root, folder.EXPECTED)
+    base, said = pathlib.Path(root).expanduser().absolute(), decode.printable(root)
+    if not base.is_dir():
+        what = "a file" if base.exists() else "no such folder"
+        raise errors.DataError(f"{said}: {what}; give a folder of images")
+    if next(folder.walk(base), None) is None:
+        known = " ".join(sorted(decode.SUFFIXES))
+        raise errors.DataError(f"{said}: no image in it, at any depth ({known})")
     splits = folder.split_folders(base, "auto")
     if len(splits) == 1:
         return base / next(iter(splits.values())), {}
     if splits and "train" not in splits:
-        layout.fail("folder", "splits, but none to train on", base, folder.EXPECTED)
+        names = ", ".join(splits.values())
+        raise errors.DataError(f"{said}: {names}, but no train folder to learn from")
     return base, splits
 
 

@@ -64,6 +64,8 @@ VITS = {
 }
 RATES = {"mini": 1e-3, "ti": 1e-3, "s": 5e-4, "b": 3e-4, "l": 2e-4}
 VIEWS = {"cpu": 40_000, "gpu": 10_000_000, "tpu": 10_000_000}  # Images a run sees.
+# What compiling evaluations and drawing pictures takes of a CPU's memory, at most.
+BESIDE = 3 * 2**28
 ROOM = 0.7  # Share of the memory that is free, which a run may take.
 
 
@@ -215,7 +217,8 @@ def _started(asked, method, spec, sides, trained, found):
             f"{' or '.join(kinds)}, and --model is theirs"
         )
     spec = HVIT[method] if name == "hvit" else CONTINUED.get(method, spec)
-    if len(trained["mean"]) != found.channels and not found.channels == 1:
+    both = {len(trained["mean"]), found.channels}
+    if len(both) > 1 and both != {1, 3}:
         raise errors.UsageError(
             f"--weights={asked.weights}: read {len(trained['mean'])} channel(s), the "
             f"images have {found.channels}"
@@ -380,7 +383,7 @@ def _promised(parts, e: memory.Estimate) -> int:
     side = s.evals.image_size
     pixels = math.prod(side if isinstance(side, tuple) else (side, side))
     images = min(s.evals.cache_bytes, 2 * len(parts.source) * pixels * s.data.channels)
-    return total + 10 * e.batch + images + memory.resident()
+    return total + 10 * e.batch + images + memory.resident() + BESIDE
 
 
 def measured(parts, cost: Cost) -> Cost:
@@ -401,7 +404,8 @@ def measured(parts, cost: Cost) -> Cost:
     seen = (
         len(parts.source) * 1.2
     )  # Bank and test; a forward pass is a third of a step.
-    rounds = 13 if s.evals.every_epochs else 3
+    every = s.evals.every_epochs * parts.run.steps_per_epoch
+    rounds = 3 + (1 + parts.run.total_steps // every if every else 0)
     evaluation = rounds * seen / s.batch_size * step / 3
     return dataclasses.replace(cost, seconds=parts.run.total_steps * step + evaluation)
 

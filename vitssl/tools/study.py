@@ -86,35 +86,44 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     first = study.get("first", {})
     if not isinstance(first, ml_collections.ConfigDict):
         first = {"first": first} if first else {}
-    before = {}
+    before, left = {}, {}
     for name, (spec, *overrides) in first.items():
         if name in study.arms:
             problems.append(f"study.first.{name}: an arm has that name")
-        before[name] = experiment.read(experiment.load(spec, overrides))
-        _known(before[name], before, f"study.first.{name}", problems)
+        left[name] = experiment.read(experiment.load(spec, overrides))
+    while left:  # A ConfigDict keeps no order: each after those that it starts from.
+        ready = [n for n, one in left.items() if before.keys() >= set(_starts(one))]
+        if not ready:
+            for name, one in left.items():
+                _known(one, before, f"study.first.{name}", problems)
+            break
+        before |= {name: left.pop(name) for name in ready}
     for (arm, _), one in runs.items():
         _known(one, before, f"study.arms.{arm}", problems)
     problems.stop()
     return Plan(runs, tuple(study.columns), before)
 
 
+def _starts(one) -> dict:
+    """Return {NAME: section} of the sections with from=@NAME."""
+    froms = ((one.config.get(s, {}).get("from", ""), s) for s in FROM)
+    return {name[1:]: section for name, section in froms if name.startswith("@")}
+
+
 def _known(one, before, what, problems):
     """Report a run that starts from one that is not among those before it."""
-    for section in FROM:
-        name = one.config.get(section, {}).get("from", "")
-        fault = f"study.first: missing; {what} has {section}.from={name}"
-        if name.startswith("@") and name[1:] not in before and fault not in problems:
+    for name, section in _starts(one).items():
+        fault = f"study.first: missing; {what} has {section}.from=@{name}"
+        if name not in before and fault not in problems:
             problems.append(fault)
 
 
 def started_from(one, workdir):
     """Return an experiment whose `from=@NAME` are the directories WORKDIR/NAME."""
-    c, found = config.without(one.config), False
-    for section in FROM:
-        name = c.get(section, {}).get("from", "")
-        if name.startswith("@"):
-            c[section]["from"], found = str(workdir / name[1:]), True
-    return experiment.read(c) if found else one
+    c = config.without(one.config)
+    for name, section in _starts(one).items():
+        c[section]["from"] = str(workdir / name)
+    return experiment.read(c) if _starts(one) else one
 
 
 def run(
