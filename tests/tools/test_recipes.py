@@ -47,7 +47,8 @@ def test_the_overrides_of_every_docstring_are_valid(files):
             words = shlex.split(line.partition("  ")[0])
             given = [w.removeprefix("--config.") for w in words if w != "..."]
             # Configs that only evaluate need a checkpoint, which is the reader's.
-            c = experiment.load(str(file.path), [*given, "init.from=DIR"])
+            taught = ["teacher.from=DIR"] * (file.path.stem == "distill")
+            c = experiment.load(str(file.path), [*taught, *given, "init.from=DIR"])
             if "..." not in words:
                 experiment.read(c)
             count += len(given)
