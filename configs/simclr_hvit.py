@@ -18,8 +18,8 @@ Arguments (`--config=configs/simclr_hvit.py:NAME`):
 All but the first three need --config.data.root=DIR.
 
 One override away:
-    --config.accumulate=4                   (the same loss and gradient, less memory;
-                                            --config.per_device=N sets it by device)
+    --config.accumulate=4                   (the same loss and gradient, less memory)
+    --config.per_device=16                  (the same, by what a device takes at a time)
     --config.objective.loss=infonce         (the loss of the released code)
     --config.freeze.schedule=cubic          (FreezeOut)
     --config.optim.wd_rules='((".*", 1.0),)'    (decay norms and biases, as coded)
