@@ -170,8 +170,10 @@ def test_one_value_stands_for_a_tuple_of_any_length():
 def test_every_recipe_is_valid(path):
     module = config.module(str(path))
     for name in module.RECIPES:
-        # Recipes that only evaluate need a checkpoint, which nobody opens here.
-        c = experiment.load(f"{path}:{name}", ["init.from=DIR"])
+        # Recipes that only evaluate, or distill, need weights; nobody opens them here.
+        c = config.recipe(f"{path}:{name}")
+        needs = ["teacher.from=DIR"] if "teacher" in c else []
+        experiment.apply(c, ["init.from=DIR", *needs])
         if "study" in c:
             from vitssl.tools import study
 
