@@ -172,7 +172,7 @@ def test_every_recipe_is_valid(path):
     for name in module.RECIPES:
         # Recipes that only evaluate, or distill, need weights; nobody opens them here.
         c = config.recipe(f"{path}:{name}")
-        needs = ["teacher.from=DIR"] if "teacher" in c else []
+        needs = ["teacher.from=DIR"] if c.method == "distill" else []
         experiment.apply(c, ["init.from=DIR", *needs])
         if "study" in c:
             from vitssl.tools import study
