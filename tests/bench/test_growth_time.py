@@ -20,7 +20,7 @@ def test_an_order_takes_no_more_bytes_for_a_billion():
 
 
 def test_a_folder_is_opened_twice(monkeypatch):
-    monkeypatch.setattr(growth_time.listing, "SETTLED", 0)
+    monkeypatch.setattr(growth_time.scan, "SETTLED", 0)
     found = growth_time._folder([1500, 3000])
     assert len(found["costs"]) == len(found["again"]) == 2
     assert found["at"]["1000000"] > 0

@@ -10,7 +10,16 @@ from PIL import Image
 
 from tests import runs
 from vitssl import errors
-from vitssl.run import agreement, build, evaluation, experiment, loop, opened, warmstart
+from vitssl.run import (
+    agreement,
+    beginning,
+    build,
+    evaluation,
+    experiment,
+    loop,
+    opened,
+    warmstart,
+)
 
 
 def _paint(root, *paths, value=200):
@@ -39,7 +48,9 @@ def _splits(root, train, val):
 
 @pytest.mark.parametrize("config", ["finetune_vit.py:smoke", "hjepa.py:smoke"])
 def test_splits_without_a_common_class_do_not_start(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(loop, "_first_state", lambda *a: pytest.fail("it would train"))
+    monkeypatch.setattr(
+        beginning, "first_state", lambda *a: pytest.fail("it would train")
+    )
     # As tiny-imagenet is unpacked.
     data = tmp_path / "data"
     _splits(data, ("n01", "n02", "n03", "n04", "n05", "n06", "n07"), ("images",))

@@ -22,7 +22,7 @@ import numpy as np
 from vitssl import errors
 from vitssl.bench import case, clock, count, plain
 from vitssl.data import pipeline
-from vitssl.data.sources import folder, listing
+from vitssl.data.sources import folder, scan
 from vitssl.methods import base
 from vitssl.models import vit
 from vitssl.run import notes, step
@@ -107,7 +107,7 @@ def _folder(counts):
                 if i % 1000 == 0:
                     path.parent.mkdir(parents=True)
                 path.touch()
-            time.sleep(listing.SETTLED)
+            time.sleep(scan.SETTLED)
             both = clock.seconds(
                 lambda root=root: folder.open(root, "train"), 2, time.process_time
             )

@@ -19,6 +19,7 @@ from vitssl import config, disk, errors
 from vitssl.data import pipeline
 from vitssl.run import (
     agreement,
+    beginning,
     build,
     checkpoint,
     devices,
@@ -28,10 +29,9 @@ from vitssl.run import (
     log,
     memory,
     notes,
-    opened,
     phases,
+    record,
     step,
-    warmstart,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def run(
             checkpoint.Checkpoints(workdir, s.checkpoint, per_epoch, reseal)
         )
         stack.enter_context(memory.refusals(parts))
-        state, meta, skipped = _first_state(parts, saves, workdir, name)
+        state, meta, skipped = beginning.first_state(parts, saves, workdir, name)
         writers = None
         if devices.is_main():
             plain = json.loads(config.to_json(experiment.config))
@@ -112,60 +112,6 @@ def _last_words(workdir, held):
             error = f"{type(e).__name__}: {e}"
             log.write_status(workdir, state="failed", error=error)
         raise
-
-
-def _first_state(parts, saves, workdir, name) -> tuple:
-    """Return (state, meta, what init.skip left random): resumed, given or fresh."""
-    s, skipped = parts.experiment.settings, ()
-    found = saves.restore(build.restore_target(parts))
-    state, meta = found or (parts.fresh(), {})
-    at, total = int(state.step), parts.run.total_steps
-    if devices.is_main():
-        log.write_status(
-            workdir, state="starting", step=at, total_steps=total, name=name
-        )
-        if found:
-            _say_changes(workdir / "config.json", parts.experiment.config)
-        record_config(workdir, parts.experiment.config)
-    if found:
-        way_out = "give another --workdir, or the data it was trained on"
-        stored = meta.get("classes")
-        warmstart.same_classes(workdir, stored, parts.source.classes, way_out)
-        done = f"already complete ({at} steps); final evaluation only"
-        if at < total:
-            warmstart.same_order(workdir, meta, len(parts.source), s.data.sampling)
-        on = f"resuming after step {at} of {total}"
-        logger.info("%s", on if at < total else done)
-    elif s.init.from_:
-        past = _past(s.init)
-        warmstart.check_classes(s.init, past, parts.source.classes, state.params)
-        size = parts.experiment.training_size
-        agreement.with_checkpoint(s.init, past, s.data, size, state.params)
-        params, skipped = warmstart.load(s.init, past, state.params)
-        extra = warmstart.statistics(s.init, past, params, state.extra)
-        extra = parts.method.adopt(params, extra)
-        state = state.replace(params=params, extra=extra)
-    elif s.init.wanted:
-        logger.warning("init.from is empty: random weights; %s", s.init.wanted)
-    return state, meta, skipped
-
-
-def _past(init):
-    """Return what `init.from` names.
-
-    Raises:
-        CheckpointError: nothing that can be read; it says what the recipe wants.
-    """
-    try:
-        past = opened.past(init.from_)
-        if past.imported:
-            _ = past.weights  # The header is read now.
-        return past
-    except errors.CheckpointError as e:
-        if not init.wanted:
-            raise
-        told = f"init.from={init.from_}: {e}; {init.wanted}"
-        raise errors.CheckpointError(told) from e
 
 
 class _Loop:
@@ -449,7 +395,7 @@ class _Loop:
         if (self.workdir / "config.json").exists():
             return  # The lock alone was removed.
         self._fault(f"the workdir was removed before step {at}; it was made anew")
-        record_config(self.workdir, self.parts.experiment.config)
+        record.write(self.workdir, self.parts.experiment.config)
         self.saves.reopen()
 
     def _fault(self, text):
@@ -561,31 +507,3 @@ def _next(stream, sharding):
 
 def _first_line(e) -> str:
     return f"{type(e).__name__}: {e}".partition("\n")[0]
-
-
-def record_config(workdir, c) -> None:
-    """Write config.json and versions.json, where they are not there already."""
-    _put(workdir / "config.json", config.to_json(c))
-    _put(workdir / "versions.json", json.dumps(notes.versions(), indent=1))
-
-
-def _put(path, text):
-    """Write a file, unless it has this text: what is not written cannot be torn."""
-    try:
-        if path.read_bytes() == text.encode():
-            return
-    except OSError:
-        pass  # There is none, or it may be written and not read.
-    disk.write(path, text)
-
-
-def _say_changes(path, c) -> None:
-    """Say what changed since the run was started."""
-    try:
-        old = config.from_json(path.read_bytes())
-    except (OSError, ValueError) as e:
-        why = getattr(e, "strerror", "") or e
-        logger.warning("%s: damaged (%s); written anew from this command", path, why)
-        return
-    for line in config.differences(old, c):
-        logger.warning("config changed since this run began: %s", line)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vitssl import errors, ranges
 from vitssl.data import decode
-from vitssl.data.sources import layout, listing, tables
+from vitssl.data.sources import layout, scan, tables
 
 EXPECTED = (
     "ROOT/{train,val,test}/<class>/**/*.jpg, or ROOT/<class>/**/*.jpg, or "
@@ -90,11 +90,11 @@ class Census:
             self.seen[device] |= inodes
 
     def leave_out(self, entry) -> None:
-        """Count a `listing.Entry` that is no image: by its suffix, or what it is."""
+        """Count a `scan.Entry` that is no image: by its suffix, or what it is."""
         suffix = os.path.splitext(entry.name)[1].lower()
-        if entry.kind == listing.SYSTEMS:
+        if entry.kind == scan.SYSTEMS:
             self.out[f"folder(s) {entry.name}"] += 1
-        elif entry.kind == listing.PIPE:
+        elif entry.kind == scan.PIPE:
             self.out["pipe(s) or device(s)"] += 1
         else:
             self.out[suffix or "without a suffix"] += 1
@@ -150,7 +150,7 @@ def walk(folder, *, above=(), census=None):
     here = _identity(folder)
     if here in above:
         return
-    found = listing.read(folder)
+    found = scan.read(folder)
     if found.plain() and (not census or census.all_new(found.inodes, here[0])):
         for entry in found.rest if census else ():
             census.leave_out(entry)
@@ -158,10 +158,10 @@ def walk(folder, *, above=(), census=None):
         return
     for entry in found.entries():
         path = os.path.join(folder, entry.name)
-        if entry.kind == listing.FOLDER:
+        if entry.kind == scan.FOLDER:
             below = walk(path, above=(*above, here), census=census)
             yield from (f"{entry.name}/{path}" for path in below)
-        elif entry.kind != listing.IMAGE:
+        elif entry.kind != scan.IMAGE:
             if census:
                 census.leave_out(entry)
         elif not census or census.first(entry, path, here[0]):
@@ -170,7 +170,7 @@ def walk(folder, *, above=(), census=None):
 
 def folders(path) -> list[str]:
     """Return the names of the sub-folders that hold an image somewhere, sorted."""
-    there = sorted(e.name for e in listing.read(path).rest if e.kind == listing.FOLDER)
+    there = sorted(e.name for e in scan.read(path).rest if e.kind == scan.FOLDER)
     return [name for name in there if any(walk(os.path.join(path, name)))]
 
 
@@ -380,10 +380,10 @@ def _members(base, part, classes, census):
 def _beside(place, known, census):
     """Count what lies in a folder beside the folders of it that are known."""
     above = (_identity(place),)
-    for entry in listing.read(place).entries():
-        if entry.kind == listing.IMAGE:
+    for entry in scan.read(place).entries():
+        if entry.kind == scan.IMAGE:
             census.out["image(s) beside the folders (labels='none' takes all)"] += 1
-        elif entry.kind != listing.FOLDER:
+        elif entry.kind != scan.FOLDER:
             census.leave_out(entry)
         elif entry.name not in known:
             images = sum(

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from vitssl.data import sources
-from vitssl.data.sources import folder, listing
+from vitssl.data.sources import folder, scan
 
 PAST = 1_000_000_000
 
@@ -11,10 +11,10 @@ PAST = 1_000_000_000
 @pytest.fixture
 def reads(monkeypatch):
     """Paths of the folders that are read from the disk, and an empty memory."""
-    seen, read = [], listing._read
-    monkeypatch.setattr(listing, "_read", lambda path: seen.append(path) or read(path))
-    monkeypatch.setattr(listing, "_kept", listing._Kept())
-    monkeypatch.setattr(listing, "SETTLED", -1.0)  # Whatever is new is settled.
+    seen, read = [], scan._read
+    monkeypatch.setattr(scan, "_read", lambda path: seen.append(path) or read(path))
+    monkeypatch.setattr(scan, "_kept", scan._Kept())
+    monkeypatch.setattr(scan, "SETTLED", -1.0)  # Whatever is new is settled.
     return seen
 
 
@@ -62,7 +62,7 @@ def test_a_folder_put_in_the_place_of_another_is_read(tmp_path, reads):
 def test_what_may_still_change_in_the_same_moment_is_read_each_time(
     tmp_path, reads, monkeypatch
 ):
-    monkeypatch.setattr(listing, "SETTLED", 1e6)
+    monkeypatch.setattr(scan, "SETTLED", 1e6)
     _tree(tmp_path, "a/1.png")
     assert _names(tmp_path) == _names(tmp_path) == ["a/1.png"]
     assert len(reads) > len(set(reads))
@@ -79,14 +79,14 @@ def test_links_are_followed_anew_each_time(tmp_path, reads):
 
 
 def test_not_more_is_kept_than_fits(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr(listing, "MOST", 3)
+    monkeypatch.setattr(scan, "MOST", 3)
     _tree(tmp_path, *(f"{c}/{i}.png" for c in "abc" for i in "12"))
     for _ in range(2):
         assert len(_names(tmp_path)) == 6
-    assert listing._kept.images == sum(
-        len(found.inodes) for _, found in listing._kept.of.values()
+    assert scan._kept.images == sum(
+        len(found.inodes) for _, found in scan._kept.of.values()
     )
-    assert listing._kept.images <= 3
+    assert scan._kept.images <= 3
     assert len(reads) > 7
 
 
