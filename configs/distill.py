@@ -28,8 +28,8 @@ One override away:
     --config.multicrop.colour=device        (jitter, grey and blur on the accelerator)
     --config.model.name=resnet
 
-`evidence` (digits, a ViT of 32 x 3 that learns from LocalMIM's of 64 x 7, then 400 steps
-on labels at one untuned rate; top-1 of 359 test images, mean and spread of three seeds,
+`evidence` (digits; a ViT of 32 x 3 learns from LocalMIM's of 64 x 7, then 400 steps
+on labels at one untuned rate; top-1 of 359 test images, mean and spread of 3 seeds,
 which are of the labels: teacher and student were trained once):
     5 labels per class      89.1 +- 2.2 distilled, 60.4 +- 2.9 from scratch
     20 labels per class     94.3 +- 1.4 distilled, 63.5 +- 3.6 from scratch
