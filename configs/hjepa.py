@@ -14,7 +14,8 @@ Arguments (`--config=configs/hjepa.py:NAME`):
                     ImageNet recipes; need --config.data.root=DIR
     folder          your own folder of images (data.root), labels or none: ViT-Ti/8 at
                     96 px, half as deep
-    continue        the same from trained weights of a ViT-B/16 (init.from), at 224 px
+    continue        the same from trained weights of a ViT-B/16 at 224 px (init.from,
+                    such as timm/vit_base_patch16_224.dino)
                     and low rates
     end_to_end      no EMA target, SIGReg instead; demo size
     birds           drawn birds at 48 px, for configs/parts.py:evidence

@@ -17,7 +17,8 @@ Arguments (`--config=configs/localmim.py:NAME`):
                     other sizes of the baseline
     folder          your own folder of images (data.root), labels or none: ViT-Ti/8 at
                     96 px
-    continue        the same from trained weights of a ViT-B/16 (init.from), at 224 px
+    continue        the same from trained weights of a ViT-B/16 at 224 px (init.from,
+                    such as timm/vit_base_patch16_224.mae)
                     and low rates
     debug           nine epochs at a batch of 256
 

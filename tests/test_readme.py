@@ -36,6 +36,10 @@ TESTED = {
     "python -m tests.fuzz": "test_fuzz.py",
     "python -m pytest tests/run/test_lowered.py": "run/test_lowered.py",
     "vitssl bench aot": "bench/test_aot.py",
+    "python -m vitssl.bench growth": "bench/test_growth_time.py",
+    "vitssl freeze-plan": "tools/test_freeze_plan.py",
+    "vitssl train DIR": "tools/test_own.py",
+    "vitssl train --dry_run --on": "bench/test_aot.py",
     "vitssl store": "methods/localmim/test_prefix.py",
 }
 # Timings with a partner of their own (torch), or too long for a test.
@@ -62,7 +66,7 @@ COMMANDS = sorted(set(_commands()))
 def test_a_command_is_valid_or_run_elsewhere(command):
     if command.startswith(UNTESTED):
         return
-    if not command.startswith(TRAIN):
+    if not command.startswith(TRAIN) or any(command.startswith(k) for k in TESTED):
         known = [k for k in TESTED if command.startswith(k)]
         assert known, f"name the test that runs it: {command}"
         assert (runs.ROOT / "tests" / TESTED[known[0]]).exists()

@@ -21,6 +21,9 @@ def main(argv: list[str]) -> int:
     """Run the benchmark argv[0] with the other arguments; return the exit code."""
     from vitssl import errors
 
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__, end="")
+        return 0
     if not argv or argv[0] not in NAMES:
         print(__doc__, file=sys.stderr)
         return errors.UsageError.code

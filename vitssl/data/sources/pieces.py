@@ -15,7 +15,7 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.data import decode
-from vitssl.data.sources import folder, layout
+from vitssl.data.sources import folder, layout, scan
 
 CLASSES = "classes.json"
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -168,7 +168,9 @@ def find(name: str, root, files: str, ends: tuple[str, ...], expected: str) -> P
 def _below(base, ends):
     """Yield every file below a folder that ends so, from the folder on."""
     for at, folders, files in os.walk(base):
-        folders[:] = [f for f in folders if f[0] != "." and f not in folder.SYSTEM]
+        folders[:] = [
+            f for f in folders if f[0] != "." and f.lower() not in scan.SYSTEM
+        ]
         mine = (f for f in files if f[0] != "." and f.lower().endswith(ends))
         yield from (os.path.relpath(os.path.join(at, f), base) for f in mine)
 
