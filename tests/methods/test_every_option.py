@@ -165,7 +165,7 @@ def _first_step(name, *changes, count=1) -> First:
     before, after, opt = jax.device_get((_fresh(name).params, state.params, state.opt))
     moved = jax.tree.map(np.subtract, after, before)
     return First(
-        {k: float(v) for k, v in metrics.items()},
+        {k: float(v) for k, v in dict(metrics).items()},
         {k: v / (1 - parts.optimizer.b1(0)) for k, v in opt.mu.items()},
         tree.flat(moved),
         "rematted_computation" in executable.as_text(),

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import time
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 
 from tests import runs
 from tests.methods import test_every_option
-from tests.run import test_loop
+from tests.run import test_faults, test_loop
 from vitssl import errors
 from vitssl.run import build, evaluation, guard, log, loop, seals
 
@@ -187,8 +189,32 @@ def test_two_thousand_steps_use_no_more_memory_files_or_compilations(
     assert pages_after < 1.02 * pages
 
 
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    short = dict(steps=4, checkpoint__every_epochs=2 / 89)
+    _train(tmp_path / "plain", **short)
+    jump, real = [0.0], time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump[0])
+    _at_step(monkeypatch, 3, lambda: jump.append(jump.pop() - 86400.0))
+    _train(tmp_path / "jumps", **short)
+    assert runs.digest(tmp_path / "jumps", 4) == runs.digest(tmp_path / "plain", 4)
+    assert runs.metrics(tmp_path / "jumps") == runs.metrics(tmp_path / "plain")
+
+
+@pytest.mark.skipif(not test_faults._can_mount(), reason="needs user namespaces")
+def test_a_run_needs_no_network(tmp_path):
+    done = subprocess.run(
+        ["unshare", "-rn", *runs.command(tmp_path, steps=2)],
+        **dict(capture_output=True, text=True, timeout=400, cwd=runs.ROOT),
+        env=runs.environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _status(tmp_path)["state"] == "finished"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", test_every_option.ALL)
+@pytest.mark.parametrize(
+    "name", sorted({"dinov2", "simmim"} ^ {*test_every_option.ALL})
+)
 def test_kill_9_changes_nothing_of_any_method_with_online_evaluation(name, tmp_path):
     config, small = test_every_option.SMALL[name]
     words = [*small.split(), *test_every_option.RUN]
