@@ -67,7 +67,7 @@ def test_the_wheel_trains_predicts_and_converts_from_any_folder(site, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, "commands.json"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
         timeout=600,

@@ -273,8 +273,8 @@ def test_a_phase_prepared_ahead_is_not_compiled_again():
     optimizer = toy.optimizer(method, freeze=(("model/block_0/.*", 0.5),))
     compiled, mesh = _compiler(method, optimizer)
     calls = []
-    original = compiled._program
-    compiled._program = lambda *a: calls.append(a[0]) or original(*a)
+    original = compiled.program
+    compiled.program = lambda *a: calls.append(a[0]) or original(*a)
     first, second = (step.phase_at(method, optimizer, i) for i in (0, 10))
     compiled.get(first, toy.batch())
     compiled.prepare(second, toy.batch())
