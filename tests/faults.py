@@ -123,13 +123,13 @@ def term_while_compiling(_):
     """SIGTERM while the first step compiles."""
     from vitssl.run import step
 
-    program = step.Compiled._program
+    program = step.Compiled.program
 
     def wrapped(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
         return program(self, *args)
 
-    step.Compiled._program = wrapped
+    step.Compiled.program = wrapped
 
 
 def term_in_final(_):
@@ -258,7 +258,7 @@ def out_of_memory(_):
             "RESOURCE_EXHAUSTED: Out of memory allocating 123456789 bytes."
         )
 
-    step.Compiled._program = refuse
+    step.Compiled.program = refuse
 
 
 def broken_evaluation(_):
