@@ -128,9 +128,8 @@ def command(recipe, data, **given):
     file, _, name = recipe.partition(":")
     spec = f"{ROOT}/configs/{file}.py:{name}"
     # Read, so that sizes of 0 are those of training.
-    own = {"teacher.from": "untrained"} if file == "distill" else {}
-    if file == "distill" and "study" in config.recipe(spec):
-        own = {}  # Of a classifier.
+    learns = config.recipe(spec).method == "distill"  # Not what its study trains too.
+    own = {"teacher.from": "untrained"} if learns else {}
     overrides = [f"{k}={v}" for k, v in own.items()]
     c = experiment.read(experiment.load(spec, ["init.from=DIR", *overrides])).config
     given = own | given
@@ -142,8 +141,11 @@ def command(recipe, data, **given):
         changes["study.seeds"] = "(0,)"
         before = c.study.get("first", ())
         if isinstance(before, ml_collections.ConfigDict):
-            for key, spec in before.items():
-                changes[f"study.first.{key}"] = (*first(spec[0], data), *spec[1:])
+            for key, made in before.items():
+                words = first(made[0], data)
+                if "teacher.from=@teacher" in made:  # What the arms start from.
+                    words += (f"model.depth={changes['model.depth']}",)
+                changes[f"study.first.{key}"] = (*words, *made[1:])
         elif before:
             changes["study.first"] = first(before[0], data)
     words = [f"--config.{k}={v}" for k, v in changes.items()]
@@ -168,7 +170,7 @@ def shrunk(c) -> dict:
     if c.get("per_device", 0):
         found["per_device"] = 4  # Two micro-batches, as on fewer devices than theirs.
     if thaw := c.optim.get("thaw", ()):  # Within these two steps.
-        found["optim.thaw"] = tuple((pattern, 0.1) for pattern, _ in thaw)
+        found["optim.thaw"] = tuple((pattern, 0.003) for pattern, _ in thaw)
     if "presence_group" in c.get("objective", {}):
         found["objective.presence_group"] = 1 if c.batch_size == 16 else 4
     found |= _METHODS.get(c.method, _image)(c)
