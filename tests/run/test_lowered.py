@@ -51,7 +51,9 @@ def _small(c) -> dict:
 def _published(path):
     """Yield (name, checked config in small) of the recipes in bfloat16 of a file."""
     for name in config.module(str(path)).RECIPES:
-        c = experiment.load(f"{path}:{name}", ["init.from=DIR"])
+        c = config.recipe(f"{path}:{name}")
+        needs = ["teacher.from=untrained"] if c.method == "distill" else []
+        experiment.apply(c, ["init.from=DIR", *needs])
         if c.precision == "bfloat16":
             c = experiment.read(c).config
             small = _small(c)
