@@ -103,6 +103,8 @@ class Past:
         with seals.reading(state), ocp.Checkpointer(handler) as reader:
             everything = seals.metadata(reader, state)
             stored = {key: everything[key] for key in keys if everything.get(key)}
+            if not stored:
+                return {key: {} for key in keys}
             one = ocp.RestoreArgs(restore_type=np.ndarray)
             want = jax.tree.map(lambda _: one, stored)
             restored = reader.restore(
