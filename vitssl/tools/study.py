@@ -31,7 +31,6 @@ import numpy as np
 from vitssl import config, disk, errors
 from vitssl.run import experiment
 from vitssl.tools import listing
-from vitssl.tools import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
@@ -179,12 +178,15 @@ def run(
 
 
 def _finished(directory) -> bool:
-    return bool(_values(directory))
+    return _values(directory) is not None
 
 
-def _values(directory) -> dict:
-    """Return the values of a finished run, or {}; torn ones are made again."""
-    return workdirs.lenient(directory / "final.json")
+def _values(directory) -> dict | None:
+    """Return the values of a finished run, or None; torn ones are made again."""
+    try:
+        return disk.read(directory / "final.json")
+    except disk.Damaged:
+        return None
 
 
 def _finish(directory, values) -> None:
@@ -199,7 +201,8 @@ def _results(plan, workdir) -> dict:
     missing = 0
     for arm, seed in plan.runs:
         values = _values(workdir / arm / f"seed{seed}")
-        missing += not values
+        missing += values is None
+        values = values or {}
         for column in columns:
             value = values.get(column)
             value = value if isinstance(value, int | float) else None
