@@ -63,8 +63,8 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 49_574, 31_000),
-    "code lines": Row(25_232, 31_629, 20_500),
+    "lines": Row(40_928, 49_579, 31_000),
+    "code lines": Row(25_232, 31_634, 20_500),
     "files": Row(237, 276, 165),
     "files at the top": Row(31, 10),
     "modules with one importer": Row(101, 91, 45),
