@@ -9,7 +9,7 @@ from tests import runs
 from vitssl import errors, main
 from vitssl.data import dataset
 from vitssl.data.sources import wrappers
-from vitssl.run import build, evaluation, experiment, guard
+from vitssl.run import beginning, build, evaluation, experiment, guard
 from vitssl.run import loop as train
 from vitssl.tools import study
 
@@ -25,7 +25,7 @@ def _read(config, *overrides, **options):
 def no_steps(monkeypatch):
     """Fail the test if a run goes on to its first step."""
     monkeypatch.setattr(
-        train, "_first_state", lambda *a, **k: pytest.fail("it would train")
+        beginning, "first_state", lambda *a, **k: pytest.fail("it would train")
     )
 
 
