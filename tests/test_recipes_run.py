@@ -62,19 +62,9 @@ EVERYWHERE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
-    """Compile without most optimizations: these steps are made once or twice.
-
-    On one device: without them every gradient has a collective of its own, and so many
-    at a time wait for each other for ever where there are fewer threads.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 1)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
 @pytest.fixture(autouse=True)

@@ -114,14 +114,8 @@ class First(NamedTuple):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Compile without optimizing: compilation is most of the time here."""
-    compile_, plain = jax.stages.Lowered.compile, {"xla_cpu_use_fusion_emitters": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", lambda self: compile_(self, plain))
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
+def _forget():
+    yield
     for kept in (_first_step, _fresh):
         kept.cache_clear()
 
@@ -156,11 +150,7 @@ def _first_step(name, *changes, count=1) -> First:
         state = jax.device_put(state, parts.compiled.state_sharding(phase))
         with contextlib.closing(parts.stream(0)) as stream:
             batch = devices.put(next(stream), devices.batch_sharding(parts.mesh))
-        # Without optimizations every gradient has a collective of its own, and so many
-        # at a time wait for each other for ever where there are fewer threads.
-        jax.config.update("jax_disable_most_optimizations", count == 1)
         executable = parts.compiled.get(phase, batch)
-        jax.config.update("jax_disable_most_optimizations", True)
         state, metrics = executable(state, batch)
     before, after, opt = jax.device_get((_fresh(name).params, state.params, state.opt))
     moved = jax.tree.map(np.subtract, after, before)
