@@ -10,7 +10,7 @@ from sklearn import datasets, neighbors
 
 from vitssl import errors
 from vitssl.data import sources
-from vitssl.data.sources import folder, mixture, wrappers
+from vitssl.data.sources import folder, layout, mixture, pieces, wrappers
 
 
 def _flat(source):
@@ -33,6 +33,26 @@ def _paint(root, *paths, size=(4, 3)):
 def _names(source):
     """Paths of a folder source, relative to its root."""
     return [os.path.relpath(source.path(i), source.root) for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+    "base, lacks",
+    [
+        (layout.Source, "example"),
+        (layout.Images, "image"),
+        (pieces.Packed, "encoded"),
+        (wrappers.Wrapper, "example"),
+    ],
+)
+def test_a_source_that_says_no_examples_is_not_made(base, lacks):
+    class Half(base):
+        def __init__(self):
+            pass
+
+    with pytest.raises(TypeError, match=f"abstract.*{lacks}"):
+        Half()
+    whole = type("Whole", (Half,), {lacks: lambda self, i: i})
+    assert getattr(whole(), lacks)(3) == 3
 
 
 # --- digits

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vitssl import config
-from vitssl.evals import suite
+from vitssl.evals import evaluator, suite
 
 SECTION = dict(
     image_size=8,
@@ -23,6 +23,14 @@ SECTION = dict(
     probe_epochs=3,
 )
 CLASSES = 3
+
+
+def test_an_evaluator_that_measures_nothing_is_not_made():
+    class Half(evaluator.Evaluator):
+        columns = {"x": ("X", "{}")}
+
+    with pytest.raises(TypeError, match="abstract.*__call__"):
+        Half()
 
 
 def _section(**changes):

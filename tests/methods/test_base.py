@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vitssl.methods import base
+from tests import toy
+from vitssl.methods import base, table
 
 
 @pytest.mark.parametrize("every, due", [(1, range(8)), (3, (2, 5, 7))])
@@ -23,3 +24,21 @@ def test_what_is_dear_is_measured_when_it_is_logged(every, due):
         jnp.ones(5)
     )
     assert slope.shape == (5,)
+
+
+def test_a_method_that_stores_tokens_says_how_they_are_made():
+    class Half(toy.Toy, base.Storing):
+        def boundary(self, live, phase):
+            return 1
+
+        def store_faults(self):
+            return iter(())
+
+    with pytest.raises(TypeError, match="abstract.*frozen_tokens"):
+        Half(run=None)
+
+
+def test_whoever_has_a_boundary_can_make_the_tokens_behind_it():
+    for kind in table.METHODS.values():
+        own = kind.boundary is not base.Method.boundary
+        assert own == issubclass(kind, base.Storing), kind

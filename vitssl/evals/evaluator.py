@@ -1,10 +1,11 @@
 """What an evaluator is: its keys, its numbers and their columns, in one class."""
 
+import abc
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
+class Evaluator(abc.ABC):
     """Measures frozen features; its fields are its keys of the config section `evals`.
 
     To add one: a file with a class like this, and its line in `suite.EVALS`. Keys that
@@ -28,6 +29,7 @@ class Evaluator:
         names = [f.name for f in dataclasses.fields(cls)]
         return cls(**{name: getattr(section, cls.prefix + name) for name in names})
 
+    @abc.abstractmethod
     def __call__(self, bank: dict, query: dict, classes: int) -> dict[str, float]:
         """Return the numbers of `query`; `bank` is what a classifier learns from.
 
@@ -36,7 +38,6 @@ class Evaluator:
                 "tokens" [M, N, D] if they were extracted.
             classes: number of classes.
         """
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """Return how it measures, for the line below the table; "" says nothing."""

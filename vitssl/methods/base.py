@@ -151,29 +151,12 @@ class Method(abc.ABC):
         """Return what `freeze.schedule` freezes; see `freezeout.FreezeOut.layers`."""
         return ()
 
-    # What a method may add to freezing: a store of tokens (`freeze.store`).
+    # What a method may add to freezing: see `Storing`.
 
     def boundary(self, live, phase) -> int:
-        """Return after how many blocks, frozen and all before them, tokens may be kept.
-
-        A method that has this takes `phase.boundary` blocks for granted in `loss`:
-        batch["tokens"] [B, T, D] has their output if it is there, else `frozen_tokens`
-        makes it. Such a batch has "view_seed" uint32 [B, 2], the keys of what the
-        device draws for a row: that must not depend on the step.
-
-        Args:
-            live: names of the parameters that train.
-            phase: as `loss` has it, but for its boundary.
-        """
+        """Return after how many frozen blocks tokens may be kept: none."""
         del live, phase
         return 0
-
-    def frozen_tokens(self, params, batch, phase, first: int, last: int) -> jax.Array:
-        """Return the tokens [B, T, D] after `last` blocks, each row by itself.
-
-        From batch["tokens"] after `first` blocks, or where that is 0 from the view.
-        """
-        raise NotImplementedError
 
     def store_faults(self) -> Iterator[str]:
         """Yield why `freeze.store` cannot be used with these sections."""
@@ -292,7 +275,37 @@ class Method(abc.ABC):
         del params, extra, batch, path
 
 
-class Masked(Method):
+class Storing(Method):
+    """A method whose tokens behind frozen blocks may be kept (`freeze.store`).
+
+    It takes `phase.boundary` blocks for granted in `loss`: batch["tokens"] [B, T, D]
+    has their output if it is there, else `frozen_tokens` makes it. Such a batch has
+    "view_seed" uint32 [B, 2], the keys of what the device draws for a row: that must
+    not depend on the step.
+    """
+
+    @abc.abstractmethod
+    def boundary(self, live, phase) -> int:
+        """Return after how many blocks, frozen and all before them, tokens may be kept.
+
+        Args:
+            live: names of the parameters that train.
+            phase: as `loss` has it, but for its boundary.
+        """
+
+    @abc.abstractmethod
+    def frozen_tokens(self, params, batch, phase, first: int, last: int) -> jax.Array:
+        """Return the tokens [B, T, D] after `last` blocks, each row by itself.
+
+        From batch["tokens"] after `first` blocks, or where that is 0 from the view.
+        """
+
+    @abc.abstractmethod
+    def store_faults(self) -> Iterator[str]:
+        """Yield why tokens cannot be kept with these sections."""
+
+
+class Masked(Storing):
     """A method whose ViT sees some patches of one crop, batch["global"] [B, 1, ...].
 
     It has the sections `model` and `masking`, the property `grid` = (h, w), and its

@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Blocks(layout.Source):
+class Blocks(layout.Images):
     """uint8 images [C, H, W] (or [C, W, H]) in blocks of files, mapped into memory.
 
     What is pickled is the paths, never the pixels: each process maps the files anew.

@@ -67,7 +67,7 @@ def members(split: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Digits(layout.Source):
+class Digits(layout.Images):
     """Scans in memory: images [N, 8, 8, C] and labels [N]."""
 
     images: np.ndarray

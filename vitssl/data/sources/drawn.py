@@ -15,7 +15,7 @@ SPLITS = {"train": "train", "test": "test", "val": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn(layout.Source, abc.ABC):
+class Drawn(layout.Source):
     """The first `count` images of a world; image i is a function of the fields and i.
 
     Keyword fields are the options of the source.

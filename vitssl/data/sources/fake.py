@@ -13,7 +13,7 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fake(layout.Source):
+class Fake(layout.Images):
     """Uniform uint8 noise; image i is a pure function of (seed, split, i)."""
 
     count: int

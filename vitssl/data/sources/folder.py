@@ -26,7 +26,7 @@ _ENCODING = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Files(layout.Source):
+class Files(layout.Images):
     """Image files under `root` with one label each.
 
     The paths are one block of bytes and their ends, not a million strings: quick to

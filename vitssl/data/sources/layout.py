@@ -1,5 +1,6 @@
 """What every source shares: examples, split names, errors that say what was found."""
 
+import abc
 import dataclasses
 import functools
 import logging
@@ -20,7 +21,7 @@ ALIASES = {
 }
 
 
-class Source:
+class Source(abc.ABC):
     """A data set: `len()`, and `[i] -> {"image": uint8 [H, W, C], "label": int}`.
 
     Images with spectral planes are uint16, see `spectral`.
@@ -42,13 +43,21 @@ class Source:
     def __getstate__(self):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
+    @abc.abstractmethod
     def example(self, i: int) -> dict:
         """Return example i, which exists."""
-        return {"image": self.image(i), "label": int(self.labels[i])}
 
+
+class Images(Source):
+    """A source whose examples are an image and its label, nothing else."""
+
+    @abc.abstractmethod
     def image(self, i: int) -> np.ndarray:
         """Return image i, which exists: uint8 [H, W, C]."""
-        raise NotImplementedError
+
+    def example(self, i: int) -> dict:
+        """Return image i and its label."""
+        return {"image": self.image(i), "label": int(self.labels[i])}
 
 
 def split_of(name: str, split: str, known: dict) -> str:

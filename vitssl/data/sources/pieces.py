@@ -3,6 +3,7 @@
 What is written of them as shards elsewhere; see `tar` and `parquet`.
 """
 
+import abc
 import dataclasses
 import glob
 import json
@@ -55,9 +56,9 @@ class Packed(folder.Files):
     piece: np.ndarray
     offset: np.ndarray
 
+    @abc.abstractmethod
     def encoded(self, i: int) -> bytes:
         """Return the bytes of image i as they are stored."""
-        raise NotImplementedError
 
     def image(self, i: int) -> np.ndarray:
         """Return image i, decoded."""

@@ -109,7 +109,8 @@ class Tolerant(Wrapper):
     def __reduce__(self):
         return Tolerant, (self.whole, self.policy, self.share)
 
-    def __getitem__(self, i):
+    def example(self, i: int) -> dict:
+        """Return example i of epoch 0."""
         return self.at(i, 0)
 
     def at(self, i: int, epoch: int) -> dict:

@@ -76,7 +76,7 @@ class StreamHead(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Classify(base.Method):
+class Classify(base.Storing):
     """The method; fields are the sections of its config.
 
     Parameters: "backbone", "head" (with "block_<n>" of head.blocks), and "aux_rgb",
