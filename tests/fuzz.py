@@ -321,6 +321,9 @@ def _dicoms() -> list[bytes]:
     deep = rng.integers(0, 4096, (8, 8)).astype("<u2")
     made.append(radiographs.values(deep, centre=100, width=40, slope=2, intercept=-9))
     made.append(radiographs.values(deep, signed=1, centre=5, width=4, curve="SIGMOID"))
+    made.append(radiographs.jpeg2000(deep))
+    tables = dict(VOILUTSequence=radiographs.lut(range(9)), NumberOfFrames=1)
+    made.append(radiographs.written(deep, **tables))
     return made
 
 

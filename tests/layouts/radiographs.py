@@ -1,7 +1,12 @@
 """SIIM-ACR pneumothorax: DICOM files, raw or with a JPEG inside."""
 
+import io
+
 import cv2
 import numpy as np
+import pydicom
+from PIL import Image
+from pydicom import encaps, uid
 
 from tests.layouts import pictures
 
@@ -74,6 +79,40 @@ def values(pixels, *, stored=12, signed=0, kind=b"MONOCHROME2 ", samples=1, **te
             _element(0x7FE0, 0x0010, b"OW", pixels.tobytes()),
         ]
     )
+
+
+def written(pixels, syntax=uid.ExplicitVRLittleEndian, *, stored=12, **elements):
+    """Return a DICOM of uint16 [H, W], or of frames, as pydicom writes it."""
+    ds = pydicom.Dataset()
+    ds.Rows, ds.Columns = pixels.shape[-2:]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, stored, stored - 1
+    ds.PixelRepresentation, ds.PixelData = 0, pixels.tobytes()
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.file_meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    out = io.BytesIO()
+    pydicom.dcmwrite(out, ds, enforce_file_format=True)
+    return out.getvalue()
+
+
+def jpeg2000(pixels):
+    """Return a DICOM of uint16 [H, W] with a JPEG 2000 inside, without loss."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG2000", no_jp2=True)
+    packed = encaps.encapsulate([out.getvalue()])
+    return written(pixels, uid.JPEG2000Lossless, stored=16, PixelData=packed)
+
+
+def lut(values, first=0, bits=8):
+    """Return the sequence of a table that begins with the value `first`."""
+    item = pydicom.Dataset()
+    item.LUTDescriptor = [len(values), first, bits]
+    item.LUTData = np.array(values, "<u2").tobytes()
+    return [item]
 
 
 def radiograph(number):

@@ -56,6 +56,7 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
 
     Raises:
         DataError: not an image, truncated, too large, or of other channels.
+        UsageError: a package that reads it is not installed.
     """
     try:
         if not data:
@@ -67,7 +68,8 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
         if channels not in (1, 3):
             raise ValueError(f"only .npy and TIFF files can give {channels} channels")
         if data[128:132] == b"DICM":
-            return _channels(dicom.decode(data, MAX_PIXELS), channels)
+            grey = dicom.decode(data, MAX_PIXELS, _opened)
+            return _channels(grey, channels)
         if data[:3] == b"\xff\xd8\xff":
             image = _jpeg(data, channels)
             if image is not None:
@@ -75,6 +77,8 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
         if bounds and data[:4] == b"\x89PNG" and data[24:25] == b"\x10":
             return _channels(_scaled(_deep_png(data), bounds), channels)
         return _pillow(data, channels, bounds)
+    except errors.UsageError as e:
+        raise errors.UsageError(f"{name}: {e}") from e
     except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
         # PIL names its buffer where a file has a name.
         what = re.sub(r" <_io\.BytesIO.*?>", "", errors.told(e))

@@ -1,53 +1,68 @@
 """Grey DICOM files: what their values mean, as a radiologist's screen shows them.
 
-Source: DICOM PS3.5, sections 7 and 8; PS3.3, C.7.6.3, C.11.1 and C.11.2.
+pydicom (extra [dicom]) reads the file; what becomes black and white is decided here.
+
+Source: DICOM PS3.5, section 8; PS3.3, C.7.6.3, C.11.1 and C.11.2.
 """
 
 import io
-import struct
+from collections.abc import Callable
 
-import cv2
 import numpy as np
-from PIL import Image
 
-_IMPLICIT = "1.2.840.10008.1.2"
-_RAW = (_IMPLICIT, "1.2.840.10008.1.2.1")
-_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
-# Kinds of values with a long length.
-_LONG = (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT")
-_SYNTAX, _PIXELS, _ITEM = (0x0002, 0x0010), (0x7FE0, 0x0010), (0xFFFE, 0xE000)
-_SAMPLES, _PHOTOMETRIC = (0x0028, 0x0002), (0x0028, 0x0004)
-_ROWS, _COLUMNS = (0x0028, 0x0010), (0x0028, 0x0011)
-_ALLOCATED, _STORED, _SIGNED = (0x0028, 0x0100), (0x0028, 0x0101), (0x0028, 0x0103)
-_CENTRE, _WIDTH, _CURVE = (0x0028, 0x1050), (0x0028, 0x1051), (0x0028, 0x1056)
-_INTERCEPT, _SLOPE = (0x0028, 0x1052), (0x0028, 0x1053)
+from vitssl import errors
+
+_RAW = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
+# JPEG of eight bits, JPEG 2000 without and with loss: what Pillow decodes.
+_PACKED = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 90, 91))
+_SIZE = ("Rows", "Columns")
+_LUTS = ("ModalityLUTSequence", "VOILUTSequence")
+_NUMBERS = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth")
+_READ = (
+    *_SIZE,
+    *_LUTS,
+    *_NUMBERS,
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "NumberOfFrames",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "VOILUTFunction",
+    "PixelData",
+)
 _MOST = 1e12  # Of a number in a file.
-_UNDEFINED, _END_OF_SEQUENCE = 0xFFFFFFFF, b"\xfe\xff\xdd\xe0\0\0\0\0"
 
 
-def decode(data: bytes, most: int) -> np.ndarray:  # -> uint8 [H, W, 1]
-    """Decode little-endian grey pixels, raw or JPEG, of one frame and 8 or 16 bits.
+def decode(data: bytes, most: int, opened: Callable) -> np.ndarray:
+    """Decode grey pixels of 8 or 16 bits, raw, JPEG or JPEG 2000: uint8 [H, W, 1].
 
-    Values are rescaled and seen through the first window of the file; without one all
-    that the stored bits can hold becomes 0..255. MONOCHROME1 (white is 0) is inverted.
+    Values are rescaled by slope and intercept, or by the modality LUT, then seen
+    through the file's first VOI LUT, or else its first window. Without one all that
+    the stored bits can hold becomes 0..255. MONOCHROME1 (white is 0) is inverted. Of
+    several frames it is the first.
 
     Args:
         data: of the file.
         most: pixels.
+        opened: encoded image -> Pillow's, of which only the header is read, and judged.
 
     Raises:
+        UsageError: pydicom is not installed.
         ValueError: not such a file, or damaged.
     """
-    found = dict(_elements(data))
-    kind = _text(found, _PHOTOMETRIC, "MONOCHROME2")
-    if _whole(found, _SAMPLES, 1) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+    ds = _read(data, _READ)
+    kind = str(ds.setdefault("PhotometricInterpretation", "MONOCHROME2").value)
+    grey = kind in ("MONOCHROME1", "MONOCHROME2")
+    if ds.setdefault("SamplesPerPixel", 1).value != 1 or not grey:
         raise ValueError(f"a DICOM of {kind}; only grey ones are read")
-    allocated = _whole(found, _ALLOCATED)
-    stored = _whole(found, _STORED, allocated)
+    allocated = _whole(ds, "BitsAllocated")
+    stored = _whole(ds, "BitsStored", allocated)
     if allocated not in (8, 16) or not 1 <= stored <= allocated:
         raise ValueError(f"{stored} bits stored in {allocated}; want 1 to 8, 16 in 16")
-    image = _values(found, allocated, most)
-    table = _table(found, stored, _whole(found, _SIGNED, 0))
+    signed = _whole(ds, "PixelRepresentation", 0)
+    image, table = _values(ds, most, opened), _table(ds, stored, signed)
     table = 255 - table if kind == "MONOCHROME1" else table
     out = np.empty(image.shape, np.uint8)
     for row, into in zip(image, out, strict=True):  # A row at a time: indices are long.
@@ -60,62 +75,91 @@ def size(data: bytes) -> tuple[int, int]:
     """Return (rows, columns) of a file, its pixels unread.
 
     Raises:
-        ValueError, KeyError: not such a file.
+        UsageError: pydicom is not installed.
+        ValueError: not such a file.
     """
-    found = {tag: value for tag, value in _elements(data) if tag in (_ROWS, _COLUMNS)}
-    if len(found) < 2:
-        raise ValueError("a DICOM without rows and columns")
-    return _whole(found, _ROWS), _whole(found, _COLUMNS)
+    ds = _read(data, _SIZE)
+    return _whole(ds, "Rows"), _whole(ds, "Columns")
 
 
-def _values(found, allocated, most):  # -> unsigned integers [H, W]
-    """Return the pixels as they are stored."""
-    rows, columns = _whole(found, _ROWS), _whole(found, _COLUMNS)
+def _read(data, names):
+    """Return the dataset of a file with no more than some elements in it."""
+    try:
+        import pydicom
+        from pydicom import filereader
+    except ImportError as e:
+        raise errors.UsageError(
+            "DICOM files need pydicom: pip install 'vitssl[dicom]'"
+        ) from e
+    # Of a syntax that deflates, pydicom would unpack whatever there is.
+    head = io.BytesIO(data)
+    head.seek(132)
+    only = dict(is_implicit_VR=False, is_little_endian=True)
+    meta = filereader.read_dataset(
+        head, **only, stop_when=lambda tag, *_: tag.group > 2
+    )
+    syntax = pydicom.uid.UID(str(meta.get("TransferSyntaxUID") or "missing"))
+    if syntax not in (*_RAW, *_PACKED):
+        known = "" if syntax.name == syntax else f"{syntax.name}, "
+        raise ValueError(
+            f"transfer syntax {known}{syntax} is not supported; save it uncompressed "
+            "(Explicit VR Little Endian), say by `dcmdjpeg` or `gdcmconv --raw`"
+        )
+    tags = [pydicom.datadict.tag_for_keyword(name) for name in names]
+    return pydicom.dcmread(io.BytesIO(data), specific_tags=tags)
+
+
+def _past_the_head(tag, *_) -> bool:
+    return tag.group > 2
+
+
+def _values(ds, most, opened) -> np.ndarray:  # [H, W]
+    """Return the pixels of the first frame as they are stored, unsigned."""
+    from pydicom import encaps, pixels
+
+    rows, columns = _whole(ds, "Rows"), _whole(ds, "Columns")
     if not 1 <= rows * columns <= most:
         raise ValueError(f"{rows} rows x {columns} columns; want 1 to {most} pixels")
-    syntax, pixels = _text(found, _SYNTAX), _needed(found, _PIXELS)
-    if syntax in _JPEG:
-        with Image.open(io.BytesIO(pixels), formats=("JPEG",)) as image:
+    if not ds.get("PixelData"):
+        raise ValueError("it has no element (7FE0,0010)")
+    if ds.file_meta.TransferSyntaxUID in _PACKED:
+        frames = max(1, int(ds.get("NumberOfFrames") or 1))
+        frame = encaps.get_frame(ds.PixelData, 0, number_of_frames=frames)
+        with opened(frame) as image:
             if image.size != (columns, rows):
-                raise ValueError(f"the JPEG inside is not {columns} x {rows}")
-        raw = np.frombuffer(pixels, np.uint8)
-        image = cv2.imdecode(raw, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
-        if image is None:
-            raise ValueError("the JPEG inside does not decode")
-        return image
-    if syntax not in _RAW:
-        raise ValueError(f"transfer syntax {syntax} is not supported")
-    kind = np.uint8 if allocated == 8 else np.dtype("<u2")
-    return np.frombuffer(pixels, kind, rows * columns).reshape(rows, columns)
+                raise ValueError(f"the image inside is not {columns} x {rows}")
+    found = pixels.pixel_array(ds, index=0, raw=True)
+    return found.view(f"u{found.itemsize}")
 
 
-def _table(found, stored, signed):  # -> uint8 [2**stored]
+def _table(ds, stored, signed) -> np.ndarray:  # uint8 [2**stored]
     """Return the grey of every value that the stored bits can hold."""
     values = np.arange(1 << stored)
     if signed:  # The highest bit is the sign.
         values = values - ((values >> stored - 1) << stored)
-    values = _rescaled(found, values)
-    ends = np.array([values.min(), values.max()])
     with np.errstate(over="ignore"):  # Of a steep sigmoid.
-        share = _windowed(found, values, ends).clip(0, 1)
+        share = _shown(ds, *_rescaled(ds, values)).clip(0, 1)
     return (share * 255 + 0.5).astype(np.uint8)
 
 
-def _rescaled(found, values):
-    return values * _number(found, _SLOPE, 1.0) + _number(found, _INTERCEPT, 0.0)
+def _rescaled(ds, values):
+    """Return values in the file's unit, and the ends that are black and white."""
+    if ds.get("ModalityLUTSequence"):
+        return _looked_up(ds.ModalityLUTSequence[0], values)
+    values = values * _number(ds, "RescaleSlope", 1.0)
+    values = values + _number(ds, "RescaleIntercept", 0.0)
+    return values, (values.min(), values.max())
 
 
-def _windowed(found, values, ends):
-    """Return values as shares of white, in [0, 1] or beyond.
-
-    Args:
-        ends: the values that are black and white without a window.
-    """
-    width = _number(found, _WIDTH, 0.0)
-    if _CENTRE not in found or width <= 0:
-        return (values - ends.min()) / (np.ptp(ends) or 1)
-    centre = _number(found, _CENTRE, 0.0)
-    curve = _text(found, _CURVE, "LINEAR")
+def _shown(ds, values, ends):
+    """Return values as shares of white, in [0, 1] or beyond."""
+    width = _number(ds, "WindowWidth", 0.0)
+    centre = _number(ds, "WindowCenter", np.nan)
+    if ds.get("VOILUTSequence"):
+        values, ends = _looked_up(ds.VOILUTSequence[0], values)
+    if ds.get("VOILUTSequence") or np.isnan(centre) or width <= 0:
+        return (values - ends[0]) / ((ends[1] - ends[0]) or 1)
+    curve = str(ds.get("VOILUTFunction") or "LINEAR")
     if curve == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (values - centre) / width))
     if curve == "LINEAR_EXACT":
@@ -124,68 +168,29 @@ def _windowed(found, values, ends):
     return (values - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
 
 
-def _whole(found, tag, default=None) -> int:
-    if tag not in found and default is not None:
-        return default
-    return struct.unpack("<H", _needed(found, tag)[:2])[0]
+def _looked_up(item, values):
+    """Return what a table makes of values, and the ends of what it can hold."""
+    _, first, bits = (int(x) for x in item.LUTDescriptor)
+    data = item.LUTData
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.array(data)
+    if not table.size or not 1 <= bits <= 16:
+        raise ValueError(f"a LUT of {table.size} values of {bits} bits")
+    place = np.clip(np.rint(values) - first, 0, table.size - 1).astype(np.int64)
+    return table[place].astype(np.float64), (0, (1 << bits) - 1)
 
 
-def _needed(found, tag) -> bytes:
-    if tag not in found:
-        raise ValueError("it has no element ({:04X},{:04X})".format(*tag))
-    return found[tag]
+def _whole(ds, name, default=None) -> int:
+    value = ds.get(name)
+    if value is None and default is None:
+        raise ValueError(f"it has no element {name}")
+    return int(ds.setdefault(name, default).value)
 
 
-def _text(found, tag, default="") -> str:
-    """Return the first value of a text."""
-    text = found.get(tag, default.encode()).decode("ascii", "replace")
-    return text.split("\\")[0].strip("\0 ")
-
-
-def _number(found, tag, default: float) -> float:
-    value = float(_text(found, tag) or default)
-    if not abs(value) < _MOST:
-        raise ValueError("element ({:04X},{:04X}) is {}".format(*tag, value))
+def _number(ds, name, default: float) -> float:
+    """Return the first value of an element."""
+    found = ds.get(name)
+    first = found if isinstance(found, float | int | str | None) else found[0]
+    value = float(default if first in (None, "") else first)
+    if abs(value) >= _MOST:
+        raise ValueError(f"element {name} is {value:g}")
     return value
-
-
-def _elements(data):
-    """Yield (tag, value bytes) of the top level, up to the pixels."""
-    at, syntax = 132, b""
-    while at + 8 <= len(data):
-        tag = struct.unpack_from("<HH", data, at)
-        meta = tag[0] == 0x0002
-        implicit = not meta and syntax.rstrip(b"\0 ") == _IMPLICIT.encode()
-        length, at = _length(data, at, implicit)
-        if length == _UNDEFINED:
-            if tag == _PIXELS:
-                yield tag, _fragments(data, at)
-                return
-            at = data.index(_END_OF_SEQUENCE, at) + len(_END_OF_SEQUENCE)
-            continue
-        value = data[at : at + length]
-        if tag == _SYNTAX:
-            syntax = value
-        yield tag, value
-        at += length
-        if tag == _PIXELS:
-            return
-
-
-def _length(data, at, implicit):
-    """Return (length of the value, where it starts)."""
-    if implicit:
-        return struct.unpack_from("<I", data, at + 4)[0], at + 8
-    if data[at + 4 : at + 6] in _LONG:
-        return struct.unpack_from("<I", data, at + 8)[0], at + 12
-    return struct.unpack_from("<H", data, at + 6)[0], at + 8
-
-
-def _fragments(data, at):
-    """Return the joined fragments of encapsulated pixels, without the offset table."""
-    parts = []
-    while struct.unpack_from("<HH", data, at) == _ITEM:
-        (size,) = struct.unpack_from("<I", data, at + 4)
-        parts.append(data[at + 8 : at + 8 + size])
-        at += 8 + size
-    return b"".join(parts[1:])

@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import shutil
-import struct
 import sys
 import zlib
 from collections.abc import Mapping
@@ -173,8 +172,10 @@ def _one(partial, file, runs, folders) -> None:
     try:
         shape = dicom.size(file.read_bytes())
         drawn = siim_acr.lesions(runs, shape)
-    except (KeyError, ValueError, struct.error) as e:
-        raise errors.DataError(f"siim_acr: {file}: {e}") from e
+    except errors.UsageError:
+        raise
+    except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
+        raise errors.DataError(f"siim_acr: {file}: {errors.told(e)}") from e
     _whole(mask, cv2.imencode(".png", 255 * drawn)[1].tobytes())
 
 
