@@ -1,5 +1,6 @@
 """Faults a run must survive, or end from with its exit code and one clear message."""
 
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import filelock
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from tests import runs
 from tests.run import test_loop
 from vitssl import disk, errors
 from vitssl.run import build, devices, guard, log, loop
+from vitssl.tools import doctor
 
 
 def test_one_nan_is_skipped_and_counted(tmp_path):
@@ -109,6 +112,18 @@ def test_the_lock_of_a_dead_process_is_no_lock(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 9
     with guard.lock(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_gone_on_with_and_doctor_says_so(
+    tmp_path, monkeypatch
+):
+    def refuse(fd, **_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock, "lock_descriptor", refuse)
+    with guard.lock(tmp_path), guard.lock(tmp_path):
+        pass
+    assert "no file locks here" in doctor.writing(tmp_path)[-1].text
 
 
 def test_data_problems_end_with_3(tmp_path):

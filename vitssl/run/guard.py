@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import filelock
 import jax
 from jax.experimental import multihost_utils
 
@@ -26,6 +27,10 @@ FOLDERS = ("checkpoints", "pictures")
 def lock(workdir, force: bool = False):
     """Hold WORKDIR/lock.json, an OS lock that dies with its process; yield a `Lock`.
 
+    On NFS the server keeps it, so that runs on other hosts see it. A file system that
+    has no locks (NFS mounted "nolock", Lustre without "flock") gives none, and the run
+    goes on without: `vitssl doctor` says so.
+
     Raises:
         UsageError: the directory cannot be written, or another live run holds it.
     """
@@ -38,7 +43,11 @@ def lock(workdir, force: bool = False):
 
 
 class Lock:
-    """The lock of a workdir, which somebody may remove together with its folder."""
+    """The lock of a workdir, which somebody may remove together with its folder.
+
+    `filelock.FileLock` would hide the file, which says who holds it, and whose loss is
+    to be noticed: of filelock it is the lock of an open file.
+    """
 
     def __init__(self, workdir: pathlib.Path, force: bool = False):
         self._workdir, self._force, self._handle = workdir, force, None
@@ -68,8 +77,7 @@ class Lock:
             ) from e
         if not _take(handle) and not self._force:
             with handle:
-                handle.seek(0)
-                who = ascii(handle.read(200).strip())[1:-1]
+                who = _holder(handle)
             raise errors.UsageError(
                 f"--workdir={workdir}: in use by a live run ({who}); give another, or "
                 "end that run (--force_unlock ignores this)"
@@ -130,15 +138,18 @@ def writable(workdir, files=FILES, folders=FOLDERS) -> None:
 
 
 def _take(handle) -> bool:
-    import fcntl
-
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return filelock.lock_descriptor(handle.fileno(), blocking=False)
     except OSError:  # Some network file systems have no locks; go on without.
         return True
-    return True
+
+
+def _holder(handle) -> str:
+    try:
+        handle.seek(0)
+        return ascii(handle.read(200).strip())[1:-1]
+    except OSError:  # Windows lets nobody else read what is locked.
+        return "of another process"
 
 
 class Signals:

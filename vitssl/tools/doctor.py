@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 import time
 
+import filelock
+
 from vitssl import config
 
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
@@ -292,11 +294,8 @@ def writing(workdir) -> list[Finding]:
 
 
 def _locks(path) -> bool:
-    import fcntl
-
     with path.open("w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return filelock.lock_descriptor(f.fileno(), blocking=False)
         except OSError:
             return False
-    return True
