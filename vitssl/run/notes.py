@@ -1,10 +1,14 @@
 """The start-up print: versions, devices, data, sizes, parameters."""
 
+import collections
+import dataclasses
 import importlib.metadata
 import platform
+import re
 import subprocess
 
 import jax
+from clu import parameter_overview
 
 from vitssl import sizes, tree
 from vitssl.optim import optimizer as optim
@@ -76,32 +80,56 @@ def start(built, params, name, workdir) -> str:
     return "\n".join([*lines, *parameter_table(params, optimizer)])
 
 
+@dataclasses.dataclass
+class _Row:
+    """A module in the table of parameters."""
+
+    module: str
+    parameters: str
+    trains: str
+    decays: str
+    note: str
+
+
 def parameter_table(params, optimizer: optim.Optimizer) -> list[str]:
     """Return lines: parameters per module, what trains, decays and freezes."""
-    rows, at_first = {}, optimizer.frozen(0)
+    modules = collections.defaultdict(dict)
     for name, leaf in tree.flat(params).items():
-        head = histograms.module(name)
-        row = rows.setdefault(head, [0, 0, 0, set(), set()])
-        first_frozen = optimizer.frozen_from.get(name)
-        row[0] += leaf.size
-        row[1] += leaf.size if name not in at_first else 0
-        row[2] += leaf.size if optimizer.wd_factor[name] else 0
-        if first_frozen is not None:
-            row[3].add(first_frozen)
-        if name in optimizer.frozen_until:
-            row[4].add(optimizer.frozen_until[name])
-    total = tree.size(params)
-    trained = sum(r[1] for r in rows.values())
-    lines = [f"  parameters {total:,}, {trained:,} trained at the start"]
-    width = max(map(len, rows))
-    for head, (count, trains, decays, frozen, until) in rows.items():
-        note = f"frozen from step {sorted(frozen)}  " if frozen else ""
-        note += f"frozen until step {sorted(until)}" if until else ""
-        lines.append(
-            f"    {head:<{width}} {count:>12,}  trains {_share(trains, count):>4}  "
-            f"decays {_share(decays, count):>4}  {note}".rstrip()
+        modules[histograms.module(name)][name] = leaf
+    idle = optimizer.frozen(0)
+    trained = tree.size({k: x for k, x in tree.flat(params).items() if k not in idle})
+    rows = [
+        _row(name, modules[name], idle, optimizer) for name in sorted(modules, key=_key)
+    ]
+    noted = any(row.note for row in rows)
+    columns = [f.name for f in dataclasses.fields(_Row) if f.name != "note" or noted]
+    table = parameter_overview.make_table(rows, column_names=columns)
+    return [
+        f"  parameters {tree.size(params):,}, {trained:,} trained at the start",
+        *(f"    {line}" for line in table.splitlines()),
+    ]
+
+
+def _row(name, leaves, idle, optimizer) -> _Row:
+    """Return what is said of the leaves of a module."""
+    count = tree.size(leaves)
+    trains = tree.size({k: x for k, x in leaves.items() if k not in idle})
+    decays = tree.size({k: x for k, x in leaves.items() if optimizer.wd_factor[k]})
+    notes = [
+        f"frozen {which} step {sorted({steps[k] for k in leaves if k in steps})}"
+        for which, steps in (
+            ("from", optimizer.frozen_from),
+            ("until", optimizer.frozen_until),
         )
-    return lines
+        if steps.keys() & leaves.keys()
+    ]
+    shares = _share(trains, count), _share(decays, count)
+    return _Row(name, f"{count:>12,}", *shares, "  ".join(notes))
+
+
+def _key(name: str) -> list:
+    """Return a key by which block_2 comes before block_10."""
+    return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
 
 def _share(part, whole) -> str:
