@@ -17,7 +17,8 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import ml_collections
@@ -28,10 +29,10 @@ from vitssl import disk, errors, ranges
 OPEN = "data.options"
 
 
-class Problems(list):
+class Problems(list[str]):
     """Faults found so far; raised together."""
 
-    def stop(self):
+    def stop(self) -> None:
         """Raise UsageError if there is any."""
         if self:
             raise errors.UsageError("config:\n  " + "\n  ".join(self))
@@ -54,7 +55,9 @@ def recipe(spec: str) -> ml_collections.ConfigDict:
         raise errors.UsageError(f"--config={spec}: {e}") from e
 
 
-def override(c, overrides: Sequence[str], problems: Problems) -> None:
+def override(
+    c: ml_collections.ConfigDict, overrides: Sequence[str], problems: Problems
+) -> None:
     """Apply "key.path=value" texts to a config; what does not fit is reported."""
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -79,7 +82,7 @@ def module(path: str) -> types.ModuleType:
     """
     file = find(path)
     found = importlib.util.spec_from_file_location(file.stem, file)
-    if found is None:
+    if found is None or found.loader is None:
         raise errors.UsageError(f"--config={path}: not a Python file")
     made = importlib.util.module_from_spec(found)
     try:
@@ -126,7 +129,7 @@ def beside(path: str, name: str) -> types.ModuleType:
     return module(str(pathlib.Path(path).with_name(f"{name}.py")))
 
 
-def files(folder) -> list[pathlib.Path]:
+def files(folder: disk.AnyPath) -> list[pathlib.Path]:
     """Return the config files of a folder, by name, without what only helps them."""
     found = sorted(pathlib.Path(folder).glob("*.py"))
     return [p for p in found if _defines_config(p)]
@@ -195,7 +198,7 @@ def _replace(parent, leaf, key, value, problems):
         parent[leaf] = value
 
 
-def without(c, *keys: str) -> ml_collections.ConfigDict:
+def without(c: ml_collections.ConfigDict, *keys: str) -> ml_collections.ConfigDict:
     """Return a deep copy of a config without some of its keys."""
     copy = ml_collections.ConfigDict(c.to_dict())
     for key in keys:
@@ -215,7 +218,13 @@ def unknown(key: str, known: Sequence[str]) -> str:
     return f"no such key; there is: {', '.join(sorted(known))}"
 
 
-def section(cls, values, path: str, problems: Problems, **given):
+def section(
+    cls: type,
+    values: Mapping | ml_collections.ConfigDict,
+    path: str,
+    problems: Problems,
+    **given: Any,
+) -> Any:
     """Build the dataclass or linen module `cls` from a config section.
 
     Args:
@@ -263,7 +272,7 @@ def _field(key: str) -> str:
     return f"{key}_" if keyword.iskeyword(key) else key
 
 
-def schema(cls) -> dict:
+def schema(cls: type) -> dict[str, tuple[Any, Any]]:
     """Return {key: (annotation, default)} of a dataclass or linen module.
 
     The default of a key that a config must have is `dataclasses.MISSING`.
@@ -280,13 +289,13 @@ def schema(cls) -> dict:
     return own
 
 
-def fill(c: ml_collections.ConfigDict, cls) -> None:
+def fill(c: ml_collections.ConfigDict, cls: type) -> None:
     """Add to a section the keys of `cls` that have a default and are not there.
 
     What is there gets the type that is wanted: 9 becomes 9.0, one value a tuple of it.
     """
     for key, (annotation, default) in schema(cls).items():
-        if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             if key not in c and default is not dataclasses.MISSING:
                 c[key] = ml_collections.ConfigDict()
             if isinstance(c.get(key), ml_collections.ConfigDict):
@@ -300,9 +309,9 @@ def fill(c: ml_collections.ConfigDict, cls) -> None:
                     c[key] = found
 
 
-def typed(annotation, value, path, problems):
+def typed(annotation: Any, value: Any, path: str, problems: Problems) -> Any:
     """Return `value` as `annotation` wants it, or report it at `path`."""
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return section(annotation, value, path, problems)
     if fault := ranges.fault(annotation, value):
         problems.append(f"{path}={value!r}: {fault}")
@@ -310,7 +319,7 @@ def typed(annotation, value, path, problems):
     return ranges.convert(annotation, value)
 
 
-def choose(table: dict, name, path: str, problems: Problems):
+def choose(table: Mapping[str, Any], name: Any, path: str, problems: Problems) -> Any:
     """Return table[name], or report the names there are."""
     if isinstance(name, str) and name in table:
         return table[name]
@@ -320,7 +329,7 @@ def choose(table: dict, name, path: str, problems: Problems):
     return None
 
 
-def to_json(c) -> str:
+def to_json(c: Mapping | ml_collections.ConfigDict) -> str:
     """Return the resolved config as JSON text; the only form that is ever read back."""
     return json.dumps(_plain(c), indent=2, sort_keys=False) + "\n"
 
@@ -350,7 +359,9 @@ def from_json(text: str | bytes) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(tuples(disk.parse(text)))
 
 
-def differences(a, b, path="") -> Iterator[str]:
+def differences(
+    a: ml_collections.ConfigDict, b: ml_collections.ConfigDict, path: str = ""
+) -> Iterator[str]:
     """Yield "key: old -> new" for every value in which two configs differ."""
     for key in sorted(set(a) | set(b)):
         where = f"{path}{key}"
@@ -369,6 +380,6 @@ def folder_fault(name: str) -> str:
     return "" if len(name.encode()) <= 200 else "want at most 200 bytes"
 
 
-def describes(cls) -> str:
+def describes(cls: type) -> str:
     """Return the first line of a section's docstring."""
     return (inspect.getdoc(cls) or "").partition("\n")[0]

@@ -8,9 +8,12 @@ import errno
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 
 from vitssl import errors
 
+# What names a file or a folder.
+AnyPath = str | os.PathLike[str]
 # What a file system says of itself, not of us.
 _STATES = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "EFBIG")
 _ROOM = ("EMFILE", "ENFILE", "ENOTCONN", "ETIMEDOUT", "ENAMETOOLONG", "ENOENT")
@@ -22,7 +25,7 @@ class Damaged(ValueError):  # noqa: N818 - a state, which callers judge.
 
 
 @contextlib.contextmanager
-def faults(place):
+def faults(place: AnyPath) -> Iterator[None]:
     """Turn what a file system refuses into one line.
 
     Args:
@@ -42,7 +45,7 @@ def faults(place):
         ) from e
 
 
-def write(path, text: str) -> None:
+def write(path: AnyPath, text: str) -> None:
     """Replace a file by `text`: who reads sees all of the old one, or of the new one.
 
     Raises:
@@ -58,7 +61,7 @@ def write(path, text: str) -> None:
         raise OSError(e.errno, e.strerror, str(path)) from e
 
 
-def read(path) -> dict:
+def read(path: AnyPath) -> dict:
     """Return the JSON object in a file.
 
     Raises:
@@ -91,7 +94,7 @@ def parse(raw: bytes | str) -> dict:
     return value
 
 
-def aside(path, why: str) -> pathlib.Path:
+def aside(path: AnyPath, why: str) -> pathlib.Path:
     """Rename a file or folder so that it is in nobody's way; return its new path.
 
     Args:

@@ -6,6 +6,8 @@ anything else is a bug of ours and keeps its traceback (exit code 1).
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class VitsslError(Exception):
@@ -56,7 +58,7 @@ class Preempted(VitsslError):  # noqa: N818 - an event, not a fault.
     code = 75
 
 
-def told(e, most: int = 300) -> str:
+def told(e: object, most: int = 300) -> str:
     """Return what an exception, or a text out of a file, says: one line, not long.
 
     Libraries quote what they read, and that may be anything.
@@ -71,16 +73,16 @@ def told(e, most: int = 300) -> str:
 class Parser(argparse.ArgumentParser):
     """A command line whose faults are one line, and whose help stands as written."""
 
-    def __init__(self, prog: str, description: str = "", **options):
+    def __init__(self, prog: str, description: str = "", **options: Any):
         form = argparse.RawDescriptionHelpFormatter
         options = {"formatter_class": form} | options
         super().__init__(prog=prog, description=description, **options)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message} ({self.prog} --help)")
 
 
-def exit_code(command, *arguments) -> int:
+def exit_code(command: Callable[..., int], *arguments: Any) -> int:
     """Return what a command returns, or the code of its error, which is printed."""
     if hasattr(sys.stdout, "reconfigure"):  # Names may be no text of the terminal's.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -58,7 +58,7 @@ Count = Annotated[int, Range(1)]
 OrNone = Annotated[int, Range(0)]  # 0 is none, all or off, as the key says.
 
 
-def in_order(section, *keys: str) -> Iterator[str]:
+def in_order(section: object, *keys: str) -> Iterator[str]:
     """Yield what is wrong with pairs (smallest, largest) of a section."""
     for key in keys:
         low, high = getattr(section, key)
@@ -66,7 +66,7 @@ def in_order(section, *keys: str) -> Iterator[str]:
             yield f"{key}={(low, high)}: smallest <= largest"
 
 
-def fault(annotation, value) -> str:
+def fault(annotation: Any, value: Any) -> str:
     """Return what is wrong with a value for an annotation, or "".
 
     One value stands for a tuple of one, where any number of them is wanted; an int for
@@ -77,9 +77,9 @@ def fault(annotation, value) -> str:
         found = fault(args[0], value)
         return found or "".join(str(r) for r in args[1:] if value not in r)
     if origin in _UNIONS:
-        found = [fault(arg, value) for arg in args]
-        near = [text for text in found if not text.startswith("want ")]
-        return "" if "" in found else (near or [_want(annotation)])[0]
+        each = [fault(arg, value) for arg in args]
+        near = [text for text in each if not text.startswith("want ")]
+        return "" if "" in each else (near or [_want(annotation)])[0]
     if origin is tuple:
         return _tuple_fault(annotation, args, value)
     if origin is Literal:
@@ -97,7 +97,7 @@ def fault(annotation, value) -> str:
     return "" if right else _want(annotation)
 
 
-def beyond(value) -> str:
+def beyond(value: Any) -> str:
     """Return why a number, or one inside of a value, cannot be computed with, or ""."""
     if isinstance(value, dict):
         value = tuple(value.values())
@@ -130,14 +130,14 @@ def _want(annotation) -> str:
     return f"want {describe(annotation)}"
 
 
-def is_one_of_several(annotation, value) -> bool:
+def is_one_of_several(annotation: Any, value: Any) -> bool:
     """Return whether a value is no tuple, but stands for one of the tuple wanted."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     alone = origin is tuple and args[1:] == (Ellipsis,)
     return alone and not isinstance(value, tuple | list) and not fault(args[0], value)
 
 
-def convert(annotation, value):
+def convert(annotation: Any, value: Any) -> Any:
     """Return a value without fault as its annotation has it."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -152,7 +152,7 @@ def convert(annotation, value):
     return float(value) if annotation is float else value
 
 
-def describe(annotation) -> str:
+def describe(annotation: Any) -> str:
     """Return what a key of this type accepts, in words."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:

@@ -7,7 +7,8 @@ Size = int | tuple[int, int]
 
 def pair(size: Size) -> tuple[int, int]:
     """Return (height, width)."""
-    return tuple(size) if isinstance(size, tuple | list) else (size, size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def aspect(size: Size) -> float:
@@ -23,9 +24,8 @@ def written(size: Size) -> str:
 
 def whole(size: Size, patch: int) -> Size:
     """Return the largest size of whole patches, at least one, inside a size."""
-    if isinstance(size, int):
-        return max(patch, size // patch * patch)
-    return tuple(whole(side, patch) for side in size)
+    height, width = (max(patch, side // patch * patch) for side in pair(size))
+    return height if isinstance(size, int) else (height, width)
 
 
 def faults(size: Size, patch: int, key: str = "model.patch") -> Iterator[str]:

@@ -40,7 +40,8 @@ def site(tmp_path_factory):
 
 def test_the_wheel_carries_configs_the_batch_script_and_types(site):
     names = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
-    assert {"vitssl/py.typed", "vitssl/launch/slurm.sbatch"} <= names
+    assert {"vitssl/py.typed", "vitssl/__init__.pyi"} <= names
+    assert "vitssl/launch/slurm.sbatch" in names
     assert "vitssl/run/accelerators/h200.json" in names
     wanted = {p.relative_to(runs.ROOT) for p in (runs.ROOT / "configs").glob("*.py")}
     assert {f"vitssl/{path.as_posix()}" for path in wanted} <= names

@@ -10,7 +10,7 @@ once, or named in the error.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import einops
@@ -41,13 +41,13 @@ class Rule:
     pattern: str = ""
     sizes: tuple[tuple[str, int], ...] = ()
 
-    def to_flax(self, x):
+    def to_flax(self, x: np.ndarray) -> np.ndarray:
         """Return a tensor of the state dict in our layout."""
         if not self.pattern:
             return x
         return einops.rearrange(x, self.pattern, **dict(self.sizes))
 
-    def to_torch(self, x):
+    def to_torch(self, x: np.ndarray) -> np.ndarray:
         """Return a leaf of ours in the layout of the state dict."""
         if not self.pattern:
             return x
@@ -124,10 +124,11 @@ def views(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> dict:
     Raises:
         CheckpointError: as `convert`.
     """
-    want, filled, origin, faults = tree.flat(like), {}, {}, _Faults()
+    want, filled, faults = tree.flat(like), {}, _Faults()
+    origin: dict[str, str] = {}
     for key in state:
         rule, name = table.forward(key)
-        if name not in want:  # Known to the table is not enough.
+        if name is None or name not in want:  # Known to the table is not enough.
             if not table.ignores(key):
                 faults.surplus.append(key if name is None else f"{key} (-> {name})")
         elif name in filled:
@@ -136,9 +137,9 @@ def views(state: Mapping[str, np.ndarray], like: Tree, table: Table) -> dict:
             filled[name] = _fit(key, state[key], rule, name, want[name], faults)
             origin[name] = key
     for name in [name for name in want if name not in filled]:
-        _, key = table.backward(name)
+        _, known = table.backward(name)
         faults.missing.append(
-            f"{name} (no rule)" if key is None else f"{name} (<- {key})"
+            f"{name} (no rule)" if known is None else f"{name} (<- {known})"
         )
     faults.raise_if_any()
     return {name: filled[name] for name in want}
@@ -150,10 +151,11 @@ def by_name(state: Mapping[str, np.ndarray], table: Table) -> dict:
     Raises:
         CheckpointError: naming every key no rule knows, and leaves filled twice.
     """
-    made, origin, faults = {}, {}, _Faults()
+    made, faults = {}, _Faults()
+    origin: dict[str, str] = {}
     for key, value in state.items():
         rule, name = table.forward(key)
-        if rule is None:
+        if rule is None or name is None:
             if not table.ignores(key):
                 faults.surplus.append(key)
             continue
@@ -180,7 +182,7 @@ def export(params: Tree, table: Table) -> dict[str, np.ndarray]:
     state, faults = {}, _Faults()
     for name, leaf in tree.flat(params).items():
         rule, key = table.backward(name)
-        if rule is None:
+        if rule is None or key is None:
             faults.nameless.append(name)
         else:
             state[key] = np.ascontiguousarray(rule.to_torch(np.asarray(leaf)))
@@ -195,7 +197,7 @@ class Misfit(errors.CheckpointError):
         surplus: keys that have no place.
     """
 
-    def __init__(self, message: str, surplus=()):
+    def __init__(self, message: str, surplus: Iterable[str] = ()):
         super().__init__(message)
         self.surplus = tuple(surplus)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from vitssl import config, errors, ranges, sizes, tree
+from vitssl import config, disk, errors, ranges, sizes, tree
 from vitssl.convert import beside, reader, safetensors
 from vitssl.models import MODELS, patches
 
@@ -73,7 +73,7 @@ class Backbone:
     about: About
     leaves: Mapping[str, np.ndarray]
 
-    def module(self, **fields):
+    def module(self, **fields: Any) -> Any:
         """Return the linen module, with some fields changed (a `models.Backbone`).
 
         Raises:
@@ -175,7 +175,7 @@ class Encode:
     std: tuple[float, ...]
     pool: str
 
-    def __call__(self, variables, image) -> dict:
+    def __call__(self, variables: Mapping, image: Any) -> dict[str, Any]:
         """Return pooled [B, D] and patch tokens [B, N, D] of images [B, H, W, C]."""
         x = patches.normalise(image, self.mean, self.std)
         found = self.module.apply(variables, x, method="features")
@@ -185,23 +185,23 @@ class Encode:
 _READS = r".*patch_embed/kernel|(.*/)?(encoder|backbone)/(conv1|stem)/kernel"
 
 
-def reads(leaves) -> list[str]:
+def reads(leaves: Iterable[str]) -> list[str]:
     """Return the names of the kernels that read pixels."""
     return [name for name in leaves if re.fullmatch(_READS, name)]
 
 
-def channels(leaves) -> int:
+def channels(leaves: Mapping[str, Any]) -> int:
     """Return the channels of an image: of both streams, if there are two."""
     return sum(leaves[k].shape[2] for k in reads(leaves))
 
 
-def is_backbone(path) -> bool:
+def is_backbone(path: disk.AnyPath) -> bool:
     """Return whether a path is a file or a folder of this format, by its name."""
     path = pathlib.Path(path)
     return path.suffix == ".safetensors" or (path / FILE).is_file()
 
 
-def read(path) -> Backbone:
+def read(path: disk.AnyPath) -> Backbone:
     """Return the weights of a file, or of a folder with `weights.safetensors`.
 
     Arrays are read-only views of the file.
@@ -240,7 +240,9 @@ def _faults(about) -> list[str]:
     return found + [f"pool={about.pool}"] * (about.pool not in _POOLS)
 
 
-def write(path, backbone: Backbone, sha256=None) -> pathlib.Path:
+def write(
+    path: disk.AnyPath, backbone: Backbone, sha256: Callable[[], str] | None = None
+) -> pathlib.Path:
     """Write weights as float32, two arrays at a time; return the file.
 
     Args:
@@ -301,7 +303,7 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     return x
 
 
-def digest(*paths) -> str:
+def digest(*paths: disk.AnyPath) -> str:
     """Return the sha256 of a file, in hexadecimal; of several, one after the other."""
     found = hashlib.sha256()
     for path in paths:
@@ -311,7 +313,13 @@ def digest(*paths) -> str:
     return found.hexdigest()
 
 
-def write_card(file: pathlib.Path, source: Backbone, layout, snippet, digested=True):
+def write_card(
+    file: pathlib.Path,
+    source: Backbone,
+    layout: str,
+    snippet: str,
+    digested: bool = True,
+) -> None:
     """Write the model card of a file beside it, see `card_of`.
 
     Args:
@@ -397,7 +405,7 @@ def describe(about: About) -> str:
     return json.dumps({"format": FORMAT, **_plain(dataclasses.asdict(about))})
 
 
-def contiguous(x) -> np.ndarray:
+def contiguous(x: Any) -> np.ndarray:
     """Return an array as float32 in C order; transposes go block by block.
 
     numpy walks the whole source once per column of a large transpose, past every

@@ -188,12 +188,12 @@ def check_activation(facts: Mapping[str, Fact]) -> None:
     )
 
 
-def guess(key: str, value, why: str) -> str:
+def guess(key: str, value: Any, why: str) -> str:
     """Return the line that says that a value is a guess, and which flag decides."""
     return f"{GUESSED} {key}={_text(value)} ({why}); --{key}=... says it"
 
 
-def same(a, b) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Return whether two values agree; one number stands for one of every channel."""
     a, b = (list(x) if isinstance(x, list | tuple) else [x] for x in (a, b))
     if len(set(map(str, a))) == 1 or len(set(map(str, b))) == 1:
@@ -209,7 +209,7 @@ def same(a, b) -> bool:
     )
 
 
-def facts_of(about) -> dict[str, str]:
+def facts_of(about: Any) -> dict[str, str]:
     """Return the entries of a safetensors header that say a `backbone.About`."""
     model = about.model
     said = dict(mean=about.mean, std=about.std, pool=about.pool, rule=about.rule)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vitssl import convert, errors, sizes, tree
+from vitssl import convert, disk, errors, sizes, tree
 from vitssl.convert import (
     backbone,
     beside,
@@ -47,7 +47,9 @@ class Export:
     hub: dict = dataclasses.field(default_factory=dict)
 
 
-def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
+def write(
+    source: backbone.Backbone, to: disk.AnyPath, layout: str = "timm"
+) -> pathlib.Path:
     """Write a backbone in a layout, with its model card beside it; return the file.
 
     Args:
@@ -80,7 +82,7 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
         backbone.check_finite(name, array)
     file.parent.mkdir(parents=True, exist_ok=True)
     if layout == "bigvision":
-        np.savez(file, **made.arrays)
+        np.savez(file, allow_pickle=False, **made.arrays)
     else:
         metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
         safetensors.write(file, made.arrays, metadata | beside.facts_of(source.about))
@@ -94,7 +96,7 @@ def write(source: backbone.Backbone, to, layout: str = "timm") -> pathlib.Path:
     return file
 
 
-def file_of(to, layout: str) -> pathlib.Path:
+def file_of(to: disk.AnyPath, layout: str) -> pathlib.Path:
     """Return the file that `write` writes.
 
     Raises:

@@ -9,6 +9,7 @@ same names; `whole` tells the config that gives them features, and `to_parts` an
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ FAMILIES = {f.name: f for f in ORDER}
 
 
 def find(
-    contents,
+    contents: Any,
     name: str = "auto",
     part: str = "",
     options: family.Options | None = None,
@@ -206,7 +207,7 @@ def _kept(state, strip, ignore, notes) -> dict:
     Raises:
         UsageError: there is no such key.
     """
-    patterns = {name: [] for name in ignore}
+    patterns: dict[str, list[str]] = {name: [] for name in ignore}
     for key in state:
         short = family.short_name(key, strip)
         for name, keys in patterns.items():

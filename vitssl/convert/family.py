@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -115,7 +115,7 @@ def encoder_and_head(table: Table, head: str = "head") -> Table:
     return Table(vit_names.linear(head, "head")) + rules
 
 
-def stripped(state: Mapping, prefixes) -> dict:
+def stripped(state: Mapping, prefixes: Iterable[str]) -> dict:
     """Return the state with prefixes taken off every key, in their order.
 
     Raises:
@@ -129,7 +129,7 @@ def stripped(state: Mapping, prefixes) -> dict:
     return found
 
 
-def short_name(key: str, prefixes) -> str:
+def short_name(key: str, prefixes: Iterable[str]) -> str:
     """Return a key without prefixes, taken off in their order."""
     for prefix in prefixes:
         key = key.removeprefix(prefix)
@@ -191,7 +191,7 @@ def geometry(state: Mapping, names: Mapping[str, str], options: Options) -> dict
     return fields
 
 
-def add_zero_bias(state: dict, keys, notes: list) -> None:
+def add_zero_bias(state: dict, keys: Iterable[str], notes: list) -> None:
     """Add biases that a model does without, as zeros: the same numbers.
 
     The state is changed in place, and `notes` told.

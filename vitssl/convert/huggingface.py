@@ -89,7 +89,8 @@ def fuse(state: Mapping) -> dict:
     Raises:
         CheckpointError: one of the three is missing.
     """
-    out, groups = {}, {}
+    out: dict[str, np.ndarray] = {}
+    groups: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for key, value in state.items():
         if match := _ONE.fullmatch(key):
             head, which, kind = match.groups()

@@ -111,7 +111,7 @@ def table(depths: tuple[int, ...], flax: str = "backbone/") -> Table:
 
 def depths(state: Mapping, stream: str = "rgb") -> tuple[int, ...]:
     """Return the number of blocks of every stage."""
-    found = {}
+    found: dict[int, int] = {}
     for key in state:
         parts = key.split(".")
         if parts[0] == f"{stream}_stages" and parts[2] == "blocks":

@@ -8,8 +8,9 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
-from vitssl import config, convert, errors, sizes
+from vitssl import config, convert, disk, errors, sizes
 from vitssl.convert import (
     backbone,
     beside,
@@ -27,7 +28,7 @@ _RULES = typing.get_args(positions.Rule)
 
 
 def read(
-    path,
+    path: disk.AnyPath,
     *,
     name: str = "auto",
     part: str = "",
@@ -50,7 +51,8 @@ def read(
         UsageError: no such family or part, or an option is missing or impossible.
     """
     path = shards.file_of(path)
-    options, notes = options or family.Options(), []
+    options = options or family.Options()
+    notes: list[str] = []
     said = beside.flags(options)
     found = shards.read(path)
     if backbone.KEY in found.metadata:
@@ -379,7 +381,7 @@ def _aside(state, table) -> list[str]:
     A group is the shortest prefix, cut at a dot, of which no key is used.
     """
     out = set(convert.left_aside(state, table))
-    used, groups = set(), collections.Counter()
+    used, groups = set(), collections.Counter[str]()
     for key in set(state) - out:
         parts = key.replace("/", ".").split(".")
         used |= {tuple(parts[:n]) for n in range(1, len(parts) + 1)}
@@ -435,7 +437,7 @@ def _adapt(leaves, fields, one, options, notes):
     return leaves, fields | {"image_size": size}
 
 
-def channels(kernel, count: int) -> np.ndarray:
+def channels(kernel: npt.ArrayLike, count: int) -> np.ndarray:
     """Return a patch embedding [p, p, C, D] for `count` channels.
 
     One channel: the sum, so that grey pixels give what they gave as three equal

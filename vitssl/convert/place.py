@@ -3,12 +3,13 @@
 import contextlib
 import pathlib
 import shutil
+from collections.abc import Iterator
 
-from vitssl import errors
+from vitssl import disk, errors
 from vitssl.data import decode
 
 
-def file_in(to, name: str) -> pathlib.Path:
+def file_in(to: disk.AnyPath, name: str) -> pathlib.Path:
     """Return the file to write: `to` itself if it ends as `name` does, else in it.
 
     Raises:
@@ -47,7 +48,7 @@ def check(file: pathlib.Path, flag: str, size: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def reading(kind: type[errors.VitsslError]):
+def reading(kind: type[errors.VitsslError]) -> Iterator[None]:
     """Turn faults of the file system that nothing else told into one line.
 
     Args:
@@ -63,7 +64,7 @@ def reading(kind: type[errors.VitsslError]):
 
 
 @contextlib.contextmanager
-def writing(flag: str, to):
+def writing(flag: str, to: disk.AnyPath) -> Iterator[None]:
     """Turn faults of the file system into one line that names the flag.
 
     Raises:

@@ -5,10 +5,12 @@ another image size applies the family's own rule once and stores the result, so 
 the numbers are the original's whatever that rule was.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import einops
 import numpy as np
+import numpy.typing as npt
 
 from vitssl import errors
 from vitssl.models import posemb
@@ -18,7 +20,7 @@ from vitssl.models import posemb
 Rule = Literal["antialias", "plain", "offset", "corners"]
 
 
-def resample(table, prefix: int, new: int, rule: Rule) -> np.ndarray:
+def resample(table: npt.ArrayLike, prefix: int, new: int, rule: Rule) -> np.ndarray:
     """Return a position table for a square grid of another size.
 
     Args:
@@ -76,7 +78,7 @@ def side(count: int) -> int:
     return n
 
 
-def prefix(rows: int, candidates) -> int:
+def prefix(rows: int, candidates: Iterable[int]) -> int:
     """Return how many of `rows` belong to no patch: the first that leaves a square.
 
     Raises:

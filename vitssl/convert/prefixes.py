@@ -2,7 +2,7 @@
 
 import collections
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def chosen(state: Mapping, found: Mapping) -> str:
     )
 
 
-def told(raw: Mapping, plain: Mapping, prefix: str, strip) -> list[str]:
+def told(raw: Mapping, plain: Mapping, prefix: str, strip: Sequence[str]) -> list[str]:
     """Return the lines that say what was taken off, and what lies outside.
 
     Args:

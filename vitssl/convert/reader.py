@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vitssl import errors
+from vitssl import disk, errors
 from vitssl.convert import reader_torch, safetensors
 from vitssl.data import npy
 
@@ -32,7 +32,7 @@ class Weights:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def read(path) -> Weights:
+def read(path: disk.AnyPath) -> Weights:
     """Return what a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` file holds.
 
     Raises:
@@ -56,12 +56,12 @@ def read(path) -> Weights:
     raise errors.CheckpointError(f"{path}: want a file that ends in {' '.join(KINDS)}")
 
 
-def state_dicts(tree, path: str = "") -> dict[str, dict[str, np.ndarray]]:
+def state_dicts(tree: Any, path: str = "") -> dict[str, dict[str, np.ndarray]]:
     """Return {path: {key: array}} of every dict that holds arrays, outermost first.
 
     A training checkpoint holds several: "model", "teacher", "target_encoder".
     """
-    found = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     if not isinstance(tree, dict):
         return found
     arrays = {str(k): v for k, v in tree.items() if isinstance(v, np.ndarray)}

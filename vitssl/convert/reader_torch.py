@@ -9,6 +9,7 @@ import mmap
 import pathlib
 import struct
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _LEGACY = b"\x80"  # A bare pickle, as torch wrote until 1.6.
 _LOCAL = struct.Struct("<4sHHHHHLLLHH")  # Header of a record, before its name.
 
 
-def read(path: pathlib.Path):
+def read(path: pathlib.Path) -> Any:
     """Return the object of a file of `torch.save` of PyTorch 1.6 or newer.
 
     Nested dicts, lists, tuples, numbers, texts and read-only numpy arrays; bfloat16 as

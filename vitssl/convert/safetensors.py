@@ -13,13 +13,13 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from vitssl import errors
+from vitssl import disk, errors
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -36,10 +36,11 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def read(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read(path: disk.AnyPath) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return ({name: array}, metadata) of a file.
 
     Arrays are read-only views of the file: nothing is read until it is used.
@@ -90,7 +91,9 @@ def _strange(path, name, kind) -> str:
     return f"{path}: {name}: dtype {kind}; want {', '.join(DTYPES)}{scales}"
 
 
-def write(path, arrays: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+def write(
+    path: disk.AnyPath, arrays: Mapping, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write {name: array} and texts for the header, whole or not at all.
 
     Raises:
@@ -104,7 +107,13 @@ def write(path, arrays: Mapping, metadata: Mapping[str, str] | None = None) -> N
     write_lazily(path, shapes, ((n, arrays[n]) for n in order(shapes)), metadata)
 
 
-def write_lazily(path, shapes, items: Iterable, metadata=None, last=None) -> None:
+def write_lazily(
+    path: disk.AnyPath,
+    shapes: Shapes,
+    items: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+    last: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
     """Write arrays one by one as an iterable makes them.
 
     Args:
@@ -139,7 +148,7 @@ def write_lazily(path, shapes, items: Iterable, metadata=None, last=None) -> Non
         temporary.unlink(missing_ok=True)
 
 
-def order(shapes: Mapping) -> list[str]:
+def order(shapes: Shapes) -> list[str]:
     """Return the names in the order of the file: wide dtypes first, then by name."""
     return sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name))
 

@@ -7,7 +7,7 @@ FOLDER is what timm and transformers save, or the cache of a hub around it. An i
 import json
 import pathlib
 
-from vitssl import errors
+from vitssl import disk, errors
 from vitssl.convert import reader
 
 _INDEX = ".index.json"
@@ -20,7 +20,7 @@ _NAMES = (
 )
 
 
-def file_of(path) -> pathlib.Path:
+def file_of(path: disk.AnyPath) -> pathlib.Path:
     """Return the file of weights, or of an index, that a path means.
 
     Raises:
@@ -78,8 +78,8 @@ def read(file: pathlib.Path) -> reader.Weights:
     """
     if not file.name.endswith(_INDEX):
         return reader.read(file)
-    places, found, metadata = _places(file), {}, {}
-    shards = {}
+    places, found, shards = _places(file), {}, {}
+    metadata: dict[str, str] = {}
     for name in sorted(set(places.values())):
         shards[name] = reader.read(file.parent / name)
         metadata |= shards[name].metadata

@@ -3,12 +3,12 @@
 from vitssl import convert
 
 
-def norm(torch, flax):
+def norm(torch: str, flax: str) -> tuple[convert.Rule, ...]:
     """Return the rules of a LayerNorm."""
     return (convert.Rule(f"{torch}.weight", f"{flax}/scale"), bias(torch, flax))
 
 
-def linear(torch, flax):
+def linear(torch: str, flax: str) -> tuple[convert.Rule, ...]:
     """Return the rules of a linear layer."""
     return (
         convert.Rule(f"{torch}.weight", f"{flax}/kernel", convert.LINEAR),
@@ -16,7 +16,7 @@ def linear(torch, flax):
     )
 
 
-def bias(torch, flax):
+def bias(torch: str, flax: str) -> convert.Rule:
     """Return the rule of a bias."""
     return convert.Rule(f"{torch}.bias", f"{flax}/bias")
 

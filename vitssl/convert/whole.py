@@ -14,6 +14,8 @@ from vitssl.convert import cnn_names, family, huggingface, timm_names
 from vitssl.data import modalities
 from vitssl.methods.latent_mim import names, network
 
+Pixels = tuple[float, ...]  # Of every channel.
+
 
 def _config(method: str, image_size: int, mean, std, **sections) -> dict:
     """Return a config of a method, with what every config must have."""
@@ -52,7 +54,9 @@ def _config(method: str, image_size: int, mean, std, **sections) -> dict:
     )
 
 
-def parts(state: Mapping, options: family.Options, mean, std, notes: list) -> dict:
+def parts(
+    state: Mapping, options: family.Options, mean: Pixels, std: Pixels, notes: list
+) -> dict:
     """Return the config of part discovery of a state dict, after its `prepare`."""
     two = any(key.startswith("stage_2.") for key in state)
     cut = "stage_1." if two else ""
@@ -109,7 +113,9 @@ def parts_classes(state: Mapping) -> int:
     return 0
 
 
-def olmoearth(state: Mapping, options: family.Options, mean, std, notes) -> dict:
+def olmoearth(
+    state: Mapping, options: family.Options, mean: Pixels, std: Pixels, notes: list
+) -> dict:
     """Return the config of latent masked modelling of a state dict."""
     del mean, std  # Every sensor has a table of its own.
     sensors = names.sensors(state)

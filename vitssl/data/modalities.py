@@ -268,7 +268,7 @@ def arrange(name: str, x: np.ndarray, bands: Iterable[str]) -> np.ndarray:
 
 def places(kind: Modality, bands: Iterable[str]) -> dict[int, int]:
     """Return {place in `bands`: channel} of those that have a name; see `arrange`."""
-    found = {}
+    found: dict[int, int] = {}
     for i, band in enumerate(bands):
         if not band:
             continue
@@ -286,8 +286,15 @@ def places(kind: Modality, bands: Iterable[str]) -> dict[int, int]:
     return found
 
 
-def normalise_sensors(raw: Mapping, *, bands: Mapping = {}, nodata=None) -> dict:  # noqa: B006
+def normalise_sensors(
+    raw: Mapping, *, bands: Mapping = {}, nodata: float | None = None
+) -> dict:  # noqa: B006
     """Return raw values as the features of an OlmoEarth import take them.
+
+        load = vitssl.load("olmoearth-nano")
+        raw = {"sentinel2_l2a": dn, "timestamps": dates}  # [B, H, W, T, c], [B, T, 3]
+        names = {"sentinel2_l2a": ("B02", "B03", "B04", "B08")}
+        load(vitssl.normalise_sensors(raw, bands=names))["pooled"]
 
     Args:
         raw: {modality: [..., c]} in the sensors' own units: digital numbers of

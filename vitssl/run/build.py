@@ -9,6 +9,8 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.data import pipeline
+from vitssl.data.sources import layout
+from vitssl.methods import base
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices, experiment, feed, step
 
@@ -27,11 +29,11 @@ class Parts:
         abstract: shapes of the state at a step.
     """
 
-    experiment: object
-    source: object
-    method: object
+    experiment: experiment.Experiment
+    source: layout.Source
+    method: base.Method
     optimizer: optim.Optimizer
-    run: object
+    run: base.Run
     mesh: jax.sharding.Mesh
     compiled: step.Compiled
 

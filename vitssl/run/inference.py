@@ -24,7 +24,7 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors, sizes, tree
+from vitssl import disk, errors, sizes, tree
 from vitssl.convert import backbone, beside, positions, safetensors
 from vitssl.methods import base
 from vitssl.models import hybrid_vit, patches, upsample, vit
@@ -41,6 +41,7 @@ from vitssl.run import opened
 
 logger = logging.getLogger(__name__)
 
+Images = np.ndarray | jax.Array
 NAMES = ("pooled", "tokens")
 MAPS = "maps"  # Of methods that find parts, too.
 PIXELS = (np.uint8, np.uint16)  # Dtypes of images that are not normalised yet.
@@ -75,7 +76,9 @@ class Features:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __call__(self, images, *, raw: bool = False) -> dict[str, jax.Array]:
+    def __call__(
+        self, images: Images | Mapping[str, Images], *, raw: bool = False
+    ) -> dict[str, jax.Array]:
         """Return {"pooled": [B, D], "tokens": [B, N, D]} of images.
 
         A method that finds parts adds "maps" [B, h, w, K + 1], the share of each patch
@@ -90,10 +93,10 @@ class Features:
             UsageError: another rank, dtype or number of channels, or floats that are
                 not normalised.
         """
-        if isinstance(images, dict):
+        if isinstance(images, Mapping):
             if self.method is None:
                 raise errors.UsageError(f"{self.name}: takes [B, H, W, C], not a dict")
-            sample = self.method.sample(images, raw=raw)
+            sample = self.method.sample(dict(images), raw=raw)
             return _kept(_compiled(self.apply)(self.state, sample))
         if raw:
             raise errors.UsageError("raw=True: pixels have no units; give uint8")
@@ -165,7 +168,9 @@ class Features:
             (name,) = jax.eval_shape(self.method.class_logits, *self.state, image)
         return name
 
-    def predict(self, images, *, batch_size: int = 64) -> dict:
+    def predict(
+        self, images: Images | Sequence[Images], *, batch_size: int = 64
+    ) -> dict[str, Any]:
         """Return the classes of images, by what the run's headline is of.
 
         Args:
@@ -249,7 +254,7 @@ def _compiled(apply):
 
 
 def load(
-    path,
+    path: disk.AnyPath,
     *,
     part: str = "",
     pool: str = "",
@@ -312,7 +317,9 @@ def _finer(encode, q, mode, channels):
     return _EncodeFiner(net, encode.mean, encode.std, encode.pool)
 
 
-def of_backbone(found: backbone.Backbone, *, pool="", image_size=0) -> Features:
+def of_backbone(
+    found: backbone.Backbone, *, pool: str = "", image_size: int = 0
+) -> Features:
     """Return the features of a converted network; see `load`.
 
     Raises:
@@ -435,7 +442,11 @@ class _Method:
 
 
 def export_program(
-    features: Features, to, *, platforms=("cpu", "cuda"), batch="b"
+    features: Features,
+    to: disk.AnyPath,
+    *,
+    platforms: Sequence[str] = ("cpu", "cuda"),
+    batch: str | int = "b",
 ) -> pathlib.Path:
     """Write the feature function as a program that runs without this package.
 
@@ -482,10 +493,10 @@ def export_program(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "features.jax").write_bytes(bytes(made.serialize()))
     safetensors.write(folder / "weights.safetensors", leaves)
-    shape = [str(batch), *shape]
-    about = dict(images=shape, dtype="uint8", platforms=list(platforms), outputs=NAMES)
+    whole = [str(batch), *map(str, shape)]
+    about = dict(images=whole, dtype="uint8", platforms=list(platforms), outputs=NAMES)
     (folder / "program.json").write_text(json.dumps(about, indent=1))
-    (folder / "README.md").write_text(_PROGRAM.format(shape=", ".join(map(str, shape))))
+    (folder / "README.md").write_text(_PROGRAM.format(shape=", ".join(whole)))
     return folder
 
 

@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
-from vitssl import config, errors, tree
+from vitssl import config, disk, errors, tree
 from vitssl.convert import backbone
 from vitssl.run import build, checkpoint, experiment, log, seals
 
@@ -43,9 +45,15 @@ class Past:
         return self.directory is None
 
     @property
+    def _checkpoints(self) -> pathlib.Path:
+        if self.directory is None:
+            raise errors.CheckpointError(f"{self.path}: an import, not a run")
+        return self.directory
+
+    @property
     def workdir(self) -> pathlib.Path:
         """Return the workdir of the run."""
-        return self.directory.parent
+        return self._checkpoints.parent
 
     @property
     def name(self) -> str:
@@ -75,9 +83,9 @@ class Past:
         except errors.UsageError as e:
             raise errors.CheckpointError(f"{file}: {e}") from e
         except (OSError, ValueError) as e:
-            why = getattr(e, "strerror", "") or e
+            said = getattr(e, "strerror", "") or e
             raise errors.CheckpointError(
-                f"{file}: damaged ({why}); {of}: the command of the run writes it anew"
+                f"{file}: damaged ({said}); {of}: the command of the run writes it anew"
             ) from e
 
     @functools.cached_property
@@ -98,7 +106,7 @@ class Past:
             return _split(self.weights.leaves)
         import orbax.checkpoint as ocp
 
-        state = self.directory.resolve() / str(self.step) / "state"
+        state = self._checkpoints.resolve() / str(self.step) / "state"
         handler = ocp.PyTreeCheckpointHandler()
         with seals.reading(state), ocp.Checkpointer(handler) as reader:
             everything = seals.metadata(reader, state)
@@ -145,7 +153,7 @@ class Past:
         """Return {name: array} of the batch statistics that go with the parameters."""
         return _under(self.trees("extra")["extra"], "stats/")
 
-    def state(self):
+    def state(self) -> tuple[build.Parts, Any]:
         """Return (`build.Parts`, state) to go on with; opens the run's data."""
         parts = build.build(self.experiment)
         target = build.restore_target(parts)(self.step)
@@ -210,7 +218,7 @@ class Past:
         return backbone.Backbone(about, leaves)
 
 
-def past(path) -> Past:
+def past(path: disk.AnyPath) -> Past:
     """Return what is at `path`; see the module for its forms.
 
     Raises:
@@ -247,7 +255,7 @@ def _checked(text, directory, step) -> Past:
     return Past(text, directory, step)
 
 
-def best_step(directory, steps) -> int:
+def best_step(directory: disk.AnyPath, steps: Iterable[int]) -> int:
     """Return the step with the best `checkpoint.best`; the newest of equal ones.
 
     Raises:
@@ -287,7 +295,7 @@ def _whole(stored) -> dict:
 
 def _split(leaves) -> dict:
     """Return {"params", "extra"} of the leaves of `_whole`."""
-    found = {"params": {}, "extra": {}}
+    found: dict[str, dict] = {"params": {}, "extra": {}}
     for name, leaf in leaves.items():
         found["extra" if name.startswith(BESIDE) else "params"][name] = leaf
     return found

@@ -26,11 +26,13 @@ import pathlib
 import re
 import shlex
 import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
 
-from vitssl import config, errors
+from vitssl import config, disk, errors
 from vitssl.data import decode, survey
 from vitssl.models import MODELS
 from vitssl.run import build, devices, experiment, log, loop, memory, opened
@@ -128,7 +130,7 @@ class Plan:
         """Return the checked experiment."""
         return experiment.read(experiment.load(self.spec, self.words()))
 
-    def changed(self, **overrides) -> "Plan":
+    def changed(self, **overrides: Any) -> "Plan":
         """Return a plan with other values."""
         return dataclasses.replace(self, overrides=self.overrides | overrides)
 
@@ -167,7 +169,7 @@ def plan(asked: Asked, found: survey.Survey, platform: str) -> Plan:
 
 def _of_data(found: survey.Survey, method) -> dict:
     """Return what the folder decides."""
-    chosen = {}
+    chosen: dict[str, Any] = {}
     labels = found.labels
     if labels == "any" and method in LABELLED:
         labels = "folder"
@@ -364,8 +366,8 @@ def fitted(made: Plan) -> tuple[Plan, build.Parts, Cost]:
             )
         most = min(most, batch // 2)
         if parts.method.divisible:
-            ways = range(s.accumulate + 1, s.batch_size + 1)
-            ways = (k for k in ways if s.batch_size % k == 0)
+            more = range(s.accumulate + 1, s.batch_size + 1)
+            ways = (k for k in more if s.batch_size % k == 0)
             k = next((k for k in ways if s.batch_size // k <= most), s.batch_size)
             made = made.changed(accumulate=k)
         else:
@@ -386,7 +388,7 @@ def _promised(parts, e: memory.Estimate) -> int:
     return total + 10 * e.batch + images + memory.resident() + BESIDE
 
 
-def measured(parts, cost: Cost) -> Cost:
+def measured(parts: build.Parts, cost: Cost) -> Cost:
     """Return the cost with its seconds, by the pace of two steps of the run."""
     s, phase = parts.experiment.settings, parts.phase(0)
     state = parts.fresh()
@@ -410,7 +412,9 @@ def measured(parts, cost: Cost) -> Cost:
     return dataclasses.replace(cost, seconds=parts.run.total_steps * step + evaluation)
 
 
-def run(asked: Asked, *, dry_run: bool = False, show=print) -> dict:
+def run(
+    asked: Asked, *, dry_run: bool = False, show: Callable[[str], Any] = print
+) -> dict[str, Any]:
     """Look at a folder, plan, train and evaluate; return the final metrics.
 
     Raises:
@@ -456,11 +460,32 @@ def _next(asked, made, checked):
     yield f"vitssl convert export {run_} --to=weights.safetensors"
 
 
-def train(data, method="", model="", *, verbose=False, overrides=(), **options) -> dict:
-    """Run `vitssl train DIR` from Python; see `vitssl.train`.
+def train(
+    data: disk.AnyPath,
+    method: str = "",
+    model: str = "",
+    *,
+    verbose: bool = False,
+    overrides: Iterable[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Train on a folder of images by what fits it and this machine: `vitssl train DIR`.
+
+        vitssl.train("photos", method="hjepa", model="vit_s16", epochs=50)
+
+    Args:
+        data: folder of images, in class folders or not.
+        method, model, and as options weights, size, epochs, steps, batch_size, labels,
+            workdir: see `vitssl train --help`; what is left out is chosen, and told.
+        verbose: show every line of the log.
+        overrides: ("optim.lr=1e-3", ...): any other key of the config.
+
+    Returns:
+        the metrics of the final evaluation, {"final/trained/knn/top1": ...}.
 
     Raises:
         UsageError: also for an option that there is not.
+        VitsslError: whatever ends a run; the message says what to do.
     """
     known = [f.name for f in dataclasses.fields(Asked)]
     for key in options:
@@ -471,7 +496,7 @@ def train(data, method="", model="", *, verbose=False, overrides=(), **options) 
         return run(Asked(str(data), **given))
 
 
-def parse(argv) -> tuple[Asked, bool]:
+def parse(argv: Sequence[str]) -> tuple[Asked, bool]:
     """Return (what is asked, whether it is a dry run) of a command line."""
     parser = errors.Parser("vitssl train", __doc__, allow_abbrev=False)
     parser.add_argument("data", metavar="DIR")
@@ -479,7 +504,8 @@ def parse(argv) -> tuple[Asked, bool]:
         kind = type(field.default)
         parser.add_argument(f"--{field.name}", type=kind, default=field.default)
     parser.add_argument("--dry_run", action="store_true")
-    own, rest = [], []
+    own: list[str] = []
+    rest: list[str] = []
     for word in argv:
         mine = word.startswith("--config.")
         (rest if mine else own).append(word)
@@ -501,7 +527,7 @@ def parse(argv) -> tuple[Asked, bool]:
     return Asked(**flags, overrides=tuple(typed)), dry_run
 
 
-def main(argv) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
     asked, dry_run = parse(argv)
     log.to_terminal()
