@@ -1,15 +1,22 @@
 """The wheel, without its clone: recipes, training, predictions and weights."""
 
+import email
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
+import markdown_it
 import numpy as np
 import pytest
+import trove_classifiers
+from packaging import requirements, specifiers
 from PIL import Image
 
+import vitssl
 from tests import runs
 
 # One process runs every command: half the time of each is its imports.
@@ -22,20 +29,81 @@ print("RESULT", json.dumps([vitssl.__file__, codes]))
 """
 
 
+def _build(root, folder, kind="wheel", ending="*.whl"):
+    """Build the wheel of a clone, or its sdist, into a folder; return it."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", folder]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    (made,) = folder.glob(ending)
+    return made
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def wheel(tmp_path_factory):
+    return _build(runs.ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def site(wheel):
     """Return a folder with what the wheel installs."""
-    folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder],
-        cwd=runs.ROOT,
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
-        packed.extractall(folder / "site")
-    return folder / "site"
+        packed.extractall(wheel.parent / "site")
+    return wheel.parent / "site"
+
+
+@pytest.fixture(scope="module")
+def about(site):
+    (folder,) = site.glob("*.dist-info")
+    return email.message_from_string((folder / "METADATA").read_text("utf-8"))
+
+
+def test_the_metadata_are_those_of_the_package(about):
+    assert (about["Name"], about["Version"]) == ("vitssl", vitssl.__version__)
+    assert about["License-Expression"] == "Apache-2.0"
+    known = set(trove_classifiers.classifiers)
+    said = about.get_all("Classifier")
+    assert set(said) <= known
+    lowest = specifiers.SpecifierSet(about["Requires-Python"])
+    tried = [c.rpartition(" ")[2] for c in said if re.search(r"3\.\d+$", c)]
+    assert tried == ["3.11", "3.12"] and all(version in lowest for version in tried)
+    needs = map(requirements.Requirement, about.get_all("Requires-Dist"))
+    assert all(need.specifier for need in needs)
+
+
+def test_the_readme_renders_on_a_package_index(about):
+    assert about["Description-Content-Type"] == "text/markdown"
+    parsed = markdown_it.MarkdownIt("commonmark").enable("table")
+    tokens = parsed.parse(about.get_payload())
+    inside = [token for block in tokens for token in block.children or ()]
+    assert [t.content for t in tokens if t.type == "inline"][0] == "vitssl"
+    assert "table_open" in {t.type for t in tokens}
+    assert not [t for t in (*tokens, *inside) if t.type.startswith("html")]
+    targets = [str(t.attrs.get("href") or t.attrs.get("src") or "") for t in inside]
+    assert not [t for t in targets if t and not t.startswith(("https://", "#"))]
+    assert "docs/images.md" in about.get_payload()  # The words of a link stay.
+
+
+def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "sdist",
+        "-d",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=runs.ROOT, check=True, capture_output=True)
+    (packed,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (clone,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    again = _build(clone, tmp_path)
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        sums = [{i.filename: i.CRC for i in x.infolist()} for x in (first, second)]
+    assert sums[0] == sums[1]
+    for name in ("CITATION.cff", "CONTRIBUTING.md", "tests/runs.py", ".ci/run"):
+        assert (clone / name).is_file()
 
 
 def test_the_wheel_carries_configs_the_batch_script_and_types(site):

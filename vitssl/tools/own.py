@@ -475,10 +475,12 @@ def train(
 
     Args:
         data: folder of images, in class folders or not.
-        method, model, and as options weights, size, epochs, steps, batch_size, labels,
-            workdir: see `vitssl train --help`; what is left out is chosen, and told.
+        method: "hjepa", "localmim", "finetune", ...; see `vitssl train --help`.
+        model: "vit_s16", "hvit", ...
         verbose: show every line of the log.
         overrides: ("optim.lr=1e-3", ...): any other key of the config.
+        options: weights, size, epochs, steps, batch_size, labels, workdir; what is left
+            out is chosen, and told.
 
     Returns:
         the metrics of the final evaluation, {"final/trained/knn/top1": ...}.
