@@ -28,6 +28,13 @@ def _images():
     return rng.integers(0, 256, (3, 16, 16, 1), dtype=np.uint8)
 
 
+def test_a_run_is_opened_without_a_warning(workdir, caplog):
+    past = opened.past(workdir)
+    assert past.trees("params")["params"] and past.meta["classes"]
+    past.state()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
+
+
 def test_parts_of_a_run_are_its_trees(workdir):
     stored = make.state(workdir, 2)
     for part, prefix in (("", "extra/target"), ("encoder", "params/encoder")):

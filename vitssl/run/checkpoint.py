@@ -319,7 +319,7 @@ def read(directory, step: int, target):
     path = pathlib.Path(os.path.abspath(directory)) / str(step)
     handler = ocp.StandardCheckpointHandler()
     with seals.reading(path), ocp.Checkpointer(handler) as reader:
-        stored = seals.metadata(reader, path / "state")
+        stored = seals.metadata(handler, path / "state")
         retired = {k: target.step for k in RETIRED if k in (stored.get("extra") or {})}
         whole = target.replace(extra=target.extra | retired)
         _compare(path, stored, whole)

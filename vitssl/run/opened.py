@@ -109,7 +109,7 @@ class Past:
         state = self._checkpoints.resolve() / str(self.step) / "state"
         handler = ocp.PyTreeCheckpointHandler()
         with seals.reading(state), ocp.Checkpointer(handler) as reader:
-            everything = seals.metadata(reader, state)
+            everything = seals.metadata(handler, state)
             stored = {key: everything[key] for key in keys if everything.get(key)}
             if not stored:
                 return {key: {} for key in keys}

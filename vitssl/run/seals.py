@@ -182,8 +182,9 @@ def reseal(directory) -> None:
     for step in unsealed(directory):
         path = pathlib.Path(directory) / str(step)
         with reading(path):
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                tree = metadata(reader, path / "state")
+            handler = ocp.PyTreeCheckpointHandler()
+            with ocp.Checkpointer(handler) as reader:
+                tree = metadata(handler, path / "state")
                 # As arrays of the host: the devices may be others than there.
                 host = ocp.RestoreArgs(restore_type=np.ndarray)
                 wanted = jax.tree.map(lambda _, host=host: host, tree)
@@ -194,16 +195,15 @@ def reseal(directory) -> None:
         logger.warning("checkpoint %d was read and is sealed anew", step)
 
 
-def metadata(reader, path):
-    """Return the tree of shapes that a checkpoint of orbax says it holds.
+def metadata(handler, path):
+    """Return the tree of shapes that a folder of orbax says it holds.
 
-    Raises:
-        CheckpointError: it does not say.
+    Of a handler: a `Checkpointer` would look there for what belongs to the whole step,
+    and warn.
     """
-    found = reader.metadata(path).item_metadata
-    if found is None:
-        raise errors.CheckpointError(f"{path}: cannot be read (no metadata in it)")
-    return found.tree
+    from etils import epath
+
+    return handler.metadata(epath.Path(path)).tree
 
 
 @contextlib.contextmanager
