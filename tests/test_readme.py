@@ -1,5 +1,7 @@
 """Every command of README.md and docs/ is valid, or run by the test named here."""
 
+import ast
+import builtins
 import re
 import shlex
 
@@ -89,6 +91,18 @@ def test_overrides_of_every_block_are_valid():
         faults = config.Problems()
         config.override(c, given, faults)
         faults.stop()
+
+
+def test_python_on_the_pages_has_no_name_out_of_nowhere():
+    """Words that a reader has of his own are the images."""
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
+        names = [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Name)]
+        known = {n.id for n in names if isinstance(n.ctx, ast.Store)} | {"images"}
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                known |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+        used = {n.id for n in names if isinstance(n.ctx, ast.Load)}
+        assert used <= known | set(dir(builtins)), block
 
 
 def test_files_that_the_pages_name_exist():

@@ -1,11 +1,14 @@
 """The command `vitssl`: tables, pages, and one line for every mistake."""
 
 import json
+import pathlib
+import tomllib
 
 import pytest
 
+from tests import runs
 from tests.tools import made
-from vitssl import cli
+from vitssl import cli, config
 from vitssl.tools import doctor
 
 
@@ -105,7 +108,7 @@ def test_doctor_is_content_here(tmp_path, capsys):
 
 
 def test_doctor_names_what_is_broken_and_the_cure(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "EXTRAS", (("no_such_module", "wandb", "nothing"),))
+    monkeypatch.setattr(doctor, "EXTRAS", {"wandb": ("no_such_module", "nothing")})
 
     def broken():
         raise RuntimeError("no decoder")
@@ -115,8 +118,25 @@ def test_doctor_names_what_is_broken_and_the_cure(tmp_path, capsys, monkeypatch)
     (tmp_path / "file").write_text("")
     assert cli.main(["doctor", f"--workdir={tmp_path / 'file' / 'x'}"]) == 2
     said = capsys.readouterr().out
-    assert "FAIL  images       RuntimeError: no decoder" in said
-    assert "no_such_module" in said and "pip install -e '.[wandb]'" in said
+    assert f"FAIL  {'images':<19} RuntimeError: no decoder" in said
+    assert "no_such_module" in said and "[wandb]'" in said
+
+
+@pytest.mark.parametrize("extra, wanted", [("", ""), ("dicom", "[dicom]")])
+def test_the_cure_is_for_the_kind_of_installation(extra, wanted, monkeypatch, tmp_path):
+    clone = runs.ROOT
+    said = doctor.install(extra)
+    assert f"{clone}/launch/local.sh ..., or pip install -e '{clone}{wanted}'" in said
+    assert said.startswith("VITSSL_EXTRAS=dicom ") == bool(extra)
+    inside = pathlib.Path(config.__file__).with_name("configs")
+    monkeypatch.setattr(config, "home", lambda: inside)  # As in a wheel.
+    assert doctor.install(extra) == f"pip install 'vitssl{wanted}'"
+
+
+def test_doctor_knows_every_extra_that_a_user_may_want():
+    project = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]
+    builders = {"dev", "docs", "cuda", "cuda12", "aot-cuda", "aot-tpu"}
+    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - builders
 
 
 def test_doctor_finds_wrong_attention(monkeypatch):

@@ -18,20 +18,30 @@ import filelock
 from vitssl import config
 
 GOOD, NOTE, BAD = "ok", "note", "FAIL"
-# What an extra is for, by the module that shows that it is installed.
-EXTRAS = (
-    ("wandb", "wandb", "logging to Weights & Biases (log.wandb)"),
-    ("tensorflow_datasets", "tfds", "data.source=tfds"),
-    ("tensorboard", "dev", "reading the TensorBoard events"),
-    ("torch", "torch", "side-by-side benchmarks (vitssl.bench step --torch=...)"),
-)
+# Extras: the module that shows that one is installed, and what it is for.
+EXTRAS = {
+    "dicom": ("pydicom", "radiographs, .dcm files"),
+    "geo": ("imagecodecs", "compressed TIFF files"),
+    "olmoearth": ("hdf5plugin", "the published HDF5 samples, data.source=olmoearth"),
+    "parquet": ("pyarrow", "data.source=parquet, tables of labels and features"),
+    "tfds": ("tensorflow_datasets", "data.source=tfds"),
+    "torch": ("torch", "side-by-side benchmarks (vitssl.bench step --torch=...)"),
+    "wandb": ("wandb", "logging to Weights & Biases (log.wandb)"),
+}
 
 
-def install(extra: str) -> str:
-    """Return the command that adds an extra to this installation."""
+def install(extra: str = "") -> str:
+    """Return the command that installs vitssl, or adds an extra to it, as it is here.
+
+    A wheel has its recipes inside; of a clone they lie beside the package.
+    """
+    wanted = f"[{extra}]" if extra else ""
     if config.home().parent == pathlib.Path(config.__file__).parent:
-        return f"pip install 'vitssl[{extra}]'"
-    return f"VITSSL_EXTRAS={extra} launch/local.sh ..., or pip install -e '.[{extra}]'"
+        return f"pip install 'vitssl{wanted}'"
+    clone = config.home().parent
+    launch = f"VITSSL_EXTRAS={extra} " if extra else ""
+    launch += f"{clone / 'launch' / 'local.sh'} ..."
+    return f"{launch}, or pip install -e '{clone}{wanted}'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +84,9 @@ def _guarded(check, name="") -> list[Finding]:
 
 def _show(findings) -> int:
     for f in findings:
-        print(f"{f.level:>4}  {f.what:<12} {f.text}", flush=True)
+        print(f"{f.level:>4}  {f.what:<19} {f.text}", flush=True)
         if f.fix:
-            print(f"{'':>4}  {'':<12} -> {f.fix}", flush=True)
+            print(f"{'':>4}  {'':<19} -> {f.fix}", flush=True)
     return 2 if any(f.level == BAD for f in findings) else 0
 
 
@@ -88,10 +98,8 @@ def packages() -> list[Finding]:
     try:
         needs = importlib.metadata.requires("vitssl") or []
     except importlib.metadata.PackageNotFoundError:
-        return [
-            *found,
-            Finding(NOTE, "packages", "vitssl is not installed", "pip install -e ."),
-        ]
+        text = "vitssl is not installed, so nothing says what it needs"
+        return [*found, Finding(NOTE, "packages", text, install())]
     from packaging.requirements import Requirement
 
     seen = []
@@ -118,7 +126,7 @@ def recipes() -> list[Finding]:
     found = [path.stem for path in config.files(config.home())]
     if not found:
         text = f"no config in {config.home()}"
-        return [Finding(BAD, "recipes", text, "install vitssl again, or clone it")]
+        return [Finding(BAD, "recipes", text, "install vitssl again")]
     return [Finding(GOOD, "recipes", f"{', '.join(found)} in {config.home()}")]
 
 
@@ -256,9 +264,10 @@ def machine() -> list[Finding]:
 def extras() -> list[Finding]:
     """List optional parts that are not there."""
     found = []
-    for module, extra, use in EXTRAS:
+    viewer = "tensorboard", "reading the TensorBoard events", "pip install tensorboard"
+    known = [(module, use, install(e)) for e, (module, use) in EXTRAS.items()]
+    for module, use, fix in (*known, viewer):
         if importlib.util.find_spec(module) is None:
-            fix = install(extra)
             found.append(Finding(NOTE, module, f"not installed; for {use}", fix))
         else:
             found.append(Finding(GOOD, module, f"for {use}"))
