@@ -1,6 +1,7 @@
 """Memory of a step: what is counted, and what the advice says and is worth."""
 
 import dataclasses
+import sys
 
 import jax
 import pytest
@@ -140,3 +141,9 @@ def test_fields_add_up():
     names = {f.name for f in dataclasses.fields(memory.Estimate)}
     counted = names - {"limit", "images"}
     assert _e(**{name: 1 for name in counted}).total == len(counted)
+
+
+def test_where_the_system_is_no_unix_nothing_is_known(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(memory.os, "sysconf")
+    assert (memory.limit(), memory.free(), memory.resident()) == (0, 0, None)

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import resource
 import sys
 
 import jax
@@ -116,12 +115,15 @@ def _total(sizes) -> int:
 
 
 def limit() -> int:
-    """Return the bytes that JAX may use of a device; of a CPU, the machine's memory."""
+    """Return the bytes that JAX may use of a device; of a CPU, the machine's memory.
+
+    0 if unknown.
+    """
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    if device.platform == "cpu":
+    if device.platform == "cpu" and hasattr(os, "sysconf"):  # Not on Windows.
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0
 
@@ -145,6 +147,10 @@ def free() -> int:
 def resident() -> int | None:
     """Return the most bytes this process has had in a CPU's memory; None elsewhere."""
     if jax.local_devices()[0].platform != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows.
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
