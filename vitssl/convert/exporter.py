@@ -82,7 +82,7 @@ def write(
         backbone.check_finite(name, array)
     file.parent.mkdir(parents=True, exist_ok=True)
     if layout == "bigvision":
-        np.savez(file, allow_pickle=False, **made.arrays)
+        np.savez(file, **made.arrays)  # type: ignore[arg-type]
     else:
         metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
         safetensors.write(file, made.arrays, metadata | beside.facts_of(source.about))
