@@ -31,6 +31,14 @@ def test_twelve_bits_fill_the_range():
     np.testing.assert_array_equal(_grey(RAMP | 0xA000), got)
 
 
+def test_bits_may_stand_high():
+    left = radiographs.written(RAMP * np.uint16(16), HighBit=15)
+    np.testing.assert_array_equal(_ramp(left), FULL)
+    for high in (10, 16):
+        with pytest.raises(errors.DataError, match=f"its high bit is {high}, of 12 in"):
+            _ramp(radiographs.written(RAMP, HighBit=high))
+
+
 def test_sixteen_bits_are_as_before():
     wide = np.linspace(0, 65535, 4096).astype("<u2").reshape(64, 64)
     assert np.abs(_grey(wide, stored=16) - wide.ravel() / 257).max() <= 0.5
@@ -140,6 +148,12 @@ def test_what_is_packed_otherwise_is_one_line_with_its_name(syntax, said):
         _ramp(data)
     assert "x.dcm: cannot be decoded" in str(told.value)
     assert "save it uncompressed" in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_jpeg_of_twelve_bits_is_named_too():
+    packed = dict(PixelData=encaps.encapsulate([b"\xff\xd8\xff\xc1"]))
+    with pytest.raises(errors.DataError, match="JPEG Extended .*is not supported"):
+        _ramp(radiographs.written(RAMP, uid.JPEGExtended12Bit, **packed))
 
 
 def test_a_jpeg_that_is_larger_than_the_file_says_is_refused():

@@ -13,8 +13,9 @@ import numpy as np
 from vitssl import errors
 
 _RAW = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
-# JPEG of eight bits, JPEG 2000 without and with loss: what Pillow decodes.
-_PACKED = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 90, 91))
+# What Pillow decodes: JPEG of eight bits, JPEG 2000 without and with loss.
+_JPEG = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")
+_JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 _SIZE = ("Rows", "Columns")
 _LUTS = ("ModalityLUTSequence", "VOILUTSequence")
 _NUMBERS = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth")
@@ -61,13 +62,19 @@ def decode(data: bytes, most: int, opened: Callable) -> np.ndarray:
     stored = _whole(ds, "BitsStored", allocated)
     if allocated not in (8, 16) or not 1 <= stored <= allocated:
         raise ValueError(f"{stored} bits stored in {allocated}; want 1 to 8, 16 in 16")
+    below = _whole(ds, "HighBit", stored - 1) + 1 - stored
+    if not 0 <= below <= allocated - stored:
+        raise ValueError(f"its high bit is {ds.HighBit}, of {stored} in {allocated}")
+    if stored > 8 and ds.file_meta.TransferSyntaxUID in _JPEG:
+        raise ValueError(_unread(ds.file_meta.TransferSyntaxUID))
     signed = _whole(ds, "PixelRepresentation", 0)
     image, table = _values(ds, most, opened), _table(ds, stored, signed)
     table = 255 - table if kind == "MONOCHROME1" else table
     out = np.empty(image.shape, np.uint8)
     for row, into in zip(image, out, strict=True):  # A row at a time: indices are long.
-        # The bits above are no part of the value.
-        np.take(table, row & np.uint16((1 << stored) - 1), out=into, mode="clip")
+        # The bits above and below are no part of the value.
+        place = row >> below & np.uint16((1 << stored) - 1)
+        np.take(table, place, out=into, mode="clip")
     return out[..., None]
 
 
@@ -99,14 +106,18 @@ def _read(data, names):
         head, **only, stop_when=lambda tag, *_: tag.group > 2
     )
     syntax = pydicom.uid.UID(str(meta.get("TransferSyntaxUID") or "missing"))
-    if syntax not in (*_RAW, *_PACKED):
-        known = "" if syntax.name == syntax else f"{syntax.name}, "
-        raise ValueError(
-            f"transfer syntax {known}{syntax} is not supported; save it uncompressed "
-            "(Explicit VR Little Endian), say by `dcmdjpeg` or `gdcmconv --raw`"
-        )
+    if syntax not in (*_RAW, *_JPEG, *_JPEG_2000):
+        raise ValueError(_unread(syntax))
     tags = [pydicom.datadict.tag_for_keyword(name) for name in names]
     return pydicom.dcmread(io.BytesIO(data), specific_tags=tags)
+
+
+def _unread(syntax) -> str:
+    known = "" if syntax.name == syntax else f"{syntax.name}, "
+    return (
+        f"transfer syntax {known}{syntax} is not supported; save it uncompressed "
+        "(Explicit VR Little Endian), say by `dcmdjpeg` or `gdcmconv --raw`"
+    )
 
 
 def _past_the_head(tag, *_) -> bool:
@@ -122,13 +133,13 @@ def _values(ds, most, opened) -> np.ndarray:  # [H, W]
         raise ValueError(f"{rows} rows x {columns} columns; want 1 to {most} pixels")
     if not ds.get("PixelData"):
         raise ValueError("it has no element (7FE0,0010)")
-    if ds.file_meta.TransferSyntaxUID in _PACKED:
+    if ds.file_meta.TransferSyntaxUID not in _RAW:
         frames = max(1, int(ds.get("NumberOfFrames") or 1))
         frame = encaps.get_frame(ds.PixelData, 0, number_of_frames=frames)
         with opened(frame) as image:
             if image.size != (columns, rows):
                 raise ValueError(f"the image inside is not {columns} x {rows}")
-    found = pixels.pixel_array(ds, index=0, raw=True)
+    found = pixels.pixel_array(ds, index=0, raw=True, correct_unused_bits=False)
     return found.view(f"u{found.itemsize}")
 
 
