@@ -18,6 +18,12 @@ def flat(tree) -> dict:
     return traverse_util.flatten_dict(tree, sep="/")
 
 
+def natural(name: str) -> list:
+    """Return a key that sorts names by their numbers: block_2 before block_10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(x) if i % 2 else x for i, x in enumerate(parts)]
+
+
 def nest(leaves: Mapping) -> dict:
     """Return nested dicts of {name: leaf}."""
     return traverse_util.unflatten_dict(dict(leaves), sep="/")
@@ -84,7 +90,7 @@ def match(names: Iterable[str], rules, *, what: str, default=_NOTHING) -> dict:
             lines.append(f"  no rule matches: {_some(bare)}")
         if idle:
             lines.append(f"  rules that never win: {idle}")
-        lines.append(f"  parameters are named like {_some(sorted(found))}")
+        lines.append(f"  parameters are named like {_some(sorted(found, key=natural))}")
         raise errors.UsageError("\n".join(lines))
     return found
 

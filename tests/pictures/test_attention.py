@@ -64,16 +64,21 @@ def test_depths_are_distinct_layers(layers, names):
 def test_heads_are_drawn_by_layer_and_head():
     a = softmax_attention(3, 2, 10)
     figure = attention.heads(np.zeros((6, 6, 3), np.uint8), a)
-    axes = np.array(figure.axes).reshape(3, 3)
+    axes = np.array(figure.axes[:9]).reshape(3, 3)
     shown = np.asarray(axes[2, 1].images[0].get_array())
     np.testing.assert_allclose(shown.ravel(), a[2, 0, 0, 1:])
     assert axes[1, 0].get_ylabel() == "layer 1"
+    # The heads of a layer have one scale, and its bar.
+    limits = [[x.images[0].get_clim() for x in row[1:]] for row in axes]
+    tops = a[:, :, 0, 1:].max((1, 2))
+    np.testing.assert_allclose(limits, [[(0, top)] * 2 for top in tops])
+    assert len(figure.axes) == 9 + 3
 
 
 def test_of_many_layers_the_first_and_last_are_kept():
     a = softmax_attention(24, 1, 5)
     figure = attention.heads(np.zeros((4, 4, 3), np.uint8), a, layers=6)
-    labels = [x.get_ylabel() for x in figure.axes if x.get_ylabel()]
+    labels = [x.get_ylabel() for x in figure.axes if "layer" in x.get_ylabel()]
     assert len(labels) == 6
     assert labels[0] == "layer 0" and labels[-1] == "layer 23"
 
@@ -82,31 +87,22 @@ def test_rollout_is_drawn_for_every_image():
     a = np.stack([softmax_attention(4, 2, 10, seed) for seed in range(3)])
     images = np.full((3, 6, 6, 1), 255, np.uint8)
     figure = attention.layers(images, a)
-    axes = np.array(figure.axes).reshape(3, -1)
-    for each, row in zip(a, axes, strict=True):
-        want = attention.rollout(each)[0, 1:].reshape(3, 3)
-        np.testing.assert_allclose(np.asarray(row[-2].images[0].get_array()), want)
-    # On the image the brightest patch is at full strength, a blind one is dark.
-    lit = np.asarray(axes[0, -1].images[0].get_array())
-    assert lit.max() == pytest.approx(1.0)
-    want = (
-        0.12
-        + 0.88 * attention.rollout(a[0])[0, 1] / attention.rollout(a[0])[0, 1:].max()
-    )
-    assert lit[0, 0, 0] == pytest.approx(want)
+    axes = np.array(figure.axes[:18]).reshape(6, 3)
+    want = np.stack([attention.rollout(x)[0, 1:].reshape(3, 3) for x in a])
+    shown = [np.asarray(axis.images[0].get_array()) for axis in axes[-2]]
+    np.testing.assert_allclose(shown, want)
+    # What all patches get alike says nothing: from the minimum, one scale for a row.
+    limits = [axis.images[0].get_clim() for axis in axes[-2]]
+    np.testing.assert_allclose(limits, [(want.min(), want.max())] * 3)
 
 
-def test_without_a_class_token_the_rollout_is_drawn_from_its_minimum():
-    a = softmax_attention(2, 2, 9)[None]
-    images = np.full((1, 6, 6, 3), 255, np.uint8)
-    axes = attention.layers(images, a, (3, 3)).axes
-    map_ = attention.rollout(a[0]).mean(0)
-    (heat,) = (x for x in axes if x.get_title() == "rollout from its minimum")
-    assert heat.images[0].get_clim() == pytest.approx((map_.min(), map_.max()))
-    (lit,) = (x for x in axes if x.get_title() == "rollout on image")
-    lit = np.asarray(lit.images[0].get_array())
-    # The darkest patch keeps what keeps the image visible, the brightest everything.
-    assert (lit.min(), lit.max()) == pytest.approx((0.12, 1.0), abs=1e-6)
+def test_an_overlay_runs_smoothly_from_patch_to_patch():
+    values = np.array([0.0, 1.0, 0.0, 1.0])
+    over = attention.overlay(np.zeros((40, 40, 3)), values, (2, 2))[20].sum(-1)
+    assert over[0] < over[20] < over[-1]
+    assert np.abs(np.diff(over)).max() < 0.15 * np.ptp(over)
+    image = attention.overlay(np.ones((40, 40, 3)), values, (2, 2))[20].sum(-1)
+    np.testing.assert_allclose(image - over, 1.2)  # The image stays visible.
 
 
 def test_one_patch_shows_its_own_row_and_is_marked():

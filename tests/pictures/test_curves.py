@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vitssl.pictures import curves
 
@@ -97,8 +98,35 @@ def test_momentum_of_exactly_one_has_no_place_on_the_logarithmic_scale():
 
 @pytest.mark.parametrize("draw", [curves.levels, curves.momentum, curves.gradients])
 def test_a_metric_that_is_missing_is_named(draw):
-    with pytest.raises(ValueError, match=r"no metric.*\['lr'\]"):
+    with pytest.raises(ValueError, match=r"no curve.*\['lr'\]"):
         draw({"lr": run()["lr"]})
+
+
+def test_what_does_not_move_or_is_measured_once_has_no_chart():
+    once, flat = (np.array([60]), np.array([0.5])), (np.arange(9), np.ones(9))
+    metrics = run() | {"wd": flat, "knn/top1": once, "final/trained/knn/top1": once}
+    metrics["final/std"] = run()["loss"]  # Nor twice, by a run that was evaluated anew.
+    assert set(curves.courses(metrics)) == set(curves.courses(run()))
+    titles = [a.get_title() for a in curves.training(metrics).axes]
+    assert not {"wd", "knn/top1", "final/trained/knn/top1", "final/std"} & set(titles)
+    keys = [
+        k for key in curves.COLLAPSE.values() for k in curves.matching(metrics, key)
+    ]
+    assert not any(key.startswith("final/") for key in keys)
+
+
+def test_a_picture_is_no_larger_than_a_screen_however_many_there_are(tmp_path):
+    many = {f"grad_norm/block_{i}": run()["loss"] for i in range(60)}
+    many |= {f"loss_{i}": run()["loss"] for i in range(60)}
+    for draw in (curves.training, curves.gradients):
+        draw(many, path=tmp_path / "a.png")
+        with Image.open(tmp_path / "a.png") as image:
+            assert max(image.size) <= 2000
+    assert "and 28 more" in curves.training(many).get_suptitle()
+    names = [t.get_text() for t in curves.gradients(many).axes[0].get_legend().texts]
+    assert names[0] == "grad_norm/block_0" and names[-1] == "grad_norm/block_59"
+    order = curves.matching(many, "block")
+    assert order[:3] == [f"grad_norm/block_{i}" for i in (0, 1, 2)] and len(names) == 16
 
 
 def test_collapse_watches_features_and_not_predictions():
@@ -127,7 +155,8 @@ def test_collapse_watches_features_and_not_predictions():
     np.testing.assert_allclose(zones, [(0, 0.01), (0, 6.4), (0.9, 1.0)])
 
 
-def test_what_was_not_logged_is_said():
+def test_signs_that_were_not_logged_have_no_panel():
     figure = curves.collapse({"target_std": (np.arange(3), np.ones(3))}, width=8)
-    texts = [[t.get_text() for t in a.texts] for a in figure.axes]
-    assert texts == [[], ["not logged"], ["not logged"]]
+    assert [a.get_title() for a in figure.axes] == ["standard deviation of features"]
+    with pytest.raises(ValueError, match="no curve like"):
+        curves.collapse({"loss": run()["loss"]}, width=8)

@@ -56,8 +56,15 @@ def material(tmp_path):
             {"stage 0: hog": {"hog": rng.random((2, 2, 8, 8, 9))}},
         ),
         features={"trained": rng.normal(size=(20, 6))},
-        bank=rng.integers(0, 256, (20, 8, 8, 3), np.uint8),
         labels=np.arange(20) % 3,
+        neighbours=dict(
+            queries=rng.integers(0, 256, (2, 8, 8, 3), np.uint8),
+            bank=rng.integers(0, 256, (6, 8, 8, 3), np.uint8),
+            features=(rng.normal(size=(2, 6)), rng.normal(size=(6, 6))),
+            labels=(np.arange(2), np.arange(6)),
+            total=100,
+        ),
+        scores={"knn_confusion": np.array([[3, 1], [0, 2]])},
         metrics_path=tmp_path / "metrics.jsonl",
         plane=(np.linspace(-1, 1, 5), rng.random((5, 5))),
     )
@@ -71,7 +78,7 @@ def test_every_picture_is_written_and_can_be_read(tmp_path):
         "attention_heads",
         "attention_layers",
         "attention_patch",
-        "collapse",
+        "confusion",
         "crops",
         "feature_space",
         "features",
@@ -96,6 +103,7 @@ def test_every_picture_is_written_and_can_be_read(tmp_path):
     for path in written:
         with Image.open(path) as image:
             assert np.asarray(image.convert("L")).std() > 1, path.name
+            assert max(image.size) <= 2000, path.name
 
 
 def test_without_material_nothing_is_written(tmp_path):

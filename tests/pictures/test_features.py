@@ -39,11 +39,26 @@ def test_principal_components_are_drawn_under_their_images():
     images = rng.integers(0, 256, (2, 8, 8, 3), np.uint8)
     x = rng.normal(size=(2, 16, 7))
     figure = features.principal(images, x)
-    axes = np.array(figure.axes).reshape(2, 2)
-    np.testing.assert_allclose(
-        np.asarray(axes[1, 1].images[0].get_array()),
-        features.components(x)[1].reshape(4, 4, 3),
+    axes = np.array(figure.axes).reshape(3, 2)
+    for row, each in ((1, x), (2, x - x.mean(0))):
+        np.testing.assert_allclose(
+            np.asarray(axes[row, 1].images[0].get_array()),
+            features.components(each)[1].reshape(4, 4, 3),
+        )
+
+
+def test_what_only_a_position_says_is_gone_without_its_mean():
+    place = 9 * np.random.default_rng(0).normal(size=(1, 4, 5))
+    small = np.random.default_rng(1).normal(size=(40, 1, 5))  # The same everywhere.
+    images = np.zeros((3, 2, 2, 3), np.uint8)
+    figure = features.principal(images, place + small)  # Forty, of which three drawn.
+    axes = np.array(figure.axes).reshape(3, 3)
+    tokens, without = (
+        np.stack([np.asarray(a.images[0].get_array()) for a in row]) for row in axes[1:]
     )
+    assert np.ptp(tokens, axis=(1, 2)).max() > 0.5  # Within an image.
+    np.testing.assert_allclose(np.ptp(without, axis=(1, 2)), 0, atol=1e-9)
+    assert np.ptp(without, axis=0).max() > 0.1
 
 
 def test_errors_and_cosines_are_those_of_a_loop():
@@ -70,31 +85,35 @@ def predictions():
 def test_prediction_maps_show_the_predicted_cells_only():
     images, predicted, target, valid = predictions()
     figure = features.prediction(images, predicted, target, valid)
-    axes = np.array(figure.axes[:10]).reshape(2, 5)
+    axes = np.array(figure.axes[:10]).reshape(5, 2)
     for k, side in enumerate((4, 2)):
         for b in range(2):
-            error = axes[b, 1 + k].images[0].get_array()
+            error = axes[1 + 2 * k, b].images[0].get_array()
             where = valid[k][b].reshape(side, side)
             np.testing.assert_array_equal(error.mask, ~where)
             want = features.errors(predicted[k], target[k])[b].reshape(side, side)
             np.testing.assert_allclose(error[where], want[where])
-            cosine = axes[b, 3 + k].images[0]
+            cosine = axes[2 + 2 * k, b].images[0]
             want = features.cosines(predicted[k], target[k])[b].reshape(side, side)
             np.testing.assert_allclose(cosine.get_array()[where], want[where])
-            assert cosine.get_clim() == (-1, 1)
-        # One scale per level, so that images can be compared.
-        assert (
-            axes[0, 1 + k].images[0].get_clim() == axes[1, 1 + k].images[0].get_clim()
-        )
+        # One scale per row, so that images can be compared, and its bar beside it.
+        for row, measure in ((1, features.errors), (2, features.cosines)):
+            one, other = (axis.images[0].get_clim() for axis in axes[row + 2 * k])
+            values = measure(predicted[k], target[k])[valid[k]]
+            high = 1.0 if row == 2 else values.max()
+            low = 0.0 if row == 1 else values.min()
+            assert one == other == pytest.approx((low, high))
+    names = [a.get_ylabel() for a in figure.axes[10:]]
+    assert names == ["error", "cosine", "error", "cosine"]
 
 
 def test_level_statistics_name_the_mean_over_predicted_cells():
     _, predicted, target, valid = predictions()
     figure = features.level_statistics(predicted, target, valid)
-    means = [t.get_text() for t in figure.axes[0].texts]
+    means = [t.get_text() for t in figure.axes[0].get_xticklabels()]
     want = [
-        f"{features.errors(p, t)[v].mean():.3g}"
-        for p, t, v in zip(predicted, target, valid, strict=True)
+        f"level {k}\nmean {features.errors(p, t)[v].mean():.3g}"
+        for k, (p, t, v) in enumerate(zip(predicted, target, valid, strict=True))
     ]
     assert means == want
 
@@ -103,7 +122,7 @@ def test_a_level_without_targets_stays_empty():
     images, predicted, target, valid = predictions()
     valid[1][:] = False
     figure = features.level_statistics(predicted, target, valid)
-    assert len(figure.axes[0].texts) == 1
+    assert figure.axes[0].get_xticklabels()[1].get_text() == "level 1"
     figure = features.prediction(images, predicted, target, valid)
-    assert figure.axes[2].images[0].get_array().mask.all()
-    assert figure.axes[2].get_facecolor() == matplotlib.colors.to_rgba(panels.HIDDEN)
+    assert figure.axes[6].images[0].get_array().mask.all()
+    assert figure.axes[6].get_facecolor() == matplotlib.colors.to_rgba(panels.HIDDEN)

@@ -48,12 +48,31 @@ def collect(network, **options):
 def test_features_stand_in_the_order_of_the_images(network):
     method, state = network
     found = collect(network)
-    assert found.bank.shape == (70, 16, 16, 1)
     assert set(found.features) == {"trained"}
-    want = jax.jit(method.features)(*state, found.bank)
-    np.testing.assert_allclose(found.features["trained"], want["pooled"], atol=1e-5)
-    np.testing.assert_array_equal(found.images, found.bank[:6])
-    np.testing.assert_allclose(found.tokens, want["tokens"][:6], atol=1e-5)
+    want = jax.jit(method.features)(*state, found.images)
+    assert found.features["trained"].shape[0] == 70
+    np.testing.assert_allclose(found.features["trained"][:6], want["pooled"], atol=1e-5)
+    assert len(found.tokens) == gather.TOKENS  # Those of the images come first.
+    np.testing.assert_allclose(found.tokens[:6], want["tokens"], atol=1e-5)
+
+
+def test_neighbours_are_the_nearest_of_the_training_images(network):
+    method, state = network
+    found = collect(network).neighbours
+    train, view = DATA.open("train"), gather.views.Evaluate(16)
+    assert found["total"] == len(train) == 1438 and len(found["queries"]) == 6
+    labels, near = found["labels"]
+    assert len(set(labels.tolist())) == 6  # Of as many classes as there are.
+    images = np.stack([view(train[i])["image"] for i in range(len(train))])
+    vectors = jax.jit(method.features)(*state, images)["pooled"]
+    unit = [
+        x / np.linalg.norm(x, axis=1, keepdims=True)
+        for x in (np.asarray(vectors), found["features"][0])
+    ]
+    best = (unit[1] @ unit[0].T).argmax(1)
+    wanted = {images[i].tobytes(): train[int(i)]["label"] for i in best}
+    drawn = dict(zip((x.tobytes() for x in found["bank"]), near, strict=True))
+    assert wanted.items() <= drawn.items()
 
 
 def test_the_images_are_labelled_ones_of_the_test_split(network):
@@ -64,12 +83,13 @@ def test_the_images_are_labelled_ones_of_the_test_split(network):
     known = {
         view(test[i])["image"].tobytes(): test[i]["label"] for i in range(len(test))
     }
-    assert [known[image.tobytes()] for image in found.bank] == found.labels.tolist()
+    shown = [known[image.tobytes()] for image in found.images]
+    assert shown == found.labels[:6].tolist()
     assert len(set(found.labels[:20])) > 4  # Mixed, though a source may be sorted.
 
 
 def test_the_same_seed_takes_the_same_images(network):
-    one, two, other = (collect(network, seed=seed).bank for seed in (1, 1, 2))
+    one, two, other = (collect(network, seed=seed).images for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
 

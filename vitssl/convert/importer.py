@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from vitssl import config, convert, disk, errors, sizes
+from vitssl import config, convert, disk, errors, sizes, tree
 from vitssl.convert import (
     backbone,
     beside,
@@ -389,7 +389,8 @@ def _aside(state, table) -> list[str]:
         parts = tuple(key.replace("/", ".").split("."))
         free = [n for n in range(1, len(parts)) if parts[:n] not in used]
         groups[".".join(parts[: min(free, default=len(parts))])] += 1
-    return [f"left aside: {name} ({n} keys)" for name, n in sorted(groups.items())]
+    order = sorted(groups, key=tree.natural)
+    return [f"left aside: {name} ({groups[name]} keys)" for name in order]
 
 
 def _adapt(leaves, fields, one, options, notes):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, tree
 
 # Of modules that only hold another one, anywhere in a name: torch.compile, FSDP,
 # activation checkpointing.
@@ -98,7 +98,7 @@ def told(raw: Mapping, plain: Mapping, prefix: str, strip: Sequence[str]) -> lis
     outside = collections.Counter(
         key.split(".")[0] for key in plain if not key.startswith(prefix)
     )
-    for name, count in sorted(outside.items()):
+    for name, count in sorted(outside.items(), key=lambda x: tree.natural(x[0])):
         lines.append(f"outside of the prefix, left aside: {name} ({count} keys)")
     return lines
 

@@ -32,6 +32,32 @@ def top(position, classes: int) -> dict[str, float]:
     return found
 
 
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval of Wilson's score around a share of `count` trials.
+
+    It holds the true share in about 95 of 100 experiments, also near 0 and 1 and of a
+    few images.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical
+    inference".
+    """
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    half = float(z * spread / (1 + z * z / count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def written(share: float, count: float | None) -> str:
+    """Return "90.3% (86.8-93.0)": a share of `count` images, and `wilson`'s interval.
+
+    Without a count (None, 0 or not finite) the share alone.
+    """
+    if not count or not np.isfinite(count) or not 0 <= share <= 1:
+        return f"{share:.1%}"
+    low, high = wilson(share, int(count))
+    return f"{share:.1%} ({100 * low:.1f}-{100 * high:.1f})"
+
+
 def confusion(label, predicted, classes: int):
     """Return int [C, C]: row is the true class, column the predicted one."""
     cells = np.asarray(label, np.int64) * classes + np.asarray(predicted, np.int64)

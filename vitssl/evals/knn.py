@@ -312,11 +312,15 @@ class KNN(evaluator.Evaluator):
         return f"k-NN: {first}"
 
     def __call__(self, bank, query, classes) -> dict[str, float]:
-        """Return "top1", "top5" of the first pair; of several also "k<k>_t<t>/..."."""
-        found = self.sweep(bank, query, classes)
-        values = dict(next(iter(found.values())))
+        """Return "top1", "top5", "confusion" [C, C] and "images" of the first pair.
+
+        Of several pairs also "k<k>_t<t>/top1", "/top5".
+        """
+        found = self._sweep(bank, query, classes)
+        scores, counts = next(iter(found.values()))
+        values = scores | {"confusion": counts, "images": int(counts.sum())}
         if len(found) > 1:
-            for (k, t), each in found.items():
+            for (k, t), (each, _) in found.items():
                 values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}
         return values
 
@@ -326,6 +330,11 @@ class KNN(evaluator.Evaluator):
         The neighbours are searched once, for the largest k; rows without a label take
         no part.
         """
+        found = self._sweep(bank, query, classes)
+        return {pair: scores for pair, (scores, _) in found.items()}
+
+    def _sweep(self, bank, query, classes) -> dict:
+        """Return {(k, temperature): (scores, confusion [C, C])}."""
         bank, bank_label = _labelled(bank)
         query, query_label = _labelled(query)
         ks = tuple(dict.fromkeys(min(k, len(bank)) for k in self.k))
@@ -337,13 +346,15 @@ class KNN(evaluator.Evaluator):
         found = {}
         for k in ks:
             for tau in self.temperature:
-                position = []
+                position, named = [], []
                 for start in range(0, len(query), size):
                     part = slice(start, start + size)
                     weight = weights(score[part, :k], temperature=tau)
                     chance = _ranked(weight, label[part, :k], classes)
                     position.append(accuracy.rank(chance, query_label[part]))
-                found[k, tau] = accuracy.top(np.concatenate(position), classes)
+                    named.append(chance.argmax(1))
+                named = accuracy.confusion(query_label, np.concatenate(named), classes)
+                found[k, tau] = accuracy.top(np.concatenate(position), classes), named
         return found
 
 

@@ -357,7 +357,7 @@ class Linear(evaluator.Evaluator):
         return f"linear{what}: {'lbfgs' if self.solver == 'lbfgs' else sgd}"
 
     def __call__(self, bank, query, classes) -> dict[str, float]:
-        """Return "top1", "top5", "loss", "f1_macro"; "penalty" of lbfgs; folds'."""
+        """Return "top1", "top5", "loss", "images", "confusion"; lbfgs "penalty"."""
         train, test = self._labelled(bank), self._labelled(query)
         values = getattr(self, f"_{self.solver}")(train, test, classes)
         if self.folds:
@@ -365,7 +365,8 @@ class Linear(evaluator.Evaluator):
             top1 = cross_validate(probe, *train, recipe=self.recipe, parts=self.folds)
             values |= {"folds_top1": float(top1.mean())}
             values |= {"folds_top1_std": float(top1.std())}  # Of the population.
-        counts = values.pop("confusion")
+        counts = values["confusion"]
+        values["images"] = int(counts.sum())
         return values | {"f1_macro": metrics.summary(counts)["f1_macro"]}
 
     def _probe(self, classes):

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from vitssl import ranges
-from vitssl.evals import extraction, fewshot, knn, linear, quality
+from vitssl.evals import accuracy, extraction, fewshot, knn, linear, quality
 
 # All evaluators, in the order of the table's columns.
 EVALS = {
@@ -130,6 +130,8 @@ class Evals:
     def protocol(self) -> str:
         """Return one line: what the numbers of the final table were measured with."""
         parts = [f"features: {self.features}", *map(str, self.chosen.values())]
+        if any("top1" in e.columns for e in self.chosen.values()):
+            parts.append("in brackets: 95 % by Wilson's interval")
         return "; ".join(filter(None, parts))
 
 
@@ -154,8 +156,8 @@ def online(
         sharding: of a batch over devices.
 
     Returns:
-        "knn/top1", "knn/top5"; "quality/..." of `quality.spread`; "probe/top1" with
-        online_probe_epochs.
+        "knn/top1", "knn/top5", "knn/images" that they are of; "quality/..." of
+        `quality.spread`; "probe/top1" with online_probe_epochs.
     """
 
     def extract(batches):
@@ -176,7 +178,7 @@ def online(
     first = dict(k=section.knn_k[:1], temperature=section.knn_temperature[:1])
     near = dataclasses.replace(knn.KNN.of(section), **first)
     found = near(train, test, classes)
-    values |= {f"knn/{key}": value for key, value in found.items()}
+    values |= {f"knn/{k}": value for k, value in found.items() if not np.ndim(value)}
     if section.online_probe_epochs:
         probe = linear.Linear.of(section)
         recipe = dataclasses.replace(probe.recipe, epochs=section.online_probe_epochs)
@@ -207,7 +209,8 @@ def final(
         Rows for `format_table` and `flat`: {"features": name, "dim": D, "knn/top1",
         "knn/k20_t0.07/top1", "linear/top1", "fewshot/5/top1", "quality/rankme", ...};
         the last two are "raw pixels" and, with labels, what always naming the most
-        frequent class would score.
+        frequent class would score. "knn/images" labelled images are what an accuracy
+        is of, "knn/confusion" is an array.
     """
     rows = []
     todo = [(name, network, state, section.names) for name, state in states.items()]
@@ -268,8 +271,17 @@ def cells(rows: list[dict]) -> list[list[str]]:
                 columns.append((key, found.expand(heading), form))
     lines = [[heading for _, heading, _ in columns]]
     for row in rows:
-        lines.append([f.format(row[k]) if k in row else "-" for k, _, f in columns])
+        lines.append([_cell(row, key, form) for key, _, form in columns])
     return lines
+
+
+def _cell(row, key, form) -> str:
+    if key not in row:
+        return "-"
+    head, _, name = key.rpartition("/")
+    if name == "top1":
+        return accuracy.written(row[key], row.get(f"{head}/images"))
+    return form.format(row[key])
 
 
 def format_table(rows: list[dict], note: str = "") -> str:
@@ -285,10 +297,10 @@ def format_table(rows: list[dict], note: str = "") -> str:
 
 
 def flat(rows: list[dict]) -> dict[str, float]:
-    """Return {"final/trained/knn/top1": value, ...} of all rows."""
+    """Return {"final/trained/knn/top1": value, ...} of all numbers of the rows."""
     return {
         f"final/{row['features'].replace(' ', '_')}/{key}": float(value)
         for row in rows
         for key, value in row.items()
-        if key != "features"
+        if key != "features" and not np.ndim(value)
     }

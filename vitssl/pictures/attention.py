@@ -6,12 +6,14 @@ h * w patches of the grid in raster order; a grid of None is the largest square 
 fits. Images are [H, W, C].
 """
 
+import matplotlib
 import numpy as np
 from matplotlib.patches import Rectangle
 
 from vitssl.pictures import panels
 
 HEAT = "magma"
+MARK = panels.COLOURS[1]  # Of the patch that looks.
 
 
 def rollout(attention):  # [layers, heads, T, T] -> [T, T]
@@ -52,35 +54,40 @@ def depths(layers):
     return found | {"last": layers - 1}
 
 
-def _heat(axis, values, grid, title="", low=0.0):
-    """Draw a map of a value per patch, each map on its own scale from `low` up."""
-    top = max(float(values.max()), low + 1e-12)
+def _heat(axis, values, grid, title="", low=0.0, top=None):
+    """Draw a map of a value per patch, from `low` to `top` or its largest."""
+    top = max(float(values.max()) if top is None else top, low + 1e-12)
     panels.show(axis, values.reshape(grid), title, cmap=HEAT, vmin=low, vmax=top)
 
 
 def overlay(image, values, grid, low=0.0):  # [H, W, 3], [N] -> [H, W, 3]
-    """Return an image darkened by values: most at `low`, not at all at the largest."""
+    """Return an image under the colours of values, from `low` to the largest.
+
+    Between the centres of patches the colours change smoothly.
+    """
     light = (values.reshape(grid) - low) / max(float(values.max()) - low, 1e-12)
-    return image * (0.12 + 0.88 * panels.enlarge(light, image.shape)[..., None])
+    heat = matplotlib.colormaps[HEAT](panels.smooth(light, image.shape))[..., :3]
+    return 0.4 * image + 0.6 * heat
 
 
 def rolled(attention, count):  # [layers, heads, T, T] -> [N], number
-    """Return the rollout on N = `count` patches, and what to draw it from upwards.
+    """Return the rollout on N = `count` patches, and its minimum, to draw it from.
 
-    Without a class token every patch looks at itself in half of the rollout: that is
-    as much for all, so it is then drawn from its minimum.
+    What all patches get alike, such as the half of the residual branch, says nothing.
     """
     values = on_patches(rollout(attention), count)
-    return values, 0.0 if attention.shape[-1] > count else float(values.min())
+    return values, float(values.min())
 
 
 @panels.picture
-def heads(image, attention, grid=None, *, layers=6, most=16):
+def heads(image, attention, grid=None, *, layers=6, most=12):
     """Draw one map per layer (rows) and head (columns) of an image.
 
-    At most `layers` layers and `most` heads, evenly spread from the first to the last.
+    At most `layers` layers and `most` heads, evenly spread from the first to the last;
+    the maps of a layer have one scale.
     """
     grid = grid or infer_grid(attention.shape[-1])
+    count = grid[0] * grid[1]
     chosen, shown = (
         np.unique(np.linspace(0, n - 1, min(limit, n)).round().astype(int))
         for n, limit in zip(attention.shape, (layers, most), strict=False)
@@ -88,18 +95,21 @@ def heads(image, attention, grid=None, *, layers=6, most=16):
     figure, axes = panels.tiles(
         len(chosen),
         1 + len(shown),
-        "Attention of the whole image by layer and head, each from 0 to its maximum",
+        "Attention of the whole image by layer and head",
         size=1.0,
         headings="first",
+        right=0.7,
     )
     for r, layer in enumerate(chosen):
-        mean = on_patches(attention[layer].mean(0), grid[0] * grid[1])
+        mean = on_patches(attention[layer].mean(0), count)
         view = overlay(panels.rgb(image), mean, grid)
         panels.show(axes[r, 0], view, "mean of heads" if r == 0 else "")
         axes[r, 0].set_ylabel(f"layer {layer}", size=7.5)
-        for axis, h in zip(axes[r, 1:], shown, strict=True):
-            values = on_patches(attention[layer, h], grid[0] * grid[1])
-            _heat(axis, values, grid, f"head {h}" if r == 0 else "")
+        maps = on_patches(attention[layer, shown], count)
+        for axis, h, values in zip(axes[r, 1:], shown, maps, strict=True):
+            title = f"head {h}" if r == 0 else ""
+            _heat(axis, values, grid, title, top=float(maps.max()))
+        panels.scale(figure, axes[r, -1], axes[r, -1].images[0], "attention")
     return figure
 
 
@@ -114,20 +124,33 @@ def infer_grid(tokens):
 
 @panels.picture
 def layers(images, attention, grid=None):  # [B, ...], [B, layers, heads, T, T]
-    """Draw a row per image: early, middle and last layer, and the rollout."""
+    """Draw a column per image: early, middle and last layer, and the rollout.
+
+    Each row has one scale; the last shows the rollout as light on the image.
+    """
     grid = grid or infer_grid(attention.shape[-1])
-    count, where = grid[0] * grid[1], depths(attention.shape[1])
+    count = grid[0] * grid[1]
+    rows = {
+        f"{name}\n(layer {i})": [on_patches(a[i].mean(0), count) for a in attention]
+        for name, i in depths(attention.shape[1]).items()
+    }
+    rolls = [rolled(each, count) for each in attention]
+    rows["rollout"] = [values for values, _ in rolls]
     title = "Attention of the whole image: mean of heads, and rollout"
-    figure, axes = panels.tiles(len(images), 3 + len(where), title, label=False)
-    for image, each, row in zip(panels.rgb(images), attention, axes, strict=True):
-        panels.show(row[0], image, "image")
-        for axis, (name, i) in zip(row[1:], where.items(), strict=False):
-            values = on_patches(each[i].mean(0), count)
-            _heat(axis, values, grid, f"{name} (layer {i})")
-        values, low = rolled(each, count)
-        title = "rollout from its minimum" if low else "rollout"
-        _heat(row[-2], values, grid, title, low)
-        panels.show(row[-1], overlay(image, values, grid, low), "rollout on image")
+    figure, axes = panels.tiles(
+        2 + len(rows), len(images), title, headings="none", right=0.7
+    )
+    axes[-1, 0].set_ylabel("rollout\non image", size=7)
+    for b, image in enumerate(panels.rgb(images)):
+        panels.show(axes[0, b], image)
+        panels.show(axes[-1, b], overlay(image, rolls[b][0], grid, rolls[b][1]))
+    for row, (name, maps) in zip(axes[1:-1], rows.items(), strict=True):
+        row[0].set_ylabel(name, size=7)
+        low = min(low for _, low in rolls) if name == "rollout" else 0.0
+        top = max(float(values.max()) for values in maps)
+        for axis, values in zip(row, maps, strict=True):
+            _heat(axis, values, grid, low=low, top=top)
+        panels.scale(figure, row[-1], row[-1].images[0], "attention")
     return figure
 
 
@@ -142,8 +165,12 @@ def patch(image, attention, position, grid=None):
         for name, i in depths(len(attention)).items()
     }
     maps["rollout"] = rollout(attention)[query, prefix:]
-    title = f"Attention of patch {tuple(position)}"
-    figure, axes = panels.tiles(1, 1 + len(maps), title, size=1.5, label=False)
+    # Half of a rollout is the patch itself: the others would all be black.
+    rest = np.delete(maps["rollout"], query - prefix)
+    maps["rollout"] = maps["rollout"].clip(max=float(rest.max(initial=0.0)))
+    title = f"Attention of patch {tuple(map(int, position))}, each map on its own scale"
+    key = [(MARK, "the patch that looks")]
+    figure, axes = panels.tiles(1, 1 + len(maps), title, size=1.5, label=False, key=key)
     image = panels.rgb(image)
     panels.show(axes[0, 0], image, "image")
     cell = image.shape[0] / grid[0], image.shape[1] / grid[1]
@@ -158,5 +185,5 @@ def _mark(axis, position, cell):
     """Frame the patch at `position` on tiles of `cell` = (height, width) units."""
     y, x = position[0] * cell[0] - 0.5, position[1] * cell[1] - 0.5
     axis.add_patch(
-        Rectangle((x, y), cell[1], cell[0], fill=False, color="#56B4E9", linewidth=1.6)
+        Rectangle((x, y), cell[1], cell[0], fill=False, color=MARK, linewidth=1.6)
     )

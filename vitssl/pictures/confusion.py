@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from vitssl.evals import metrics
+from vitssl.evals import accuracy, metrics
 from vitssl.pictures import panels
 
 # Which of the scored weights and views the report is of: the first that exists.
@@ -81,9 +81,10 @@ def neighbours(matrix, classes=()):  # Counts [C, C], rows truth.
     """Draw what k-NN takes the images of each class for."""
     matrix = np.asarray(matrix)
     names = _names(len(matrix), classes)
-    right = np.trace(matrix) / max(1, matrix.sum())
-    side = min(9.0, 2.2 + 0.32 * len(matrix))
-    title = f"Confusions of k-NN ({right:.1%} right)"
+    count = int(matrix.sum())
+    right = accuracy.written(np.trace(matrix) / max(1, count), count)
+    side = min(9.0, 2.6 + 0.32 * len(matrix))
+    title = f"k-NN of the final evaluation\n{right} of {count} test images right"
     figure, (axis,) = panels.charts(1, title, size=(side, side))
     _matrix(axis, matrix, names)
     return figure
@@ -99,12 +100,14 @@ def _matrix(axis, confusion, names):
     shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axis.grid(False)
-    axis.set(xlabel="predicted", ylabel="true")
+    axis.set(xlabel="predicted (shade: share of the true class)", ylabel="true")
     if len(names) > MOST:
         return
     small = dict(fontsize=6)
-    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", **small)
-    axis.set_yticks(range(len(names)), names, **small)
+    if max(map(len, names)) > 3:
+        small |= dict(rotation=60, ha="right")
+    axis.set_xticks(range(len(names)), names, **small)
+    axis.set_yticks(range(len(names)), names, fontsize=6)
     if len(names) <= 20:
         for (i, j), n in np.ndenumerate(confusion):
             if n:

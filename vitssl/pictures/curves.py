@@ -5,8 +5,10 @@ import math
 import re
 from array import array
 
+import matplotlib
 import numpy as np
 
+from vitssl import tree
 from vitssl.pictures import panels
 
 # Thresholds under or over which a representation counts as collapsed.
@@ -15,7 +17,9 @@ LEVELS, MOMENTUM, GRADIENTS = r"loss_h\d+$", r"(^|[/_])(momentum|ema)$", r"grad"
 MAX_LINE = 2**20  # Characters of a line that is read.
 # Of values that are drawn: beyond these their squares and ratios are no numbers.
 SMALLEST, LARGEST = 1e-100, 1e100
-_PLUMBING = re.compile(r"^(time|compile|memory|freeze)/|^nonfinite")
+_PLUMBING = re.compile(r"^(time|compile|memory|freeze|final)/|^nonfinite|_norm/")
+MOST = 32  # Charts of a picture; the report has all.
+MOST_NAMED = 16  # Curves of one chart that its legend names.
 
 
 def read(path):
@@ -110,16 +114,27 @@ def _draw(axis, curve, label="", *, colour=None):
     axis.plot(steps, values, alpha=0.3, linewidth=0.8, color=line.get_color())
 
 
+def courses(metrics) -> list[str]:
+    """Return the metrics that `training` draws if nobody chooses: those that move."""
+    keys = [key for key in matching(metrics, ".") if not _PLUMBING.search(key)]
+    return [key for key in keys if len(set(metrics[key][1])) > 1]
+
+
 @panels.picture
 def training(metrics, *, keys=()):
     """Draw a chart for each metric of `read`: raw values pale, smoothed ones strong.
 
-    No keys: all of the run, without times, memory and other plumbing.
+    No keys: all of the run that move, without times, memory and other plumbing; the
+    first `MOST` of them.
     """
-    chosen = keys or [k for k in sorted(metrics) if not _PLUMBING.search(k)]
+    chosen = list(keys) or courses(metrics)
     # What everybody looks at first comes first.
     chosen = sorted(chosen, key=lambda k: (k != "loss", "loss" not in k))
-    figure, axes = panels.charts(len(chosen), "Training", columns=4, size=(2.6, 1.8))
+    if not chosen:
+        raise ValueError("no metric has two different values yet")
+    more, chosen = len(chosen) - MOST, chosen[:MOST]
+    title = "Training" + (f" (and {more} more in `vitssl report`)" if more > 0 else "")
+    figure, axes = panels.charts(len(chosen), title, columns=4, size=(2.6, 1.8))
     for axis, key in zip(axes, chosen, strict=True):
         _draw(axis, metrics[key], colour=panels.COLOURS[5])
         axis.set_title(key)
@@ -135,23 +150,34 @@ def levels(metrics):
 
 def _together(metrics, pattern, title, **labels):
     """Draw the metrics of a pattern in one chart, on a logarithmic scale."""
-    figure, axes = panels.charts(1, title, size=(5.0, 3.0))
-    for key in _some(metrics, pattern):
-        _draw(axes[0], metrics[key], key)
+    keys = _some(metrics, pattern)
+    figure, axes = panels.charts(1, title, size=(7.0, 3.6))
+    # Many are blocks of a network: from the first, dark, to the last.
+    ramp = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(keys)))
+    colours = panels.COLOURS if len(keys) <= len(panels.COLOURS) else ramp
+    named = set(np.linspace(0, len(keys) - 1, min(MOST_NAMED, len(keys))).astype(int))
+    for i, key in enumerate(keys):
+        label = key if i in named else "_"
+        _draw(axes[0], metrics[key], label, colour=colours[i])
     axes[0].set(yscale="log", xlabel="step", **labels)
-    axes[0].legend()
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     return figure
 
 
 def matching(metrics, pattern) -> list[str]:
-    """Return the sorted keys of `metrics` in which the regex is found."""
-    return sorted(k for k in metrics if re.search(pattern, k))
+    """Return the keys of `metrics` in which the regex is found, in natural order.
+
+    A metric of one value has no course, and those of the final evaluation are one each.
+    """
+    found = (k for k, (steps, _) in metrics.items() if len(steps) > 1)
+    found = (k for k in found if re.search(pattern, k) and not k.startswith("final/"))
+    return sorted(found, key=tree.natural)
 
 
 def _some(metrics, pattern):
     if keys := matching(metrics, pattern):
         return keys
-    raise ValueError(f"no metric like {pattern}; there is {sorted(metrics)}")
+    raise ValueError(f"no curve like {pattern}; there is {sorted(metrics)}")
 
 
 @panels.picture
@@ -186,7 +212,7 @@ COLLAPSE = {
 
 @panels.picture
 def collapse(metrics, width):
-    """Draw the signs of a collapse, with the zone that means one shaded.
+    """Draw the signs of a collapse that were logged, with the zone of one shaded.
 
     Deviations, ranks and similarities of features are found by the metrics' names; of
     `width` features a rank below width / 10 counts as collapsed.
@@ -196,19 +222,22 @@ def collapse(metrics, width):
         "rank": (0.0, LOW_RANK * width, f"rank of features (of {width})"),
         "similarity": (HIGH_SIMILARITY, 1.0, "similarity of features"),
     }
-    figure, axes = panels.charts(3, "Signs of collapse (the shaded zone is one)")
-    for axis, (kind, (low, high, title)) in zip(axes, zones.items(), strict=True):
-        keys = matching(metrics, COLLAPSE[kind])
-        for key in keys:
-            _draw(axis, metrics[key], key)
+    found = {kind: matching(metrics, COLLAPSE[kind]) for kind in zones}
+    found = {kind: keys for kind, keys in found.items() if keys}
+    if not found:
+        _some(metrics, "|".join(COLLAPSE.values()))
+    title = "Signs of collapse (in the shaded zone)"
+    figure, axes = panels.charts(len(found), title, size=(3.8, 2.8))
+    for axis, (kind, keys) in zip(axes, found.items(), strict=True):
+        low, high, title = zones[kind]
+        for i, key in enumerate(keys):
+            _draw(axis, metrics[key], key, colour=panels.COLOURS[(5 - i) % 6])
         axis.axhspan(low, high, color=panels.COLOURS[4], alpha=0.18, lw=0)
         axis.set(title=title, xlabel="step")
         if kind == "similarity":
             axis.set_ylim(min(0.0, axis.get_ylim()[0]), 1.0)
         else:
             axis.set_ylim(0, max(axis.get_ylim()[1], 1.2 * high))
-        if keys:
-            axis.legend(fontsize=6.5)
-        else:
-            axis.text(0.5, 0.5, "not logged", ha="center", transform=axis.transAxes)
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        axis.legend(fontsize=7, ncols=2, **below)
     return figure

@@ -23,6 +23,8 @@ from vitssl.pictures import (
 )
 from vitssl.pictures import features as tokens
 
+MOST_CLASSES = 200  # Of a drawn confusion matrix.
+
 
 @dataclasses.dataclass(frozen=True)
 class Material:
@@ -32,7 +34,7 @@ class Material:
         images: uint8 [B, H, W, C], of the evaluation.
         grid: (h, w) of their patches; None for a square.
         attention: [B, layers, heads, T, T] of these images.
-        tokens: [B, N, D] of these images, patches only.
+        tokens: [M >= B, N, D], patches only; the first B are of these images.
         batch: training batch of B images: "global", "local", the masks and boxes.
         originals: the B images [H, W, C] that the batch was cropped from.
         crop_masks: (context [H, N], targets [H, T, N]) to draw on the first crop,
@@ -45,13 +47,13 @@ class Material:
         reconstruction: (images [B, H, W, C], hidden, stages), see
             `reconstruction.reconstruction`.
         features: {name: [M, D]}; the first is the one to look at.
-        bank: uint8 [M, H, W, C], the images of `features`.
-        labels: int [M], -1 unknown; None if there are none.
+        labels: int [M] of `features`, -1 unknown; None if there are none.
         classes: names of the labels.
-        queries: so many of `bank` are shown with their neighbours among the others.
+        neighbours: arguments of `space.neighbours`.
         metrics_path: a metrics.jsonl.
         plane: (offsets, losses), see `landscape.plane`.
-        scores: arrays of the method's own scores of the test split, see `report`.
+        scores: arrays of the final evaluation: the method's own of the test split, see
+            `confusion.page`, and "knn_confusion".
     """
 
     images: object = None
@@ -67,10 +69,9 @@ class Material:
     prediction: tuple | None = None
     reconstruction: tuple | None = None
     features: dict = dataclasses.field(default_factory=dict)
-    bank: object = None
     labels: object = None
     classes: tuple[str, ...] = ()
-    queries: int = 6
+    neighbours: dict = dataclasses.field(default_factory=dict)
     metrics_path: str | pathlib.Path = ""
     plane: tuple | None = None
     scores: dict = dataclasses.field(default_factory=dict)
@@ -149,24 +150,20 @@ def _of_images(m: Material):
 
 def _of_features(m: Material):
     """Yield (file name, picture) of images as points."""
+    if m.neighbours:
+        near = partial(space.neighbours, classes=m.classes, **m.neighbours)
+        yield "neighbours.png", near
+    matrix = m.scores.get("knn_confusion")
+    if matrix is not None and len(matrix) <= MOST_CLASSES:
+        yield "confusion.png", partial(confusion.neighbours, matrix, m.classes)
     if not m.features:
         return
     yield "features.png", partial(space.distributions, m.features)
     chosen = next(iter(m.features.values()))
-    if len(chosen) < 8:
-        return
-    names = {"classes": m.classes}
-    yield "feature_space.png", partial(space.feature_space, chosen, m.labels, **names)
-    known = len(m.classes) if m.labels is not None else 0
-    if 1 < known <= 200 and (m.labels >= 0).sum() > 1:
-        matrix = space.confusions(chosen, m.labels, known)
-        yield "confusion.png", partial(confusion.neighbours, matrix, m.classes)
-    if m.bank is not None:
-        cut = min(m.queries, len(chosen) // 2)
-        if m.labels is not None:
-            names["labels"] = m.labels[:cut], m.labels[cut:]
-        images, pair = (m.bank[:cut], m.bank[cut:]), (chosen[:cut], chosen[cut:])
-        yield "neighbours.png", partial(space.neighbours, *images, pair, **names)
+    if len(chosen) >= 8:
+        names = {"classes": m.classes}
+        draw = partial(space.feature_space, chosen, m.labels, **names)
+        yield "feature_space.png", draw
 
 
 def _of_run(m: Material):
@@ -175,18 +172,22 @@ def _of_run(m: Material):
         yield "report.png", partial(confusion.page, m.scores, m.classes)
         yield "report.json", partial(confusion.write, m.scores, m.classes)
     if m.metrics_path and pathlib.Path(m.metrics_path).exists():
-        metrics = curves.read(m.metrics_path)
-        if metrics:
-            yield "training.png", partial(curves.training, metrics)
-        for name, draw, pattern in (
-            ("training_levels.png", curves.levels, curves.LEVELS),
-            ("training_momentum.png", curves.momentum, curves.MOMENTUM),
-            ("training_gradients.png", curves.gradients, curves.GRADIENTS),
-        ):
-            if curves.matching(metrics, pattern):
-                yield name, partial(draw, metrics)
-        if m.features and metrics:
-            width = next(iter(m.features.values())).shape[1]
-            yield "collapse.png", partial(curves.collapse, metrics, width)
+        yield from _of_metrics(curves.read(m.metrics_path), m)
     if m.plane is not None:
         yield "landscape.png", partial(landscape.landscape, *m.plane)
+
+
+def _of_metrics(metrics, m: Material):
+    """Yield (file name, picture) of what has a course over the steps."""
+    if curves.courses(metrics):
+        yield "training.png", partial(curves.training, metrics)
+    for name, draw, pattern in (
+        ("training_levels.png", curves.levels, curves.LEVELS),
+        ("training_momentum.png", curves.momentum, curves.MOMENTUM),
+        ("training_gradients.png", curves.gradients, curves.GRADIENTS),
+    ):
+        if curves.matching(metrics, pattern):
+            yield name, partial(draw, metrics)
+    if m.features and curves.matching(metrics, "|".join(curves.COLLAPSE.values())):
+        width = next(iter(m.features.values())).shape[1]
+        yield "collapse.png", partial(curves.collapse, metrics, width)

@@ -31,16 +31,30 @@ def components(tokens, count=3):  # [B, N, D >= count] -> [B, N, count]
 def principal(images, tokens, grid=None):
     """Draw every image over the first three principal components of its tokens.
 
-    The components are those of all images together: equal colours are equal features.
-    Tokens [B, N, D] are patches only, of a grid (h, w); None for a square.
+    Below them those of the tokens without the mean of their position over all images:
+    what a token says beyond where it is. Components are of all tokens together: equal
+    colours in a row are equal features.
+
+    Args:
+        images: [B, H, W, C].
+        tokens: [M, N, D], patches only; the first B are of the images, the others make
+            the mean of a position less a matter of chance.
+        grid: (h, w); None for a square.
     """
     grid = grid or panels.square(tokens.shape[1])
-    colours = components(tokens).reshape(len(images), *grid, 3)
-    title = "Patch tokens: three principal components as red, green, blue"
-    figure, axes = panels.tiles(2, len(images), title, headings="none", label=False)
-    for b, image in enumerate(panels.rgb(images)):
-        panels.show(axes[0, b], image)
-        panels.show(axes[1, b], colours[b])
+    tokens = np.asarray(tokens, np.float64)
+    rows = {"tokens": tokens}
+    if len(tokens) > 1:
+        rows["without the mean of\ntheir position"] = tokens - tokens.mean(0)
+    title = "Patch tokens: three principal components as red, green and blue"
+    figure, axes = panels.tiles(1 + len(rows), len(images), title, headings="none")
+    for axis, image in zip(axes[0], panels.rgb(images), strict=True):
+        panels.show(axis, image)
+    for row, (name, each) in zip(axes[1:], rows.items(), strict=True):
+        colours = components(each).reshape(len(each), *grid, 3)
+        row[0].set_ylabel(name, size=7)
+        for axis, view in zip(row, colours, strict=False):
+            panels.show(axis, view)
     return figure
 
 
@@ -58,44 +72,47 @@ def cosines(predicted, target):  # [..., N, D] -> [..., N]
 
 @panels.picture
 def prediction(images, predicted, target, valid):
-    """Draw where the predictor is wrong: error and cosine of every level, by image.
+    """Draw where the predictor is wrong: a column per image, two rows per level.
 
-    Cells that were not predicted are grey.
+    Each row, of squared errors or of cosines, has one scale; cells that were not
+    predicted are grey.
     """
     levels = len(predicted)
     figure, axes = panels.tiles(
-        len(images),
         1 + 2 * levels,
-        "Prediction: squared error (bright is wrong) and cosine (blue is right)",
-        label=False,
-        right=0.6,
+        len(images),
+        "Prediction: squared error and cosine of every predicted cell",
+        headings="none",
+        right=0.7,
+        key=[(panels.HIDDEN, "not to be predicted")],
     )
-    for b, image in enumerate(panels.rgb(images)):
-        panels.show(axes[b, 0], image, "image")
+    for axis, image in zip(axes[0], panels.rgb(images), strict=True):
+        panels.show(axis, image)
     for k in range(levels):
         where = np.asarray(valid[k], bool)
         grid = panels.square(where.shape[1])
-        error = np.where(where, errors(predicted[k], target[k]), np.nan)
-        cosine = np.where(where, cosines(predicted[k], target[k]), np.nan)
-        # One scale per level, over all images: brighter is worse everywhere.
-        top = max(float(np.nanmax(error)) if where.any() else 0.0, 1e-12)
-        for b in range(len(images)):
-            for axis, values, name, limits, colours in (
-                (axes[b, 1 + k], error, "error", (0, top), "inferno"),
-                (axes[b, 1 + levels + k], cosine, "cosine", (-1, 1), "RdBu"),
-            ):
+        for row, measure, name, colours in (
+            (axes[1 + 2 * k], errors, "error", "inferno"),
+            (axes[2 + 2 * k], cosines, "cosine", "viridis"),
+        ):
+            values = np.where(where, measure(predicted[k], target[k]), np.nan)
+            row[0].set_ylabel(f"level {k}\n{name}", size=7)
+            low, high = _range(values[where], name)
+            for axis, one in zip(row, values, strict=True):
                 axis.set_facecolor(panels.HIDDEN)
-                panels.show(
-                    axis,
-                    np.ma.masked_invalid(values[b].reshape(grid)),
-                    f"{name}, level {k}",
-                    cmap=colours,
-                    vmin=limits[0],
-                    vmax=limits[1],
-                )
-    for row in axes:
-        panels.scale(figure, row[-1], row[-1].images[0], "cosine")
+                shown = np.ma.masked_invalid(one.reshape(grid))
+                panels.show(axis, shown, cmap=colours, vmin=low, vmax=high)
+            panels.scale(figure, row[-1], row[-1].images[0], name)
     return figure
+
+
+def _range(values, name):
+    """Return the scale of a row: errors from 0 up, cosines from their lowest to 1."""
+    if not len(values):
+        return 0.0, 1.0
+    if name == "cosine":
+        return min(float(values.min()), 1 - 1e-3), 1.0
+    return 0.0, max(float(values.max()), 1e-12)
 
 
 @panels.picture
@@ -104,30 +121,22 @@ def level_statistics(predicted, target, valid):
 
     Levels with nothing to predict stay empty.
     """
-    figure, axes = panels.charts(
-        2, "Prediction by level (the number is the mean)", columns=2
-    )
+    figure, axes = panels.charts(2, "Prediction by level", columns=2)
     names = ("squared error", "cosine of prediction and target")
     for axis, measure, name in zip(axes, (errors, cosines), names, strict=True):
+        labels = [f"level {k}" for k in range(len(valid))]
         for k, where in enumerate(valid):
             values = measure(predicted[k], target[k])[np.asarray(where, bool)]
             if not len(values):
                 continue
+            labels[k] += f"\nmean {values.mean():.3g}"
             low, middle, high = np.percentile(values, (25, 50, 75))
             colour = panels.COLOURS[k % len(panels.COLOURS)]
             parts = axis.violinplot([values], [k], widths=0.8, showextrema=False)
             parts["bodies"][0].set(facecolor=colour, alpha=0.55)
             axis.vlines(k, low, high, color=panels.INK, linewidth=3)
             axis.plot(k, middle, "o", color="white", markersize=3.5, zorder=3)
-            axis.annotate(
-                f"{values.mean():.3g}",
-                (k, values.mean()),
-                xytext=(14, 0),
-                textcoords="offset points",
-                size=7,
-                va="center",
-            )
-        axis.set_xticks(range(len(valid)), [f"level {k}" for k in range(len(valid))])
-        axis.set_xlim(-0.6, len(valid) - 0.2)
+        axis.set_xticks(range(len(valid)), labels)
+        axis.set_xlim(-0.6, len(valid) - 0.4)
         axis.set_title(name)
     return figure

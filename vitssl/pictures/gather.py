@@ -10,8 +10,12 @@ import numpy as np
 from vitssl import errors
 from vitssl.data import npy, pipeline, views
 from vitssl.data.sources import wrappers
-from vitssl.evals import extraction
+from vitssl.evals import extraction, knn
 from vitssl.pictures import drawing, landscape
+
+BANK = 5_000  # Training images, at most, among which neighbours are looked for.
+TOKENS = 64  # Images whose tokens make the mean of a position.
+NEAR = 5  # Neighbours of an image.
 
 
 def gather(
@@ -50,7 +54,10 @@ def gather(
         name: _vectors(method, each, bank, evals.features)
         for name, each in called.items()
     }
-    tokens = jax.jit(method.features)(*state, shown)["tokens"]
+    some = {key: rows[:TOKENS] for key, rows in bank.items()}
+    tokens = extraction.extract(
+        method.features, state, _chunks(some), names=("tokens",)
+    )["tokens"]
     fields = method.pictures(*state, batch, shown)
     if landscape_batches:
         few = min(10, landscape_batches)
@@ -62,8 +69,10 @@ def gather(
         batch=batch if "global" in batch else {},
         originals=[source[int(i)]["image"] for i in batch["index"]],
         features=found,
-        bank=bank["image"],
         labels=bank["label"] if (bank["label"] >= 0).any() else None,
+        neighbours=nearest(
+            method, state, data, evals, bank, found["trained"], seed=seed
+        ),
         classes=tuple(source.classes),
         metrics_path=metrics_path,
         scores=_scores(metrics_path),
@@ -104,6 +113,46 @@ def evaluation(data, size, points, seed):
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
+def nearest(method, state, data, evals, test, vectors, *, seed=0, queries=6) -> dict:
+    """Return what `space.neighbours` draws: test images, and training images like them.
+
+    Args:
+        test: of `evaluation`; the queries are of as many classes as there are.
+        vectors: [M, D], their features.
+    """
+    classes = np.unique(test["label"], return_index=True)[1]
+    order = np.concatenate([np.sort(classes), np.arange(len(test["label"]))])
+    asked = order[np.sort(np.unique(order, return_index=True)[1])][:queries]
+    source = data.open(data.bank_split, seed)
+    chosen = extraction.subset(len(source), BANK, seed=seed)
+    if data.bank_split == data.test_split:  # An image is not its own neighbour.
+        chosen = np.setdiff1d(chosen, test["index"][asked])
+    if len(chosen) < NEAR:
+        return {}
+    view = views.Evaluate(evals.image_size)
+    batches = pipeline.evaluate(
+        wrappers.Subset(source, chosen),
+        view,
+        batch_size=64,
+        threads=data.threads,
+        on_bad_image=data.on_bad_image,
+        bad_share=data.bad_share,
+    )
+    found = _extracted(method, state, batches, evals.features)
+    _, near = knn.search(found["vector"], vectors[asked], NEAR)
+    near = np.unique(near)
+    images = [view(dict(source[int(chosen[i])], index=np.int32(0))) for i in near]
+    known = (test["label"][asked] >= 0).all()
+    return dict(
+        queries=test["image"][asked],
+        bank=np.stack([row["image"] for row in images]),
+        features=(vectors[asked], found["vector"][near]),
+        labels=(test["label"][asked], found["label"][near]) if known else None,
+        total=len(chosen),
+        count=NEAR,
+    )
+
+
 def _chunks(bank, size=64):
     """Yield `bank` as evaluation batches of one size, in its own order."""
     count = len(bank["image"])
@@ -116,8 +165,14 @@ def _chunks(bank, size=64):
 
 def _vectors(method, state, bank, name):
     """Return one vector per image [M, D] of a state; of tokens their mean."""
-    found = extraction.extract(method.features, state, _chunks(bank), names=(name,))
-    return found[name].mean(1) if found[name].ndim == 3 else found[name]
+    return _extracted(method, state, _chunks(bank), name)["vector"]
+
+
+def _extracted(method, state, batches, name):
+    """Return {"vector": [M, D], "label": [M]} of evaluation batches."""
+    found = extraction.extract(method.features, state, batches, names=(name,))
+    x = found[name]
+    return found | {"vector": x.mean(1) if x.ndim == 3 else x}
 
 
 def _batches(method, source, size, seed):

@@ -46,6 +46,16 @@ def _show_targets(axis, image, blocks, grid, title=""):
         panels.outline(axis, block.reshape(grid), image.shape, colour)
 
 
+def _key(blocks):  # [..., T, N]
+    """Return what the colours of masks mean, for `panels.tiles`."""
+    count = blocks.shape[-2]
+    if count > len(panels.COLOURS):
+        return [(panels.HIDDEN, "hidden")]
+    one = "targets" if count == 1 else "target block {}"
+    colours = enumerate(panels.COLOURS[:count], 1)
+    return [(panels.HIDDEN, "hidden"), *((c, one.format(i)) for i, c in colours)]
+
+
 def _percent(mask):
     return f"{100 * np.mean(mask):.0f} %"
 
@@ -56,7 +66,8 @@ def hierarchical(image, context, targets, grid=None):  # Of masks [H, ...].
     image, context = panels.rgb(image), np.asarray(context, bool)
     grid = grid or panels.square(context.shape[-1])
     blocks = _blocks(targets, 1)
-    figure, axes = panels.tiles(2, len(context), "Masks of one crop", size=1.7)
+    title, key = "Masks of one crop", _key(blocks)
+    figure, axes = panels.tiles(2, len(context), title, size=1.7, key=key)
     for k, (seen, wanted) in enumerate(zip(context, blocks, strict=True)):
         title = f"level {k}: sees {_percent(seen)}"
         panels.show(axes[0, k], context_view(image, seen, grid), title)
@@ -120,8 +131,9 @@ def multicrop(global_crops, local_crops, masks):
             pair = (None, None) if context is None else (context[i], targets[i])
             columns.append((f"{name} {i}", panels.rgb(crops[i]), *pair))
     levels = np.shape(masks["global_context"])[1]
+    title, key = "Masks of all crops", _key(_blocks(masks["global_targets"], 2))
     figure, axes = panels.tiles(
-        2 * levels, len(columns), "Masks of all crops", size=1.1, headings="first"
+        2 * levels, len(columns), title, size=1.1, headings="first", key=key
     )
     for c, (name, image, context, targets) in enumerate(columns):
         axes[0, c].set_title(name, size=7.5, pad=2.5)
@@ -150,7 +162,8 @@ def single(image, context, targets, grid=None):  # Of masks [N], [T, N].
     grid = grid or panels.square(context.shape[-1])
     blocks = _blocks(targets, 0)
     union = blocks.any(0)
-    figure, axes = panels.tiles(1, 5, "One mask", size=1.6, label=False)
+    key = [*_key(blocks), (SEEN, "visible"), (UNUSED, "neither")]
+    figure, axes = panels.tiles(1, 5, "One mask", size=1.6, label=False, key=key)
     panels.show(axes[0, 0], image, "image")
     view = combined_view(context[None], union[None], grid)
     panels.show(axes[0, 1], view, "mask")
@@ -166,7 +179,9 @@ def single(image, context, targets, grid=None):  # Of masks [N], [T, N].
 def strategies(image, masks, grid=None):
     """Compare ways to draw masks, {name: (context, targets)}: a column for each."""
     image = panels.rgb(image)
-    figure, axes = panels.tiles(2, len(masks), "Masking compared", size=1.7)
+    key = _key(max((_blocks(t, 0) for _, t in masks.values()), key=len))
+    title = "Masking compared"
+    figure, axes = panels.tiles(2, len(masks), title, size=1.7, key=key)
     for c, (name, (context, targets)) in enumerate(masks.items()):
         context, blocks = np.asarray(context, bool), _blocks(targets, 0)
         cells = grid or panels.square(context.shape[-1])
@@ -202,8 +217,8 @@ def statistics(context, targets, grid=None):  # Of masks [draws, H, ...].
             left.axvline(share.mean(), color=colour, linestyle="--", linewidth=1)
             left.plot([], [], color=colour, label=f"{name}, mean {share.mean():.2f}")
         left.set(xlim=(0, 1), ylabel=f"level {k}: draws", xlabel="share of patches")
-        left.set_ylim(top=1.4 * left.get_ylim()[1])  # Room for the legend.
-        left.legend(fontsize=6.5, loc="upper right")
+        above = dict(loc="lower center", bbox_to_anchor=(0.5, 1), handlelength=1)
+        left.legend(fontsize=6.5, ncols=2, columnspacing=1, **above)
         for axis, mask, name in zip(
             maps, (context, targets), ("visible", "predicted"), strict=True
         ):

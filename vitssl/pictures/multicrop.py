@@ -25,7 +25,10 @@ def crops(global_crops, local_crops=None, *, original=None, boxes=None):
     title = "Crops: " + ", ".join(
         f"{crop.shape[1]} {name} of {crop.shape[2]} px" for name, crop, _ in sets
     )
-    figure, axes = panels.tiles(len(global_crops), columns, title, label=False)
+    key = [(colour, f"{name} crop, and where it lies") for name, _, colour in sets]
+    figure, axes = panels.tiles(
+        len(global_crops), columns, title, label=False, key=key if first else ()
+    )
     for b, row in enumerate(axes):
         if first:
             panels.show(row[0], panels.rgb(original[b]), "image")

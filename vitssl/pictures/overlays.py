@@ -53,7 +53,10 @@ def overlay(images, maps):  # uint8 [B, H, W, C], [B, h, w, K+1]
     parts = maps.shape[-1] - 1
     colours = _colours(parts)
     title = f"Parts found: {parts} colours, the background left as it is"
-    figure, axes = panels.tiles(2, len(images), title, headings="none", label=False)
+    key = [(colours[k], f"part {k + 1}") for k in range(parts)] if parts <= 8 else ()
+    figure, axes = panels.tiles(
+        2, len(images), title, headings="none", label=False, key=key
+    )
     for b, image in enumerate(panels.rgb(images)):
         half = np.where(where[b][..., None] < parts, 0.5, 0.0)
         panels.show(axes[0, b], image)
@@ -69,8 +72,7 @@ def write(path, images, maps, *, side=SIDE):
 def write_one(path, image, fields):  # uint8 [H, W, C]
     """Write one image with what a network makes of it; see `write`.
 
-    Its parts are drawn over it if there are any, else it is dark where the network
-    does not look.
+    Its parts are drawn over it if there are any, else where the network looks.
 
     Args:
         fields: of `drawing.Material`, of this image alone.

@@ -7,10 +7,13 @@ here needs a display, keeps global state, or has to be closed.
 import functools
 import pathlib
 
+import cv2
 import matplotlib
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
@@ -18,6 +21,7 @@ HIDDEN = "#B9BDC9"  # Neither black nor white, the backgrounds of most images.
 EMPTY = "#ECEDF1"
 INK = "#2B2D36"
 DPI = 130
+SIDE = 2000  # Pixels of the longer side of a picture, at most: a screen's.
 STYLE = {
     "axes.edgecolor": "#8A8D99",
     "axes.axisbelow": True,
@@ -54,7 +58,7 @@ def picture(draw):
             figure = draw(*args, **kwargs)
             if path:
                 pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=DPI)
+                figure.savefig(path, dpi=min(DPI, SIDE / max(figure.get_size_inches())))
         return figure
 
     return drawn
@@ -94,6 +98,16 @@ def enlarge(grid, shape):  # [h, w, ...] -> [H, W, ...]
     return grid[rows][:, columns]
 
 
+def smooth(grid, shape):  # [h, w] -> [H, W]
+    """Return a value per patch as pixels of any shape, without steps between patches.
+
+    Cubic between the centres of patches, and never beyond the values that there are.
+    """
+    grid = np.asarray(grid, np.float32)
+    wide = cv2.resize(grid, tuple(shape[1::-1]), interpolation=cv2.INTER_CUBIC)
+    return wide.clip(grid.min(), grid.max())
+
+
 def paint(image, mask, colour, alpha):  # [H, W, 3], bool [h, w] -> [H, W, 3]
     """Return an image with `colour` over the patches of `mask`; alpha 1 hides it."""
     over = np.asarray(matplotlib.colors.to_rgb(colour), np.float32)
@@ -119,32 +133,58 @@ def outline(axis, mask, shape, colour, width=1.2):
 
 
 def tiles(
-    rows, columns, title="", *, size=1.25, headings="every", label=True, right=0.08
+    rows,
+    columns,
+    title="",
+    *,
+    size=1.25,
+    headings="every",
+    label=True,
+    right=0.08,
+    key=(),
 ):
     """Return (figure, axes [rows, columns]): equal squares with hardly a gap.
 
     Args:
-        size: side of a tile, in inches.
+        size: side of a tile, in inches; less where so many would not fit into `SIDE`.
         headings: leave room for titles over the tiles of "every" row, of the "first"
             one, or of "none".
         label: leave room for a label left of every row.
         right: inches left free at the right.
+        key: [(colour, what it means)], written below the tiles.
     """
     head, gap = (0.2 if headings == "every" else 0.0), 0.06
     left = 0.34 if label else 0.08
     top = (0.3 if title else 0.06) + (0.2 if headings == "first" else 0.0)
-    # A title is longer than a single tile is wide.
-    width = max(left + columns * (size + gap) + right, 0.075 * len(title) + 0.2)
-    height = top + rows * (size + head + gap) + 0.06
+    bottom = 0.32 if key else 0.06
+    most = SIDE / DPI
+    size = min(
+        size,
+        (most - left - right) / columns - gap,
+        (most - top - bottom) / rows - head - gap,
+    )
+    # A title, or a key, is longer than a single tile is wide.
+    words = max(0.075 * len(title), sum(0.4 + 0.065 * len(text) for _, text in key))
+    width = min(most, max(left + columns * (size + gap) + right, words + 0.2))
+    height = top + rows * (size + head + gap) + bottom
     figure = Figure(figsize=(width, height))
+    if key:
+        figure.legend(
+            handles=[Patch(color=colour, label=text) for colour, text in key],
+            loc="lower left",
+            bbox_to_anchor=(0, 0),
+            ncols=len(key),
+            fontsize=7.5,
+            handlelength=1,
+        )
     if title:
         figure.text(0.08 / width, 1 - 0.08 / height, title, size=10, va="top")
     axes = np.empty((rows, columns), object)
     for r in range(rows):
-        bottom = height - top - (r + 1) * (size + head + gap) + gap
+        y = height - top - (r + 1) * (size + head + gap) + gap
         for c in range(columns):
             x = left + c * (size + gap)
-            box = (x / width, bottom / height, size / width, size / height)
+            box = (x / width, y / height, size / width, size / height)
             axes[r, c] = figure.add_axes(box)
             bare(axes[r, c])
     return figure, axes
@@ -176,8 +216,9 @@ def scale(figure, axis, mappable, text):
     """Draw the colour scale of `mappable` right of a tile (see `right` of tiles)."""
     box = axis.get_position()
     inch = 1 / figure.get_figwidth()
-    place = figure.add_axes((box.x1 + 0.08 * inch, box.y0, 0.1 * inch, box.height))
-    bar = figure.colorbar(mappable, cax=place)
+    low, height = box.y0 + 0.07 * box.height, 0.86 * box.height  # Room for numbers.
+    place = figure.add_axes((box.x1 + 0.08 * inch, low, 0.1 * inch, height))
+    bar = figure.colorbar(mappable, cax=place, ticks=MaxNLocator(4))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=6.5, length=2)
     bar.set_label(text, size=7)

@@ -58,7 +58,10 @@ def reconstruction(images, hidden, stages):
     """
     columns = 2 + 2 * len(stages)
     title = "Hidden patches, filled in"
-    figure, axes = panels.tiles(len(images), columns, title, size=1.7, label=False)
+    key = [(panels.HIDDEN, "hidden in the image; in a prediction: seen, so not asked")]
+    figure, axes = panels.tiles(
+        len(images), columns, title, size=1.7, label=False, key=key
+    )
     for b, image in enumerate(panels.rgb(images)):
         panels.show(axes[b, 0], image, "image")
         masked = panels.paint(image, hidden[b], panels.HIDDEN, 1.0)

@@ -3,12 +3,14 @@
 import matplotlib
 import numpy as np
 
-from vitssl.evals import accuracy, knn
+from vitssl.evals import knn
 from vitssl.pictures import panels
+
+SAME, OTHER = panels.COLOURS[2], panels.COLOURS[4]  # Frames of neighbours.
 
 
 @panels.picture
-def neighbours(queries, bank, features, *, labels=None, classes=(), count=5):
+def neighbours(queries, bank, features, *, labels=None, classes=(), count=5, total=0):
     """Draw images and the images whose features are most like theirs.
 
     Args:
@@ -17,11 +19,19 @@ def neighbours(queries, bank, features, *, labels=None, classes=(), count=5):
         labels: (int [Q], int [M]) or None; a neighbour of the same class gets a green
             frame, one of another class a red, dashed one.
         count: neighbours per image.
+        total: images that these of the bank are the nearest of; 0 is all of it.
     """
     similarity, found = knn.search(*features[::-1], min(count, len(bank)))
-    title = f"Nearest of {len(bank)} images, with cosine similarity"
+    title = f"Test images and the nearest of {total or len(bank):,} training images"
+    title += " (number: cosine)"
+    key = [(SAME, "of the same class"), (OTHER, "of another (dashed)")]
     figure, axes = panels.tiles(
-        len(queries), 1 + found.shape[1], title, size=1.1, label=False
+        len(queries),
+        1 + found.shape[1],
+        title,
+        size=1.1,
+        label=False,
+        key=[] if labels is None else key,
     )
     queries, bank = panels.rgb(queries), panels.rgb(bank)
     for q, row in enumerate(axes):
@@ -29,13 +39,13 @@ def neighbours(queries, bank, features, *, labels=None, classes=(), count=5):
         panels.show(row[0], queries[q], name)
         for axis, i, cosine in zip(row[1:], found[q], similarity[q], strict=True):
             if labels is None:
-                panels.show(axis, bank[i], f"{cosine:.3f}")
+                panels.show(axis, bank[i], f"{cosine:.4f}")
                 continue
-            panels.show(axis, bank[i], f"{_name(labels[1][i], classes)}  {cosine:.3f}")
+            panels.show(axis, bank[i], f"{_name(labels[1][i], classes)}  {cosine:.4f}")
             same = labels[1][i] == labels[0][q]
             axis.spines[:].set(
                 visible=True,
-                color=panels.COLOURS[2] if same else panels.COLOURS[4],
+                color=SAME if same else OTHER,
                 linestyle="-" if same else (0, (3, 2)),
                 linewidth=2,
             )
@@ -98,20 +108,6 @@ def feature_space(features, labels=None, *, classes=(), seed=42):
     return figure
 
 
-def confusions(features, labels, count, k=20):  # [M, D], int [M] -> [count, count]
-    """Return how often k-NN takes one class for another, rows truth.
-
-    Every image is classified by the k images nearest to it among the others (all of
-    them, if they are fewer), each with the vote exp(cosine / 0.07) (Wu et al. 2018,
-    arXiv:1805.01978). Images of unknown class (-1) are left out.
-    """
-    labels = np.asarray(labels)
-    x, labels = np.asarray(features)[labels >= 0], labels[labels >= 0]
-    score, near = knn.search(x, x, min(k, len(x) - 1), leave_one_out=True)
-    votes = knn.vote(knn.weights(score, temperature=0.07), labels[near], count)
-    return accuracy.confusion(labels, votes.argmax(1), count)
-
-
 @panels.picture
 def distributions(features):
     """Draw how features are spread: norms, deviation per dimension, spectrum.
@@ -135,5 +131,6 @@ def distributions(features):
     axes[2].set(title="singular values, relative", xlabel="component")
     axes[1].set_ylim(bottom=0)
     axes[2].set(yscale="log", ylim=(1e-4, 1.5))
-    axes[0].legend(fontsize=7)
+    for axis in axes:
+        axis.legend(fontsize=7)
     return figure

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import jax
 
-from vitssl import disk, errors, ranges
+from vitssl import disk, errors, ranges, tree
 from vitssl.run import devices, seals
 
 logger = logging.getLogger(__name__)
@@ -349,7 +349,8 @@ def _compare(path, stored, target, most=8):
     have, want = _shapes(stored), _shapes(target)
     lines = []
     # Parameters first: moments and averages of them differ in the same way.
-    order = sorted(set(have) | set(want), key=lambda n: (n[:7] != "params/", n))
+    every = sorted(set(have) | set(want), key=tree.natural)
+    order = sorted(every, key=lambda name: name[:7] != "params/")
     for name in order:
         if name not in have:
             lines.append(f"{name}: not in the checkpoint, model has {want[name]}")

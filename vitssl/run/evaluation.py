@@ -11,7 +11,7 @@ import numpy as np
 from vitssl import errors, tree
 from vitssl.data import pipeline
 from vitssl.data.sources import wrappers
-from vitssl.evals import extraction, suite
+from vitssl.evals import accuracy, extraction, suite
 from vitssl.run import agreement, devices
 
 logger = logging.getLogger(__name__)
@@ -240,9 +240,13 @@ class Evaluation:
         line gives the number and lets the reader judge.
         """
         shown = [f"{k[5:]} {v:.4g}" for k, v in values.items() if k[:5] == "test/"][:4]
+        count = values.get("knn/images")
+        for key, name in (("knn/top1", "k-NN"), ("probe/top1", "probe")):
+            if key in values:
+                shown.append(f"{name} {accuracy.written(values[key], count)}")
+        if count:
+            shown.append(f"of {count:.0f} images")
         for key, form in (
-            ("knn/top1", "k-NN {:.1%}"),
-            ("probe/top1", "probe {:.1%}"),
             ("quality/rankme", "RankMe {:.1f}"),
             ("quality/std", "std {:.3g}"),
         ):
@@ -283,6 +287,12 @@ class Evaluation:
             classes=self._classes,
             sharding=self._sharding,
         )
+        self.arrays |= {
+            key.replace("/", "_"): value
+            for row in rows
+            for key, value in row.items()
+            if row["features"] == "trained" and np.ndim(value)
+        }
         values = suite.flat(rows)
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = suite.format_table(rows, section.protocol())

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import importlib.metadata
 import platform
-import re
 import subprocess
 
 import jax
@@ -98,9 +97,8 @@ def parameter_table(params, optimizer: optim.Optimizer) -> list[str]:
         modules[histograms.module(name)][name] = leaf
     idle = optimizer.frozen(0)
     trained = tree.size({k: x for k, x in tree.flat(params).items() if k not in idle})
-    rows = [
-        _row(name, modules[name], idle, optimizer) for name in sorted(modules, key=_key)
-    ]
+    order = sorted(modules, key=tree.natural)
+    rows = [_row(name, modules[name], idle, optimizer) for name in order]
     noted = any(row.note for row in rows)
     columns = [f.name for f in dataclasses.fields(_Row) if f.name != "note" or noted]
     table = parameter_overview.make_table(rows, column_names=columns)
@@ -125,11 +123,6 @@ def _row(name, leaves, idle, optimizer) -> _Row:
     ]
     shares = _share(trains, count), _share(decays, count)
     return _Row(name, f"{count:>12,}", *shares, "  ".join(notes))
-
-
-def _key(name: str) -> list:
-    """Return a key by which block_2 comes before block_10."""
-    return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
 
 def _share(part, whole) -> str:

@@ -214,7 +214,7 @@ def closest(shares: dict[int, float], last: int) -> tuple[str, float]:
 def covering(names, every) -> str:
     """Return a short pattern that matches these names and no others of `every`."""
     names, others, found = set(names), set(every) - set(names), []
-    for name in sorted(names):
+    for name in sorted(names, key=tree.natural):
         parts = name.split("/")
         heads = ["/".join(parts[:n]) + "/" for n in range(1, len(parts))]
         free = (h for h in heads if not any(o.startswith(h) for o in others))

@@ -10,6 +10,7 @@ main_finetune.py, main_linprobe.py; utkutpcgl/ViTFreeze@30e80f9.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -347,21 +348,28 @@ class Classify(base.Storing):
                 one |= measures.calibration(logits, label)
                 one["reliability"] = np.stack(measures.reliability(logits, label))
             found |= {f"{prefix}{key}": value for key, value in one.items()}
+        counts = np.bincount(label)
+        found |= {"images": len(label), "largest_class": counts.max() / len(label)}
         return found
 
     def written(self, scores) -> str:
-        """Return scores as a table: weights and views in rows."""
+        """Return scores as a table: weights and views in rows, 95 % in brackets."""
+        count = scores.get("images")
         columns = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
         columns = [c for c in columns if any(k.endswith(c) for k in scores)]
         lines = ["| scored | " + " | ".join(columns) + " |"]
         lines.append("|" + " --- |" * (1 + len(columns)))
         for prefix in ("", "tta_", "ema_", "ema_tta_"):
             if f"{prefix}top1" in scores:
-                cells = [scores.get(f"{prefix}{c}", float("nan")) for c in columns]
+                cells = {c: scores.get(f"{prefix}{c}", math.nan) for c in columns}
+                cells = {c: f"{value:.4f}" for c, value in cells.items()}
+                cells["top1"] = accuracy.written(scores[f"{prefix}top1"], count)
                 name = prefix.rstrip("_") or "parameters"
-                lines.append(f"| {name} | " + " | ".join(f"{v:.4f}" for v in cells))
-                lines[-1] += " |"
-        return "\n".join(lines) if len(lines) > 2 else ""
+                lines.append(f"| {name} | {' | '.join(cells.values())} |")
+        if len(lines) < 3:
+            return ""
+        of = f" of {count:.0f} images" if count else ""
+        return "\n".join([*lines, f"top1{of}; in brackets: 95 %, Wilson's interval"])
 
     def check_size(self, size: sizes.Size) -> Iterator[str]:
         """Yield why evaluation images cannot have this size."""
