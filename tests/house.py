@@ -21,7 +21,7 @@ JAX = {"jax", "flax", "optax", "orbax", "chex"}
 
 # An import goes down, or stays on its level. "" is `vitssl/__init__.py`.
 LEVELS = (
-    ("errors", "config", "disk", "ranges", "sizes", "tree"),
+    ("errors", "config", "disk", "progress", "ranges", "sizes", "tree"),
     ("ops", "data"),
     ("losses", "optim"),
     ("models",),

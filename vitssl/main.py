@@ -8,6 +8,7 @@ import difflib
 import functools
 import pathlib
 import re
+import shlex
 import sys
 
 USAGE = """\
@@ -130,6 +131,9 @@ def _run(flags) -> int:
     devices.start()
     own = {key: flags[key] for key in ("force_unlock", "reseal")}
     loop.run(checked, workdir, name=name, **own)
+    run = shlex.quote(workdir)
+    print(f"next: vitssl report {run}")
+    print(f"      vitssl convert export {run} --to=weights.safetensors")
     return 0
 
 

@@ -92,6 +92,16 @@ def test_a_collapse_is_said_with_its_first_step_unless_it_learned():
     assert "It learned" in found.text and "since step 20 (3.5 of 64)" in found.text
 
 
+def test_a_small_variance_alone_is_no_collapse():
+    found = verdict.verdict(final(0.5) | collapse(0, 1, 1, rank=13.3))
+    assert found.short == "not learned, few directions since 20"
+    assert "Few directions in use since step 20 (13.3 of 64)." in found.text
+    half = collapse(0, 1, 1, rank=13.3)
+    half[verdict.RANK][1][0] = 30  # It has lost more than half of them.
+    found = verdict.verdict(final(0.5) | half)
+    assert found.short == "collapsed since step 20"
+
+
 def test_a_network_that_begins_thin_or_recovers_did_not_collapse():
     assert verdict.few_directions(collapse(1, 0, 0)) == []
     found = verdict.verdict(final(0.5) | collapse(0, 1, 1, 0))

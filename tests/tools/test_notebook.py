@@ -7,20 +7,24 @@ from matplotlib.figure import Figure
 
 from tests.tools import made
 from vitssl import errors
+from vitssl.progress import Progress
 from vitssl.tools import notebook
 
 
-def test_the_bar_shows_steps_and_keeps_what_matters(capsys):
+def test_the_bar_shows_steps_and_keeps_what_matters(capsys, monkeypatch):
     package = logging.getLogger("vitssl")
     before = package.handlers[:], package.level, package.propagate
+    monkeypatch.setattr(notebook, "_PAUSE", 0.0)
     with notebook.bar():
-        logger = logging.getLogger("vitssl.run.loop")
+        logger, told = logging.getLogger("vitssl.run.loop"), Progress("training", 12)
         logger.info("  devices   many lines of the start")
-        logger.info(" 3/12  loss 0.5")
-        logger.info(" 6/12  loss 0.4")
+        told.update(3, lambda: " 3/12  loss 0.5")
+        told.update(6, lambda: " 6/12  loss 0.4")
         logger.info("  after step 6: k-NN 50.0%")
         logger.warning("look out")
-        logger.info("12/12  loss 0.3")
+        told.update(12, lambda: "12/12  loss 0.3")
+        told.close()
+        logger.info("It learned: a lot.")
     said = capsys.readouterr().out
     assert "many lines" not in said
     first, second = said.split("\r")[1:3]
@@ -28,7 +32,7 @@ def test_the_bar_shows_steps_and_keeps_what_matters(capsys):
     assert second.startswith("█" * 12 + "░" * 12 + " 6/12  loss 0.4")
     # What is kept begins a line of its own, and the last bar ends its line.
     assert "\n  after step 6: k-NN 50.0%\nlook out\n\r" + "█" * 24 in said
-    assert said.endswith("\n")
+    assert said.endswith("\nIt learned: a lot.\n")
     assert (package.handlers, package.level, package.propagate) == before
 
 

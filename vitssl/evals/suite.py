@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from vitssl import ranges
+from vitssl import progress, ranges
 from vitssl.evals import accuracy, extraction, fewshot, knn, linear, quality
 
 # All evaluators, in the order of the table's columns.
@@ -217,7 +217,7 @@ def final(
     if "image" in next(iter(query)):
         for name, function in (BASELINES[key] for key in section.baselines):
             todo.append((name, function, (), ("pooled",)))
-    for name, function, state, names in todo:
+    for name, function, state, names in progress.each(todo, "final evaluation"):
         pair = [
             extraction.extract(function, state, part, names=names, sharding=sharding)
             for part in (bank, query)

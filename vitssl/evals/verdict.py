@@ -88,7 +88,7 @@ def verdict(metrics: dict) -> Verdict | None:
         words = f"few directions since step {since}"
         return Verdict(f"So far: {words}{_rank(metrics)}.", words)
     learned, said = _scores(metrics)
-    if since is not None and not learned:
+    if since is not None and not learned and _low_rank(metrics):
         words = f"collapsed since step {since}"
         text = f"Collapsed since step {since}: few directions in use{_rank(metrics)}"
         return Verdict(f"{text}; {said}.", words)
@@ -115,6 +115,17 @@ def _last_looked(metrics):
 def _value(metrics, key):
     found = metrics.get(key)
     return float(found[1][-1]) if found is not None and len(found[1]) else math.nan
+
+
+def _low_rank(metrics) -> bool:
+    """Return whether the rank says collapse, too; True if nothing does.
+
+    A warning may be of a small variance alone, which features have that nobody scaled.
+    """
+    rank, dim = _value(metrics, RANK), _value(metrics, "final/trained/dim")
+    first = float(metrics[RANK][1][0]) if RANK in metrics else math.nan
+    unknown = math.isnan(rank) or math.isnan(dim)
+    return unknown or rank < 0.1 * dim or rank < 0.5 * first
 
 
 def _rank(metrics) -> str:

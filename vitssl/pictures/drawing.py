@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 from functools import partial
 
+from vitssl import progress
 from vitssl.pictures import (
     attention,
     confusion,
@@ -82,12 +83,13 @@ def write_all(directory, material: Material) -> list[pathlib.Path]:
 
     The directory is made if it is missing; files of the same names are replaced.
     """
+    groups = (_of_batch, _of_masks, _of_images, _of_features, _of_run)
+    todo = [pair for group in groups for pair in group(material)]
     written = []
-    for group in (_of_batch, _of_masks, _of_images, _of_features, _of_run):
-        for name, draw in group(material):
-            path = pathlib.Path(directory) / name
-            draw(path=path)
-            written.append(path)
+    for name, draw in progress.each(todo, "pictures"):
+        path = pathlib.Path(directory) / name
+        draw(path=path)
+        written.append(path)
     return written
 
 

@@ -14,6 +14,12 @@ def first_state(parts, saves, workdir, name) -> tuple:
     found = saves.restore(build.restore_target(parts))
     state, meta = found or (parts.fresh(), {})
     at, total = int(state.step), parts.run.total_steps
+    if found:  # Before anything of a saved run is written over.
+        way_out = "give another --workdir, or the data it was trained on"
+        stored = meta.get("classes")
+        warmstart.same_classes(workdir, stored, parts.source.classes, way_out)
+        if at < total:
+            warmstart.same_order(workdir, meta, len(parts.source), s.data.sampling)
     if devices.is_main():
         log.write_status(
             workdir, state="starting", step=at, total_steps=total, name=name
@@ -22,12 +28,7 @@ def first_state(parts, saves, workdir, name) -> tuple:
             record.say_changes(workdir / "config.json", parts.experiment.config)
         record.write(workdir, parts.experiment.config)
     if found:
-        way_out = "give another --workdir, or the data it was trained on"
-        stored = meta.get("classes")
-        warmstart.same_classes(workdir, stored, parts.source.classes, way_out)
         done = f"already complete ({at} steps); final evaluation only"
-        if at < total:
-            warmstart.same_order(workdir, meta, len(parts.source), s.data.sampling)
         on = f"resuming after step {at} of {total}"
         logger.info("%s", on if at < total else done)
     elif s.init.from_:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors, tree
+from vitssl import errors, progress, tree
 from vitssl.data import pipeline
 from vitssl.data.sources import wrappers
 from vitssl.evals import accuracy, extraction, suite
@@ -132,16 +132,14 @@ class Evaluation:
         return self._images((data.bank_split, s.final_split or data.test_split), counts)
 
     def _images(self, splits, counts):
-        parts = []
+        found, size = [], self._section.batch_size
         for split, count in zip(splits, counts, strict=True):
             source = self._source(split)
             chosen = extraction.subset(len(source), count)
-            parts.append(wrappers.Subset(source, chosen))
-        keep = self._section.cache_bytes
-        return [
-            extraction.Cached(functools.partial(self._batches, part), keep)
-            for part in parts
-        ]
+            make = functools.partial(self._batches, wrappers.Subset(source, chosen))
+            kept = extraction.Cached(make, self._section.cache_bytes)
+            found.append(_Told(kept, f"evaluating {split}", -(-len(chosen) // size)))
+        return found
 
     def _batches(self, source):
         """Return the evaluation batches of a source, read anew."""
@@ -297,6 +295,16 @@ class Evaluation:
         values = scores | {k: v for k, v in values.items() if np.isfinite(v)}
         table = suite.format_table(rows, section.protocol())
         return values, f"{table}\n{text}" if text else table
+
+
+class _Told:
+    """Batches that tell how far a pass through them is."""
+
+    def __init__(self, batches, what, total):
+        self._batches, self._what, self._total = batches, what, total
+
+    def __iter__(self):
+        return progress.each(self._batches, self._what, self._total)
 
 
 def _has_nan(rows) -> bool:

@@ -5,7 +5,6 @@ for the log. Lines hold means since the last line; the running sums are part of 
 checkpoint, so a resumed run writes the same lines.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -23,6 +22,8 @@ import jax
 import numpy as np
 
 from vitssl import disk, errors, ranges
+from vitssl import progress as progress_lib
+from vitssl.run import terminal
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Log:
     """Config section `log`.
 
     Attributes:
-        every_steps: a line of metrics each so many steps.
+        every_steps: a line of metrics.jsonl each so many steps; the lines that one
+            sees while it trains come by time.
         tensorboard: write event files (read them with the tensorboard package).
         wandb: Weights & Biases project; "" is off. Needs the extra `[wandb]`; a run
             without it, or without a network, goes on unchanged.
@@ -315,11 +317,16 @@ class Metrics:
 
     def means(self) -> dict:
         """Return the means since the last call and start anew."""
+        means = self.so_far()
+        self.sums, self.unmeasured, self.count = {}, {}, 0
+        return means
+
+    def so_far(self) -> dict:
+        """Return the means since `means` was called."""
         counts = {k: self.count - self.unmeasured.get(k, 0) for k in self.sums}
         means = {k: v / counts[k] for k, v in self.sums.items()}
         means.pop("nonfinite", None)
         means["nonfinite_steps"] = self.nonfinite
-        self.sums, self.unmeasured, self.count = {}, {}, 0
         return means
 
     def state(self) -> dict:
@@ -355,7 +362,7 @@ class Clock:
     _steps: int = 0
     _waited: float = 0.0
     _paused: float = 0.0
-    _pace: float = 0.0
+    _last: dict = dataclasses.field(default_factory=dict)
 
     def restart(self) -> None:
         """Begin a new interval."""
@@ -373,10 +380,17 @@ class Clock:
 
     def read(self, step: int) -> dict:
         """Return the figures of the interval, and start the next."""
+        figures = self.figures(step)
+        self.restart()
+        return figures
+
+    def figures(self, step: int) -> dict:
+        """Return the figures of the interval; of an empty one those of the last."""
+        if not self._steps and self._last:
+            return self._last
         seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
         each = seconds / max(1, self._steps)
         rate = self.images_per_step / each
-        self._pace = each
         figures = {
             "time/step_seconds": each,
             "time/images_per_second": rate,
@@ -386,7 +400,7 @@ class Clock:
         }
         if self.flops_per_step and self.peak:
             figures["time/mfu_percent"] = 100 * self.flops_per_step / each / self.peak
-        self.restart()
+        self._last = figures
         return figures
 
 
@@ -444,24 +458,15 @@ def _plain(value):
     return str(value)
 
 
-class _Terminal(logging.Handler):
-    """Writes to whatever standard output is now (notebooks and tests replace it)."""
-
-    def emit(self, record):
-        # A terminal that hung up, or a pipe whose reader ended, is no reason to stop.
-        with contextlib.suppress(OSError, ValueError):
-            print(self.format(record), file=sys.stdout, flush=True)
-
-
 def to_terminal(verbose: bool = True) -> None:
-    """Send the package's log records to standard output, without decoration."""
+    """Send the package's log records to standard output; see `terminal`."""
     for stream in (sys.stdout, sys.stderr):
         # A path with an accent, where the locale has none, must not cost the line.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    handler = _Terminal()
+    handler = terminal.Terminal()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("vitssl")
     package.handlers[:] = [handler]
-    package.setLevel(logging.INFO if verbose else logging.WARNING)
+    package.setLevel(progress_lib.BETWEEN if verbose else logging.WARNING)
     package.propagate = False

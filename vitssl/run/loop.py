@@ -15,8 +15,9 @@ import time
 import jax
 import numpy as np
 
-from vitssl import config, disk, errors
+from vitssl import config, disk, errors, progress
 from vitssl.data import pipeline
+from vitssl.evals import verdict
 from vitssl.run import (
     agreement,
     beginning,
@@ -101,7 +102,12 @@ def run(
 
 @contextlib.contextmanager
 def _last_words(workdir, held):
-    """Say in status.json why a run ended that did not finish."""
+    """Say in status.json why a run ended that did not finish.
+
+    A command that fails before it did anything leaves what an earlier one says.
+    """
+    path = workdir / "status.json"
+    before = _status_of(path)
     try:
         yield
     except errors.Preempted:
@@ -109,9 +115,18 @@ def _last_words(workdir, held):
     except Exception as e:
         # Another run may have the workdir by now.
         if held is not None and not held.lost:
-            error = f"{type(e).__name__}: {e}"
-            log.write_status(workdir, state="failed", error=error)
+            now, error = _status_of(path), f"{type(e).__name__}: {e}"
+            if not now or now != before:
+                kept = {k: now[k] for k in ("step", "total_steps", "best") if k in now}
+                log.write_status(workdir, state="failed", error=error, **kept)
         raise
+
+
+def _status_of(path) -> dict:
+    """Return a status.json, {} if it is not there or damaged."""
+    with contextlib.suppress(OSError, disk.Damaged):
+        return disk.parse(path.read_bytes())
+    return {}
 
 
 class _Loop:
@@ -126,6 +141,7 @@ class _Loop:
         self.evaluate = evaluation.Evaluation(
             s.evals, s.data, parts.method, parts.mesh, workdir=workdir, seed=s.seed
         )
+        self.logged, self.told = {}, None  # The last line of metrics; for people.
         self.metrics = log.Metrics(parts.experiment.settings.log, meta.get("log", {}))
         self.scores = 0, {}  # The step of the last online evaluation, and its values.
         spec = parts.experiment.settings.checkpoint
@@ -149,7 +165,11 @@ class _Loop:
             # Fail now, not at the end of the first epoch.
             self._evaluate(state, at)
             self._save(state, at)
-        with contextlib.closing(feed.Feed(parts, self.workdir)) as stream:
+        self.told = progress.Progress("training", total, at, soon=10)
+        with (
+            contextlib.closing(feed.Feed(parts, self.workdir)) as stream,
+            contextlib.closing(self.told),
+        ):
             self._open(stream, state, at)
             self._enter(phase, at)
             self.clock.restart()
@@ -161,6 +181,8 @@ class _Loop:
                     if phase.frozen != before.frozen:
                         state = self._entered(state, phase)
                     waiting = time.perf_counter()
+                    if parts.compiled.finished(phase) is None:
+                        logger.info("  compiling the steps from %d on", at + 1)
                     parts.compiled.get(phase, batch)
                     self._pause(waiting)
                     self._enter(phase, at)
@@ -214,14 +236,30 @@ class _Loop:
         if table := self.phases.table():
             logger.info("%s", table)
         self.write(at, values)
+        said = self._verdict(at, values)
         if self.phases.rows:
             values = values | self.phases.totals()
         if s.log.pictures and devices.is_main():
             self._pictures(state, untrained)
         if self.best.step is not None:
             logger.info("  best %s; load it as RUN@best", self._best_text())
+        if said:
+            logger.info("%s", said)
         self._status("finished", at, metrics=values, name=name)
         return values
+
+    def _verdict(self, at, values):
+        """Return what came of the run, by all that it logged; None on others' part."""
+        if not devices.is_main():
+            return None
+        from vitssl.pictures import curves
+
+        try:
+            found = curves.read(self.workdir / "metrics.jsonl")
+        except OSError:
+            found = {}
+        last = {k: (np.array([at]), np.array([v])) for k, v in values.items()}
+        return verdict.verdict(last | found)
 
     def _write_scores(self):
         path = self.workdir / "scores.npz"
@@ -275,6 +313,7 @@ class _Loop:
     def _first_compile(self, phase, at):
         parts, s = self.parts, self.parts.experiment.settings
         self.watchdog.beat("compiling the first step")
+        logger.info("  compiling (usually 10 to 60 s)")
         start = time.perf_counter()
         executable = parts.compiled.get(phase, parts.shapes(at))
         count = jax.device_count()
@@ -356,6 +395,8 @@ class _Loop:
         if at % s.log.every_steps == 0 or last:
             self.metrics.drain()
             self._log(at)
+        if devices.is_main():
+            self.told.update(at, lambda: self._line(at))
         best = False
         # The end has its own evaluation, but it may be the best of these.
         if self.evaluate.due(at, self.parts.run) and (
@@ -426,11 +467,16 @@ class _Loop:
         self.write(at, values)
         if self.writers is not None:
             self.writers.histograms(at, self.metrics.histograms)
+        self.logged = values
         if devices.is_main():
-            total = self.parts.run.total_steps
-            logger.info("%s", log.progress(at, total, values))
             eta = times["time/eta_seconds"]
             self._status("training", at, eta_seconds=eta, metrics=values)
+
+    def _line(self, at) -> str:
+        """Return the line of progress, of what was measured since the last metrics."""
+        means = self.metrics.so_far() if self.metrics.count else {}
+        values = self.logged | means | self.clock.figures(at)
+        return log.progress(at, self.parts.run.total_steps, values)
 
     def _evaluate(self, state, at) -> bool:
         """Evaluate online; return whether this is the best by `checkpoint.best`."""

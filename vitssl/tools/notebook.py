@@ -8,17 +8,17 @@ import contextlib
 import io
 import logging
 import pathlib
-import re
 import sys
+import time
 
 from PIL import Image
 
-from vitssl import config, errors
+from vitssl import config, errors, progress
 from vitssl.data import decode
 from vitssl.run import experiment, loop
 
-_STEP = re.compile(r"\s*(\d+)/(\d+)\s+(.*)")
-_WIDTH = 24
+_WIDTH, _PAUSE = 24, 0.25  # Of the bar; seconds between two drawings.
+_KEPT = ("after step", "|", "earned", "ollapsed", "Not decided")  # In lines worth it.
 
 
 def run(spec: str, *overrides: str, workdir, verbose: bool = False) -> dict:
@@ -48,7 +48,7 @@ def bar(verbose: bool = False):
     before = package.handlers[:], package.level, package.propagate
     handler = logging.StreamHandler(sys.stdout) if verbose else _Bar()
     package.handlers[:] = [handler]
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if verbose else progress.BETWEEN)
     package.propagate = False
     try:
         yield
@@ -62,18 +62,21 @@ class _Bar(logging.Handler):
 
     def __init__(self):
         super().__init__()
-        self._open = False
+        self._open, self._drawn = False, 0.0
 
     def emit(self, record):
+        told, now = getattr(record, "progress", None), time.monotonic()
+        if told is not None:
+            last = told.done >= told.total
+            if not told.over and (last or now - self._drawn > _PAUSE):
+                self._drawn, self._open = now, True
+                full = _WIDTH * told.done // max(1, told.total)
+                drawn = "█" * full + "░" * (_WIDTH - full)
+                sys.stdout.write(f"\r{drawn} {record.getMessage().strip():<80}")
+            sys.stdout.flush()
+            return
         text = record.getMessage()
-        found = _STEP.match(text)
-        if found:
-            step, total = int(found[1]), int(found[2])
-            full = _WIDTH * step // max(1, total)
-            drawn = "█" * full + "░" * (_WIDTH - full)
-            sys.stdout.write(f"\r{drawn} {step}/{total}  {found[3]:<70}")
-            self._open = True
-        elif record.levelno >= logging.WARNING or "after step" in text or "|" in text:
+        if record.levelno >= logging.WARNING or any(part in text for part in _KEPT):
             self.close()
             print(text)
         sys.stdout.flush()
