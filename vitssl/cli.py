@@ -157,8 +157,10 @@ def _compare(argv):
     from vitssl.tools import compare, workdir
 
     found = [workdir.workdir(path) for path in flags.runs]
+    # First the page: who reads the text may not want all of it (| head).
+    said = _write(flags.out, compare.page(found))
     print(compare.text(found))
-    _write(flags.out, compare.page(found))
+    print(said)
     return 0
 
 
@@ -183,11 +185,12 @@ def _report(argv):
         code = _command("pictures")([flags.run])
         if code:
             return code
-    _write(flags.out or run.path / "report.html", page.page(run))
+    print(_write(flags.out or run.path / "report.html", page.page(run)))
     return 0
 
 
-def _write(path, text):
+def _write(path, text) -> str:
+    """Write a page; return the line that says so."""
     from vitssl.data import decode
 
     path = pathlib.Path(path)
@@ -197,7 +200,7 @@ def _write(path, text):
     except OSError as e:
         raise errors.UsageError(f"--out={path}: {e.strerror}; give another") from e
     size = len(text.encode()) / 1e6
-    print(f"{decode.printable(path)}: {size:.1f} MB, open it in any browser")
+    return f"{decode.printable(path)}: {size:.1f} MB, open it in any browser"
 
 
 # What the command `train` is.

@@ -113,6 +113,38 @@ def test_a_removed_workdir_that_another_run_has_taken_is_left_alone(
     other[0].__exit__(None, None, None)
 
 
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        (dict(model__width=48, model__heads=3), errors.CheckpointError),
+        (dict(data__split="no such"), errors.VitsslError),
+        (dict(data__options__classes=3), errors.VitsslError),
+    ],
+    ids=["another model", "no data", "other classes"],
+)
+def test_a_command_that_cannot_begin_leaves_what_a_saved_run_says(
+    tmp_path, wrong, error
+):
+    _train(tmp_path, steps=2)
+    files = ("status.json", "config.json", "metrics.jsonl")
+    before = [(tmp_path / name).read_bytes() for name in files]
+    with pytest.raises(error):
+        _train(tmp_path, **wrong)
+    assert [(tmp_path / name).read_bytes() for name in files] == before
+
+
+def test_a_run_that_fails_says_how_far_it_was(tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("a bug")
+
+    _at_step(monkeypatch, 5, broken)
+    with pytest.raises(RuntimeError):
+        _train(tmp_path, log__every_steps=1)
+    status = _status(tmp_path)
+    assert (status["state"], status["error"]) == ("failed", "RuntimeError: a bug")
+    assert (status["step"], status["total_steps"]) == (5, 12)
+
+
 def test_a_crashed_evaluation_is_in_the_final_status(tmp_path, monkeypatch):
     def broken(self, state):
         raise RuntimeError("an evaluator has a bug\nin its second line")

@@ -9,7 +9,7 @@ import pytest
 from tests import runs
 from tests.tools import made
 from vitssl import cli, config
-from vitssl.tools import doctor
+from vitssl.tools import compare, doctor
 
 
 def _rows(text):
@@ -52,9 +52,55 @@ def test_compare_shows_what_differs_and_nothing_else(tmp_path, capsys):
     said = capsys.readouterr().out
     rows = _rows(said)
     assert rows[:2] == [["key", "a", "b"], ["optim.lr", "0.003", "0.01"]]
-    assert ["knn/top1", "0.5", "0.75"] in rows
+    assert ["knn/top1", "50.0%", "75.0% *"] in rows
+    # What is the same, or nobody's own, is left out.
+    assert not any(row[0] == "loss" or "raw_pixels" in row[0] for row in rows)
+    assert "a: Not decided: k-NN 50.0%" in said and "b: Not decided: k-NN 75" in said
+    page = out.read_text()
+    assert "<td><b>75.0%</b></td>" in page and "<td><b>50.0%" not in page
     assert not any(row[0] == "optim.wd" for row in rows)
     assert "optim.lr" in out.read_text() and out.read_text().count("<path") >= 4
+
+
+def test_the_page_is_there_before_the_text_is_read(tmp_path, monkeypatch):
+    def gone(*unused):
+        raise BrokenPipeError
+
+    runs = [str(made.run(tmp_path / name)) for name in "ab"]
+    monkeypatch.setattr("builtins.print", gone)
+    monkeypatch.setattr("sys.stderr", (tmp_path / "err").open("w"))
+    assert cli.main(["compare", *runs, f"--out={tmp_path}/page.html"]) == 0
+    assert "Comparison of" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "key, high",
+    [
+        ("final/trained/knn/top1", True),
+        ("test/f1_macro", True),
+        ("test/miou", True),
+        ("loss_h0", False),
+        ("time/step_seconds", False),
+        ("lr", None),
+        ("quality/std", None),
+        ("time/data_wait_percent", None),
+    ],
+)
+def test_better_is_higher_or_lower_or_nothing(key, high):
+    assert compare.better(key) is high
+
+
+def test_runs_say_what_came_of_them(tmp_path, capsys):
+    made.run(tmp_path / "a")
+    run = made.run(tmp_path / "b", knn=0.2)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "quality/collapsed": 1.0}\n')
+        file.write('{"step": 40, "final/trained/knn/images": 500, "knn/images": 500}\n')
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    heads, a, b = _rows(capsys.readouterr().out)
+    assert heads[-1] == "verdict" and b[-1] == "collapsed since step 20"
+    assert a[-1] == "-"  # Nobody knows of how many images its accuracy is.
+    assert b[heads.index("final k-NN")] == "20.0% (16.7-23.7)"
 
 
 @pytest.mark.parametrize(

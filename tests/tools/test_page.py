@@ -1,6 +1,9 @@
 """The page of a run: self-contained, with what the run made, and well formed."""
 
+import html
 import html.parser
+import json
+import re
 import shutil
 import subprocess
 
@@ -20,6 +23,7 @@ class Reader(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.images, self.headings, self.foreign = [], [], [], []
+        self.links, self.anchors, self.script = [], [], ""
         self.feed(text)
         assert not self.open, self.open
 
@@ -27,8 +31,12 @@ class Reader(html.parser.HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         for key, value in attrs:
-            if key in ("src", "href") and not (value or "").startswith("data:"):
+            if key in ("src", "href") and not (value or "").startswith(("data:", "#")):
                 self.foreign.append(value)
+            elif key == "href" and value.startswith("#"):
+                self.links.append(value[1:])
+            elif key == "id":
+                self.anchors.append(value)
         if tag == "img":
             self.images.append(dict(attrs)["alt"])
 
@@ -41,6 +49,8 @@ class Reader(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
+        if self.open and self.open[-1] == "script":
+            self.script += data
 
 
 def test_the_page_of_a_finished_run(tmp_path):
@@ -49,20 +59,66 @@ def test_the_page_of_a_finished_run(tmp_path):
     np.savez(run / "scores.npz", **{"val/confusion": matrix, "val/other": matrix})
     text = page.page(workdir.workdir(run))
     found = Reader(text)
-    assert found.foreign == [] and "<script" not in text
+    assert found.foreign == [] and found.script == charts.SCRIPT
     assert found.headings[0] == "Results" and found.headings[-1] == "Config"
-    for heading in ("Training", "Timing and memory", "Neighbours", "Confusion matrix"):
+    for heading in ("Loss", "Time and memory", "Neighbours", "Confusion"):
         assert heading in found.headings
+    # Every section can be gone to; the verdict comes before all of them.
+    assert found.links == found.anchors and len(found.links) == len(found.headings)
+    assert text.index("Not decided: k-NN 50.0%, untrained 25.0%") < text.index("<nav")
     # The run's own picture of its curves would show them twice.
     assert found.images == [
-        "Test images and those with the nearest features.",
+        "Test images and the training images with the nearest features.",
         "anything else",
     ]
     assert "a &lt;b&gt;" in text and "a <b>" not in text
-    assert "val/confusion" in text and ">13</span>" in text and ">14</span>" in text
+    assert (
+        "val: 96.4% (82.3-99.4) of 28 right" in text
+        and ">13</span>" in text
+        and ">14</span>" in text
+    )
+    loss, knn = _chart(text, "loss"), _chart(text, "knn/top1")
+    assert loss["unit"] == "step" and loss["series"][0][2][-1] == 0.02439
+    # The end, of all images, and what it has to beat, are in the chart.
+    assert knn["series"][1] == ["final", [40.0], [0.5]]
+    assert all(f">{name}</text>" in text for name in ("untrained", "raw pixels"))
     assert 'aria-label="loss"' in text and 'aria-label="wd"' not in text
     assert "<td>50.0%</td>" in text and "<td>25.0%</td>" in text  # Final k-NN.
     assert "&quot;lr&quot;: 0.003" in text and "0.10.2" in text
+
+
+def _chart(text, name):
+    """Return the data of a chart."""
+    found = re.search(f'aria-label="{name}" data-chart="([^"]*)"', text)
+    return json.loads(html.unescape(found[1]))
+
+
+def test_curves_are_by_epoch_where_the_run_says_how_long_one_is(tmp_path):
+    run = made.run(tmp_path / "a", steps_per_epoch=8)
+    text = page.page(workdir.workdir(run))
+    loss = _chart(text, "loss")
+    assert loss["unit"] == "epoch" and loss["series"][0][1][-1] == 5.0
+    assert 'aria-label="time/eta_seconds"' not in text
+
+
+def test_metrics_that_differ_in_a_number_are_one_chart_in_natural_order():
+    keys = ["knn/top1", "lr/block_10", "lr/block_2", "loss_h0", "knn/top5", "lr"]
+    assert page.families(keys) == [
+        ["knn/top1"],
+        ["lr/block_2", "lr/block_10"],
+        ["loss_h0"],
+        ["knn/top5"],
+        ["lr"],
+    ]
+
+
+def test_a_collapse_is_said_first(tmp_path):
+    run = made.run(tmp_path / "a")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "quality/collapsed": 1.0}\n')
+    text = page.page(workdir.workdir(run))
+    assert "Collapsed since step 20" in text[: text.index("<nav")]
+    assert 'class="verdict collapsed"' in text
 
 
 def test_a_run_that_has_just_begun_or_failed_has_a_page(tmp_path):
@@ -115,11 +171,12 @@ def test_ticks_are_round_and_enclose_the_values(low, high, ticks):
 
 def test_a_curve_goes_through_its_points():
     svg = charts.lines("x", [("a", [0, 10], [0.0, 1.0])])
-    left, bottom = charts._LEFT, charts._HEIGHT - charts._BOTTOM
-    right, top = charts._WIDTH - charts._RIGHT, charts._TOP
-    assert f'd="M{left}.0,{bottom}.0 {right}.0,{top}.0"' in svg
+    # Of a square of 1000; the last step is not at its very edge.
+    right = f"{1000 / 1.015:.1f}"
+    assert f'd="M0.0,1000.0 {right},0.0"' in svg
     nan = float("nan")
-    assert 'd="M48.0' in charts.lines("x", [("a", [0, 5, 10], [0.0, nan, 1.0])])
+    whole = charts.lines("x", [("a", [0, 5, 10], [0.0, nan, 1.0])])
+    assert f'd="M0.0,1000.0 {right},0.0"' in whole
     assert "no finite value" in charts.lines("x", [("a", [0], [nan])])
 
 
@@ -132,17 +189,38 @@ def test_three_orders_of_magnitude_are_drawn_logarithmically():
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+PROBE = """<script>
+const last = [...document.querySelectorAll(".chart")].find(
+  c => c.getAttribute("aria-label") === "loss");
+const area = last.getBoundingClientRect(), view = last.viewBox.baseVal;
+const plot = last.querySelector(".plot");
+function at(kind, share) {
+  const x = +plot.getAttribute("x") + share * plot.getAttribute("width");
+  last.dispatchEvent(new PointerEvent(kind, {bubbles: true,
+    clientX: area.left + x / view.width * area.width, clientY: area.top + 60}));
+}
+onload = () => {
+  at("pointermove", 1 / 1.015);
+  const read = document.querySelector(".tip").innerText.replace(/\\s+/g, " ");
+  at("pointerdown", 0.25);
+  at("pointerup", 0.5);
+  const zoomed = plot.getAttribute("viewBox").split(" ").map(Number).map(Math.round);
+  const tick = last.querySelector("text.x").textContent;
+  last.dispatchEvent(new MouseEvent("dblclick"));
+  const images = [...document.images].every(i => i.complete && i.naturalWidth > 0);
+  document.title = JSON.stringify({
+    images: images && document.images.length, read, zoomed, tick,
+    back: plot.getAttribute("viewBox"), again: last.querySelector("text.x").textContent
+  });
+};
+</script></body>"""
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_a_browser_shows_it_without_a_word(tmp_path):
+def test_a_browser_shows_it_without_a_word_reads_off_and_zooms(tmp_path):
     path = tmp_path / "report.html"
     text = page.page(workdir.workdir(made.run(tmp_path / "a")))
-    # The title tells what the browser made of the pictures.
-    probe = (
-        "<script>onload = () => { document.title = [...document.images].every("
-        "i => i.complete && i.naturalWidth > 0) + ' ' + document.images.length + ' ' + "
-        "document.querySelectorAll('svg path').length }</script></body>"
-    )
-    path.write_text(text.replace("</body>", probe))
+    path.write_text(text.replace("</body>", PROBE))
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
         + ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", str(path)],
@@ -151,4 +229,11 @@ def test_a_browser_shows_it_without_a_word(tmp_path):
         timeout=120,
     )
     assert "CONSOLE" not in done.stderr
-    assert "<title>true 2 4</title>" in done.stdout, done.stdout[:2000]
+    told = html.unescape(re.search("<title>({.*})</title>", done.stdout)[1])
+    found = json.loads(told)
+    assert found["images"] == 2
+    assert found["read"] == "step 40 loss: 0.02439"
+    left, top, wide, high = found["zoomed"]
+    assert (left, wide) == (250, 250) and 0 < top < 1000 and 0 < high < 200
+    assert (found["tick"], found["again"]) == ("10.15", "0")
+    assert found["back"] == "0 0 1000 1000"

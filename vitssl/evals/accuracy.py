@@ -50,9 +50,9 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def written(share: float, count: float | None) -> str:
     """Return "90.3% (86.8-93.0)": a share of `count` images, and `wilson`'s interval.
 
-    Without a count (None, 0 or not finite) the share alone.
+    Where it is not known of how many, the share alone.
     """
-    if not count or not np.isfinite(count) or not 0 <= share <= 1:
+    if not count or not 1 <= count < 2**53 or not 0 <= share <= 1:
         return f"{share:.1%}"
     low, high = wilson(share, int(count))
     return f"{share:.1%} ({100 * low:.1f}-{100 * high:.1f})"

@@ -144,9 +144,12 @@ def _scores(metrics):
         score, beaten = _value(metrics, ours), _value(metrics, theirs)
         head = ours.rpartition("/")[0]
         counts = (f"{head}/images", "final/trained/query")
-        counts = [n for n in (_value(metrics, key) for key in counts) if n >= 1]
-        if not (0 <= score <= 1 and 0 <= beaten <= 1 and counts):
+        counts = [n for n in (_value(metrics, key) for key in counts) if 1 <= n < 2**53]
+        if not (0 <= score <= 1 and 0 <= beaten <= 1):
             continue
+        if not counts:
+            pair = f"{name} {score:.1%}, {rival} {beaten:.1%}"
+            return None, f"{pair}, of an unknown number of test images"
         count = int(counts[0])
         low, high = difference(score, beaten, count)
         said = [accuracy.written(x, count) for x in (score, beaten)]

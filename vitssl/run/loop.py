@@ -117,7 +117,11 @@ def _last_words(workdir, held):
         if held is not None and not held.lost:
             now, error = _status_of(path), f"{type(e).__name__}: {e}"
             if not now or now != before:
-                kept = {k: now[k] for k in ("step", "total_steps", "best") if k in now}
+                kept = {
+                    k: now[k]
+                    for k in ("step", "total_steps", "steps_per_epoch", "best")
+                    if k in now
+                }
                 log.write_status(workdir, state="failed", error=error, **kept)
         raise
 
@@ -447,6 +451,7 @@ class _Loop:
     def _status(self, state, at, **values):
         """Write status.json, with the best evaluation so far, and faults."""
         total, best = self.parts.run.total_steps, self.best
+        values["steps_per_epoch"] = self.parts.run.steps_per_epoch
         if best.step is not None:
             metric = self.parts.experiment.settings.checkpoint.best
             values["best"] = {"metric": metric, "value": best.value, "step": best.step}

@@ -6,17 +6,18 @@ import time
 
 from vitssl import errors
 from vitssl.data import decode
+from vitssl.evals import accuracy, verdict
 from vitssl.run import log
 
-# Metrics shown if runs have them: key, heading, how to write a value.
+# Metrics shown if runs have them: key, heading, form of a value ("": an accuracy).
 COLUMNS = (
     ("loss", "loss", "{:.4g}"),
-    ("knn/top1", "k-NN", "{:.1%}"),
-    ("probe/top1", "probe", "{:.1%}"),
-    ("test/top1", "test", "{:.1%}"),
-    ("final/trained/knn/top1", "final k-NN", "{:.1%}"),
-    ("final/trained/linear/top1", "final linear", "{:.1%}"),
-    ("final/untrained/knn/top1", "untrained", "{:.1%}"),
+    ("knn/top1", "k-NN", ""),
+    ("probe/top1", "probe", ""),
+    ("test/top1", "test", ""),
+    ("final/trained/knn/top1", "final k-NN", ""),
+    ("final/trained/linear/top1", "final linear", ""),
+    ("final/untrained/knn/top1", "untrained", ""),
     ("time/images_per_second", "img/s", "{:.0f}"),
 )
 
@@ -41,8 +42,14 @@ def rows(runs, metrics=(), sort="") -> tuple[list[str], list[list[str]]]:
     shown = shown or [column for column in COLUMNS if column[0] in known]
     if sort:
         runs = sorted(runs, key=lambda run: _rank(run.last(sort)))
+    verdicts = [verdict.verdict(run.metrics) for run in runs]
     headings = ["run", "state", "step", *(h for _, h, _ in shown), "left", "age"]
-    return headings, [_row(run, shown) for run in runs]
+    lines = [_row(run, shown) for run in runs]
+    if any(verdicts):
+        headings.append("verdict")
+        for line, found in zip(lines, verdicts, strict=True):
+            line.append(found.short if found else "-")
+    return headings, lines
 
 
 def _rank(value):
@@ -54,13 +61,25 @@ def _row(run, shown):
     step = f"{run.step}/{total}" if total else f"{run.step}"
     cells = [decode.printable(run.path), run.state, step]
     for key, _, form in shown:
-        value = run.last(key)
-        cells.append("-" if value is None else form.format(value))
+        cells.append(value_of(run, key, form))
     going = run.state == "training" and eta is not None
     cells.append(log.duration(eta) if going else "-")
     since = run.status.get("time")
     cells.append(log.duration(time.time() - since) if since else "-")
     return cells
+
+
+def value_of(run, key, form="") -> str:
+    """Return the last value of a metric, by a format; "" is that of an accuracy."""
+    value = run.last(key)
+    if value is None:
+        return "-"
+    if form:
+        return form.format(value)
+    count = run.last(f"{key.rpartition('/')[0]}/images")
+    if count is None and key.startswith("probe/"):
+        count = run.last("knn/images")
+    return accuracy.written(value, count)
 
 
 def text(headings, body) -> str:
@@ -80,5 +99,7 @@ def as_json(runs) -> str:
     for run in runs:
         values = {key: run.last(key) for key in sorted(run.metrics)}
         one = {"run": decode.printable(run.path), "state": run.state, "step": run.step}
+        if found := verdict.verdict(run.metrics):
+            one["verdict"] = found.short
         lines.append(json.dumps({**one, "metrics": values}))
     return "\n".join(lines)

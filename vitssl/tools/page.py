@@ -3,12 +3,13 @@
 import base64
 import itertools
 import pathlib
+import re
 
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, tree
 from vitssl.data import decode, npy
-from vitssl.evals import suite
+from vitssl.evals import accuracy, suite, verdict
 from vitssl.pictures import curves
 from vitssl.run import log
 from vitssl.tools import charts, html, workdir
@@ -19,44 +20,77 @@ MOST_BYTES = 8_000_000
 # Of more classes a confusion matrix is a list of the worst pairs.
 MOST_CLASSES = 30
 
-# What a picture shows: the start of its file name, the heading, the sentence.
+# What a picture shows: the start of its file name, the heading, the sentence. The first
+# that fits counts.
+NEAR, SEES = "Neighbours", "What it sees"
+GUESS, CROPS = "What it predicts", "Crops and masks"
 CAPTIONS = (
-    ("neighbours", "Neighbours", "Test images and those with the nearest features."),
-    ("confusion", "Neighbours", "What k-NN takes the images of each class for."),
-    ("feature", "Features", "The features of test images."),
-    ("tokens", "What it sees", "Tokens in three principal components."),
-    ("attention", "What it sees", "Where the tokens look."),
-    ("part", "What it sees", "Parts found in single images."),
-    ("segment", "What it sees", "Segmentation of single images."),
-    ("prediction", "What it predicts", "Predicted and true features."),
-    ("reconstruct", "What it predicts", "Hidden patches, filled in."),
-    ("crops", "Crops and masks", "Training crops as the network gets them."),
-    ("masks", "Crops and masks", "What is hidden and what is to be predicted."),
+    (
+        "neighbours",
+        NEAR,
+        "Test images and the training images with the nearest features.",
+    ),
+    ("feature_space", NEAR, "Test images as points: near ones have like features."),
+    ("features", NEAR, "How far, and in how many directions, the features spread."),
+    ("tokens", SEES, "Patch tokens: equal colours in a row are like features."),
+    ("attention_layers", SEES, "Where the image as a whole looks, from early to late."),
+    ("attention_heads", SEES, "Where each head of each layer looks."),
+    ("attention_patch", SEES, "Where one patch looks."),
+    ("attention", SEES, "Where the tokens look."),
+    ("part", SEES, "Parts found in single images."),
+    ("segment", SEES, "Segmentation of single images."),
+    ("prediction_levels", GUESS, "Error and cosine of predictions, level by level."),
+    ("prediction", GUESS, "Where predicted features differ from the true ones."),
+    ("reconstruct", GUESS, "Hidden patches, filled in."),
+    ("crops", CROPS, "Training crops as the network gets them."),
+    ("masks_combined", CROPS, "All levels of a mask in one."),
+    ("masks_multicrop", CROPS, "The masks of every crop of an image."),
+    ("masks_samplers", CROPS, "Ways to draw a mask, compared."),
+    ("masks_single", CROPS, "One mask, five ways."),
+    ("masks_statistics", CROPS, "How much, and where, many masks hide and ask for."),
+    ("masks_animation", CROPS, "A mask, block by block."),
+    ("masks", CROPS, "What is hidden and what is to be predicted."),
     ("collapse", "Health", "Signs of a collapse."),
     ("landscape", "Health", "The loss around the trained parameters."),
 )
+# The page draws these itself, from the same numbers.
+DRAWN = ("training", "confusion")
 # Curves by heading: how the names of their metrics begin.
+LOSS, EVALUATION, REST, TIMES = "Loss", "Evaluation", "Of the method", "Time and memory"
 GROUPS = {
-    "Evaluation while training": ("knn/", "probe/", "quality/", "test/"),
-    "Timing and memory": ("time/", "memory/", "compile/"),
+    LOSS: ("loss",),
+    EVALUATION: ("knn/", "probe/", "quality/", "test/"),
+    REST: (),
+    "Optimisation": ("lr", "wd", "momentum", "grad_norm", "param_norm", "nonfinite"),
+    TIMES: ("time/", "memory/", "compile/", "freeze/"),
 }
+# What others say as well.
+LEFT_OUT = ("time/eta_seconds", "time/images_per_second_per_device")
+HINT = "Hover for values, drag to zoom, double-click to go back."
 
 
 def page(run: workdir.Workdir) -> str:
     """Return the page of a run, finished or not."""
     shown = pictures(run.path / "pictures")
-    sections = [
-        html.section("Results", *_results(run)),
-        *_curves(run),
-        *_pictures(shown),
-        *_confusion(run),
-        html.section("Config", *_config(run)),
-    ]
+    sections = {
+        "Results": list(_results(run)),
+        **_curves(run),
+        **_pictures(shown),
+        **_confusion(run),
+        "Config": list(_config(run)),
+    }
     title = f"{run.name}: {run.config.get('method', '?')}"
-    return html.document(
-        f"vitssl: {title}",
-        [html.element("h1", title), _subtitle(run), _tiles(run), *sections],
-    )
+    head = [html.element("h1", title), _subtitle(run), *_verdict(run), _tiles(run)]
+    body = [html.section(heading, *content) for heading, content in sections.items()]
+    body = [*head, html.navigation(sections), *body]
+    return html.document(f"vitssl: {title}", body, charts.SCRIPT)
+
+
+def _verdict(run):
+    found = verdict.verdict(run.metrics)
+    if found is not None:
+        kind = f"verdict {found.short.split(' ')[0].rstrip(',')}"
+        yield html.element("p", found.text, class_=kind)
 
 
 def pictures(folder) -> dict[str, list[tuple[pathlib.Path, str]]]:
@@ -64,16 +98,19 @@ def pictures(folder) -> dict[str, list[tuple[pathlib.Path, str]]]:
 
     A link could put any file of this machine on the page: none is followed.
     """
-    there = [] if folder.is_symlink() else sorted(folder.rglob("*"))
+    there = [] if folder.is_symlink() else folder.rglob("*")
     files = [p for p in there if p.suffix.lower() in _KINDS and not p.is_symlink()]
     found = {heading: [] for _, heading, _ in CAPTIONS} | {"More pictures": []}
-    for path in files:
-        if path.name.startswith("training"):
-            continue  # The page draws those curves itself.
-        for start, heading, caption in CAPTIONS:
-            if path.name.startswith(start):
-                found[heading].append((path, caption))
-                break
+    starts = [start for start, _, _ in CAPTIONS]
+    known = {
+        p: [i for i, s in enumerate(starts) if p.name.startswith(s)] for p in files
+    }
+    for path in sorted(files, key=lambda p: (known[p][:1] or [len(starts)], p)):
+        if path.name.startswith(DRAWN):
+            continue
+        if known[path]:
+            _, heading, caption = CAPTIONS[known[path][0]]
+            found[heading].append((path, caption))
         else:
             found["More pictures"].append((path, path.stem.replace("_", " ")))
     return {heading: each for heading, each in found.items() if each}
@@ -94,18 +131,26 @@ def _subtitle(run):
 def _tiles(run):
     total = run.status.get("total_steps")
     pairs = [(run.state, "state"), (f"{run.step}/{total or '?'}", "steps")]
+    finished = run.last("final/trained/knn/top1") is not None
     for key, name, form in (
         ("loss", "last loss", "{:.4g}"),
-        ("knn/top1", "k-NN, online", "{:.1%}"),
-        ("test/top1", "test top-1", "{:.1%}"),
-        ("final/trained/knn/top1", "k-NN, final", "{:.1%}"),
-        ("final/untrained/knn/top1", "k-NN, untrained", "{:.1%}"),
-        ("final/trained/linear/top1", "linear probe", "{:.1%}"),
+        ("knn/top1", "k-NN, online", "" if not finished else None),
+        ("final/test/top1", "test top-1", ""),
+        ("final/trained/knn/top1", "k-NN", ""),
+        ("final/untrained/knn/top1", "k-NN, untrained", ""),
+        ("final/trained/linear/top1", "linear probe", ""),
         ("time/images_per_second", "images/s", "{:.0f}"),
         ("time/mfu_percent", "MFU", "{:.1f} %"),
     ):
         value = run.last(key)
-        if value is not None:
+        if value is None or form is None:
+            continue
+        if not form:  # An accuracy.
+            count = run.last(f"{key.rpartition('/')[0]}/images")
+            share, _, interval = accuracy.written(value, count).partition(" ")
+            name += f" {interval}" if interval else ""
+            pairs.append((share, name))
+        else:
             pairs.append((form.format(value), name))
     if run.state == "training" and run.status.get("eta_seconds") is not None:
         pairs.append((log.duration(run.status["eta_seconds"]), "left"))
@@ -130,10 +175,12 @@ def _protocol(run) -> str:
     section = run.section("evals")
     k = section.get("knn_k")
     k = k[0] if isinstance(k, list) and k else "?"
+    counts = [run.last(f"final/trained/{key}") for key in ("knn/images", "query")]
+    count = next((n for n in counts if n), None)
     return (
-        f"Features: {section.get('features', '?')}; k-NN with k = {k}; linear probe by "
-        f"{section.get('probe', '?')}; "
-        f"data: {run.section('data').get('source', '?')}"
+        f"{count or 0:.0f} test images; in brackets: 95 % by Wilson's interval; "
+        f"features: {section.get('features', '?')}; k-NN with k = {k}; linear probe by "
+        f"{section.get('probe', '?')}; data: {run.section('data').get('source', '?')}"
     )
 
 
@@ -148,40 +195,76 @@ def final_rows(run) -> list[dict]:
     return list(rows.values())
 
 
-def _curves(run):
-    """Yield a section per group of metrics."""
-    groups = {"Training": [], **{heading: [] for heading in GROUPS}}
+def _curves(run) -> dict:
+    """Return {heading: content} of the groups of metrics."""
+    groups = {heading: [] for heading in GROUPS}
     for key in sorted(run.metrics, key=charts.importance):
-        if not key.startswith("final/"):
-            heading = next((h for h, s in GROUPS.items() if key.startswith(s)), "")
-            groups[heading or "Training"].append(key)
-    for heading, keys in groups.items():
-        # A flat line says no more than its value.
-        moving = [key for key in keys if len(set(run.metrics[key][1])) > 1]
-        plots = [charts.lines(key, [(key, *run.metrics[key])]) for key in moving]
-        all_values = heading == "Timing and memory"
-        still = [key for key in keys if all_values or key not in moving]
-        rows = [[key, f"{run.last(key):.5g}"] for key in still]
-        if keys:
-            values = html.table(["metric", "last value"], rows) if rows else html.Safe()
-            yield html.section(heading, html.grid([], plots), values)
+        if not key.startswith("final/") and key not in LEFT_OUT:
+            heading = next((h for h, s in GROUPS.items() if key.startswith(s)), REST)
+            groups[heading].append(key)
+    found = {h: list(_group(run, h, keys)) for h, keys in groups.items() if keys}
+    if found:
+        next(iter(found.values())).insert(0, html.element("p", HINT, class_="note"))
+    return found
 
 
-def _pictures(shown):
-    """Yield a section per heading, each picture inside the page."""
+def _group(run, heading, keys):
+    """Yield the charts of a group, and the last values of what does not move."""
+    # A flat line says no more than its value.
+    moving = [key for key in keys if len(set(run.metrics[key][1])) > 1]
+    calm = heading not in (LOSS, EVALUATION)
+    plots = [_chart(run, each, calm) for each in families(moving)]
+    yield html.grid([], plots)
+    still = [k for k in keys if heading == TIMES or k not in moving]
+    rows = [[key, f"{run.last(key):.5g}"] for key in sorted(still, key=tree.natural)]
+    if rows:
+        yield html.folded("last values", html.table(["metric", "last value"], rows))
+
+
+def families(keys) -> list[list[str]]:
+    """Return keys that differ in numbers alone together, such as the levels' losses."""
+    found = {}
+    for key in keys:
+        found.setdefault(
+            re.sub(r"\d+", "#", key) if "top" not in key else key, []
+        ).append(key)
+    return [sorted(each, key=tree.natural) for each in found.values()]
+
+
+def _chart(run, keys, calm):
+    """Return the chart of one metric, or of several that belong together."""
+    unit, scale = ("epoch", run.per_epoch) if run.per_epoch else ("step", 1)
+    series = [(k, run.metrics[k][0] / scale, run.metrics[k][1]) for k in keys]
+    if len(keys) > 1:
+        title = re.sub(r"\d+", "#", keys[0])
+        drawn = charts.lines(title, series, unit=unit, calm=calm)
+        return html.element("figure", drawn, charts.legend(keys), class_="group")
+    (key,) = keys
+    rows = {r["features"]: r[key] for r in final_rows(run) if key in r}
+    finals = (
+        [("final", run.step / scale, rows.pop("trained"))] if "trained" in rows else []
+    )
+    marks = dict(finals=finals, levels=rows.items())
+    return charts.lines(key, series, unit=unit, calm=calm, **marks)
+
+
+def _pictures(shown) -> dict:
+    """Return {heading: content}, each picture inside the page."""
     if not shown:
         note = (
             "None yet. They are drawn at the end of a run with log.pictures=True, or "
             "now with `vitssl report RUN --draw`."
         )
-        yield html.section("Pictures", html.element("p", note, class_="note"))
-    for heading, each in shown.items():
-        yield html.section(heading, *itertools.starmap(figure, each))
+        return {"Pictures": [html.element("p", note, class_="note")]}
+    return {
+        heading: [html.element("div", *itertools.starmap(figure, e), class_="pictures")]
+        for heading, e in shown.items()
+    }
 
 
 def figure(path: pathlib.Path, caption: str) -> html.Safe:
     """Return a picture with its caption, embedded unless it is very large."""
-    text = html.element("figcaption", f"{caption} ({path.name})")
+    text = html.element("figcaption", caption, title=path.name)
     try:
         data = decode.contents(path, MOST_BYTES)
     except errors.DataError as e:
@@ -192,15 +275,15 @@ def figure(path: pathlib.Path, caption: str) -> html.Safe:
     return html.element("figure", image, text)
 
 
-def _confusion(run):
-    """Yield the confusion matrices that a method wrote to scores.npz.
+def _confusion(run) -> dict:
+    """Return {heading: content} of the confusion matrices in scores.npz.
 
     Raises:
         UsageError: the file is damaged.
     """
     path = run.path / "scores.npz"
     if not path.is_file():
-        return
+        return {}
     try:
         stored = npy.archive(path)
         found = {k: _counts(k, x) for k, x in stored.items() if k.endswith("confusion")}
@@ -208,13 +291,21 @@ def _confusion(run):
         raise errors.UsageError(
             f"{path}: damaged ({errors.told(e)}); evaluate again"
         ) from e
-    for key, matrix in found.items():
-        note = html.element(
-            "p", f"{curves.printable(key)}. Rows: truth. Columns: prediction."
-        )
-        many = len(matrix) > MOST_CLASSES
-        show = _worst_pairs if many else _coloured
-        yield html.section("Confusion matrix", note, show(matrix))
+    if "knn_confusion" in found:  # The probe's is much the same.
+        found.pop("linear_confusion", None)
+    content = (_matrix(key, matrix) for key, matrix in found.items())
+    return {"Confusion": list(itertools.chain.from_iterable(content))} if found else {}
+
+
+def _matrix(key, matrix):
+    name = curves.printable(key).removesuffix("confusion").rstrip("_/")
+    name = {"knn": "k-NN", "linear": "linear probe"}.get(name, name)
+    count = int(matrix.sum())
+    right = accuracy.written(np.trace(matrix) / max(1, count), count)
+    text = f"{right} of {count} right. Rows: truth. Columns: prediction."
+    text = f"{name}: {text}" if name else text
+    yield html.element("p", text, class_="note")
+    yield _worst_pairs(matrix) if len(matrix) > MOST_CLASSES else _coloured(matrix)
 
 
 def _counts(key, matrix):

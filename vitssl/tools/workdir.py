@@ -53,6 +53,15 @@ class Workdir:
         return max([int(self.status.get("step") or 0), *logged])
 
     @property
+    def per_epoch(self) -> float:
+        """Return the steps of an epoch; 0 where that is not known."""
+        total, epochs = self.status.get("total_steps"), self.config.get("epochs")
+        told = self.status.get("steps_per_epoch")
+        if told or not total or self.config.get("steps"):
+            return float(told or 0)
+        return total / epochs if isinstance(epochs, int | float) and epochs else 0.0
+
+    @property
     def state(self) -> str:
         """Return "training", "finished", "preempted", "failed", "stalled" ...
 
