@@ -55,6 +55,8 @@ class Reader(html.parser.HTMLParser):
 
 def test_the_page_of_a_finished_run(tmp_path):
     run = made.run(tmp_path / "a <b>")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "knn/top1": 0.3}\n')
     matrix = np.array([[13, 1], [0, 14]])
     np.savez(run / "scores.npz", **{"val/confusion": matrix, "val/other": matrix})
     text = page.page(workdir.workdir(run))
@@ -80,6 +82,7 @@ def test_the_page_of_a_finished_run(tmp_path):
     loss, knn = _chart(text, "loss"), _chart(text, "knn/top1")
     assert loss["unit"] == "step" and loss["series"][0][2][-1] == 0.02439
     # The end, of all images, and what it has to beat, are in the chart.
+    assert knn["series"][0][1:] == [[20.0, 40.0], [0.3, 0.5]]
     assert knn["series"][1] == ["final", [40.0], [0.5]]
     assert all(f">{name}</text>" in text for name in ("untrained", "raw pixels"))
     assert 'aria-label="loss"' in text and 'aria-label="wd"' not in text
