@@ -7,6 +7,7 @@ is wrong in one line.
 import difflib
 import importlib
 import pathlib
+import shutil
 import sys
 
 from vitssl import errors
@@ -16,7 +17,7 @@ usage: vitssl COMMAND ...
 
   train DIR                            train on a folder of images: what fits it
   train --config=NAME[:ARGUMENT] ...   train, or go on (as python -m vitssl.main does)
-  recipes                              every recipe, and what it needs
+  recipes [WORD ...]                   recipes by purpose; --explain=KEY says a key
   doctor                               what works on this machine, and what to install
   runs [DIR]                           a table of the runs below DIR
   compare RUN RUN ...                  configs and curves of runs, side by side
@@ -98,21 +99,39 @@ def _names_recipe(word) -> bool:
 
 
 def _recipes(argv):
-    parser = _parser("recipes", "List the recipes of a folder of configs.")
-    parser.add_argument("folder", nargs="?", default="", metavar="DIR")
+    parser = _parser(
+        "recipes",
+        "List recipes by purpose: all, or those that have all WORDs, such as folder,\n"
+        "laptop, gpu, papers, hjepa, vit. DIR is another folder of configs.",
+    )
+    parser.add_argument("words", nargs="*", metavar="WORD|DIR")
+    parser.add_argument("--explain", default="", metavar="KEY", help="what a key means")
     parser.add_argument("--write", action="store_true", help="write DIR/README.md")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="compile their steps here, and keep how much memory they need",
+    )
     flags = parser.parse_args(argv)
     from vitssl import config
-    from vitssl.tools import recipes
+    from vitssl.tools import keys, recipes
 
-    folder = pathlib.Path(flags.folder or config.home())
+    folders = [word for word in flags.words if pathlib.Path(word).is_dir()]
+    folder = pathlib.Path(folders[0] if folders else config.home())
+    if flags.explain:
+        print(keys.explain(flags.explain, folder))
+        return 0
     found = recipes.read(folder)
-    if flags.write:
+    words = [word for word in flags.words if word not in folders]
+    shown = recipes.chosen(found, words)
+    if flags.measure:
+        recipes.measure([r for file in shown for r in file.recipes])
+    elif flags.write:
         path = folder / "README.md"
         path.write_text(recipes.markdown(found))
         print(path)
     else:
-        print(recipes.text(found))
+        print(recipes.text(shown, shutil.get_terminal_size((100, 24)).columns))
     return 0
 
 

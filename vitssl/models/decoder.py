@@ -19,7 +19,14 @@ from vitssl.models import layers, patches, posemb
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Config section `decoder`: its transformer."""
+    """Config section `decoder`: its transformer.
+
+    Attributes:
+        width: channels of its tokens.
+        depth: blocks.
+        heads: attention heads of every block.
+        mlp_ratio: hidden width of an MLP over `width`.
+    """
 
     width: ranges.Count = 256
     depth: ranges.Count = 1

@@ -48,6 +48,7 @@ class Pyramid(nn.Module):
     Attributes:
         width: channels of a token in the first stage.
         depths, heads: blocks, and attention heads, of every stage.
+        qkv_bias: whether queries, keys and values have a bias.
         patch: side of a patch in pixels.
         image_size: side, or (height, width), in pixels, of the image the position
             table is for.

@@ -102,6 +102,7 @@ class ResNet(nn.Module):
     Attributes:
         depths: blocks of the four stages, (3, 4, 6, 3) in ResNet-50.
         widths: channels inside the blocks of the stages.
+        kind: of the blocks: two convolutions, or three of which the middle is narrow.
         stem: channels of the first convolution.
         output_stride: 32, 16 or 8; later strides become dilation.
     """

@@ -50,6 +50,8 @@ class ViT(nn.Module):
 
     Attributes:
         width: channels of a token, a multiple of heads.
+        depth: blocks.
+        heads: attention heads of every block.
         patch: side of a patch in pixels.
         image_size: size in pixels of the image the position table is for: a side, or
             (height, width).

@@ -53,6 +53,11 @@ class Optim:
         stretch: the schedules are laid over `stretch` times the run and cut off
             (I-JEPA's ipe_scale of 1.25); 1.0 is none.
         wd: weight decay; with wd_schedule "cosine" it ends at `wd_end`.
+        b1, b2: decay of Adam's averages of the gradient and of its square.
+        eps: Adam's, added to the root of the second average.
+        momentum: of sgd and lars.
+        trust: lars' coefficient: a leaf's step over the length of the leaf.
+        mu_dtype: in which the first average is kept; bfloat16 halves its memory.
         wd_normalised: the decay used is wd * sqrt(1 / steps of the run), Loshchilov &
             Hutter 2019, arXiv:1711.05101, appendix B.1.
         clip_norm: largest global gradient norm over trainable leaves; 0.0 is off.

@@ -38,6 +38,7 @@ class Log:
         tensorboard: write event files (read them with the tensorboard package).
         wandb: Weights & Biases project; "" is off. Needs the extra `[wandb]`; a run
             without it, or without a network, goes on unchanged.
+        wandb_mode: offline keeps the run in WORKDIR until `wandb sync`.
         wandb_entity, wandb_group, wandb_job_type, wandb_tags: as `wandb.init` has them;
             empty is none.
         wandb_id: of the W&B run to go on with; "" is the one in WORKDIR/wandb_id, which

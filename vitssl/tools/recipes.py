@@ -1,10 +1,11 @@
-"""`vitssl recipes`: every recipe of every config, read from the configs themselves.
+"""`vitssl recipes`: every recipe of every config by purpose, read from the configs.
 
 A config's docstring says what its arguments are, in a block that begins with a line
 "Arguments ...:": a line of four spaces holds one name or several, and what they are;
 deeper lines go on with it. `freeze_*` and `vitb_{1,4}gpu` stand for several names. What
 the block leaves out is taken from the docstring of the recipe's function. A paragraph
-"Options ...", and a block "One override away:", are shown as they are.
+"Options ...", and a block "One override away:", are shown as they are. Recipes of equal
+values are one, with several names.
 """
 
 import dataclasses
@@ -12,8 +13,12 @@ import fnmatch
 import functools
 import inspect
 import itertools
+import json
 import pathlib
 import re
+import textwrap
+
+import jax
 
 from vitssl import config, errors
 from vitssl.run import experiment
@@ -23,16 +28,54 @@ BEGIN = (
 )
 
 
+# What a recipe is for: a word to look for, and a heading.
+PURPOSES = {
+    "folder": "Your own images: --config.data.root=DIR; `vitssl train DIR` picks one",
+    "laptop": "A laptop: nothing to download",
+    "gpu": "One GPU: published data, at most 256 images a step",
+    "papers": "As in the papers: published data, larger steps",
+}
+OWN = ("folder", "geotiff", "tar", "parquet")  # Sources of anybody's images.
+_TIME = re.compile(r"\b(seconds|(an hour|minutes)( on two cores)?)\b")
+MEASURED = "memory.json"  # Beside the configs: what `measure` found.
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One recipe of a config: the columns of its table."""
+    """One recipe of a config: the columns of its table.
 
-    spec: str  # What --config gets, "configs/hjepa.py:smoke".
-    text: str  # What it is.
+    Attributes:
+        spec: what --config gets, "configs/hjepa.py:smoke".
+        text: what it is.
+        length: of the run, in steps or epochs.
+        purpose: a key of `PURPOSES`.
+        memory: of a step, "1.2 GiB / 64 images", as `needs` has it; "-" if unknown.
+        time: of the run, as its config says; "-" if it does not.
+        also: other names for the same.
+    """
+
+    spec: str
+    text: str
     model: str
     data: str
     batch: str
     length: str
+    purpose: str
+    memory: str
+    time: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The shortest that --config takes for a published config, "hjepa:smoke"."""
+        path, _, argument = self.spec.partition(":")
+        stem = pathlib.PurePath(path).stem
+        return f"{stem}:{argument}" if argument else stem
+
+    @property
+    def what(self) -> str:
+        """What it is, and its other names."""
+        return self.text + (f"; also {', '.join(self.also)}" if self.also else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +109,18 @@ def _file(path) -> File:
     configs = {name: _config(path, name) for name in module.RECIPES}
     texts = {n: explain(n, said, made) for n, made in module.RECIPES.items()}
     first = {}  # Of the recipes with one text, to say how the others differ from it.
-    recipes = []
+    recipes, same = [], _same(configs)
     for name, text in texts.items():
+        if name not in same:
+            continue
         base = first.setdefault(text, name)
         if name != base:
             found = config.differences(configs[base], configs[name])
             # Another source has other options; nobody chose their defaults.
             changes = [x for x in found if not x.endswith(" before")]
             text = f"{text} ({_some(changes)})"
-        recipes.append(_recipe(_spec(path, name), text, configs[name]))
+        made = _recipe(_spec(path, name), text, configs[name])
+        recipes.append(dataclasses.replace(made, also=same[name]))
     recipes = tuple(recipes)
     return File(
         path,
@@ -85,6 +131,15 @@ def _file(path) -> File:
         # Patterns stand for whatever there is.
         tuple(n for n in said if n not in module.RECIPES and "*" not in n),
     )
+
+
+def _same(configs) -> dict[str, tuple[str, ...]]:
+    """Return {recipe: the names of later ones that have its values}."""
+    found = {}
+    for name, c in configs.items():
+        known = (other for other in found if configs[other] == c)
+        found.setdefault(next(known, name), []).append(name)
+    return {name: tuple(names[1:]) for name, names in found.items()}
 
 
 def explain(name, said, function) -> str:
@@ -150,6 +205,31 @@ def _braces(name) -> list[str]:
     return [f"{head}{one}{tail}" for one in inside.split(",")]
 
 
+def chosen(files, words) -> list[File]:
+    """Return the files with the recipes that have all words: of anything said of them.
+
+    Raises:
+        UsageError: there is none.
+    """
+
+    def fits(r):
+        said = " ".join((r.purpose, PURPOSES[r.purpose], r.name, *map(str, r.also)))
+        said = f"{said} {r.text} {r.model} {r.data} {r.length}".lower()
+        return all(word.lower() in said for word in words)
+
+    found = []
+    for file in files:
+        if kept := tuple(filter(fits, file.recipes)):
+            found.append(dataclasses.replace(file, recipes=kept))
+    if not found:
+        stems = ", ".join(file.path.stem for file in files)
+        raise errors.UsageError(
+            f"vitssl recipes {' '.join(words)}: none has all of it; there is: "
+            f"{', '.join(PURPOSES)}; {stems}"
+        )
+    return found
+
+
 def _spec(path, name) -> str:
     return f"{path.parent.name}/{path.name}" + (f":{name}" if name else "")
 
@@ -182,7 +262,81 @@ def _recipe(spec, text, c) -> Recipe:
     for key, unit in (("width", "wide"), ("depth", "deep"), ("patch", "px patches")):
         if key in model:
             shape.append(f"{_plain(model[key])} {unit}")
-    return Recipe(spec, text, ", ".join(shape), source, str(c.batch_size), length)
+    time = _TIME.search(text)
+    made = Recipe(
+        spec,
+        text,
+        ", ".join(shape),
+        source,
+        str(c.batch_size),
+        length,
+        _purpose(c, needs),
+        "-",
+        time[0].replace("an hour", "1 hour") if time else "-",
+    )
+    return dataclasses.replace(made, memory=memory_of(made.name))
+
+
+def _purpose(c, needs) -> str:
+    if c.data.source in OWN:
+        return "folder"
+    if "data.root" not in needs:
+        return "laptop"
+    return "gpu" if c.batch_size <= 256 else "papers"
+
+
+def memory_of(name) -> str:
+    """Return the memory of a step, "1.2 GiB / 64 images", or "-"."""
+    found = _measured().get(name)
+    if not found:
+        return "-"
+    on = "" if found["on"] == "cpu" else f", {found['on']}"
+    gib = found["bytes"] / 2**30
+    return f"{gib:.1f} GiB / {found['images']} images{on}"
+
+
+@functools.cache
+def _measured() -> dict:
+    try:
+        return json.loads((config.home() / MEASURED).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def measure(recipes, show=print) -> dict:
+    """Compile the steps of recipes here, and keep XLA's count of their memory.
+
+    Returns:
+        all that is known: {"hjepa:smoke": {"bytes", "images" at a time, "on"}}.
+    """
+    from vitssl.run import build, devices, memory
+
+    devices.start()
+    found = dict(_measured())
+    for recipe in recipes:
+        c = _config(*_parts(recipe.spec))
+        parts, _ = build.anyhow(experiment.read(_given(c)))
+        e = memory.estimate(parts)
+        on = jax.default_backend()
+        found[recipe.name] = dict(bytes=e.total, images=e.images, on=on)
+        show(f"{recipe.name}: {memory.size(e.total)}, {e.images} images at a time")
+        place = config.home() / MEASURED  # After each: some take minutes.
+        place.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+    return found
+
+
+def _given(c):
+    """Return a config with a word for what the user has to give."""
+    c = config.without(c, "study") if "study" in c else c
+    for key in _needs_weights(c):
+        section, _, leaf = key.partition(".")
+        c[section][leaf] = "untrained" if section == "teacher" else "anywhere"
+    return c
+
+
+def _parts(spec):
+    path, _, name = spec.partition(":")
+    return config.find(path), name
 
 
 def _plain(value) -> str:
@@ -223,14 +377,25 @@ def markdown(files) -> str:
         "`launch/local.sh --config=...` does the same and installs what it needs.",
         "Any value is one override away: `--config.optim.lr=1e-3`; `--dry_run` prints",
         "all of them, and the memory of a step. Recipes that need `data.root` need the",
-        "data set, and the published ones a GPU.",
+        "data set, and the published ones a GPU. `vitssl recipes` lists them by",
+        "purpose, `vitssl recipes WORD ...` those that have all words, and `vitssl",
+        "recipes --explain=KEY` says what a key means. Memory is XLA's count of a step,",
+        "for the images that a device takes at a time, on a CPU if nothing else is said.",
     ]
     for file in files:
         lines += ["", f"## `{file.path.name}`: {file.title}", ""]
-        lines += ["| `--config=` | what | model | data | batch | length |"]
-        lines += ["| --- " * 6 + "|"]
+        lines += ["| `--config=` | what | model | data | batch | length | memory |"]
+        lines += ["| --- " * 7 + "|"]
         for r in file.recipes:
-            cells = (f"`{r.spec}`", *dataclasses.astuple(r)[1:])
+            cells = [
+                f"`{r.spec}`",
+                r.what,
+                r.model,
+                r.data,
+                r.batch,
+                r.length,
+                r.memory,
+            ]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         if file.options:
             lines += ["", file.options]
@@ -246,12 +411,25 @@ def _as_shell(line) -> str:
     return words + (f"  # {remark.strip(' ()')}" if remark.strip() else "")
 
 
-def text(files) -> str:
-    """Return the recipes for the terminal."""
+def text(files, width=100) -> str:
+    """Return the recipes for the terminal, by purpose."""
+    every = [r for file in files for r in file.recipes]
+    name = max(len(r.name) for r in every)
+    rows = [(r.name, r.memory, r.time, r) for r in every]
+    memory, time = (max([6, *(len(row[i]) for row in rows)]) for i in (1, 2))
+    indent = 2 + name + 2
     lines = []
-    for file in files:
-        lines += [f"{file.path}: {file.title}"]
-        for r in file.recipes:
-            lines += [f"  {r.spec}", f"      {r.text}"]
-            lines += [f"      {r.model}; {r.data}; batch {r.batch}; {r.length}"]
-    return "\n".join(lines)
+    for purpose, heading in PURPOSES.items():
+        own = [row for row in rows if row[3].purpose == purpose]
+        if own:
+            lines += ["", heading]
+            lines += [
+                f"  {'recipe':<{name}}  {'memory':<{memory}}  {'time':<{time}}  what"
+            ]
+        for shown, needs, takes, r in own:
+            head = f"  {shown:<{name}}  {needs:<{memory}}  {takes:<{time}}  "
+            rest = dict(subsequent_indent=" " * indent)
+            lines += textwrap.wrap(r.what, width, initial_indent=head, **rest)
+            about = f"{r.model}; {r.data}; batch {r.batch}; {r.length}"
+            lines += textwrap.wrap(about, width, initial_indent=" " * indent, **rest)
+    return "\n".join(lines[1:])

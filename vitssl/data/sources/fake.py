@@ -52,6 +52,10 @@ def open(
     Args:
         root: not used.
         split: "train", "val" or "test"; each has its own noise.
+        count: images of a split.
+        height, width: of every image, in pixels.
+        classes: labels, which nothing in the images tells.
+        seed: of the noise.
     """
     del root
     layout.split_of("fake", split, SPLITS)

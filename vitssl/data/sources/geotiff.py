@@ -212,6 +212,7 @@ def open(
         masks: folder of one mask for each file, laid out like the files: a class per
             pixel from 0 on.
         ignore: values of a mask that are no class.
+        labels, divided, holdout: see `folder.open`.
         channels: not used: each modality has its own.
 
     Raises:

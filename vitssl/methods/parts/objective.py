@@ -193,8 +193,10 @@ class Objective:
 
     Attributes:
         stage_2, stage_1: classification by either stage.
-        total_variation, concentration, presence, background, entropy, orthogonality,
-            equivariance: on maps and part features.
+        total_variation, concentration, presence: on maps: smooth, in one place, there.
+        background, entropy: on maps: something is no part, and every pixel one.
+        orthogonality: on part features: parts are unlike each other.
+        equivariance: on maps: they turn and move with the image.
         presence_type, presence_beta, presence_group: see `presence`. A group of 16 is
             what one device held in the published runs; 0 is the batch.
         background_type: see `background_presence`.

@@ -23,6 +23,7 @@ class Views:
         flip: probability that a view is mirrored.
         jitter: brightness, contrast, saturation (factors in 1 +- x, not below 0) and
             hue (turn in +- x); the four in random order.
+        jitter_prob, grayscale_prob, blur_prob: probability of each, view by view.
         blur_sigma: least and largest, in pixels.
         blur_kernel: odd width in pixels; 0: max(3, 2 (size // 20) + 1), about a tenth
             of the shorter side.
