@@ -1,5 +1,6 @@
 """configs/README.md says what the configs say, and its commands are valid."""
 
+import json
 import shlex
 import shutil
 
@@ -60,6 +61,72 @@ def test_every_recipe_is_explained_and_every_explanation_has_its_recipe(files):
     assert bare == [], "say in the docstring's block Arguments what they are"
     absent = {f.path.name: f.absent for f in files if f.absent}
     assert absent == {}, "explained in the docstring, but not in RECIPES"
+
+
+def _named(files):
+    return {r.name: r for file in files for r in file.recipes}
+
+
+def test_recipes_are_listed_by_what_they_are_for(files):
+    named = _named(files)
+    for name, purpose in {
+        "hjepa": "laptop",
+        "knn": "laptop",  # It needs a run, and that a laptop makes.
+        "localmim:folder": "folder",
+        "latent_mim:geotiff": "folder",
+        "parts:cub_k8": "gpu",
+        "mae:imagenet_vitl": "papers",
+    }.items():
+        assert named[name].purpose == purpose
+    text = recipes.text(files)
+    places = [text.index(heading) for heading in recipes.PURPOSES.values()]
+    assert places == sorted(places) and places[0] == 0
+    for r in named.values():
+        assert f"\n  {r.name} " in text
+
+
+def test_no_two_recipes_are_the_same(files):
+    for file in files:
+        path = str(file.path)
+        specs = [f"{path}:{r.spec.partition(':')[2]}".rstrip(":") for r in file.recipes]
+        configs = [config.to_json(experiment.load(spec)) for spec in specs]
+        assert len(set(configs)) == len(configs), path
+    also = _named(files)["finetune_vit:ft_vitb_from100_1gpu"].also
+    assert "ft_vitb_from100_8gpu" in also and not any("(the same)" in f for f in also)
+    # Every name is still there to be found.
+    for file in files:
+        module = config.module(str(file.path))
+        names = [r.spec.partition(":")[2] for r in file.recipes]
+        names += [name for r in file.recipes for name in r.also]
+        assert sorted(names) == sorted(module.RECIPES)
+
+
+def test_memory_and_time_are_known_or_a_dash(files, monkeypatch):
+    found = {"hjepa": dict(bytes=3 * 2**29, images=32, on="cpu")}
+    found["parts:cub_k8"] = dict(bytes=2**34, images=128, on="H200")
+    monkeypatch.setattr(recipes, "_measured", lambda: found)
+    assert recipes.memory_of("hjepa") == "1.50 GiB / 32 images"
+    assert recipes.memory_of("parts:cub_k8") == "16.00 GiB / 128 images, H200"
+    assert recipes.memory_of("hjepa:folder") == "-"
+    named = _named(files)
+    assert named["hjepa"].time == "minutes" and named["hjepa:smoke"].time == "seconds"
+    assert named["hjepa:evidence"].time == "1 hour"
+    assert named["hjepa:imagenet_vitb"].time == "-"
+
+
+def test_what_is_measured_is_of_recipes_that_there_are(files):
+    names = {n for f in files for r in f.recipes for n in (r.name,)}
+    stored = json.loads((CONFIGS / recipes.MEASURED).read_text())
+    assert set(stored) <= names and len(stored) >= 4
+
+
+def test_words_choose_recipes(files, capsys):
+    chosen = _named(recipes.chosen(files, ["folder", "labels"]))
+    assert "hjepa:folder" in chosen and "hjepa" not in chosen
+    assert set(_named(recipes.chosen(files, ["LAPTOP", "simclr"]))) >= {"simclr_hvit"}
+    assert recipes.chosen(files, []) == files
+    assert cli.main(["recipes", "vit", "nonsense"]) == 2
+    assert "none has all of it; there is: folder, laptop" in capsys.readouterr().err
 
 
 def test_what_a_recipe_is_comes_from_the_nearest_place():

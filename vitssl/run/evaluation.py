@@ -243,7 +243,7 @@ class Evaluation:
             if key in values:
                 shown.append(f"{name} {accuracy.written(values[key], count)}")
         if count:
-            shown.append(f"of {count:.0f} images")
+            shown[-1] += f" of {count:.0f} images"
         for key, form in (
             ("quality/rankme", "RankMe {:.1f}"),
             ("quality/std", "std {:.3g}"),

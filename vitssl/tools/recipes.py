@@ -21,7 +21,7 @@ import textwrap
 import jax
 
 from vitssl import config, errors
-from vitssl.run import experiment
+from vitssl.run import experiment, memory
 
 BEGIN = (
     "<!-- Made by `vitssl recipes --write`; a test compares it with the configs. -->"
@@ -36,7 +36,7 @@ PURPOSES = {
     "papers": "As in the papers: published data, larger steps",
 }
 OWN = ("folder", "geotiff", "tar", "parquet")  # Sources of anybody's images.
-_TIME = re.compile(r"\b(seconds|(an hour|minutes)( on two cores)?)\b")
+_TIME = re.compile(r"\b(seconds|minutes|an hour)\b")
 MEASURED = "memory.json"  # Beside the configs: what `measure` found.
 
 
@@ -49,8 +49,8 @@ class Recipe:
         text: what it is.
         length: of the run, in steps or epochs.
         purpose: a key of `PURPOSES`.
-        memory: of a step, "1.2 GiB / 64 images", as `needs` has it; "-" if unknown.
-        time: of the run, as its config says; "-" if it does not.
+        memory: of a step, "1.20 GiB / 64 images", see `measure`; "-" if unknown.
+        time: of the run on two cores, as its config says; "-" if it does not.
         also: other names for the same.
     """
 
@@ -272,7 +272,7 @@ def _recipe(spec, text, c) -> Recipe:
         length,
         _purpose(c, needs),
         "-",
-        time[0].replace("an hour", "1 hour") if time else "-",
+        time[1].replace("an hour", "1 hour") if time else "-",
     )
     return dataclasses.replace(made, memory=memory_of(made.name))
 
@@ -286,13 +286,12 @@ def _purpose(c, needs) -> str:
 
 
 def memory_of(name) -> str:
-    """Return the memory of a step, "1.2 GiB / 64 images", or "-"."""
+    """Return the memory of a step, "1.20 GiB / 64 images", or "-"."""
     found = _measured().get(name)
     if not found:
         return "-"
     on = "" if found["on"] == "cpu" else f", {found['on']}"
-    gib = found["bytes"] / 2**30
-    return f"{gib:.1f} GiB / {found['images']} images{on}"
+    return f"{memory.size(found['bytes'])} / {found['images']} images{on}"
 
 
 @functools.cache
@@ -309,7 +308,7 @@ def measure(recipes, show=print) -> dict:
     Returns:
         all that is known: {"hjepa:smoke": {"bytes", "images" at a time, "on"}}.
     """
-    from vitssl.run import build, devices, memory
+    from vitssl.run import build, devices
 
     devices.start()
     found = dict(_measured())
@@ -377,10 +376,12 @@ def markdown(files) -> str:
         "`launch/local.sh --config=...` does the same and installs what it needs.",
         "Any value is one override away: `--config.optim.lr=1e-3`; `--dry_run` prints",
         "all of them, and the memory of a step. Recipes that need `data.root` need the",
-        "data set, and the published ones a GPU. `vitssl recipes` lists them by",
-        "purpose, `vitssl recipes WORD ...` those that have all words, and `vitssl",
-        "recipes --explain=KEY` says what a key means. Memory is XLA's count of a step,",
-        "for the images that a device takes at a time, on a CPU if nothing else is said.",
+        "data set, and the published ones a GPU.",
+        "",
+        "`vitssl recipes` lists them by purpose, `vitssl recipes WORD ...` those that",
+        "have all words; `vitssl recipes --explain=KEY` says what a key means. Memory",
+        "is XLA's count of a step, for the images that a device takes at a time; on a",
+        "CPU if nothing else is said.",
     ]
     for file in files:
         lines += ["", f"## `{file.path.name}`: {file.title}", ""]
