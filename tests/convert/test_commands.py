@@ -1,5 +1,6 @@
 """python -m vitssl.convert, vitssl.load and vitssl extract."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -69,6 +70,27 @@ def test_a_folder_of_the_hub_has_its_card_and_configs(tmp_path, capsys, layout):
         assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     else:
         assert (config["model_type"], config["hidden_size"]) == ("vit", 32)
+
+
+def test_a_card_names_no_folder_of_the_machine(tmp_path):
+    made, secret = published.network(classes=3), "/home/someone/their photos/cats"
+    config = {
+        "data": {"root": "their/own/cats", "options": {"parts": [{"root": secret}]}},
+        "init": {"from": "~/runs/first"},
+        "teacher": {"from": "C:\\\\Users\\\\someone\\\\run"},
+        "optim": {
+            "wd_rules": [[".*/(bias|scale)", 0.0], ["encoder/block_[0-2]/.*", 1]]
+        },
+    }
+    notes = ("read /home/someone/w.pth, below the prefix 'model/'",)
+    about = dataclasses.replace(made.about, config=config, source=secret, notes=notes)
+    made = dataclasses.replace(made, about=about)
+    backbone.write_card(tmp_path / "w.safetensors", made, "timm", "", digested=False)
+    card = (tmp_path / "w.md").read_text()
+    assert "someone" not in card and "their" not in card and "runs" not in card
+    assert '"root": "cats"' in card and '"from": "first"' in card
+    assert '".*/(bias|scale)"' in card and '"encoder/block_[0-2]/.*"' in card
+    assert "read w.pth, below the prefix 'model/'" in card
 
 
 def test_a_norm_that_timm_cannot_say_has_no_config_of_its_hub(tmp_path):

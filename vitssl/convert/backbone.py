@@ -339,7 +339,7 @@ def write_card(
         "Normalisation": f"mean {about.mean}, std {about.std} of pixels in [0, 1]",
         "Feature of an image": _POOLS[about.pool],
         "Family": about.family,
-        "Source": about.source or "unknown",
+        "Source": _without_places(about.source) or "unknown",
         "sha256 of the source": about.sha256,
         "sha256 of this file": digest(file) if digested else "",
         "Training data": _inline(
@@ -348,7 +348,7 @@ def write_card(
         "Scores": _inline(about.metrics),
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value)
-    notes = "\n".join(f"- {note}" for note in about.notes)
+    notes = "\n".join(f"- {placeless(note)}" for note in about.notes)
     parts = [
         *([_front(layout, source)] if is_of_hub(file) else []),
         f"# {_title(file)}",
@@ -359,10 +359,37 @@ def write_card(
     if notes:
         parts.append(f"## What the conversion did\n\n{notes}")
     if about.config:
-        settings = json.dumps(about.config, indent=1)
+        settings = json.dumps(_without_places(about.config), indent=1)
         parts.append(f"## Config of the run\n\n```json\n{settings}\n```")
     text = "\n\n".join(parts) + "\n"
     card_of(file).write_text(text, "utf-8", "backslashreplace")
+
+
+# A path that begins somewhere: /a/b, ~/a, ../a, C:\\a. An address (//) is none.
+_PLACE = re.compile(
+    r"(?<![\w:/.~])(?:(?:~|\.{1,2})?/(?![/\s])|[A-Za-z]:\\)[^\s'\",;)]*"
+)
+
+
+def placeless(text: str) -> str:
+    """Return a text whose paths are cut to their last name: a card may be published."""
+    return _PLACE.sub(lambda found: _last(found[0]), text)
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _without_places(value, key=""):
+    """Return a config without the folders of the machine it ran on."""
+    if isinstance(value, Mapping):
+        return {k: _without_places(v, k) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_places(v, key) for v in value]
+    placed = isinstance(value, str) and (
+        _PLACE.match(value) or key in ("root", "masks")
+    )
+    return _last(value) if placed else value
 
 
 def is_of_hub(file: pathlib.Path) -> bool:

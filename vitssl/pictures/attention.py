@@ -98,7 +98,7 @@ def heads(image, attention, grid=None, *, layers=6, most=12):
         "Attention of the whole image by layer and head",
         size=1.0,
         headings="first",
-        right=0.7,
+        right=0.9,
     )
     for r, layer in enumerate(chosen):
         mean = on_patches(attention[layer].mean(0), count)
@@ -138,7 +138,7 @@ def layers(images, attention, grid=None):  # [B, ...], [B, layers, heads, T, T]
     rows["rollout"] = [values for values, _ in rolls]
     title = "Attention of the whole image: mean of heads, and rollout"
     figure, axes = panels.tiles(
-        2 + len(rows), len(images), title, headings="none", right=0.7
+        2 + len(rows), len(images), title, headings="none", right=0.9
     )
     axes[-1, 0].set_ylabel("rollout\non image", size=7)
     for b, image in enumerate(panels.rgb(images)):

@@ -62,9 +62,10 @@ def page(found: dict, classes=()):
     """Draw the report of `chosen`: confusion matrix, table of classes, calibration."""
     report = numbers(found, classes)
     _, own = chosen(found)
+    count = int(np.sum(own["confusion"]))
     title = (
         f"Test split ({report['scored']}): macro F1 {report['f1_macro']:.3f}, "
-        f"accuracy {report['accuracy']:.3f}"
+        f"accuracy {accuracy.written(report['accuracy'], count)} of {count} images"
     )
     figure, axes = panels.charts(4, title, columns=2, size=(4.6, 3.9))
     matrix, table, curve, bars = axes

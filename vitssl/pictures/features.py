@@ -83,7 +83,7 @@ def prediction(images, predicted, target, valid):
         len(images),
         "Prediction: squared error and cosine of every predicted cell",
         headings="none",
-        right=0.7,
+        right=0.9,
         key=[(panels.HIDDEN, "not to be predicted")],
     )
     for axis, image in zip(axes[0], panels.rgb(images), strict=True):
