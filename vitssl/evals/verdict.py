@@ -100,9 +100,8 @@ def verdict(metrics: dict) -> Verdict | None:
         words += f", few directions since {since}"
     elif thin:
         first, end = thin[0][0], thin[-1][1]
-        text += (
-            f" Few directions were in use from step {first} to {end}, not at the end."
-        )
+        when = f"from step {first} to {end}" if end > first else f"at step {end}"
+        text += f" Few directions were in use {when}, not at the end."
     return Verdict(text, words)
 
 

@@ -13,17 +13,16 @@ import pathlib
 import time
 
 import jax
-import numpy as np
 
 from vitssl import config, disk, errors, progress
 from vitssl.data import pipeline
-from vitssl.evals import verdict
 from vitssl.run import (
     agreement,
     beginning,
     build,
     checkpoint,
     devices,
+    ending,
     evaluation,
     feed,
     guard,
@@ -71,7 +70,7 @@ def run(
             guard.writable(workdir)
         signals = stack.enter_context(guard.Signals())
         watchdog = stack.enter_context(guard.Watchdog(workdir, s.log.stall_seconds))
-        stack.enter_context(_last_words(workdir, held))
+        stack.enter_context(ending.last_words(workdir, held))
         watchdog.beat("opening the data")
         parts = build.build(experiment)
         evaluation.check(s, parts.method, parts.source)
@@ -98,39 +97,6 @@ def run(
             loop.evaluate.leave_out(state, skipped)
         state = loop.go(state)
         return loop.finish(state, name)
-
-
-@contextlib.contextmanager
-def _last_words(workdir, held):
-    """Say in status.json why a run ended that did not finish.
-
-    A command that fails before it did anything leaves what an earlier one says.
-    """
-    path = workdir / "status.json"
-    before = _status_of(path)
-    try:
-        yield
-    except errors.Preempted:
-        raise  # Said already, with the step.
-    except Exception as e:
-        # Another run may have the workdir by now.
-        if held is not None and not held.lost:
-            now, error = _status_of(path), f"{type(e).__name__}: {e}"
-            if not now or now != before:
-                kept = {
-                    k: now[k]
-                    for k in ("step", "total_steps", "steps_per_epoch", "best")
-                    if k in now
-                }
-                log.write_status(workdir, state="failed", error=error, **kept)
-        raise
-
-
-def _status_of(path) -> dict:
-    """Return a status.json, {} if it is not there or damaged."""
-    with contextlib.suppress(OSError, disk.Damaged):
-        return disk.parse(path.read_bytes())
-    return {}
 
 
 class _Loop:
@@ -235,67 +201,23 @@ class _Loop:
         untrained = parts.fresh()
         values, text = self.evaluate.final(state, untrained)
         logger.info("%s", text)
-        if self.evaluate.arrays and devices.is_main():
-            self._write_scores()
+        main = devices.is_main()
+        if self.evaluate.arrays and main:
+            self._fault(ending.scores(self.workdir, self.evaluate.arrays))
         if table := self.phases.table():
             logger.info("%s", table)
         self.write(at, values)
-        said = self._verdict(at, values)
+        said = ending.verdict_of(self.workdir, at, values) if main else None
         if self.phases.rows:
             values = values | self.phases.totals()
-        if s.log.pictures and devices.is_main():
-            self._pictures(state, untrained)
+        if s.log.pictures and main:
+            self._fault(ending.pictures(parts, state, untrained, self.workdir))
         if self.best.step is not None:
             logger.info("  best %s; load it as RUN@best", self._best_text())
         if said:
             logger.info("%s", said)
         self._status("finished", at, metrics=values, name=name)
         return values
-
-    def _verdict(self, at, values):
-        """Return what came of the run, by all that it logged; None on others' part."""
-        if not devices.is_main():
-            return None
-        from vitssl.pictures import curves
-
-        try:
-            found = curves.read(self.workdir / "metrics.jsonl")
-        except OSError:
-            found = {}
-        last = {k: (np.array([at]), np.array([v])) for k, v in values.items()}
-        return verdict.verdict(last | found)
-
-    def _write_scores(self):
-        path = self.workdir / "scores.npz"
-        try:
-            np.savez_compressed(path, **self.evaluate.arrays)
-        except OSError as e:
-            path.unlink(missing_ok=True)
-            self._fault(f"{path.name} could not be written: {e.strerror}")
-
-    def _pictures(self, state, untrained):
-        """Write the pictures of a finished run; a failure is reported, no more."""
-        from vitssl.pictures import drawing
-        from vitssl.pictures.gather import gather
-
-        s = self.parts.experiment.settings
-        try:
-            material = gather(
-                self.parts.method,
-                (state.params, state.extra),
-                s.data,
-                s.evals,
-                seed=s.seed,
-                untrained=(untrained.params, untrained.extra),
-                metrics_path=self.workdir / "metrics.jsonl",
-            )
-            paths = list(drawing.write_all(self.workdir / "pictures", material))
-        except Exception as e:
-            if not isinstance(e, OSError | errors.VitsslError):
-                logger.exception("the pictures could not be drawn")
-            self._fault(f"the pictures could not be drawn: {_first_line(e)}")
-            return
-        logger.info("%d pictures in %s", len(paths), self.workdir / "pictures")
 
     def _best_state(self, state):
         """Return the state of the best evaluation, if its checkpoint is kept."""
@@ -445,8 +367,9 @@ class _Loop:
 
     def _fault(self, text):
         """Note what went wrong, but is no reason to end the run, for status.json."""
-        logger.warning("%s", text)
-        self.faults.append(text)
+        if text:
+            logger.warning("%s", text)
+            self.faults.append(text)
 
     def _status(self, state, at, **values):
         """Write status.json, with the best evaluation so far, and faults."""
@@ -494,7 +417,9 @@ class _Loop:
             raise
         except Exception as e:  # A bug in an evaluator must not cost the training.
             logger.exception("the evaluation after step %d failed", at)
-            self._fault(f"the evaluation after step {at} failed: {_first_line(e)}")
+            self._fault(
+                f"the evaluation after step {at} failed: {ending.first_line(e)}"
+            )
             values = {}
         scores = {k: v for k, v in values.items() if isinstance(v, float)}
         self.scores = at, scores
@@ -554,7 +479,3 @@ def _next(stream, sharding):
     batch = next(stream)
     waited = time.perf_counter() - start
     return devices.put(batch, sharding), batch.get("index"), waited
-
-
-def _first_line(e) -> str:
-    return f"{type(e).__name__}: {e}".partition("\n")[0]

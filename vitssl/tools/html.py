@@ -12,7 +12,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); max-width: 1160px; margin: 0 auto;
   padding: 24px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; }
-h2 { font-size: 18px; margin: 0; padding: 52px 0 10px; }
+h2 { font-size: 18px; margin: 30px 0 10px; }
+section { scroll-margin-top: 44px; }
 p.note, figcaption, summary small { color: var(--soft); font-size: 13px; }
 p.verdict { font-size: 18px; border-left: 4px solid var(--soft); margin: 18px 0;
   padding: 2px 0 2px 14px; max-width: 900px; }
@@ -21,11 +22,12 @@ nav { position: sticky; top: 0; background: var(--paper); z-index: 1; padding: 8
   border-bottom: 1px solid var(--line); font-size: 13.5px; }
 nav a { margin-right: 16px; color: inherit; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-.tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }
-.tile { background: var(--tile); border-radius: 8px; padding: 10px 16px;
-  min-width: 105px; }
+.tiles { display: grid; gap: 10px; margin: 16px 0;
+  grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); }
+.tile { background: var(--tile); border-radius: 8px; padding: 10px 14px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; }
-.tile span { color: var(--soft); font-size: 13px; }
+.tile span { color: var(--soft); font-size: 13px; line-height: 1.35;
+  display: block; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr));
   gap: 14px; align-items: start; }
 .pictures { display: flex; flex-wrap: wrap; gap: 22px; align-items: flex-start; }

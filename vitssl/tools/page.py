@@ -65,7 +65,11 @@ GROUPS = {
     TIMES: ("time/", "memory/", "compile/", "freeze/"),
 }
 # What others say as well.
-LEFT_OUT = ("time/eta_seconds", "time/images_per_second_per_device")
+LEFT_OUT = (
+    "time/eta_seconds",
+    "time/images_per_second_per_device",
+    verdict.COLLAPSED,
+)
 HINT = "Hover for values, drag to zoom, double-click to go back."
 
 
