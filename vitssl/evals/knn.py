@@ -318,7 +318,7 @@ class KNN(evaluator.Evaluator):
         """
         found = self._sweep(bank, query, classes)
         scores, counts = next(iter(found.values()))
-        values = scores | {"confusion": counts, "images": int(counts.sum())}
+        values = scores | {"confusion": counts, "images": float(counts.sum())}
         if len(found) > 1:
             for (k, t), (each, _) in found.items():
                 values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}

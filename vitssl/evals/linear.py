@@ -366,7 +366,7 @@ class Linear(evaluator.Evaluator):
             values |= {"folds_top1": float(top1.mean())}
             values |= {"folds_top1_std": float(top1.std())}  # Of the population.
         counts = values["confusion"]
-        values["images"] = int(counts.sum())
+        values["images"] = float(counts.sum())
         return values | {"f1_macro": metrics.summary(counts)["f1_macro"]}
 
     def _probe(self, classes):
