@@ -141,3 +141,13 @@ def test_a_classifier_has_to_beat_the_largest_class():
     assert verdict.verdict(metrics).short == "learned"
     metrics["final/test/images"] = np.array([5]), np.array([50])
     assert verdict.verdict(metrics).short == "not learned"
+
+
+def test_the_scores_of_a_method_are_told_with_the_interval_of_its_accuracy():
+    scores = {"f1_macro": 0.5, "top1": 0.9, "loss": 1 / 3, "images": 360}
+    assert accuracy.told(scores, 3) == [
+        "f1_macro 0.5",
+        "top1 90.0% (86.5-92.7)",
+        "loss 0.3333",
+    ]
+    assert accuracy.told({"top1": 0.9}) == ["top1 90.0%"]

@@ -1,6 +1,7 @@
 """Pictures of parts: labels, layout, and one that can be written."""
 
 import numpy as np
+from PIL import Image
 
 from vitssl.pictures import drawing, overlays
 
@@ -31,3 +32,10 @@ def test_it_is_written_where_there_are_maps(tmp_path):
     paths = drawing.write_all(tmp_path, material)
     assert [p.name for p in paths] == ["parts.png"]
     assert paths[0].stat().st_size > 1000
+
+
+def test_a_sheet_of_many_images_fits_a_screen(tmp_path):
+    images = np.zeros((128, 8, 8, 3), np.uint8)
+    overlays.write(tmp_path / "a.jpg", images, np.zeros((128, 2, 2, 3)))
+    with Image.open(tmp_path / "a.jpg") as sheet:
+        assert sheet.size == (8 * 125, 16 * 125)

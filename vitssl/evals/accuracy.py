@@ -58,6 +58,18 @@ def written(share: float, count: float | None) -> str:
     return f"{share:.1%} ({100 * low:.1f}-{100 * high:.1f})"
 
 
+def told(scores: dict, most: int | None = None) -> list[str]:
+    """Return "name value" of the first scores; of "top1", with its interval.
+
+    `scores["images"]` is of how many, if it is known.
+    """
+    images = scores.get("images")
+    return [
+        f"{name} {written(value, images) if name == 'top1' else f'{value:.4g}'}"
+        for name, value in list(scores.items())[:most]
+    ]
+
+
 def confusion(label, predicted, classes: int):
     """Return int [C, C]: row is the true class, column the predicted one."""
     cells = np.asarray(label, np.int64) * classes + np.asarray(predicted, np.int64)

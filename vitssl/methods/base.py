@@ -16,6 +16,7 @@ import numpy as np
 
 from vitssl import errors, sizes
 from vitssl.data import views
+from vitssl.evals import accuracy
 from vitssl.models import patches
 from vitssl.ops import random_masking
 
@@ -248,7 +249,7 @@ class Method(abc.ABC):
 
     def written(self, scores: dict) -> str:
         """Return the scores {name: float} of the test split as text."""
-        return "  ".join(f"{k} {v:.4g}" for k, v in scores.items())
+        return "  ".join(accuracy.told(scores))
 
     # What a method may add to the pictures.
 

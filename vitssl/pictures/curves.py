@@ -177,7 +177,9 @@ def matching(metrics, pattern) -> list[str]:
 def _some(metrics, pattern):
     if keys := matching(metrics, pattern):
         return keys
-    raise ValueError(f"no curve like {pattern}; there is {sorted(metrics)}")
+    raise ValueError(
+        f"no curve like {pattern}; there is {sorted(metrics, key=tree.natural)}"
+    )
 
 
 @panels.picture

@@ -65,7 +65,11 @@ def overlay(images, maps):  # uint8 [B, H, W, C], [B, h, w, K+1]
 
 
 def write(path, images, maps, *, side=SIDE):
-    """Write a `sheet` into a file whose name says the format; folders are made."""
+    """Write a `sheet` into a file whose name says the format; folders are made.
+
+    Of many images tiles are smaller, so that a screen shows it.
+    """
+    side = min(side, panels.SIDE // max(layout(len(images))))
     _save(path, sheet(images, maps, side=side))
 
 

@@ -237,7 +237,8 @@ class Evaluation:
         Contrastive features that work well may use a tenth of their directions, so the
         line gives the number and lets the reader judge.
         """
-        shown = [f"{k[5:]} {v:.4g}" for k, v in values.items() if k[:5] == "test/"][:4]
+        own = {k[5:]: v for k, v in values.items() if k[:5] == "test/"}
+        shown = accuracy.told(own, 4)
         count = values.get("knn/images")
         for key, name in (("knn/top1", "k-NN"), ("probe/top1", "probe")):
             if key in values:

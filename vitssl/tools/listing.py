@@ -4,7 +4,7 @@ import json
 import math
 import time
 
-from vitssl import errors
+from vitssl import errors, tree
 from vitssl.data import decode
 from vitssl.evals import accuracy, verdict
 from vitssl.run import log
@@ -32,7 +32,8 @@ def rows(runs, metrics=(), sort="") -> tuple[list[str], list[list[str]]]:
     Raises:
         UsageError: a metric that no run has.
     """
-    known = sorted({key for run in runs for key in run.metrics})
+    known = {key for run in runs for key in run.metrics}
+    known = sorted(known, key=tree.natural)
     for key in (*metrics, *((sort,) if sort else ())):
         if key not in known:
             raise errors.UsageError(
@@ -97,7 +98,8 @@ def as_json(runs) -> str:
     """Return one JSON object per line: path, state, step and last metrics of a run."""
     lines = []
     for run in runs:
-        values = {key: run.last(key) for key in sorted(run.metrics)}
+        order = sorted(run.metrics, key=tree.natural)
+        values = {key: run.last(key) for key in order}
         one = {"run": decode.printable(run.path), "state": run.state, "step": run.step}
         if found := verdict.verdict(run.metrics):
             one["verdict"] = found.short

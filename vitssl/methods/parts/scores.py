@@ -193,7 +193,8 @@ def scores(rows: dict, removed=()) -> dict:
         Accuracies of the prediction by their own names, of the first stage with
         "_stage_1"; groups; "nmi", "ari" at keypoints and "dense_nmi", "dense_ari" by
         pixel; "keypoint_error" (fitted on the even images, judged on the odd ones);
-        IoUs; accuracies before swapped backgrounds and "bg_gap"; "without_k".
+        IoUs; accuracies before swapped backgrounds and "bg_gap"; "without_k"; "images"
+        that all this is of, and the share of their "largest_class".
     """
     labels, found = rows["label"], {}
     for end in ("", "_stage_1"):
@@ -210,6 +211,10 @@ def scores(rows: dict, removed=()) -> dict:
         left = [k for k in range(right.shape[1] + len(gone)) if k not in gone]
         means = zip(left, right.mean(0), strict=True)
         found |= {f"without_{k}": float(v) for k, v in means}
+    counts = np.bincount(labels[labels >= 0])
+    if counts.any():
+        found["images"] = float(counts.sum())
+        found["largest_class"] = float(counts.max() / counts.sum())
     return found | _parts(rows)
 
 
