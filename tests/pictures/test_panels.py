@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from vitssl.pictures import panels
@@ -116,3 +117,31 @@ def test_nothing_is_imported_that_could_want_a_display():
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("rows, columns", [(40, 2), (2, 40), (24, 24)])
+def test_so_many_tiles_as_there_are_fit_a_screen(rows, columns, tmp_path):
+    @panels.picture
+    def draw():
+        options = dict(headings="none", label=False, right=0.9, key=[("red", "red")])
+        return panels.tiles(rows, columns, "A title", **options)[0]
+
+    draw(path=tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert 1000 < max(image.size) <= panels.SIDE
+
+
+def test_a_figure_of_any_size_is_written_no_larger_than_a_screen(tmp_path):
+    @panels.picture
+    def draw():
+        return Figure(figsize=(4.0, 40.0))
+
+    draw(path=tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (200, 2000)
+
+
+def test_values_of_patches_become_pixels_without_steps():
+    wide = panels.smooth(np.array([[0.0, 1.0], [0.0, 1.0]]), (40, 60, 3))
+    assert wide.shape == (40, 60) and wide.min() == 0 and wide.max() == 1
+    assert (np.diff(wide, axis=1) >= 0).all() and np.diff(wide, axis=1).max() < 0.1
