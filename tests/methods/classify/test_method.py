@@ -10,6 +10,7 @@ import pytest
 from vitssl import config, tree
 from vitssl.data.randaugment import OPERATIONS, RandAugment
 from vitssl.errors import UsageError
+from vitssl.evals import accuracy
 from vitssl.methods import base
 from vitssl.methods.classify import method, mix, objective, views
 from vitssl.models import head, vit
@@ -264,7 +265,11 @@ def test_every_weight_and_view_is_scored_and_written():
     wanted = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
     assert all(f"{k}{name}" in scores for k in kinds for name in wanted)
     text = m.written({k: v for k, v in scores.items() if np.ndim(v) == 0})
-    assert [line.split()[1] for line in text.splitlines()[2:]] == [
+    *table, note = text.splitlines()
+    count = scores["images"]
+    assert count == len(batch["label"]) and f"top1 of {count} images" in note
+    assert accuracy.written(scores["ema_top1"], count) in table[4]
+    assert [line.split()[1] for line in table[2:]] == [
         "parameters",
         "tta",
         "ema",
