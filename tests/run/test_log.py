@@ -264,6 +264,19 @@ def test_the_clock_leaves_out_pauses():
     assert found["time/mfu_percent"] == pytest.approx(0.2, rel=0.1)
 
 
+def test_the_pace_of_a_moment_is_not_told():
+    clock = log.Clock(100, 10, 1)
+    clock._start -= 4.0
+    clock.step(0.0)
+    assert clock.figures(1)["time/step_seconds"] == pytest.approx(4.0, abs=0.1)
+    assert clock.read(1)["time/step_seconds"] == pytest.approx(4.0, abs=0.1)
+    clock.step(0.0)  # At once: the last pace stands, for the steps that are left.
+    found = clock.figures(50)
+    assert found["time/step_seconds"] == pytest.approx(4.0, abs=0.1)
+    assert found["time/eta_seconds"] == pytest.approx(200, rel=0.05)
+    assert clock.read(2)["time/step_seconds"] < 1.0  # What is logged is what was.
+
+
 def test_a_terminal_that_hung_up_does_not_end_the_run(monkeypatch):
     class Gone:
         def write(self, text):

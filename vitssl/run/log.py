@@ -27,6 +27,8 @@ from vitssl.run import terminal
 
 logger = logging.getLogger(__name__)
 
+YOUNG = 3.0  # Seconds of steps whose pace is a matter of chance.
+
 
 @dataclasses.dataclass(frozen=True)
 class Log:
@@ -381,15 +383,22 @@ class Clock:
 
     def read(self, step: int) -> dict:
         """Return the figures of the interval, and start the next."""
-        figures = self.figures(step)
+        self._last = self._figures(step)
         self.restart()
-        return figures
+        return self._last
 
     def figures(self, step: int) -> dict:
-        """Return the figures of the interval; of an empty one those of the last."""
-        if not self._steps and self._last:
-            return self._last
-        seconds = max(1e-9, time.perf_counter() - self._start - self._paused)
+        """Return the figures of the interval; of one of few seconds, of the last."""
+        if self._seconds() >= YOUNG or not self._last:
+            return self._figures(step)
+        left = (self.total_steps - step) * self._last["time/step_seconds"]
+        return self._last | {"time/eta_seconds": left}
+
+    def _seconds(self) -> float:
+        return max(1e-9, time.perf_counter() - self._start - self._paused)
+
+    def _figures(self, step):
+        seconds = self._seconds()
         each = seconds / max(1, self._steps)
         rate = self.images_per_step / each
         figures = {
@@ -401,7 +410,6 @@ class Clock:
         }
         if self.flops_per_step and self.peak:
             figures["time/mfu_percent"] = 100 * self.flops_per_step / each / self.peak
-        self._last = figures
         return figures
 
 
