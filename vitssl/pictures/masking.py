@@ -166,7 +166,7 @@ def single(image, context, targets, grid=None):  # Of masks [N], [T, N].
     figure, axes = panels.tiles(1, 5, "One mask", size=1.6, label=False, key=key)
     panels.show(axes[0, 0], image, "image")
     view = combined_view(context[None], union[None], grid)
-    panels.show(axes[0, 1], view, "mask")
+    panels.show(axes[0, 1], view, "mask: all targets")
     masked = panels.paint(image, union.reshape(grid), panels.HIDDEN, 1.0)
     panels.show(axes[0, 2], masked, "image without targets")
     title = f"context: {_percent(context)}"
