@@ -62,34 +62,41 @@ def kill_in_write(n):
 
 
 def kill_in_fill(n):
-    """SIGKILL while the n-th file of a `freeze.store` is half written."""
+    """SIGKILL while the n-th batch of a `freeze.store` is half written."""
     from vitssl.data import tokenstore
 
     write, count = tokenstore.Store.write, [0]
 
-    def wrapped(self, shard, rows):
+    def wrapped(self, places, rows):
         count[0] += 1
         if count[0] == n:
-            self.path(shard).with_suffix(".part").write_bytes(rows.tobytes()[:-7])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(self, shard, rows)
+            half, sound = len(places) // 2, os.pwrite
+            write(self, places[:half], rows[:half])
+
+            def tear(file, row, at):
+                sound(file, row[:-7].tobytes(), at)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            os.pwrite = tear
+            places, rows = places[half:], rows[half:]
+        write(self, places, rows)
 
     tokenstore.Store.write = wrapped
 
 
 def kill_in_read(n):
-    """SIGKILL when the n-th row is read from a `freeze.store`."""
+    """SIGKILL when the n-th batch is read from a `freeze.store`."""
     from vitssl.data import tokenstore
 
-    row, count = tokenstore.Store.row, [0]
+    read, count = tokenstore.Store.read, [0]
 
-    def wrapped(self, view, image):
+    def wrapped(self, places):
         count[0] += 1
         if count[0] == n:
             os.kill(os.getpid(), signal.SIGKILL)
-        return row(self, view, image)
+        return read(self, places)
 
-    tokenstore.Store.row = wrapped
+    tokenstore.Store.read = wrapped
 
 
 def term_after_step(n):

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import bijection, decode, tokenstore
+from vitssl.data import bijection, decode
 from vitssl.data.sources import wrappers
 
 # Positions, epochs and views drawn once draw from different Philox keys.
@@ -31,6 +31,40 @@ _VIEWS = 1 << 62
 _FOREVER = 1 << 40
 # Up to so many images an epoch's order is an array, 32 MB of it.
 LISTED = 1 << 22
+
+
+class Place(NamedTuple):
+    """Where a step is in the data.
+
+    Attributes:
+        epoch: passes over the images that ended before it.
+        start: images of this epoch that came before it.
+        size: images of its batch.
+        row: rows of all steps before it.
+    """
+
+    epoch: int
+    start: int
+    size: int
+    row: int
+
+
+def place(n: int, sizes: tuple, t: int) -> Place:
+    """Return where step t is, of n images.
+
+    Args:
+        sizes: ((first step, batch size from it on), ...), that of step 0 first. Where
+            batches grow, an epoch begins.
+    """
+    epoch = row = 0
+    for i, (first, size) in enumerate(sizes):
+        per = n // size
+        if i + 1 == len(sizes) or t < sizes[i + 1][0]:
+            passed, step = divmod(t - first, per)
+            return Place(epoch + passed, step * size, size, row + (t - first) * size)
+        steps = sizes[i + 1][0] - first
+        epoch, row = epoch - (-steps // per), row + steps * size
+    raise ValueError("sizes: no batch size")
 
 
 class Spec(NamedTuple):
@@ -141,9 +175,14 @@ class _Batches:
                 f"(this is number {index})"
             )
 
+    def size(self, t):
+        """Return the rows of the global batch t."""
+        del t
+        return self.batch_size
+
     def __getitem__(self, t):
         index, count = self.process
-        ours = self.batch_size // count
+        ours = self.size(t) // count
         return _stack([self.row(t, index * ours + r) for r in range(ours)])
 
     def _once(self, view, i):
@@ -165,12 +204,10 @@ class Remembered(NamedTuple):
     Attributes:
         views: per image.
         end: first step that there is no batch of.
-        store: whose tokens come with the views as "tokens" [T, D]; None: none do.
     """
 
     views: int
     end: int
-    store: tokenstore.Store | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,29 +216,45 @@ class _Training(_Batches):
 
     labels: bytes | None = None  # If classes are drawn equally often.
     remembered: Remembered | None = None
+    grown: tuple[tuple[int, int], ...] = ()  # ((first step, larger batch size), ...)
 
     def __len__(self):
         return self.remembered.end if self.remembered else _FOREVER
 
+    def place(self, t):
+        """Return where step t is in the data."""
+        return place(len(self.source), ((0, self.batch_size), *self.grown), t)
+
+    def size(self, t):
+        """Return the images of step t."""
+        return self.place(t).size
+
+    def _image(self, at, r):
+        """Return the image that row r of a step at a place shows."""
+        n = len(self.source)
+        if self.labels is None:
+            start = at.start
+            return int(shuffled(n, self.seed, at.epoch, start, start + at.size)[r])
+        return int(balanced(self.labels, self.seed, at.epoch)[at.start + r])
+
+    def remembers(self, t):  # -> int64 [B]
+        """Return view * N + image of the rows of step t."""
+        at, n = self.place(t), len(self.source)
+        first = at.epoch % self.remembered.views * n
+        return np.array([first + self._image(at, r) for r in range(at.size)])
+
     def row(self, t, r):
         """Return row r of the global batch t."""
-        n, size = len(self.source), self.batch_size
-        epoch, step = divmod(t, n // size)
-        start = step * size
-        if self.labels is None:
-            i = int(shuffled(n, self.seed, epoch, start, start + size)[r])
-        else:
-            i = int(balanced(self.labels, self.seed, epoch)[start + r])
+        at = self.place(t)
+        i = self._image(at, r)
         if self.remembered:
-            view, store = epoch % self.remembered.views, self.remembered.store
-            row = self._once(view, i)
-            return row if store is None else row | {"tokens": store.row(view, i)}
-        example = self.source.at(i, epoch)
+            return self._once(at.epoch % self.remembered.views, i)
+        example = self.source.at(i, at.epoch)
         example["label"] = np.int32(example["label"])
         example["index"] = np.int32(example["index"])
-        example["epoch"] = epoch
+        example["epoch"] = at.epoch
         example["step"] = t  # What a batch shares may be drawn from it.
-        return self.transform(example, _generator(self.seed, t * size + r))
+        return self.transform(example, _generator(self.seed, at.row + r))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,20 +280,17 @@ class _Evaluation(_Batches):
 
 @dataclasses.dataclass(frozen=True)
 class _Filling(_Batches):
-    """The views of some shards of a store, in their order; a shard is whole batches."""
+    """Remembered views, by their places view * N + image, in that order."""
 
-    store: tokenstore.Store
-    shards: tuple[int, ...]
+    places: tuple[int, ...]
 
     def __len__(self):
-        return len(self.shards) * (self.store.rows // self.batch_size)
+        return -(-len(self.places) // self.batch_size)
 
     def row(self, t, r):
-        """Return row r of batch t; past the end of the last shard its last view."""
-        shard, part = divmod(t, self.store.rows // self.batch_size)
-        span = self.store.span(self.shards[shard])
-        at = span[min(part * self.batch_size + r, len(span) - 1)]
-        return self._once(*divmod(at, self.store.images))
+        """Return row r of batch t; past the end the last view again."""
+        at = self.places[min(t * self.batch_size + r, len(self.places) - 1)]
+        return self._once(*divmod(at, len(self.source)))
 
 
 def _own(array):
@@ -350,9 +400,13 @@ class Loader:
     def spec(self, step: int) -> dict[str, Spec]:
         """Return what the GLOBAL batch of a step is, by loading one row of it."""
         row = self._batches.row(step, 0)
-        size = self._batches.batch_size
+        size = self._batches.size(step)
         arrays = {key: np.asarray(value) for key, value in row.items()}
         return {k: Spec((size, *v.shape), v.dtype) for k, v in arrays.items()}
+
+    def remembers(self, step: int) -> np.ndarray:
+        """Return the places view * N + image, int64 [B], of a step's remembered views."""
+        return self._batches.remembers(step)
 
     def load(self, step: int) -> dict:
         """Return the batch of a step, made here and now: no threads, no grain."""
@@ -383,6 +437,7 @@ def train(
     bad_share=0.01,
     sampling="shuffle",
     remembered=None,
+    grown=(),
     **loading,
 ) -> Loader:
     """Return the endless training batches [B/n, ...] from `start_step` on.
@@ -397,6 +452,7 @@ def train(
         on_bad_image, bad_share: see `wrappers.Tolerant`.
         sampling: "shuffle", or "balanced" (see `balanced`).
         remembered: see `Remembered`; None draws every view anew.
+        grown: ((first step, larger batch size), ...), see `place`.
         loading: threads, workers, prefetch: see `resources`.
 
     Raises:
@@ -414,17 +470,15 @@ def train(
             )
         labels = np.asarray(source.labels, np.int32).tobytes()
     source = wrappers.Tolerant(source, on_bad_image, bad_share)
-    batches = _Training(
-        source, transform, seed, batch_size, process, labels, remembered
-    )
+    own = process, labels, remembered, grown
+    batches = _Training(source, transform, seed, batch_size, *own)
     return Loader(batches, start_step, **loading)
 
 
 def fill(
     source,
     transform,
-    store,
-    shards,
+    places,
     *,
     batch_size,
     seed,
@@ -432,13 +486,13 @@ def fill(
     bad_share=0.01,
     **loading,
 ) -> Loader:
-    """Return the views of shards of a store, in their order, in batches of one size.
+    """Return remembered views by their places, in batches of one size.
 
-    Arguments are those of `train`, whose `Remembered` views these are.
+    Other arguments are those of `train`. The last batch is filled up with its last.
     """
     source = wrappers.Tolerant(source, on_bad_image, bad_share)
     whole = (0, 1)
-    batches = _Filling(source, transform, seed, batch_size, whole, store, tuple(shards))
+    batches = _Filling(source, transform, seed, batch_size, whole, tuple(places))
     return Loader(batches, **loading)
 
 

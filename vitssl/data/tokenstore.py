@@ -1,130 +1,122 @@
 """Tokens of a frozen prefix on disk: what training reads in place of running it.
 
-A store is a folder of shards. `00012.tokens` holds rows [T, D], one after another, and
-then 4 bytes: their CRC-32. Row v * images + i is view v of image i. A shard is written
-beside its place and renamed, so it is there whole or not at all, and a process that is
-killed leaves nothing that is half of one.
+A store is a folder with a file for each view. `00002.tokens` has a place of fixed size
+for every image: its tokens [T, D], then 8 bytes, the mark of what made them (the frozen
+weights) and the CRC-32 of tokens and mark. Tokens are there if both fit, else they are
+made again. So a process may be killed while it writes, files may be damaged or deleted,
+and the tokens behind more blocks take the place of those behind fewer. What was never
+written takes no room on the disk.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import pathlib
-import threading
 import zlib
-from collections.abc import Collection
 
 import numpy as np
 
 from vitssl import errors
 
 SUFFIX = ".tokens"
-_CHECK = 4  # Bytes after the rows.
-_LOCK = threading.Lock()
+_END = 8  # Bytes after the tokens of a place: mark and checksum.
 
 
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Where the tokens of every view are; the files may be there or not.
+    """Where the tokens of every view are; they may be there or not.
+
+    Place v * images + i is view v of image i.
 
     Attributes:
         root: the folder.
         images: N, images of the training set.
-        views: V, views of an image.
-        rows: of a shard; the last one may have fewer.
-        shape: (T, D) of a row.
+        shape: (T, D) of a view.
         dtype: numpy dtype of the tokens.
+        mark: number below 2^32 that says what made the tokens.
     """
 
     root: str
     images: int
-    views: int
-    rows: int
     shape: tuple[int, int]
     dtype: np.dtype
+    mark: int = 0
+    _files: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def row_bytes(self) -> int:
-        """Return the bytes of one view."""
+    def view_bytes(self) -> int:
+        """Return the bytes of the tokens of one view of one image."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def span(self, shard: int) -> range:
-        """Return the rows of a shard."""
-        first = shard * self.rows
-        return range(first, min(self.views * self.images, first + self.rows))
+    def size(self, views: int) -> int:
+        """Return the bytes of so many views of every image."""
+        return views * self.images * (self.view_bytes + _END)
 
-    def shards(self, views: Collection[int]) -> list[int]:
-        """Return the shards that hold a row of these views."""
-        found = set()
-        for v in views:
-            last = (v + 1) * self.images - 1
-            found.update(range(v * self.images // self.rows, last // self.rows + 1))
-        return sorted(found)
+    def path(self, view: int) -> pathlib.Path:
+        """Return the file of a view."""
+        return pathlib.Path(self.root) / f"{view:05d}{SUFFIX}"
 
-    def size(self, shard: int) -> int:
-        """Return the bytes of a shard's file."""
-        return len(self.span(shard)) * self.row_bytes + _CHECK
+    def marked(self, places) -> np.ndarray:  # [n] -> bool [n]
+        """Return which places bear the mark, without a look at their tokens."""
+        ends = self._read(places, _END, self.view_bytes)
+        return ends[:, :4].copy().view("<u4")[:, 0] == self.mark
 
-    def path(self, shard: int) -> pathlib.Path:
-        """Return the file of a shard."""
-        return pathlib.Path(self.root) / f"{shard:05d}{SUFFIX}"
+    def read(self, places) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens [n, T, D], which of them are there: bool [n])."""
+        rows = self._read(places, self.view_bytes + _END)
+        ends = rows[:, -_END:].copy().view("<u4")
+        there = ends[:, 0] == self.mark
+        for i in np.flatnonzero(there):
+            there[i] = zlib.crc32(rows[i, :-4]) == ends[i, 1]
+        tokens = np.ascontiguousarray(rows[:, :-_END]).view(self.dtype)
+        return tokens.reshape(-1, *self.shape), there
 
-    def has(self, shard: int) -> bool:
-        """Return whether a shard is there, by its size."""
-        try:
-            return self.path(shard).stat().st_size == self.size(shard)
-        except OSError:
-            return False
-
-    def write(self, shard: int, rows: np.ndarray) -> None:
-        """Write the rows [n, T, D] of a shard.
+    def write(self, places, tokens: np.ndarray) -> None:
+        """Write the tokens [n, T, D] of some places.
 
         Raises:
             DataError: the disk is full, or refuses.
         """
-        data = np.ascontiguousarray(rows, self.dtype).view(np.uint8)
-        path = self.path(shard)
-        beside = path.with_suffix(".part")
-        try:
-            with beside.open("wb") as file:
-                file.write(data)
-                file.write(zlib.crc32(data).to_bytes(_CHECK, "little"))
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        except OSError as e:
-            raise errors.DataError(
-                f"freeze.store: {path} cannot be written ({e.strerror}); free space "
-                "and run the same command again, or set freeze.store.dir"
-            ) from e
+        rows = np.empty((len(places), self.view_bytes + _END), np.uint8)
+        data = np.ascontiguousarray(tokens, self.dtype).reshape(len(places), -1)
+        rows[:, :-_END] = data.view(np.uint8)
+        rows[:, -_END:-4] = np.frombuffer(self.mark.to_bytes(4, "little"), np.uint8)
+        for row, place in zip(rows, places, strict=True):
+            row[-4:] = np.frombuffer(zlib.crc32(row[:-4]).to_bytes(4, "little"), "u1")
+            view, image = divmod(int(place), self.images)
+            try:
+                done = os.pwrite(self._file(view), row, image * row.size)
+                if done != row.size:
+                    raise OSError(0, "No space left on device")
+            except OSError as e:
+                raise errors.DataError(
+                    f"freeze.store: {self.path(view)} cannot be written "
+                    f"({e.strerror}); free space and run the same command again, or "
+                    "set freeze.store.dir"
+                ) from e
 
-    def read(self, shard: int) -> np.ndarray:
-        """Return the rows [n, T, D] of a shard, mapped and once checked.
+    def _read(self, places, count, skip=0):  # -> uint8 [n, count]
+        """Return bytes of some places; 0 where there are none."""
+        rows = np.zeros((len(places), count), np.uint8)
+        for row, place in zip(rows, places, strict=True):
+            view, image = divmod(int(place), self.images)
+            at = image * (self.view_bytes + _END) + skip
+            try:
+                os.preadv(self._file(view), [row], at)
+            except OSError as e:
+                path = self.path(view)
+                raise errors.DataError(
+                    f"freeze.store: {path} cannot be read ({e.strerror}); delete it "
+                    "and run the same command again: it is made anew"
+                ) from e
+        return rows
 
-        Raises:
-            DataError: it is not there, or not what was written.
-        """
-        with _LOCK:
-            return _mapped(self, shard)
+    def _file(self, view):
+        if view not in self._files:
+            self._files[view] = os.open(self.path(view), os.O_RDWR | os.O_CREAT, 0o644)
+        return self._files[view]
 
-    def row(self, view: int, image: int) -> np.ndarray:
-        """Return the tokens [T, D] of a view of an image."""
-        shard, row = divmod(view * self.images + image, self.rows)
-        return np.array(self.read(shard)[row])
-
-
-@functools.lru_cache(maxsize=512)  # Each holds a file open.
-def _mapped(store, shard):
-    path = store.path(shard)
-    try:
-        data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as e:
-        raise errors.DataError(f"freeze.store: {path} cannot be read: {e}") from e
-    check = int.from_bytes(bytes(data[-_CHECK:]), "little")
-    if len(data) != store.size(shard) or zlib.crc32(data[:-_CHECK]) != check:
-        raise errors.DataError(
-            f"freeze.store: {path} is damaged (its checksum is another); delete it and "
-            "run the same command again: it is made anew"
-        )
-    return data[:-_CHECK].view(store.dtype).reshape(-1, *store.shape)
+    def close(self) -> None:
+        """Close the files; may be called twice."""
+        while self._files:
+            os.close(self._files.popitem()[1])

@@ -31,9 +31,9 @@ NEVER = -1  # Layer index of what never freezes.
 class Store:
     """Config section `freeze.store`: what a frozen prefix makes is kept.
 
-    At a freeze event the visible tokens behind the frozen blocks are stored for every
-    view; training goes on from them, and the next event extends them. The task stays
-    what it was: a view has its own mask, and hidden patches were never seen. That
+    From a freeze event on the visible tokens behind the frozen blocks are kept for
+    every view; training goes on from them, and the next event extends them. The task
+    stays what it was: a view has its own mask, and hidden patches were never seen. That
     takes views that come back, so they are drawn once, from the first event on.
 
     Attributes:
@@ -41,6 +41,10 @@ class Store:
             every epoch, and the prefix is run in every step.
         tokens: "computed" visits the same views and runs the prefix in every step: the
             same run without a disk, what "stored" is measured against.
+        fill: "background": the step that first visits a view runs the frozen blocks
+            and keeps what they make, so nothing waits and nothing is run twice. "pass":
+            all views are made at the event, with a line of progress, and training waits.
+            The run is the same.
         dir: folder of the store; "" is WORKDIR/store. Its contents may be deleted: they
             are made again when needed.
         dtype: of stored tokens; "auto" is that of the computation, which loses
@@ -48,16 +52,15 @@ class Store:
         disk_gb: most gigabytes (1e9 bytes) to fill; 0.0 is what the disk has.
         every: blocks behind which there may be a store: multiples of it. Each event
             that moves the store rewrites it, for the forward pass of what froze.
-        shard_mb: megabytes (1e6 bytes) of a file, and of memory while it is made.
     """
 
     views: Annotated[int, ranges.Range(0, 1 << 20)] = 0
     tokens: Literal["stored", "computed"] = "stored"
+    fill: Literal["background", "pass"] = "background"
     dir: str = ""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     disk_gb: ranges.NotNegative = 0.0
     every: ranges.Count = 1
-    shard_mb: ranges.Positive = 256.0
 
     @property
     def on(self) -> bool:
@@ -87,6 +90,11 @@ class FreezeOut:
             count from block 0.
         cls_token: whether the class token freezes with its layer. False is the
             original, which then needs activation gradients through all frozen blocks.
+        grow_batch: images of a step from each event on at which layers freeze or are
+            released, in their order; the last one stays. () keeps `batch_size`. Steps
+            are as many as before, so a run that grows sees more images. The rate
+            follows by optim.lr_batch and its power (0: it does not). An event begins an
+            epoch of the data; epochs of schedules stay steps of `batch_size` images.
         store: see `Store`.
     """
 
@@ -98,6 +106,7 @@ class FreezeOut:
     layers: tuple[tuple[str, Annotated[int, ranges.Range(NEVER)]], ...] = ()
     patch_embed: bool = True
     cls_token: bool = True
+    grow_batch: tuple[ranges.Count, ...] = ()
     store: Store = Store()
 
     def check(self) -> Iterator[str]:

@@ -136,6 +136,7 @@ class Optimizer:
         plan: FreezeOut's schedule, or None.
         frozen_until: {name: first step at which the leaf trains}.
         store: the section `freeze.store`.
+        grow_batch, batch_size: see `freezeout.FreezeOut`, and images of the first step.
     """
 
     spec: Optim
@@ -150,6 +151,8 @@ class Optimizer:
     plan: freezeout.Schedule | None = None
     frozen_until: dict = dataclasses.field(default_factory=dict)
     store: freezeout.Store = freezeout.Store()
+    grow_batch: tuple[int, ...] = ()
+    batch_size: int = 1
 
     def lr(self, step, factor=1.0):
         """Return the rate of step `step` for leaves of a factor, float32 []."""
@@ -157,7 +160,7 @@ class Optimizer:
         if s.per_epoch:
             step = step // self.steps_per_epoch * self.steps_per_epoch
         least = factor if s.floors == "scaled" else 1.0
-        base, own = self.peak * factor, {}
+        base, own = self.peak * factor * self._growth(step), {}
         if s.schedule in ("cosine", "linear"):
             own = dict(final=s.min_lr * least, total_steps=self._span)
         elif s.schedule == "stairs":
@@ -209,6 +212,22 @@ class Optimizer:
     def boundaries(self) -> dict:
         """Return what `step.phase_at` found of each phase, for the next time."""
         return {}
+
+    @property
+    def grown(self) -> tuple[tuple[int, int], ...]:
+        """Return ((step, images from it on), ...) of `freeze.grow_batch`."""
+        events = [e for e in self.events if 0 < e < self.total_steps]
+        last = self.grow_batch[-1:] * len(events)
+        return tuple(zip(events, self.grow_batch + last, strict=False))
+
+    def _growth(self, step):
+        """Return what the rate of a step is multiplied by, for its batch."""
+        factor = 1.0
+        if self.spec.lr_batch:
+            for event, size in self.grown:
+                ratio = (size / self.batch_size) ** self.spec.lr_batch_power
+                factor = jnp.where(step < event, factor, ratio)
+        return factor
 
     def frozen(self, step: int) -> frozenset[str]:
         """Return the names of the leaves that do not train at step `step`."""
@@ -293,7 +312,8 @@ class Optimizer:
         flat = self.lr(step, factor)
         if self.plan is None:
             return flat
-        return self.plan.lr(layer, step, self.peak * factor, flat)
+        peak = self.peak * factor * self._growth(step)
+        return self.plan.lr(layer, step, peak, flat)
 
     def _layer_rates(self, step, params):
         """Return {"lr/layer_<i>": rate, "freeze/layers": how many are frozen}."""
@@ -388,7 +408,7 @@ def make(
             f"{total_steps}, the last; leave something to train"
         )
     ratio = batch_size / spec.lr_batch if spec.lr_batch else 1.0
-    return Optimizer(
+    made = Optimizer(
         spec=spec,
         peak=spec.lr * ratio**spec.lr_batch_power,
         total_steps=total_steps,
@@ -401,7 +421,15 @@ def make(
         plan=plan,
         frozen_until=until,
         store=freeze.store,
+        grow_batch=freeze.grow_batch,
+        batch_size=batch_size,
     )
+    if len(freeze.grow_batch) > len(made.grown):
+        raise errors.UsageError(
+            f"freeze.grow_batch={freeze.grow_batch}: {len(freeze.grow_batch)} sizes for "
+            f"{len(made.grown)} events within this run; name at most as many"
+        )
+    return made
 
 
 def _frozen_until(spec, names, frozen_from, total_steps, steps_per_epoch) -> dict:

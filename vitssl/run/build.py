@@ -41,16 +41,22 @@ class Parts:
         """Return the phase of step `at`."""
         return step.phase_at(self.method, self.optimizer, at)
 
-    def stream(self, start: int, store=None):
+    def stream(self, start: int):
         """Return the batches of this process from step `start` on.
 
-        Until an event of `freeze.store`, behind which they come from its files.
+        Until an event of `freeze.store`, behind which views come again.
         """
         settings, remembered = self.experiment.settings, None
         if self.phase(start).boundary:
-            own = self.optimizer.store.views, self.run.total_steps, store
+            own = self.optimizer.store.views, self.run.total_steps
             remembered = pipeline.Remembered(*own)
-        return _stream(self.source, self.method, settings, start, remembered)
+        own = remembered, self.optimizer.grown
+        return _stream(self.source, self.method, settings, start, *own)
+
+    def place(self, at: int) -> pipeline.Place:
+        """Return where step `at` is in the data."""
+        sizes = ((0, self.experiment.settings.batch_size), *self.optimizer.grown)
+        return pipeline.place(len(self.source), sizes, at)
 
     def shapes(self, at: int):
         """Return the shapes of the global batch of step `at`, reading one image."""
@@ -58,10 +64,6 @@ class Parts:
         if self.phase(at).boundary and self.optimizer.store.on:
             found["tokens"] = feed.tokens(self, found, at)
         return found
-
-    def store_of(self, at: int, root: str):
-        """Return the store behind step `at`, filled or not, see `freeze.store`."""
-        return feed.store_of(self, self.shapes(at)["tokens"], root)
 
     def rng(self):
         """Return the key of the whole run."""
@@ -93,7 +95,7 @@ class Parts:
         return jax.jit(make, out_shardings=self.compiled.state_sharding(first))
 
 
-def _stream(source, method, settings, start: int, remembered=None):
+def _stream(source, method, settings, start: int, remembered=None, grown=()):
     """Return this process's batches from step `start` on."""
     return pipeline.train(
         source,
@@ -108,6 +110,7 @@ def _stream(source, method, settings, start: int, remembered=None):
         bad_share=settings.data.bad_share,
         sampling=settings.data.sampling,
         remembered=remembered,
+        grown=grown,
     )
 
 
@@ -157,6 +160,9 @@ def build(experiment) -> Parts:
         freeze=freeze,
     )
 
+    for _, size in optimizer.grown:
+        _check_grown(size, len(source), jax.device_count() * s.accumulate)
+
     def abstract(phase):
         key = jax.eval_shape(lambda: jax.random.key(0))
         return step.abstract(method, optimizer, key, shapes, phase)
@@ -165,6 +171,24 @@ def build(experiment) -> Parts:
     function = step.make(method, optimizer, s.accumulate, mesh, every, s.mesh.gradients)
     compiled = step.Compiled(function, abstract, mesh, s.mesh)
     return Parts(experiment, source, method, optimizer, run, mesh, compiled)
+
+
+def _check_grown(size, images, unit) -> None:
+    """Refuse a batch of `freeze.grow_batch` that cannot be.
+
+    Raises:
+        UsageError: more images than there are, or no multiple of what splits over the
+            devices and micro-batches.
+    """
+    key = f"freeze.grow_batch: {size}"
+    if size > images:
+        raise errors.UsageError(f"{key} is more than the {images} training images")
+    if size % unit:
+        near = [n for n in (size // unit * unit, -(-size // unit) * unit) if n]
+        raise errors.UsageError(
+            f"{key} does not split over {unit} devices x micro-batches; nearest that "
+            f"do: {', '.join(map(str, near))}"
+        )
 
 
 def anyhow(checked) -> tuple[Parts, str]:

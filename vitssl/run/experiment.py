@@ -142,6 +142,9 @@ class Experiment:
         s, method = self.settings, self.method(self.run())
         found = list(method.check())
         yield from found
+        for size in s.freeze.grow_batch:
+            grown = self.method(dataclasses.replace(self.run(), batch_size=size))
+            yield from (f"freeze.grow_batch: {f}" for f in grown.check() if not found)
         if s.freeze.store.views:
             yield from method.store_faults()
         # What is wrong with the training size is said by now, and by its own key.

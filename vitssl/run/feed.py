@@ -1,12 +1,17 @@
 """The batches of a run: from pixels until an event of `freeze.store`, then from tokens.
 
 What follows an event is a function of the seed, the step and the frozen weights alone.
-The store's folder is named by a digest of these, so a killed run finds what it had
-filled and nothing else; a shard that is missing is made again, to the bit.
+Whoever made tokens left a mark of these, so a killed run finds what it had stored and
+nothing else; tokens that are missing are made again, to the bit.
+
+Nothing is run twice, and nothing beside training, to fill a store: the step that first
+visits a view runs the frozen blocks, as it would without a store, and what they make is
+kept (`freeze.store.fill=background`). What a step finds in the store is what it would
+have made, so when the store is full leaves no trace in the run, nor does a kill.
 
 Tokens go through the frozen blocks in the pieces that the events cut, rounded to the
 store's dtype in between, whether a piece starts from the store or from pixels: where
-they come from leaves no trace.
+they come from leaves no trace either.
 """
 
 import dataclasses
@@ -14,6 +19,7 @@ import hashlib
 import logging
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -56,12 +62,12 @@ def check(parts, workdir) -> None:
         raise errors.UsageError(
             "freeze.store: written by one process; set freeze.store.tokens=computed"
         )
-    needs = [_bytes(parts, e) for e in events]
-    most, where = max(needs), _folder(parts, workdir)
+    most, where = room(parts, events), _folder(parts, workdir)
     have, key = spec.disk_gb * 1e9, f"freeze.store.disk_gb={spec.disk_gb:g}"
     if not have:
         there = next(p for p in (where, *where.parents) if p.exists())
-        kept = sum(f.stat().st_size for f in where.rglob("*") if f.is_file())
+        files = (f.stat() for f in where.rglob("*") if f.is_file())
+        kept = sum(512 * f.st_blocks for f in files)  # What is not written takes none.
         have, key = shutil.disk_usage(there).free + kept, f"{there}: the free space"
     if most > have:
         raise errors.UsageError(
@@ -71,12 +77,19 @@ def check(parts, workdir) -> None:
         )
 
 
-def _bytes(parts, at) -> int:
-    """Return the most bytes that the store of an event ever has on disk."""
-    store = parts.store_of(at, "")
-    views = _views(parts, at)
-    whole = sum(store.size(s) for s in store.shards(views))
-    return whole + store.size(0)  # One shard is there twice while it is extended.
+def room(parts, events) -> int:
+    """Return the most bytes that the stores behind some events ever have on disk.
+
+    Tokens of one shape take each other's place; of two shapes both are there.
+    """
+    needs = {}
+    for event in events:
+        found = tokens(parts, parts.shapes(event), event)
+        store = _store(parts, found, "")
+        bytes_ = store.size(len(_views(parts, event)))
+        needs[store.shape] = max(bytes_, needs.get(store.shape, 0))
+    each = list(needs.values())
+    return max(map(sum, zip(each, each[1:], strict=False)), default=each[0])
 
 
 def _folder(parts, workdir) -> pathlib.Path:
@@ -85,55 +98,133 @@ def _folder(parts, workdir) -> pathlib.Path:
 
 def _views(parts, at) -> set[int]:
     """Return the views that are still to be visited from step `at` on."""
-    per, run = parts.run.steps_per_epoch, parts.optimizer.store.views
-    last = (parts.run.total_steps - 1) // per
-    return {e % run for e in range(at // per, min(last, at // per + run - 1) + 1)}
+    count = parts.optimizer.store.views
+    first, last = (parts.place(t).epoch for t in (at, parts.run.total_steps - 1))
+    return {e % count for e in range(first, min(last, first + count - 1) + 1)}
 
 
 class Cost(NamedTuple):
-    """What filling has done so far: batches, and XLA's FLOPs of one."""
+    """What a filling has done so far: batches, and XLA's FLOPs of one."""
 
     batches: int
     flops: float
 
 
 class Feed:
-    """An iterator of batches that has to be opened again where `over` says so."""
+    """The batches of a run; it has to be opened again where `over` says so.
+
+    Attributes:
+        made: FLOPs of the frozen blocks of the last batch; 0.0 if it was stored.
+    """
 
     def __init__(self, parts, workdir):
         """Open nothing yet."""
         self._parts, self._folder = parts, _folder(parts, workdir)
-        self._stream, self._key = iter(()), None
+        self._stream = self._key = self._prefix = self._ahead = self._first = None
+        self._at, self.made, self._programs = 0, 0.0, {}
 
     def _of(self, at):
         """Return what batches of one kind share."""
         phase = self._parts.phase(at)
-        return (phase.boundary, phase.method) if phase.boundary else None
+        if not phase.boundary:
+            return None
+        return phase.boundary, phase.method, self._parts.place(at).size
 
     def over(self, at: int) -> bool:
         """Return whether the batches of step `at` come from elsewhere."""
         return self._of(at) != self._key
 
+    def prepare(self, at: int, soon: int) -> None:
+        """Begin to open, in the background, what comes next after step `at`.
+
+        Nothing is done unless that is up to step `soon`.
+        """
+        if self._ahead is None and self.over(soon):
+            event = next(t for t in range(at, soon + 1) if self.over(t))
+            self._ahead = _Ahead(self._parts, event, self._programs)
+
     def open(self, at: int, params, beat: Callable) -> None:
-        """Go on from step `at`, filling the store if it is not there.
+        """Go on from step `at`.
 
         Args:
             params: of the state after `at` updates.
-            beat: called with the `Cost` after every batch of a filling; it may raise.
+            beat: called with the `Cost` after every batch of a filling that training
+                waits for (`freeze.store.fill=pass`); it may raise.
         """
+        ahead, self._ahead = self._ahead, None
         self.close()
-        self._key, store = self._of(at), None
-        if self._key and self._parts.optimizer.store.on:
-            store = _Filling(self._parts, self._folder, at, params, beat).store
-        self._stream = self._parts.stream(at, store)
+        if ahead is None or ahead.at != at:
+            if ahead is not None:
+                ahead.close()
+            ahead = _Ahead(self._parts, at, self._programs)
+        self._key, self._at = self._of(at), at
+        self._stream, self._first, programs = ahead.get()
+        if programs is not None:
+            self._prefix = _Prefix(self._parts, self._folder, at, params, programs)
+            if self._parts.optimizer.store.fill == "pass":
+                self._prefix.fill(params, beat)
 
-    def __next__(self):
-        return next(self._stream)
+    def take(self, params) -> dict:
+        """Return the batch of the next step, as numpy or on the devices.
+
+        Args:
+            params: of the state so far, which may be under way.
+        """
+        if self._prefix is not None:
+            self._prefix.settle()
+        batch, self._first = self._first, None
+        if batch is None:
+            batch = next(self._stream)
+        self.made = 0.0
+        if self._prefix is not None:
+            places = self._stream.remembers(self._at)
+            batch = self._prefix.completed(params, batch, places)
+            self.made, self._prefix.flops = self._prefix.flops, 0.0
+        self._at += 1
+        return batch
 
     def close(self) -> None:
         """Stop threads and workers."""
-        if hasattr(self._stream, "close"):
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._prefix is not None:
+            self._prefix.close()
+        if self._stream is not None:
             self._stream.close()
+        self._stream = self._prefix = self._ahead = None
+
+
+class _Ahead:
+    """The stream from a step on, its first batch and programs, made in a thread."""
+
+    def __init__(self, parts, at, programs):
+        self.at, self._stream, self._failure = at, parts.stream(at), []
+        self._found = None
+
+        def work():
+            try:
+                first, made = next(self._stream), None
+                if parts.phase(at).boundary and parts.optimizer.store.on:
+                    made = _Programs(parts, at, programs)
+                self._found = self._stream, first, made
+            except BaseException as e:  # noqa: BLE001 - raised by `get` in the loop.
+                self._failure.append(e)
+
+        self._thread = threading.Thread(target=work, name="open-ahead", daemon=True)
+        self._thread.start()
+
+    def get(self):
+        """Return (stream, batch of its first step, programs or None)."""
+        self._thread.join()
+        if self._failure:
+            self._stream.close()
+            raise self._failure[0]
+        return self._found
+
+    def close(self):
+        """Wait for what is under way (a daemon thread would die in XLA), stop it."""
+        self._thread.join()
+        self._stream.close()
 
 
 def pieces(parts, at: int) -> list:
@@ -154,79 +245,250 @@ def pieces(parts, at: int) -> list:
     return found
 
 
-class _Filling:
-    """Fills the store of a step from what is there: its shards, older ones, pixels."""
+class _Programs:
+    """What runs the pieces of the prefix of step `at`, compiled for its batches.
 
-    def __init__(self, parts, folder, at, params, beat):
-        self._parts, self._params, self._beat = parts, params, beat
-        self._pieces = pieces(parts, at)
-        self._size = parts.experiment.settings.batch_size
-        self._sharding = devices.batch_sharding(parts.mesh)
-        self._programs = {}
-        names = self._names()
-        self.store = parts.store_of(at, str(folder / names[-1]))
-        folder.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(self.store.root).mkdir(exist_ok=True)
-        old = None
-        if len(names) > 1 and (folder / names[-2]).is_dir():
-            old = dataclasses.replace(self.store, root=str(folder / names[-2]))
-        wanted = self.store.shards(_views(parts, at))
-        # What belongs to no step from here on makes room first.
-        for stale in folder.glob("b*-*"):
-            if stale.name not in names[-2:]:
+    Attributes:
+        pieces: see `pieces`.
+        shapes: of the tokens after each piece.
+        prints: params -> uint32 [leaves, 2] that depend on every bit of `names`.
+        each: (program (params, batch) -> tokens after a piece, its FLOPs); the first
+            takes pixels, the others batch["tokens"].
+        names: of the frozen leaves.
+    """
+
+    def __init__(self, parts, at, known):
+        self.pieces = pieces(parts, at)
+        phase = parts.phase(at)
+        self._rows = devices.batch_sharding(parts.mesh)
+        state = parts.compiled.abstract(phase)
+        places = parts.compiled.state_sharding(phase).params
+        params = jax.tree.map(_placed, state.params, places)
+        pixels = {
+            k: _placed(v, self._rows)
+            for k, v in parts.shapes(at).items()
+            if k not in ("index", "tokens")
+        }
+        self.shapes, self.each, given, first = [], [], pixels, 0
+        for k, piece in enumerate(self.pieces):
+            own = _Piece(parts, piece, first)
+            found = jax.eval_shape(own, params, given)
+            key = first, piece.boundary, piece.method, found.shape
+            if key not in known:
+                made = jax.jit(own, out_shardings=self._rows)
+                made = made.lower(params, given).compile()
+                flops = (made.cost_analysis() or {}).get("flops", 0.0)
+                known[key] = made, flops * jax.device_count()
+            self.each.append(known[key])
+            self.shapes.append(found)
+            given, first = {"tokens": _placed(found, self._rows)}, piece.boundary
+            self._merge(found)  # Compiled now, for later.
+        self.names = sorted(self.pieces[-1].frozen)
+        self.prints = jax.jit(self._prints).lower(params).compile()
+
+    def _merge(self, like):
+        zeros = jnp.zeros(like.shape, like.dtype, device=self._rows)
+        self.merged(zeros, np.zeros(like.shape, like.dtype), np.zeros(len(zeros), bool))
+
+    def merged(self, made, stored, there):
+        """Return tokens [B, T, D]: those that are `there` [B], else those `made`."""
+        return _where(*devices.put((there, stored), self._rows), made)
+
+    def _prints(self, params):
+        leaves = tree.flat(params)
+        return jnp.stack([_fingerprint(leaves[name]) for name in self.names])
+
+
+class _Piece:
+    """(params, batch) -> tokens [B, T, D] after a piece, in the store's dtype."""
+
+    def __init__(self, parts, piece, first):
+        self._parts, self._piece, self._first = parts, piece, first
+
+    def __call__(self, params, batch):
+        piece, dtype = self._piece, self._parts.optimizer.store.dtype
+        made = self._parts.method.frozen_tokens(
+            params, batch, piece, self._first, piece.boundary
+        )
+        return made if dtype == "auto" else made.astype(dtype)
+
+
+def _placed(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@jax.jit
+def _where(there, stored, made):
+    return jnp.where(there[:, None, None], stored, made)
+
+
+def _fingerprint(leaf):  # -> uint32 [2]
+    """Return two sums over all bits of a leaf, alike however it is sharded."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).ravel()
+    where = jnp.arange(bits.size, dtype=jnp.uint32)
+    found = []
+    for odd in (0x9E3779B1, 0x85EBCA77):  # Primes that xxHash multiplies by.
+        x = (bits ^ (where * jnp.uint32(odd))) * jnp.uint32(0xC2B2AE3D)
+        x = (x ^ (x >> 15)) * jnp.uint32(odd)
+        found.append((x ^ (x >> 13)).sum(dtype=jnp.uint32))
+    return jnp.stack(found)
+
+
+class _Prefix:
+    """The tokens behind the frozen blocks of a phase: stored, or made and stored.
+
+    Attributes:
+        flops: of what was made of the last batch.
+    """
+
+    def __init__(self, parts, folder, at, params, programs):
+        self._parts, self._at, self._programs = parts, at, programs
+        self._rows = devices.batch_sharding(parts.mesh)
+        self._pending, self.flops = None, 0.0
+        about, marks = self._marks(params)
+        self._stores = []
+        for shape, mark in zip(programs.shapes, marks, strict=True):
+            root = folder / f"{about}-{shape.shape[1]}x{shape.shape[2]}"
+            self._stores.append(_store(parts, shape, str(root), mark))
+        keep = [store.root for store in self._stores[-2:]]
+        # A folder that the user named may be that of other runs too.
+        mine = f"{about}-*" if parts.optimizer.store.dir else "*-*x*"
+        for stale in folder.glob(mine):
+            if str(stale) not in keep:
                 shutil.rmtree(stale, ignore_errors=True)
-        self._fill([s for s in wanted if not self.store.has(s)], old)
-        if old:
-            shutil.rmtree(old.root, ignore_errors=True)
-
-    def _names(self) -> list[str]:
-        """Return the names of the folders of every piece: of all they depend on."""
-        parts, s = self._parts, self._parts.experiment.settings
-        spec = dataclasses.replace(s.freeze.store, dir="", disk_gb=0.0)
-        leaves, data = tree.flat(self._params), dataclasses.replace(s.data, threads=-1)
-        method = parts.method
-        about = (s.seed, s.batch_size, data, spec, self._pieces[0].method)
-        about = repr((*about, method.transform(), method.run.dtype, len(parts.source)))
-        h, found = hashlib.sha256(about.encode()), []
-        for phase in self._pieces:
-            own = {k: leaves[k] for k in sorted(phase.frozen)}
-            for name, leaf in jax.device_get(own).items():
-                h.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
-            found.append(f"b{phase.boundary}-{h.hexdigest()[:16]}")
-        return found
-
-    def _fill(self, missing, old):
-        if not missing:
-            return
-        extend = [s for s in missing if old and old.has(s)]
-        fresh = [s for s in missing if s not in extend]
-        boundary = self._pieces[-1].boundary
+        for root in keep:
+            pathlib.Path(root).mkdir(parents=True, exist_ok=True)
+        self._kept = [s.root in keep for s in self._stores]
         logger.info(
-            "freeze.store: the tokens after %d blocks, %d views, %.3g GB in %s",
-            boundary,
-            sum(len(self.store.span(s)) for s in missing),
-            sum(self.store.size(s) for s in missing) / 1e9,
+            "freeze.store: from step %d on the tokens behind %d blocks, up to %.3g GB "
+            "in %s",
+            at,
+            programs.pieces[-1].boundary,
+            self.store.size(len(_views(parts, at))) / 1e9,
             self.store.root,
         )
-        self._started = self._said = time.perf_counter()
-        self._todo, self._done = len(missing), 0
-        self._batches = 0
-        for shard in extend:
-            self._write(shard, self._stored(old, shard), self._pieces[-1:])
-            old.path(shard).unlink()
-        if fresh:
-            with self._loader(fresh) as loader:
-                for shard in fresh:
-                    self._write(shard, loader, self._pieces)
 
-    def _loader(self, shards):
+    @property
+    def store(self) -> tokenstore.Store:
+        """Return the store of this phase; the others are of the pieces before."""
+        return self._stores[-1]
+
+    def _marks(self, params):
+        """Return (name of all stores, mark of each piece): of all they depend on."""
+        parts, s = self._parts, self._parts.experiment.settings
+        spec = dataclasses.replace(s.freeze.store, dir="", disk_gb=0.0, fill="pass")
+        data = dataclasses.replace(s.data, threads=-1, workers=-1)
+        method, programs = parts.method, self._programs
+        about = (s.seed, s.batch_size, data, spec, programs.pieces[0].method)
+        about = repr((*about, method.transform(), method.run.dtype, len(parts.source)))
+        h, marks = hashlib.sha256(about.encode()), []
+        name = h.hexdigest()[:16]
+        prints = np.asarray(programs.prints(params))
+        prints = dict(zip(programs.names, prints, strict=True))
+        for piece in programs.pieces:
+            for leaf in sorted(piece.frozen):
+                h.update(leaf.encode() + prints[leaf].tobytes())
+            h.update(str(piece.boundary).encode())
+            marks.append(int.from_bytes(h.digest()[:4], "little"))
+        return name, marks
+
+    def completed(self, params, batch, places) -> dict:
+        """Return a batch with the tokens of its rows, whose places are [B]."""
+        tokens, deep = self._found(places)
+        fresh = deep < len(self._stores)
+        if not fresh.any():
+            return batch | {"tokens": tokens[len(self._stores)]}
+        if deep.min() == 0:
+            host = {k: batch[k] for k in ("index",) if k in batch}
+            batch = devices.put({k: batch[k] for k in batch.keys() - host}, self._rows)
+            batch |= host
+        made = self._made(params, batch, tokens, deep)
+        self._keep(places[fresh], made, fresh)
+        return batch | {"tokens": made}
+
+    def _found(self, places):
+        """Return ({k: stored tokens [B, T, D] after k pieces}, the k of each row)."""
+        tokens, deep = {}, np.zeros(len(places), int)
+        for k in range(len(self._stores), 0, -1):
+            left = np.flatnonzero(deep == 0)
+            if not len(left) or not self._kept[k - 1]:
+                break
+            rows, there = self._stores[k - 1].read(places[left])
+            if len(left) < len(places):
+                whole = np.zeros((len(places), *rows.shape[1:]), rows.dtype)
+                whole[left] = rows
+                rows = whole
+            tokens[k] = rows
+            deep[left[there]] = k
+        return tokens, deep
+
+    def _made(self, params, batch, tokens, deep):
+        """Return tokens [B, T, D] after the last piece, each from what there is."""
+        first, made = deep.min(), None
+        for k in range(first, len(self._stores)):
+            if k == first > 0:
+                made = devices.put(tokens[k], self._rows)
+            elif k and (deep == k).any():
+                made = self._programs.merged(made, tokens[k], deep == k)
+            program, flops = self._programs.each[k]
+            self.flops = flops if k == first else self.flops + flops
+            own = {n: v for n, v in batch.items() if n not in ("index", "tokens")}
+            made = program(params, {"tokens": made} if k else own)
+        if (deep == len(self._stores)).any():
+            made = self._programs.merged(made, tokens[len(self._stores)], deep > k)
+        return made
+
+    def _keep(self, places, made, which):
+        """Write rows `which` of `made` soon: when the device has made them."""
+        self.settle()
+        self._pending = places, made, which
+
+    def settle(self) -> None:
+        """Write what was made of the batch before."""
+        if self._pending is not None:
+            (places, made, which), self._pending = self._pending, None
+            self.store.write(places, np.asarray(made)[which])
+
+    def fill(self, params, beat) -> None:
+        """Make all that is missing and will be visited, while training waits."""
+        n, size = len(self._parts.source), self._parts.place(self._at).size
+        wanted = np.concatenate(
+            [v * n + np.arange(n) for v in sorted(_views(self._parts, self._at))]
+        )
+        wanted = wanted[~self.store.marked(wanted)]
+        before = np.zeros(len(wanted), bool)
+        if len(self._stores) > 1:
+            before = self._stores[-2].marked(wanted)
+        progress = _Progress(len(wanted), beat)
+        damaged = [wanted[:0]]
+        # What was stored behind fewer blocks needs no pixels, unless it is damaged.
+        for places in _batches(wanted[before], size):
+            tokens, deep = self._found(places)
+            damaged.append(places[deep == 0])
+            if kept := np.count_nonzero(deep):
+                # Whole batches: the last row of a short one again and again.
+                which = np.flatnonzero(deep)[np.minimum(np.arange(size), kept - 1)]
+                tokens = {k: v[which] for k, v in tokens.items()}
+                made = self._made(params, {}, tokens, deep[which])
+                self._keep(places[which[:kept]], made, np.arange(kept))
+                progress(kept, self.flops)
+        rest = np.concatenate([wanted[~before], *damaged])
+        if len(rest):
+            with self._loader(rest, size) as loader:
+                for places in _batches(rest, size):
+                    which = np.minimum(np.arange(size), len(places) - 1)
+                    self.completed(params, next(loader), places[which])
+                    progress(len(places), self.flops)
+        self.settle()
+
+    def _loader(self, places, size):
         s = self._parts.experiment.settings
         return pipeline.fill(
             self._parts.source,
             self._parts.method.transform(),
-            self.store,
-            shards,
-            batch_size=self._size,
+            places,
+            batch_size=size,
             seed=s.seed,
             on_bad_image=s.data.on_bad_image,
             bad_share=s.data.bad_share,
@@ -234,96 +496,52 @@ class _Filling:
             workers=s.data.workers,
         )
 
-    def _stored(self, old, shard):
-        """Yield the batches of a shard of the store before, the last one filled up."""
-        rows = old.read(shard)
-        for first in range(0, len(rows), self._size):
-            part = rows[first : first + self._size]
-            more = np.repeat(part[:1], self._size - len(part), axis=0)
-            yield {"tokens": np.concatenate([part, more])}
+    def close(self):
+        """Write what is left and close the files."""
+        self.settle()
+        for store in self._stores:
+            store.close()
 
-    def _write(self, shard, batches, which):
-        count, made = len(self.store.span(shard)), []
-        for _ in range(-(-count // self._size)):
-            made.append(self._through(next(batches), which))
-            if len(made) > 1:  # The device works while the next batch is read.
-                made[-2] = np.asarray(made[-2])
-        rows = np.concatenate([np.asarray(m) for m in made])[:count]
-        # A last shard is whole batches to the loader, some of them empty.
-        if isinstance(batches, pipeline.Loader):
-            for _ in range(self.store.rows // self._size - len(made)):
-                next(batches)
-        self.store.write(shard, rows)
-        self._done += 1
-        self._say()
 
-    def _through(self, batch, which):
-        """Return the tokens [B, T, D] of a batch after the last piece."""
-        batch = devices.put(batch, self._sharding)
-        first, flops = 0, 0.0
-        if which[0] != self._pieces[0]:
-            first = self._pieces[-2].boundary
-        for phase in which:
-            program = self._program(phase, first, batch)
-            tokens = program(self._params, batch)
-            flops += (program.cost_analysis() or {}).get("flops", 0.0)
-            batch, first = batch | {"tokens": tokens}, phase.boundary
-        self._batches += 1
-        self._beat(Cost(self._batches, flops * jax.device_count()))
-        return tokens
+def _batches(places, size):
+    """Yield `places` [n], so many at a time."""
+    for first in range(0, len(places), size):
+        yield places[first : first + size]
 
-    def _program(self, phase, first, batch):
-        key = phase.boundary, first
-        if key not in self._programs:
-            method, dtype = self._parts.method, self.store.dtype
 
-            def run(params, batch):
-                tokens = method.frozen_tokens(
-                    params, batch, phase, first, phase.boundary
-                )
-                return tokens.astype(dtype)
+class _Progress:
+    """Says how far a filling is, every ten seconds and at its end."""
 
-            self._programs[key] = jax.jit(run).lower(self._params, batch).compile()
-        return self._programs[key]
+    def __init__(self, total, beat):
+        self._total, self._beat = total, beat
+        self._started = self._said = time.perf_counter()
+        self._done = self._batches = 0
 
-    def _say(self):
-        now = time.perf_counter()
-        last = self._done == self._todo
+    def __call__(self, views, flops):
+        self._batches, self._done = self._batches + 1, self._done + views
+        self._beat(Cost(self._batches, flops))
+        now, last = time.perf_counter(), self._done >= self._total
         if not last and now - self._said < _EVERY:
             return
         self._said, spent = now, now - self._started
+        left = spent / self._done * (self._total - self._done)
         logger.info(
-            "  store %d/%d files, %.0f views/s, %s",
+            "  store %d/%d views, %.0f a second, %s",
             self._done,
-            self._todo,
-            self._batches * self._size / spent,
-            f"{spent:.1f} s"
-            if last
-            else f"{spent / self._done * (self._todo - self._done):.0f} s left",
+            self._total,
+            self._done / max(spent, 1e-9),
+            f"{spent:.1f} s" if last else f"{left:.0f} s left",
         )
 
 
 def tokens(parts, shapes, at: int) -> jax.ShapeDtypeStruct:
     """Return the shape [B, T, D] of the stored tokens of a step, and their dtype."""
-    phase, spec = parts.phase(at), parts.optimizer.store
+    phase = parts.phase(at)
     state = parts.compiled.abstract(phase)
-    found = jax.eval_shape(
-        lambda params, batch: parts.method.frozen_tokens(
-            params, batch, phase, 0, phase.boundary
-        ),
-        state.params,
-        shapes,
-    )
-    dtype = found.dtype if spec.dtype == "auto" else jnp.dtype(spec.dtype)
-    return jax.ShapeDtypeStruct(found.shape, dtype)
+    return jax.eval_shape(_Piece(parts, phase, 0), state.params, shapes)
 
 
-def store_of(parts, found, root: str) -> tokenstore.Store:
+def _store(parts, found, root: str, mark: int = 0) -> tokenstore.Store:
     """Return the store that tokens of a shape [B, T, D] go to, filled or not."""
-    spec, (size, *shape) = parts.optimizer.store, found.shape
-    row = int(np.prod(shape)) * found.dtype.itemsize
-    rows = max(1, int(spec.shard_mb * 1e6) // (row * size)) * size
-    count = len(parts.source)
-    return tokenstore.Store(
-        root, count, spec.views, rows, tuple(shape), np.dtype(found.dtype)
-    )
+    shape, dtype = tuple(found.shape[1:]), np.dtype(found.dtype)
+    return tokenstore.Store(root, len(parts.source), shape, dtype, mark)

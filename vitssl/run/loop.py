@@ -143,7 +143,7 @@ class _Loop:
             self._open(stream, state, at)
             self._enter(phase, at)
             self.clock.restart()
-            batch, ids, waited = _next(stream, sharding)
+            batch, ids, waited = self._next(stream, sharding, state, at)
             while at < total and not self.best.over:
                 if parts.phase(at) != phase:
                     before, phase = phase, parts.phase(at)
@@ -168,15 +168,17 @@ class _Loop:
                 at += 1
                 event = at < total and stream.over(at)
                 if at < total and not event:
-                    batch, ids, waited = _next(stream, sharding)
-                    self._look_ahead(at)
+                    batch, ids, waited = self._next(stream, sharding, state, at)
+                    self._look_ahead(stream, at)
                 self._profile(at - first)
                 with self._finite(state):
-                    self._after(state, at, s, seal=event)
+                    # Training waits for the store: a kill must not cost more.
+                    seal = event and s.freeze.store.fill == "pass"
+                    self._after(state, at, s, seal=seal)
                 if event and not self.best.over:
                     self._open(stream, state, at)
-                    batch, ids, waited = _next(stream, sharding)
-                    self._look_ahead(at)
+                    batch, ids, waited = self._next(stream, sharding, state, at)
+                    self._look_ahead(stream, at)
         self.phases.leave()
         return state
 
@@ -261,6 +263,7 @@ class _Loop:
         """Begin the row of a phase; its step is compiled."""
         executable = self.parts.compiled.get(phase, self.parts.shapes(at))
         self.phases.enter(at, len(phase.frozen), self._flops(executable))
+        self.clock.images_per_step = self.parts.place(at).size
 
     def _flops(self, executable) -> float:
         """Return XLA's count of a step, over all devices."""
@@ -284,8 +287,8 @@ class _Loop:
             self._save(state, int(state.step), seal=True)
             raise
 
-    def _look_ahead(self, at):
-        """Start compiling a phase that will be needed soon."""
+    def _look_ahead(self, stream, at):
+        """Start compiling a phase that will be needed soon, and opening its batches."""
         parts = self.parts
         soon = at + max(20, min(parts.run.steps_per_epoch, 500))
         if soon >= parts.run.total_steps:
@@ -293,6 +296,7 @@ class _Loop:
         phase = parts.phase(soon)
         if phase not in parts.compiled:
             parts.compiled.prepare(phase, parts.shapes(soon))
+        stream.prepare(at, soon)
 
     def _open(self, stream, state, at):
         """Open the batches from step `at` on; filling a store is a row of its own."""
@@ -310,10 +314,19 @@ class _Loop:
         stream.open(at, state.params, beat)
         self.clock.pause(time.perf_counter() - start)
 
+    def _next(self, stream, sharding, state, at):
+        """Return (batch on the devices, sample ids, seconds waited for the data)."""
+        start = time.perf_counter()
+        batch = stream.take(state.params)
+        waited = time.perf_counter() - start
+        if stream.made:
+            self.phases.beside(at, len(self.parts.phase(at).frozen), stream.made)
+        return devices.put(batch, sharding), batch.get("index"), waited
+
     def _after(self, state, at, s, seal=False):
         """Log, evaluate, save, stop: whatever is due after `at` updates.
 
-        `seal`: a save is, at an event, whose store nothing before it can read.
+        `seal`: a save is, and nothing goes on until it is on disk.
         """
         total = self.parts.run.total_steps
         self._look_after_workdir(at)
@@ -472,10 +485,3 @@ class _Loop:
         if self.writers is not None and values:
             self.writers.scalars(at, values)
 
-
-def _next(stream, sharding):
-    """Return (batch on the devices, sample ids, seconds waited for the data)."""
-    start = time.perf_counter()
-    batch = next(stream)
-    waited = time.perf_counter() - start
-    return devices.put(batch, sharding), batch.get("index"), waited

@@ -27,6 +27,15 @@ class Phases:
             flops: of one step, by XLA's count.
         """
         self._settle()
+        self._row = self._of(at, frozen, flops)
+        self._since = time.perf_counter()
+
+    def beside(self, at: int, frozen: int, flops: float) -> None:
+        """Count what was run beside step `at`, whose time is that of the step."""
+        self._of(at, frozen, flops)["steps"] += 1
+
+    def _of(self, at, frozen, flops):
+        """Return the row of a kind of steps."""
         kind = (frozen, flops)
         same = [r for r in self.rows if (r["frozen"], r["flops"]) == kind]
         # Batches of several shapes take turns: a row for each turn would be too many.
@@ -35,8 +44,7 @@ class Phases:
                 {"from": at, "frozen": frozen, "flops": flops, "steps": 0, "seconds": 0}
             ]
             self.rows += same
-        self._row = same[0]
-        self._since = time.perf_counter()
+        return same[0]
 
     def step(self) -> None:
         """Count one step of the present phase."""
