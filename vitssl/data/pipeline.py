@@ -405,7 +405,7 @@ class Loader:
         return {k: Spec((size, *v.shape), v.dtype) for k, v in arrays.items()}
 
     def remembers(self, step: int) -> np.ndarray:
-        """Return the places view * N + image, int64 [B], of a step's remembered views."""
+        """Return view * N + image, int64 [B], of a step's remembered views."""
         return self._batches.remembers(step)
 
     def load(self, step: int) -> dict:

@@ -159,9 +159,11 @@ class Method(abc.ABC):
         del live, phase
         return 0
 
+    unstored = "the tokens of its blocks are no row of their own"  # Why none are kept.
+
     def store_faults(self) -> Iterator[str]:
         """Yield why `freeze.store` cannot be used with these sections."""
-        yield "freeze.store.views: this method keeps no tokens; set 0"
+        yield f"freeze.store.views: this method keeps no tokens: {self.unstored}; set 0"
 
     @property
     def divisible(self) -> bool:
@@ -305,6 +307,14 @@ class Storing(Method):
     def store_faults(self) -> Iterator[str]:
         """Yield why tokens cannot be kept with these sections."""
 
+    def model_store_faults(self) -> Iterator[str]:
+        """Yield why the tokens of this backbone cannot be kept."""
+        found = getattr(self.model, "store_faults", None)
+        if found is None:
+            yield "freeze.store.views: works with model.name=vit or hvit; set 0"
+        else:
+            yield from (f"freeze.store.views: {why}; set 0" for why in found())
+
 
 class Masked(Storing):
     """A method whose ViT sees some patches of one crop, batch["global"] [B, 1, ...].
@@ -341,8 +351,7 @@ class Masked(Storing):
 
     def store_faults(self) -> Iterator[str]:
         """Yield why tokens cannot be kept."""
-        if self.model.rope:
-            yield "freeze.store.views: works without model.rope; set 0"
+        yield from self.model_store_faults()
 
     def seen(self, params, batch, phase) -> jax.Array | None:
         """Return the visible tokens after `phase.boundary` blocks; None without."""

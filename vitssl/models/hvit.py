@@ -265,6 +265,21 @@ class HViT(pyramid.Pyramid):
         """
         return self._pool(self(image, train=train), how)
 
+    def pooled_from(self, x, first, how="mean", train=False, size=None):
+        """Return what `pooled` does, of the tokens [B, N, D] after `first` blocks."""
+        x = self._through(x.astype(self.dtype), first, self.depth, size, train)
+        if how == "mean":
+            x = self.norm(x)
+        return x.astype(jnp.float32).mean(1)
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why no store can stand for the first blocks."""
+        if self.spectral_channels:
+            yield (
+                f"model.spectral_channels={self.spectral_channels}: tokens of one "
+                "stream are kept, not of two"
+            )
+
     def _pool(self, out, how):
         if how == "mean":
             return out["pooled"]

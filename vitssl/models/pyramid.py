@@ -1,5 +1,6 @@
 """One stream of the hierarchical transformer: stages joined by patch merging."""
 
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -178,6 +179,49 @@ class Pyramid(nn.Module):
                 x, grid = self.merge[s](x, grid)
                 stages["merged"].append(x)
         return self.norm(x), stages
+
+    def between(self, x, first, last, keep=None, size=None):
+        """Return the tokens [B, N, D] after `last` blocks, nothing dropped.
+
+        Args:
+            x: those after `first` blocks, before they are merged; where this is 0,
+                images [B, H, W, C].
+            keep: None: all patches exist.
+            size: (height, width) in pixels of the images.
+        """
+        del keep
+        if not first:
+            x, grid = self.embed(x)
+            x = x + self.position_table(grid).astype(x.dtype)
+        return self._through(x.astype(self.dtype), first, last, size)
+
+    def _through(self, x, first, last, size, train=False):
+        """Return the tokens after blocks first .. last - 1, as `between` has them."""
+        stages = self.stage_of_blocks
+        grid = tuple(side // self.patch for side in sizes.pair(size))
+        for _ in range(stages[max(0, first - 1)]):
+            grid = tuple(-(-side // 2) for side in grid)
+        for i in range(first, last):
+            if i and stages[i] > stages[i - 1]:
+                x, grid = self.merge[stages[i - 1]](x, grid)
+            x = self.block[i](x, None, None, train)
+        return x
+
+    def frozen_blocks(self, live, prefix: str = "") -> int:
+        """Return how many blocks, from the first on, a store may stand for.
+
+        See `vit.ViT.frozen_blocks`; patch merging comes before the block after it.
+        """
+        first = self.depth
+        found = re.compile(rf"{prefix}(?:(block|merge)_(\d+)/|norm/|(.))")
+        for match in filter(None, map(found.match, live)):
+            if match[1] == "block":
+                first = min(first, int(match[2]))
+            elif match[1]:
+                first = min(first, sum(self.depths[: int(match[2]) + 1]))
+            elif match[3]:
+                first = 0
+        return first
 
     def embed(self, image):
         """Return (tokens [B, h w, D] without positions, (h, w)) of [B, H, W, C]."""

@@ -227,13 +227,15 @@ class ViT(nn.Module):
         """Return the sequence before the first block [B, P + N or P + K, D]."""
         return self._embed(image, patches.grid(image, self.patch), keep)[0]
 
-    def between(self, x, first, last, keep=None):
+    def between(self, x, first, last, keep=None, size=None):
         """Return the sequence [B, T, D] after `last` blocks, no path dropped.
 
         Args:
             x: that after `first` blocks; where this is 0, images [B, H, W, C].
             keep: [B, K] patches of an image that exist; None = all.
+            size: of the images, which no block asks for here.
         """
+        del size
         x = x.astype(self.dtype) if first else self.start(x, keep)
         return [x, *self.through(x, first, last)][-1]
 
@@ -253,29 +255,35 @@ class ViT(nn.Module):
 
         As of images; out["blocks"] begins with that sequence.
         """
+        x = x.astype(self.dtype)
         blocks = [x, *self.through(x, first, self.depth, train)]
         return self.norm(blocks[-1]), {"blocks": blocks}
 
-    def pooled_from(self, x, first, how="gap", train=False):
+    def pooled_from(self, x, first, how="gap", train=False, size=None):
         """Return what `pooled` does, of the sequence [B, T, D] after `first` blocks."""
+        del size
         return self._pool(*self.onwards(x, first, train), how)
 
     def frozen_blocks(self, live, prefix: str = "") -> int:
         """Return how many blocks, from the first on, a store may stand for.
 
-        None if anything before them trains, or if rotary positions, which belong to
-        the whole grid, would have to go on behind it.
+        None if anything before them trains; see `store_faults` too.
 
         Args:
             live: names of the parameters that train.
             prefix: of the ViT's own.
         """
-        first = 0 if self.rope else self.depth
+        first = self.depth
         found = re.compile(rf"{prefix}(?:block_(\d+)/|norm/|(.))")
         for match in filter(None, map(found.match, live)):
             if match[1] or match[2]:
                 first = min(first, int(match[1] or 0))
         return first
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why no store can stand for the first blocks."""
+        if self.rope:
+            yield "model.rope turns tokens by the whole grid, which is not kept"
 
     def pooled(self, image, how="gap", train=False):
         """Return one vector per image: [B, D].

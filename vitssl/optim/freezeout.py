@@ -43,8 +43,8 @@ class Store:
             same run without a disk, what "stored" is measured against.
         fill: "background": the step that first visits a view runs the frozen blocks
             and keeps what they make, so nothing waits and nothing is run twice. "pass":
-            all views are made at the event, with a line of progress, and training waits.
-            The run is the same.
+            all views are made at the event, with a line of progress, while training
+            waits. The run is the same.
         dir: folder of the store; "" is WORKDIR/store. Its contents may be deleted: they
             are made again when needed.
         dtype: of stored tokens; "auto" is that of the computation, which loses

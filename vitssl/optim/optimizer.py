@@ -424,10 +424,11 @@ def make(
         grow_batch=freeze.grow_batch,
         batch_size=batch_size,
     )
-    if len(freeze.grow_batch) > len(made.grown):
+    sizes, events = len(freeze.grow_batch), len(made.grown)
+    if sizes > events:
         raise errors.UsageError(
-            f"freeze.grow_batch={freeze.grow_batch}: {len(freeze.grow_batch)} sizes for "
-            f"{len(made.grown)} events within this run; name at most as many"
+            f"freeze.grow_batch={freeze.grow_batch}: {sizes} sizes for {events} events "
+            "within this run; name at most as many"
         )
     return made
 

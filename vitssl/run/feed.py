@@ -270,7 +270,7 @@ class _Programs:
             if k not in ("index", "tokens")
         }
         self.shapes, self.each, given, first = [], [], pixels, 0
-        for k, piece in enumerate(self.pieces):
+        for piece in self.pieces:
             own = _Piece(parts, piece, first)
             found = jax.eval_shape(own, params, given)
             key = first, piece.boundary, piece.method, found.shape
@@ -481,6 +481,7 @@ class _Prefix:
                     self.completed(params, next(loader), places[which])
                     progress(len(places), self.flops)
         self.settle()
+        self.flops = 0.0
 
     def _loader(self, places, size):
         s = self._parts.experiment.settings

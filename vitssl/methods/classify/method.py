@@ -221,16 +221,15 @@ class Classify(base.Storing):
         x = batch.get("tokens")
         if x is None:
             x = self.frozen_tokens(params, batch, phase, 0, first)
-        given = x.astype(self.model.dtype), first, self.head.feature, train
-        keys = {"drop_path": jax.random.split(rng)[0]}
+        given = x, first, self.head.feature, train, phase.method
+        keys = dict(zip(("drop_path", "dropout"), jax.random.split(rng), strict=True))
         return self.model.apply(net, *given, method="pooled_from", rngs=keys)
 
     def frozen_tokens(self, params, batch, phase, first, last):
         """Return all tokens [B, P + N, D] after `last` blocks."""
-        del phase
         x = batch["tokens"] if first else self._augmented(batch, None)
-        net = {"params": params["backbone"]}
-        return self.model.apply(net, x, first, last, method="between")
+        net, own = {"params": params["backbone"]}, dict(size=phase.method)
+        return self.model.apply(net, x, first, last, method="between", **own)
 
     def boundary(self, live, phase) -> int:
         """Return how many blocks train no more, nor what is before them."""
@@ -240,8 +239,7 @@ class Classify(base.Storing):
     def store_faults(self) -> Iterator[str]:
         """Yield why tokens cannot be kept."""
         key = "freeze.store.views"
-        if not isinstance(self.model, vit.ViT) or self.model.rope:
-            yield f"{key}: works with model.name=vit, without model.rope; set 0"
+        yield from self.model_store_faults()
         if self.mix.on:
             yield f"{key}: mixes no images; set it to 0, or mix.prob=0.0"
         if self.head.early:

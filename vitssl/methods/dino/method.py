@@ -84,6 +84,10 @@ class DINO(base.Embedding):
     head: Head = Head()
     teacher: Teacher = Teacher()
     objective: criteria.Objective = criteria.Objective()
+    unstored = (
+        "its teacher, an average that goes on changing when layers "
+        "freeze, sees every global crop, and crops have two sizes"
+    )
 
     @staticmethod
     def training_size(c) -> int:

@@ -45,6 +45,7 @@ class Distill(base.Method):
     multicrop: crops.MultiCrop
     teacher: teachers.Teacher = teachers.Teacher()
     objective: criteria.Objective = criteria.Objective()
+    unstored = "crops have two sizes, and the teacher sees them whole in every step"
 
     @staticmethod
     def training_size(c) -> int:

@@ -70,6 +70,10 @@ class HJEPA(base.Embedding):
     masking: masks.Masking
     objective: objective.Objective
     ema: Ema
+    unstored = (
+        "its targets are whole views to an encoder that goes on "
+        "changing when layers freeze, and that is most of what they cost"
+    )
 
     @staticmethod
     def training_size(c) -> int:

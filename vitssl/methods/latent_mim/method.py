@@ -89,6 +89,9 @@ class LatentMIM(base.Embedding):
     target: Target = Target()
     readout: Readout = Readout()
     measures: Measures = Measures()
+    unstored = (
+        "a sample has patches of several sensors and sizes, drawn anew for every step"
+    )
 
     # Modules and sizes.
 

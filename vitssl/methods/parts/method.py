@@ -55,6 +55,7 @@ class PartDiscovery(base.Method):
     affine: warps.Affine = warps.Affine()
     average: Average = Average()
     measures: measuring.Measures = measuring.Measures()
+    unstored = "the second network sees what the first, which trains, makes of it"
     labelled = True
     scored = True
 

@@ -8,6 +8,7 @@ hvit/training/pretrainer.py (HViT as the backbone).
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -95,7 +96,7 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
-class SimCLR(base.Embedding):
+class SimCLR(base.Embedding, base.Storing):
     """The method; fields are the sections of its config.
 
     Parameters: "encoder", "projector". Extra: "stats" (projector.batchnorm).
@@ -158,16 +159,62 @@ class SimCLR(base.Embedding):
 
     def embed(self, params, extra, batch, rng, *, step=0, phase=None):
         """Return the features [B, 2, D] of both views of every image."""
-        del extra, step, phase  # The side shows in the batch.
+        del extra, step
+        if phase is not None and phase.boundary:
+            x = self._pooled_from(params, batch, rng, phase)
+        else:
+            paint = None
+            if self.augment.colour == "device":
+                rng, paint = jax.random.split(rng)
+            x = self._pooled(params, self._painted(batch, paint), rng)
+        return einops.rearrange(x, "(b v) d -> b v d", v=2)
+
+    def _painted(self, batch, key):  # -> [B 2, H, W, C]
+        """Return normalised views, coloured by `key` or by the keys of their rows."""
         image = batch["global"]  # [B, 2, H, W, C]
         if self.augment.colour == "device":
-            rng, paint = jax.random.split(rng)
             recipe = self.augment.recipe(image.shape[2:4])
-            image = jitter.augment(paint, image, **recipe)
+            paint = functools.partial(jitter.augment, **recipe)
+            if "view_seed" in batch:
+                paint, key = jax.vmap(paint), batch["view_seed"]
+            image = paint(key, image)
         image = patches.normalise(image, self.run.mean, self.run.std)
-        image = einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
-        x = self._pooled(params, image, rng)
-        return einops.rearrange(x, "(b v) d -> b v d", v=2)
+        return einops.rearrange(image, "b v h w c -> (b v) h w c")  # Keeps its device.
+
+    def _pooled_from(self, params, batch, rng, phase):  # -> [B 2, D]
+        """Return the features of views whose first blocks are frozen, or kept."""
+        first, x = phase.boundary, batch.get("tokens")
+        if x is None:
+            x = self.frozen_tokens(params, batch, phase, 0, first)
+        x = einops.rearrange(x, "b (v t) d -> (b v) t d", v=2)
+        net, given = {"params": params["encoder"]}, (x, first, self.objective.pool)
+        keys = dict(zip(("drop_path", "dropout"), jax.random.split(rng), strict=True))
+        own = dict(train=True, size=phase.method, rngs=keys)
+        return self.model.apply(net, *given, method="pooled_from", **own)
+
+    def frozen_tokens(self, params, batch, phase, first, last):
+        """Return the tokens [B, 2 T, D] of both views after `last` blocks."""
+        if first:
+            x = einops.rearrange(batch["tokens"], "b (v t) d -> (b v) t d", v=2)
+        else:
+            x = self._painted(batch, None)
+        net, own = {"params": params["encoder"]}, dict(size=phase.method)
+        x = self.model.apply(net, x, first, last, method="between", **own)
+        return einops.rearrange(x, "(b v) t d -> b (v t) d", v=2)
+
+    def boundary(self, live, phase) -> int:
+        """Return how many blocks train no more, nor what is before them."""
+        del phase
+        return self.model.frozen_blocks(live, "encoder/")
+
+    def store_faults(self) -> Iterator[str]:
+        """Yield why tokens cannot be kept."""
+        yield from self.model_store_faults()
+        if not self.resolution.fixed:
+            yield (
+                "freeze.store.views: views have one size; set it to 0, or resolution "
+                "to one"
+            )
 
     def compare(self, params, extra, rows, rng, *, step=0, phase=None):
         """Return (loss [], (extra, metrics)) of the features of the global batch.
