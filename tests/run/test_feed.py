@@ -14,9 +14,10 @@ from vitssl import config, errors
 from vitssl.data import pipeline, tokenstore
 from vitssl.run import build, devices, experiment, feed, loop
 
-# 80 digits, one view of each, 16 a step. Blocks freeze before steps 5 and 9, from which
-# on a step has 20. Epoch 2, from step 9 on, finds 64 images stored behind one block, and
-# 16 not at all; epoch 3, from step 13 on, all behind two. A view has 5 x 16 floats.
+# 80 digits, one view of each, 16 a step. Blocks freeze before steps 5 and 9; from the
+# latter on a step has 20. Epoch 2, from step 9 on, finds 64 images stored behind one
+# block, and 16 not at all; epoch 3, from step 13 on, all behind two. A view has 5 x 16
+# floats.
 TINY = runs.TINY_FREEZING | {
     "steps": 17,
     "data.per_class": 8,

@@ -152,6 +152,17 @@ class Method(abc.ABC):
         """Return what `freeze.schedule` freezes; see `freezeout.FreezeOut.layers`."""
         return ()
 
+    def enter(self, params, extra, before, phase) -> tuple[Tree, Tree]:
+        """Return (params, extra) of the first step of a phase, after those `before`."""
+        del before, phase
+        return params, extra
+
+    grows = False  # Whether its encoder may grow: see `methods.growing`.
+
+    def shallow(self, depth: int) -> "Method":
+        """Return the method with the first blocks of its encoder only."""
+        return dataclasses.replace(self, model=self.model.clone(depth=depth))
+
     # What a method may add to freezing: see `Storing`.
 
     def boundary(self, live, phase) -> int:

@@ -95,6 +95,9 @@ class FreezeOut:
             are as many as before, so a run that grows sees more images. The rate
             follows by optim.lr_batch and its power (0: it does not). An event begins an
             epoch of the data; epochs of schedules stay steps of `batch_size` images.
+        grow_depth: ((share of the run, blocks from there on), ...): the encoder begins
+            with the blocks of the first row, whose share is 0.0, and ends with all;
+            new ones are copies of those below them. () has all from the start.
         store: see `Store`.
     """
 
@@ -107,10 +110,22 @@ class FreezeOut:
     patch_embed: bool = True
     cls_token: bool = True
     grow_batch: tuple[ranges.Count, ...] = ()
+    grow_depth: tuple[tuple[ranges.BelowOne, ranges.Count], ...] = ()
     store: Store = Store()
 
     def check(self) -> Iterator[str]:
         """Yield what cannot be combined."""
+        shares, depths = (
+            [s for s, _ in self.grow_depth],
+            [d for _, d in self.grow_depth],
+        )
+        if shares and (
+            shares[0] or shares != sorted({*shares}) or depths != sorted({*depths})
+        ):
+            yield (
+                f"grow_depth={self.grow_depth}: ((0.0, blocks), (share, more blocks), "
+                "...), both rising"
+            )
         if self.warmup_to_layer_lr and not (self.layerwise_lr and self.scale_lr):
             yield "warmup_to_layer_lr=True: needs layerwise_lr=True and scale_lr=True"
 

@@ -368,8 +368,12 @@ def make(
     steps_per_epoch: int,
     batch_size: int,
     freeze: freezeout.FreezeOut | None = None,
+    waits: dict | None = None,
 ) -> Optimizer:
     """Resolve the rules for `params` (arrays or shapes).
+
+    `waits`: {name: share of the run until which a leaf is frozen}, see
+    `freeze.grow_depth`; others are by `spec`.
 
     Raises:
         UsageError: a rule that never wins, a leaf no rule covers, nothing left to train
@@ -388,6 +392,8 @@ def make(
     if all(frozen_from.get(k, 1) == 0 for k in names):
         raise errors.UsageError("optim: every parameter is frozen from the start")
     until = _frozen_until(spec, names, frozen_from, total_steps, steps_per_epoch)
+    for name, share in (waits or {}).items():
+        until[name] = max(round(share * total_steps), until.get(name, 0))
     warmup_steps = round(spec.warmup_epochs * steps_per_epoch)
     if warmup_steps >= total_steps > 0 and warmup_steps:
         raise errors.UsageError(

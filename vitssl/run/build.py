@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitssl import errors
+from vitssl import errors, tree
 from vitssl.data import pipeline
 from vitssl.data.sources import layout
-from vitssl.methods import base
+from vitssl.methods import base, growing
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices, experiment, feed, step
 
@@ -151,6 +151,7 @@ def build(experiment) -> Parts:
     freeze = s.freeze
     if not freeze.layers:
         freeze = dataclasses.replace(freeze, layers=method.freeze_layers())
+    waits = growing.blocks(tree.flat(params), freeze.grow_depth)
     optimizer = optim.make(
         s.optim,
         params,
@@ -158,6 +159,7 @@ def build(experiment) -> Parts:
         steps_per_epoch=per_epoch,
         batch_size=s.batch_size,
         freeze=freeze,
+        waits=waits,
     )
 
     for _, size in optimizer.grown:

@@ -15,7 +15,7 @@ import ml_collections
 from vitssl import config, errors, ranges, sizes
 from vitssl.data import dataset, sources
 from vitssl.evals import suite
-from vitssl.methods import base
+from vitssl.methods import base, growing
 from vitssl.methods import table as methods_table
 from vitssl.models import MODELS
 from vitssl.optim import freezeout, optimizer
@@ -142,6 +142,8 @@ class Experiment:
         s, method = self.settings, self.method(self.run())
         found = list(method.check())
         yield from found
+        if s.freeze.grow_depth:
+            yield from growing.faults(method.method, s.freeze.grow_depth)
         for size in s.freeze.grow_batch:
             grown = self.method(dataclasses.replace(self.run(), batch_size=size))
             yield from (f"freeze.grow_batch: {f}" for f in grown.check() if not found)
@@ -158,7 +160,11 @@ class Experiment:
 
     def method(self, run: base.Run) -> base.Method:
         """Return the method for a run whose length and data are known."""
-        return self.kind(run=run, **self.sections)
+        made, stairs = (
+            self.kind(run=run, **self.sections),
+            self.settings.freeze.grow_depth,
+        )
+        return growing.Growing(made, stairs) if stairs else made
 
     def run(
         self, *, total_steps=1, steps_per_epoch=1, classes=0, counts=()

@@ -128,7 +128,7 @@ class _Loop:
         if at >= total:
             return state
         phase = parts.phase(at)
-        state = self._entered(state, phase)
+        state = self._entered(state, parts.phase(max(0, at - 1)), phase)
         self._first_compile(phase, at)
         self._enter(phase, at)
         if not self.resumed:
@@ -149,7 +149,7 @@ class _Loop:
                     before, phase = phase, parts.phase(at)
                     # Another shape of batch alone leaves the state as it is.
                     if phase.frozen != before.frozen:
-                        state = self._entered(state, phase)
+                        state = self._entered(state, before, phase)
                     waiting = time.perf_counter()
                     if parts.compiled.finished(phase) is None:
                         logger.info("  compiling the steps from %d on", at + 1)
@@ -233,8 +233,13 @@ class _Loop:
         target = build.restore_target(self.parts)(self.best.step)
         return checkpoint.read(self.saves.directory, self.best.step, target)[0]
 
-    def _entered(self, state, phase):
-        """Return the state for a phase, every leaf where its step expects it."""
+    def _entered(self, state, before, phase):
+        """Return the state for a phase, every leaf where its step expects it.
+
+        `before`: the phase of the last step.
+        """
+        found = self.parts.method.enter(state.params, state.extra, before, phase)
+        state = state.replace(params=found[0], extra=found[1])
         state = step.enter(state, phase, self.parts.optimizer)
         return jax.device_put(state, self.parts.compiled.state_sharding(phase))
 

@@ -92,7 +92,7 @@ class Classify(base.Storing):
     objective: classification.Objective = classification.Objective()
     scoring: Scoring = Scoring()
     resolution: resolutions.Resolution = resolutions.Resolution()
-    rectangles, labelled, scored = True, True, True
+    rectangles, labelled, scored, grows = True, True, True, True
 
     @staticmethod
     def training_size(c) -> sizes.Size:

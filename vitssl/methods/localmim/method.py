@@ -54,6 +54,8 @@ class LocalMIM(base.Masked):
     prefix: store.Prefix = store.Prefix()
     transitive: Transitive = Transitive()
 
+    grows = True
+
     @staticmethod
     def training_size(c) -> int:
         """Return the side of training images of a config."""
@@ -321,6 +323,11 @@ class LocalMIM(base.Masked):
                 f"prefix.boundary={self.prefix.boundary}: whole images behind frozen "
                 "blocks are another task; with freeze.store.views set it to 0"
             )
+
+    def shallow(self, depth: int) -> "LocalMIM":
+        """Return the method with the first blocks only; later stages read the last."""
+        stages = self.stages.up_to(depth, self.model.depth)
+        return dataclasses.replace(super().shallow(depth), stages=stages)
 
     def freeze_layers(self) -> tuple:
         """Return `FreezeOut.layers` of this model: a stage goes with its block."""

@@ -61,6 +61,19 @@ class Stages:
                 blocks = tuple(int(b) for b in moved)
         return blocks
 
+    def up_to(self, depth: int, whole: int) -> "Stages":
+        """Return the stages of the first blocks of `whole`: later ones read the last.
+
+        The result is not checked: several may read one block.
+        """
+
+        def found(blocks):
+            return tuple(min(int(b), depth - 1) for b in blocks)
+
+        moves = tuple((start, *found(moved)) for start, *moved in self.moves)
+        blocks = found(self.blocks or (1, 3, whole - 3, whole - 1))
+        return dataclasses.replace(self, blocks=blocks, moves=moves)
+
     def layers(self, depth: int) -> tuple:
         """Return ((pattern, layer), ...): norm and decoder go with a stage's block."""
         *early, last = self.blocks_at(0.0, depth)

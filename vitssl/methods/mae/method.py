@@ -60,6 +60,8 @@ class MAE(base.Masked):
     masking: random_masking.Masking = random_masking.Masking()
     objective: Objective = Objective()
 
+    grows = True
+
     @staticmethod
     def training_size(c) -> int:
         """Return the side of training images of a config."""

@@ -109,6 +109,7 @@ class SimCLR(base.Embedding, base.Storing):
     objective: Objective = Objective()
     resolution: resolutions.Resolution = resolutions.Resolution()
     couples_batch = True
+    grows = True
     rectangles = True
 
     @staticmethod
