@@ -16,6 +16,9 @@ Arguments (`--config=configs/finetune_vit.py:NAME`):
     (none)          demo size, for a checkpoint of the demo of configs/localmim.py
     scratch         the same from random weights
     smoke           two steps from random weights
+    freezing        layers freeze as they settle, their tokens are stored (the idea of
+                    Egeria, arXiv:2201.06227, and AutoFreeze, arXiv:2102.01386)
+    score           what the arms of configs/localmim.py:rivals are scored by
     folder          your own folder of images in classes (data.root), for a run of
                     configs/localmim.py:folder
     ft_vitb_from1600
@@ -103,6 +106,31 @@ def _folder():
     return c
 
 
+def _freezing():
+    """Return the demo with early layers frozen one after the other, and a store.
+
+    Egeria and AutoFreeze decide online. Here a plain run decides for those after it:
+    train the demo with checkpoint.keep_every_epochs=1.0, and `vitssl freeze-plan RUN`
+    prints `optim.freeze` for the next one, in place of this schedule.
+    """
+    c = _demo()
+    c.freeze = dict(schedule="linear", t_0=0.4, layerwise_lr=False)
+    c.freeze.store = dict(views=4)
+    return c
+
+
+def _score():
+    """Return what the arms of `localmim.py:rivals` are scored by."""
+    c = _demo()
+    c.init["weights"] = "configs/localmim.py:rivals"
+    c.epochs = 5.0
+    c.data.update(**base.SCENES)
+    c.optim.warmup_epochs = 1.0
+    c.evals.every_epochs = 0
+    c.checkpoint.keep_best = 0
+    return c
+
+
 def _imagenet(
     lr=4e-3,
     min_lr=1e-6,
@@ -145,6 +173,8 @@ RECIPES = {
     "scratch": _scratch,
     "smoke": _smoke,
     "folder": _folder,
+    "freezing": _freezing,
+    "score": _score,
     "ft_vitb_from1600": lambda: _imagenet(
         2e-3, 1e-5, 0.65, weights="localmim_vitb_1600"
     ),

@@ -7,9 +7,10 @@ Arguments (`--config=configs/localmim.py:NAME`):
     smoke           two steps, seconds
     evidence        accuracy against compute for no freezing, four schedules and
                     a shorter run, three seeds, an hour on two cores
-    rivals          the same of what freezing has to beat: shorter runs, a flat rate,
-                    stored tokens, saved steps reinvested, mask ratios by schedule,
-                    decoders dropped
+    rivals          what freezing has to beat, scored by fine-tuning: shorter runs, a
+                    flat rate, stored tokens, saved steps reinvested in steps or in
+                    larger batches, mask ratios by schedule, decoders dropped, growing
+                    depth; an hour on two cores
     localmim_vitb_1600, localmim_vitb_100_{1,4,8}gpu
                     the baseline recipes on ImageNet; need --config.data.root=DIR
     freeze_*        ViT-B/16 with FreezeOut, see RECIPES
@@ -30,6 +31,9 @@ One override away:
     --config.freeze.schedule=cubic --config.freeze.t_0=0.65
     --config.freeze.layerwise_lr=False          (flat rate, layers still freeze)
     --config.freeze.store.views=4               (a frozen prefix is stored, not run)
+    --config.freeze.store.fill=pass             (all at once, at the event)
+    --config.freeze.grow_batch="(72, 80, 96)"   (images of a step, event by event)
+    --config.freeze.grow_depth="((0.0, 4), (0.5, 7))"   (trained blocks are stacked)
     --config.masking.schedule="((0.0, 0.9), (50.0, 0.75))"
     --config.optim.freeze="(('(norm|decoder)_0/.*', 0.6),)"  (a decoder goes, alone)
     --config.freeze.scale_lr=False
@@ -187,27 +191,34 @@ def _evidence():
 def _rivals():
     """Return accuracy against compute: freezing with a store, and its rivals.
 
-    Equal costs are those of the steps, by formula; filling a store comes on top and is
-    in compute/tflop: a block's forward pass of every view, at every event.
+    Fine-tuned on some labels. By formula `store`, `mask_schedule` and `decoders` cost
+    what `none_shorter` does, and what is reinvested costs what `none` does.
     """
-    c = _evidence()
+    c = _evidence_run()
+    c.evals.final = ("knn",)
     cubic08 = ("freeze.schedule=cubic", "freeze.t_0=0.8")
     store = (*cubic08, "freeze.store.views=2", "freeze.store.every=2")
-    c.study.arms = dict(
-        none=("freeze.schedule=none",),
-        none_shorter=("freeze.schedule=none", "epochs=8.1"),  # Costs what `store` does.
-        cubic08=cubic08,
-        cubic08_flat=(*cubic08, "freeze.layerwise_lr=False"),
-        store=store,
-        store_one_view=(*cubic08, "freeze.store.views=1"),
-        store_reinvested=(*store, "epochs=12.4"),  # Costs what `none` does.
-        mask_schedule=(
-            "freeze.schedule=none",
-            "masking.schedule=((0.0, 0.9), (5.0, 0.75))",
+    none = "freeze.schedule=none"
+    c.study = dict(
+        seeds=(0, 1),
+        then=("configs/finetune_vit.py:score",),
+        arms=dict(
+            none=(none,),
+            none_shorter=(none, "epochs=8.1"),
+            freezeout=cubic08,
+            flat=(*cubic08, "freeze.layerwise_lr=False"),
+            store=store,
+            store_steps=(*store, "epochs=12.4"),
+            store_batch=(*store, "freeze.grow_batch=(64, 68, 72, 76, 84, 96, 128)"),
+            mask_schedule=(none, "masking.schedule=((0.0, 0.9), (5.0, 0.75))"),
+            decoders=(none, "optim.freeze=(('(norm|decoder)_[01]/.*', 0.4),)"),
+            stacked=(none, "freeze.grow_depth=((0.0, 4), (0.5, 7))"),
         ),
-        decoders_dropped=(
-            "freeze.schedule=none",
-            "optim.freeze=(('(norm|decoder)_[01]/.*', 0.6),)",
+        columns=(
+            "then/final/test/top1",
+            "final/trained/knn/top1",
+            "compute/tflop",
+            "time/train_seconds",
         ),
     )
     return c

@@ -60,6 +60,30 @@ EVERYWHERE = {
     "log.pictures": False,
     "log.every_steps": 1,
 }
+# Its arms in small: two blocks of three freeze at one event, before step 4 of 6.
+RIVALS = {
+    "steps": 6,
+    "evals.final": "()",  # They are scored by fine-tuning.
+    "model.depth": 3,
+    "stages.blocks": "(0, 2)",
+    "stages.scales": "(1.0, 1.0)",
+    "freeze.layers": "(('encoder/(cls|patch_embed/.*|block_[01]/.*)', 0), "
+    "('(norm|decoder)_0/.*', 0), ('encoder/(block_2|norm)/.*', 1))",
+    "study.arms.store_batch": (
+        "freeze.schedule=cubic",
+        "freeze.store.views=2",
+        "freeze.grow_batch=(12,)",
+    ),
+    "study.arms.decoders": (
+        "freeze.schedule=none",
+        "optim.freeze=(('(norm|decoder)_0/.*', 0.4),)",
+    ),
+    "study.arms.stacked": (
+        "freeze.schedule=none",
+        "freeze.grow_depth=((0.0, 2), (0.5, 3))",
+    ),
+    "study.columns": "('then/final/test/top1',)",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -128,9 +152,12 @@ def command(recipe, data, **given):
     if c.epochs == 0:
         del changes["steps"]
     if recipe == "localmim:rivals":
-        changes["steps"] = 16  # Within fewer steps no two blocks freeze.
+        changes |= RIVALS
     if "study" in c:
         changes["study.seeds"] = "(0,)"
+        if then := c.study.get("then", ()):
+            depth = f"model.depth={changes['model.depth']}"
+            changes["study.then"] = (*first(then[0], data), depth)
         before = c.study.get("first", ())
         if isinstance(before, ml_collections.ConfigDict):
             for key, made in before.items():

@@ -1,4 +1,4 @@
-"""Growing depth: what waits is the identity, what comes is a copy, a kill is no event."""
+"""Growing depth: what waits is the identity, what comes is a copy of what is there."""
 
 import jax
 import numpy as np

@@ -13,7 +13,9 @@ A config becomes a study by its section `study`; arms are overrides as typed:
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
 have names, {"teacher": ("configs/x.py",), "student": (..., "teacher.from=@teacher")},
-and each may use those before it. Every run is an
+and each may use those before it. The optional key `then` is such a config too, run
+after every run of an arm, with its seed and from what it made: ("configs/x.py:score",
+"epochs=5.0"); its values are columns "then/<name>". Every run is an
 ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on
 where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
@@ -47,6 +49,7 @@ class Plan:
     runs: dict  # {(arm, seed): checked experiment}.
     columns: tuple[str, ...]  # Metrics of the final evaluation that the table shows.
     first: dict = dataclasses.field(default_factory=dict)  # {name: run before all}.
+    then: dict = dataclasses.field(default_factory=dict)  # {seed: run after an arm's}.
 
 
 def read(c: ml_collections.ConfigDict) -> Plan:
@@ -99,8 +102,14 @@ def read(c: ml_collections.ConfigDict) -> Plan:
         before |= {name: left.pop(name) for name in ready}
     for (arm, _), one in runs.items():
         _known(one, before, f"study.arms.{arm}", problems)
+    then = {}
+    if study.get("then", ()):
+        spec, *overrides = study.then
+        for seed in seeds:
+            own = (*overrides, f"seed={seed}", "init.from=@run")
+            then[seed] = experiment.read(experiment.load(spec, own))
     problems.stop()
-    return Plan(runs, tuple(study.columns), before)
+    return Plan(runs, tuple(study.columns), before, then)
 
 
 def _starts(one) -> dict:
@@ -117,11 +126,14 @@ def _known(one, before, what, problems):
             problems.append(fault)
 
 
-def started_from(one, workdir):
-    """Return an experiment whose `from=@NAME` are the directories WORKDIR/NAME."""
+def started_from(one, workdir, itself: str = ""):
+    """Return an experiment whose `from=@NAME` are the directories WORKDIR/NAME.
+
+    That of the name `itself` is WORKDIR.
+    """
     c = config.without(one.config)
     for name, section in _starts(one).items():
-        c[section]["from"] = str(workdir / name)
+        c[section]["from"] = str(workdir if name == itself else workdir / name)
     return experiment.read(c) if _starts(one) else one
 
 
@@ -166,12 +178,12 @@ def run(
             logger.info("  %s is finished", directory)
             continue
         start = time.perf_counter()
-        values = loop.run(
-            started_from(plan.runs[arm, seed], home),
-            directory,
-            name=f"{arm}-{seed}",
-            force_unlock=force_unlock,
-        )
+        own = dict(name=f"{arm}-{seed}", force_unlock=force_unlock)
+        values = loop.run(started_from(plan.runs[arm, seed], home), directory, **own)
+        if seed in plan.then:
+            last = started_from(plan.then[seed], home / arm / f"seed{seed}", "run")
+            found = loop.run(last, directory / "then", **own)
+            values = values | {f"then/{key}": v for key, v in found.items()}
         minutes = (time.perf_counter() - start) / 60
         _finish(directory, {**values, "minutes": minutes})
     return _results(plan, workdir)
