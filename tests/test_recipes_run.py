@@ -60,29 +60,36 @@ EVERYWHERE = {
     "log.pictures": False,
     "log.every_steps": 1,
 }
-# Its arms in small: two blocks of three freeze at one event, before step 4 of 6.
-RIVALS = {
-    "steps": 6,
-    "evals.final": "()",  # They are scored by fine-tuning.
-    "model.depth": 3,
-    "stages.blocks": "(0, 2)",
-    "stages.scales": "(1.0, 1.0)",
-    "freeze.layers": "(('encoder/(cls|patch_embed/.*|block_[01]/.*)', 0), "
-    "('(norm|decoder)_0/.*', 0), ('encoder/(block_2|norm)/.*', 1))",
-    "study.arms.store_batch": (
-        "freeze.schedule=cubic",
-        "freeze.store.views=2",
-        "freeze.grow_batch=(12,)",
-    ),
-    "study.arms.decoders": (
-        "freeze.schedule=none",
-        "optim.freeze=(('(norm|decoder)_0/.*', 0.4),)",
-    ),
-    "study.arms.stacked": (
-        "freeze.schedule=none",
-        "freeze.grow_depth=((0.0, 2), (0.5, 3))",
-    ),
-    "study.columns": "('then/final/test/top1',)",
+# Two blocks freeze at one event: before the third of four steps, the fifth of six.
+FREEZING = {
+    "finetune_vit:freezing": {
+        "steps": 4,
+        "freeze.layers": "(('backbone/(cls|pos_embed|patch_embed/.*)', 0), "
+        "('backbone/block_[01]/.*', 0), ('backbone/(block_[23]|norm)/.*', 1))",
+    },
+    "localmim:rivals": {
+        "steps": 6,
+        "evals.final": "()",  # They are scored by fine-tuning.
+        "model.depth": 3,
+        "stages.blocks": "(0, 2)",
+        "stages.scales": "(1.0, 1.0)",
+        "freeze.layers": "(('encoder/(cls|patch_embed/.*|block_[01]/.*)', 0), "
+        "('(norm|decoder)_0/.*', 0), ('encoder/(block_2|norm)/.*', 1))",
+        "study.arms.store_batch": (
+            "freeze.schedule=cubic",
+            "freeze.store.views=2",
+            "freeze.grow_batch=(12,)",
+        ),
+        "study.arms.decoders": (
+            "freeze.schedule=none",
+            "optim.freeze=(('(norm|decoder)_0/.*', 0.4),)",
+        ),
+        "study.arms.stacked": (
+            "freeze.schedule=none",
+            "freeze.grow_depth=((0.0, 2), (0.5, 3))",
+        ),
+        "study.columns": "('then/final/test/top1',)",
+    },
 }
 
 
@@ -151,8 +158,7 @@ def command(recipe, data, **given):
     changes["data.root"] = data(c.data.source)
     if c.epochs == 0:
         del changes["steps"]
-    if recipe == "localmim:rivals":
-        changes |= RIVALS
+    changes |= FREEZING.get(recipe, {})
     if "study" in c:
         changes["study.seeds"] = "(0,)"
         if then := c.study.get("then", ()):

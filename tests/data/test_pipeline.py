@@ -459,3 +459,15 @@ def test_a_killed_worker_is_an_error_not_a_hang(running):
     _, said = process.communicate("go\n", timeout=60)
     assert process.returncode == 1
     assert "terminated unexpectedly with exit code -9" in said
+
+
+def test_where_batches_grow_an_epoch_begins_and_no_row_is_drawn_twice():
+    sizes = ((0, 4), (5, 6), (9, 12))
+    found = [pipeline.place(12, sizes, t) for t in range(12)]
+    # Three steps an epoch, two from step 5 on, one from step 9 on.
+    assert [p.epoch for p in found] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6]
+    assert [p.start for p in found] == [0, 4, 8, 0, 4, 0, 6, 0, 6, 0, 0, 0]
+    assert [p.size for p in found] == [4] * 5 + [6] * 4 + [12] * 3
+    rows = [range(p.row, p.row + p.size) for p in found]
+    assert [i for r in rows for i in r] == list(range(5 * 4 + 4 * 6 + 3 * 12))
+    assert pipeline.place(12, ((0, 5),), 7) == (3, 5, 5, 35)

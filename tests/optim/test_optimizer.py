@@ -376,3 +376,38 @@ def test_a_thaw_that_leaves_nothing_or_comes_too_late_is_an_error():
         _make(10, 2, thaw=(("a/bias", 5.0),))
     (line,) = _faults(thaw=(("x", -1.0),))
     assert line.startswith("optim.thaw=(('x', -1.0),): ") and "0 or more" in line
+
+
+def _growing(**changes):
+    """A run of ten steps, in which leaves freeze before steps 4 and 6."""
+    freeze = freezeout.FreezeOut(grow_batch=changes.pop("sizes"))
+    spec = dict(
+        name="adamw", lr=1.0, schedule="constant", warmup_epochs=0.0, min_lr=0.0, wd=0.0
+    )
+    rules = (("a/.*", 0.4), ("b/.*", 0.6))
+    spec = optim.Optim(**spec, clip_norm=0.0, freeze=rules, **changes)
+    params = {k: {"kernel": jnp.ones(2)} for k in "abc"}
+    own = dict(total_steps=10, steps_per_epoch=5, batch_size=64)
+    return optim.make(spec, params, **own, freeze=freeze)
+
+
+@pytest.mark.parametrize(
+    "changes, rates",
+    [
+        ({}, (1.0, 1.0, 1.0)),  # The rate does not follow.
+        ({"lr_batch": 64}, (1.0, 1.5, 2.0)),
+        ({"lr_batch": 16, "lr_batch_power": 0.5}, (2.0, 6**0.5, 8**0.5)),
+    ],
+)
+def test_a_batch_grows_at_events_and_the_rate_follows_by_its_rule(changes, rates):
+    made = _growing(sizes=(96, 128), **changes)
+    assert made.grown == ((4, 96), (6, 128))
+    found = [[float(made.lr(t)) for t in span] for span in ((0, 3), (4, 5), (6, 9))]
+    np.testing.assert_allclose(found, [[r, r] for r in rates], rtol=1e-6)
+    assert _growing(sizes=(96,)).grown == ((4, 96), (6, 96))
+    assert _growing(sizes=()).grown == ()
+
+
+def test_more_sizes_than_events_are_refused():
+    with pytest.raises(errors.UsageError, match="3 sizes for 2 events"):
+        _growing(sizes=(80, 96, 128))

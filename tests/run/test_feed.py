@@ -147,7 +147,7 @@ def test_an_event_waits_for_no_compilation_and_no_batch(parts, tmp_path, monkeyp
         stream.open(0, params, None)
         stream.take(params)
         stream.prepare(1, 5)
-        stream._ahead._thread.join()
+        stream.settled()
         monkeypatch.setattr(feed, "_Ahead", None)  # Nothing is opened any more.
         counted = []
         monkeypatch.setattr(jax.stages.Lowered, "compile", counted.append)
@@ -215,9 +215,11 @@ def test_views_are_drawn_once_and_visited_in_turn(parts):
         ),
         ({"optim__freeze": "()"}, "freeze.store.views=1: no 1 block"),
         ({"freeze__store__every": 3}, "freeze.store.views=1: no 3 block"),
+        ({"freeze__grow_batch": "(18,)"}, "18 does not split .* do: 16, 20"),
+        ({"freeze__grow_batch": "(84,)"}, "84 is more than the 80 training images"),
     ],
 )
-def test_a_store_that_cannot_be_is_refused_before_training(changes, said, tmp_path):
+def test_what_cannot_be_is_refused_before_training(changes, said, tmp_path):
     with pytest.raises(errors.UsageError, match=said):
         feed.check(build.build(_read(tmp_path, **changes)), tmp_path)
 

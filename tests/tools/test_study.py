@@ -127,6 +127,35 @@ def test_runs_before_the_arms_have_names_and_use_those_before_them(
     assert "study.first.a: an arm has that name" in str(caught.value)
 
 
+def test_what_follows_a_run_starts_from_it_with_its_seed(tmp_path, monkeypatch):
+    base = _config(tmp_path, a=())
+    base.study.then = ("finetune_vit:smoke", "optim.lr=0.5")
+    base.study.columns = ("score", "then/score")
+    plan, ran = study.read(base), []
+
+    def fake(one, directory, **_):
+        directory.mkdir(parents=True)
+        s = one.settings
+        place = directory.relative_to(tmp_path).as_posix()
+        ran.append((place, s.method, s.seed, s.init.from_, s.optim.lr == 0.5))
+        return {"score": len(ran)}
+
+    monkeypatch.setattr("vitssl.run.loop.run", fake)
+    found = study.run(plan, tmp_path, name="test")
+    home, own = tmp_path.resolve(), plan.runs["a", 0].settings.method
+    assert ran == [
+        line
+        for seed in (0, 1)
+        for line in (
+            (f"a/seed{seed}", own, seed, "", False),
+            (f"a/seed{seed}/then", "classify", seed, f"{home}/a/seed{seed}", True),
+        )
+    ]
+    assert found["a"]["score"] == [1, 3] and found["a"]["then/score"] == [2, 4]
+    study.run(plan, tmp_path, name="test")
+    assert len(ran) == 4
+
+
 def test_shares_make_every_run_once_and_the_last_has_the_table(tmp_path, monkeypatch):
     base = _config(tmp_path, a=(), b=(), c=())
     plan, ran = study.read(base), []

@@ -30,6 +30,7 @@ class Case:
     Attributes:
         batch: arrays, or shapes if it is only compiled.
         analytic: FLOPs of an image by formula; 0 if there is none.
+        parts: of the run whose step it is, `build.Parts`; None for a step alone.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     seed: int = 0
     analytic: float = 0.0
     mesh: devices.Mesh = devices.Mesh()
+    parts: Any = None
 
     @property
     def rows(self) -> int:
@@ -86,6 +88,8 @@ class Case:
             "compile_seconds": spent,
             "xla_gflop_per_image": flop * self.accumulate / self.rows / 1e9,
             "analytic_gflop_per_image": self.analytic / 1e9,
+            "xla_gbyte": (executable.cost_analysis() or {}).get("bytes accessed", 0.0)
+            / 1e9,
             "compiled_peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
             # A CPU's own peak leaves the temporary buffers out.
             "needed_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
@@ -118,6 +122,11 @@ class Ready:
         mesh = devices.mesh(case.mesh, case.rows, case.accumulate)
         self._batch = devices.put(case.batch, devices.batch_sharding(mesh))
         self._executable, self.figures, self.metrics = executable, figures, {}
+
+    @property
+    def params(self):
+        """Return the parameters, until the next step."""
+        return self._state.params
 
     def __call__(self) -> None:
         """Do one step."""
@@ -180,6 +189,7 @@ def of_config(spec: str, overrides=(), batch: int = 0, seed: int = 0) -> Case:
         settings.precision,
         settings.accumulate,
         seed,
+        parts=parts,
     )
 
 

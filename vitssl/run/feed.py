@@ -143,6 +143,11 @@ class Feed:
             event = next(t for t in range(at, soon + 1) if self.over(t))
             self._ahead = _Ahead(self._parts, event, self._programs)
 
+    def settled(self) -> None:
+        """Wait until what `prepare` began is ready."""
+        if self._ahead is not None:
+            self._ahead.wait()
+
     def open(self, at: int, params, beat: Callable) -> None:
         """Go on from step `at`.
 
@@ -213,9 +218,13 @@ class _Ahead:
         self._thread = threading.Thread(target=work, name="open-ahead", daemon=True)
         self._thread.start()
 
+    def wait(self):
+        """Return when it is made."""
+        self._thread.join()
+
     def get(self):
         """Return (stream, batch of its first step, programs or None)."""
-        self._thread.join()
+        self.wait()
         if self._failure:
             self._stream.close()
             raise self._failure[0]
@@ -223,7 +232,7 @@ class _Ahead:
 
     def close(self):
         """Wait for what is under way (a daemon thread would die in XLA), stop it."""
-        self._thread.join()
+        self.wait()
         self._stream.close()
 
 
