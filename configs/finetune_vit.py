@@ -123,7 +123,7 @@ def _score():
     """Return what the arms of `localmim.py:rivals` are scored by."""
     c = _demo()
     c.init["weights"] = "configs/localmim.py:rivals"
-    c.epochs = 5.0
+    c.epochs = 4.0
     c.data.update(**base.SCENES)
     c.optim.warmup_epochs = 1.0
     c.evals.every_epochs = 0

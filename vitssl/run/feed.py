@@ -507,8 +507,7 @@ class _Prefix:
         )
 
     def close(self):
-        """Write what is left and close the files."""
-        self.settle()
+        """Close the files; what the last batch made is made again when it is needed."""
         for store in self._stores:
             store.close()
 
