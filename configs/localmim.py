@@ -203,7 +203,7 @@ def _rivals():
     )
     store = (*cubic08, "freeze.store.views=2", "freeze.store.every=2")
     c.study = dict(
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         then=("configs/finetune_vit.py:score",),
         arms=dict(
             none=none,

@@ -489,4 +489,3 @@ class _Loop:
         """Write one line of metrics, on the process that logs."""
         if self.writers is not None and values:
             self.writers.scalars(at, values)
-
