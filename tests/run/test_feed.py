@@ -213,7 +213,10 @@ def test_views_are_drawn_once_and_visited_in_turn(parts):
             {"freeze__store__disk_gb": 1e-5},
             "disk_gb=1e-05 is 1e-05 GB, the store needs 2.62e-05 GB",
         ),
-        ({"optim__freeze": "()"}, "freeze.store.views=1: no 1 block"),
+        (
+            {"optim__freeze": "()", "freeze__grow_batch": "()"},
+            "freeze.store.views=1: no 1 block",
+        ),
         ({"freeze__store__every": 3}, "freeze.store.views=1: no 3 block"),
         ({"freeze__grow_batch": "(18,)"}, "18 does not split .* do: 16, 20"),
         ({"freeze__grow_batch": "(84,)"}, "84 is more than the 80 training images"),

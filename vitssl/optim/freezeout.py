@@ -39,8 +39,8 @@ class Store:
     Attributes:
         views: per image, visited in turn, one an epoch; 0 is off: views are new in
             every epoch, and the prefix is run in every step.
-        tokens: "computed" visits the same views and runs the prefix in every step: the
-            same run without a disk, what "stored" is measured against.
+        tokens: "computed" visits the same views and runs the prefix before every step:
+            the same run without a disk, what "stored" is measured against.
         fill: "background": the step that first visits a view runs the frozen blocks
             and keeps what they make, so nothing waits and nothing is run twice. "pass":
             all views are made at the event, with a line of progress, while training

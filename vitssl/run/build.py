@@ -61,7 +61,7 @@ class Parts:
     def shapes(self, at: int):
         """Return the shapes of the global batch of step `at`, reading one image."""
         found = _shapes(self.stream(at), at)
-        if self.phase(at).boundary and self.optimizer.store.on:
+        if self.phase(at).boundary:
             found["tokens"] = feed.tokens(self, found, at)
         return found
 

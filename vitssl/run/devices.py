@@ -162,13 +162,19 @@ def state_sharding(m: jax.sharding.Mesh, spec: Mesh, abstract):
 
 
 def put(batch, sharding: NamedSharding):
-    """Return a global batch on the devices from this process's rows [b, ...]."""
+    """Return a global batch on the devices from this process's rows [b, ...].
+
+    What is there already stays.
+    """
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)),
-        batch,
-    )
+
+    def one(a):
+        if isinstance(a, jax.Array) and a.sharding == sharding:
+            return a
+        return jax.make_array_from_process_local_data(sharding, np.asarray(a))
+
+    return jax.tree.map(one, batch)
 
 
 def get(tree):

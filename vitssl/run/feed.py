@@ -7,7 +7,8 @@ nothing else; tokens that are missing are made again, to the bit.
 Nothing is run twice, and nothing beside training, to fill a store: the step that first
 visits a view runs the frozen blocks, as it would without a store, and what they make is
 kept (`freeze.store.fill=background`). What a step finds in the store is what it would
-have made, so when the store is full leaves no trace in the run, nor does a kill.
+have made, by the same programs, so when the store is full leaves no trace in the run,
+nor does a kill.
 
 Tokens go through the frozen blocks in the pieces that the events cut, rounded to the
 store's dtype in between, whether a piece starts from the store or from pixels: where
@@ -165,8 +166,11 @@ class Feed:
         self._key, self._at = self._of(at), at
         self._stream, self._first, programs = ahead.get()
         if programs is not None:
-            self._prefix = _Prefix(self._parts, self._folder, at, params, programs)
-            if self._parts.optimizer.store.fill == "pass":
+            spec = self._parts.optimizer.store
+            self._prefix = _Prefix(self._parts, at, programs)
+            if spec.on:
+                self._prefix.open(self._folder, params)
+            if spec.on and spec.fill == "pass":
                 self._prefix.fill(params, beat)
 
     def take(self, params) -> dict:
@@ -182,7 +186,7 @@ class Feed:
             batch = next(self._stream)
         self.made = 0.0
         if self._prefix is not None:
-            places = self._stream.remembers(self._at)
+            places = self._stream.remembers(self._at) if self._prefix.stores else None
             batch = self._prefix.completed(params, batch, places)
             self.made, self._prefix.flops = self._prefix.flops, 0.0
         self._at += 1
@@ -209,7 +213,7 @@ class _Ahead:
         def work():
             try:
                 first, made = next(self._stream), None
-                if parts.phase(at).boundary and parts.optimizer.store.on:
+                if parts.phase(at).boundary:
                     made = _Programs(parts, at, programs)
                 self._found = self._stream, first, made
             except BaseException as e:  # noqa: BLE001 - raised by `get` in the loop.
@@ -291,7 +295,8 @@ class _Programs:
             self.each.append(known[key])
             self.shapes.append(found)
             given, first = {"tokens": _placed(found, self._rows)}, piece.boundary
-            self._merge(found)  # Compiled now, for later.
+            if parts.optimizer.store.on:
+                self._merge(found)  # Compiled now, for later.
         self.names = sorted(self.pieces[-1].frozen)
         self.prints = jax.jit(self._prints).lower(params).compile()
 
@@ -348,19 +353,23 @@ class _Prefix:
     """The tokens behind the frozen blocks of a phase: stored, or made and stored.
 
     Attributes:
+        stores: behind every piece; none where nothing is stored.
         flops: of what was made of the last batch.
     """
 
-    def __init__(self, parts, folder, at, params, programs):
+    def __init__(self, parts, at, programs):
         self._parts, self._at, self._programs = parts, at, programs
         self._rows = devices.batch_sharding(parts.mesh)
-        self._pending, self.flops = None, 0.0
+        self.stores, self._pending, self.flops = [], None, 0.0
+
+    def open(self, folder, params):
+        """Open the stores in a folder, of what these parameters make."""
+        parts, at, programs = self._parts, self._at, self._programs
         about, marks = self._marks(params)
-        self._stores = []
         for shape, mark in zip(programs.shapes, marks, strict=True):
             root = folder / f"{about}-{shape.shape[1]}x{shape.shape[2]}"
-            self._stores.append(_store(parts, shape, str(root), mark))
-        keep = [store.root for store in self._stores[-2:]]
+            self.stores.append(_store(parts, shape, str(root), mark))
+        keep = [store.root for store in self.stores[-2:]]
         # A folder that the user named may be that of other runs too.
         mine = f"{about}-*" if parts.optimizer.store.dir else "*-*x*"
         for stale in folder.glob(mine):
@@ -368,7 +377,7 @@ class _Prefix:
                 shutil.rmtree(stale, ignore_errors=True)
         for root in keep:
             pathlib.Path(root).mkdir(parents=True, exist_ok=True)
-        self._kept = [s.root in keep for s in self._stores]
+        self._kept = [s.root in keep for s in self.stores]
         logger.info(
             "freeze.store: from step %d on the tokens behind %d blocks, up to %.3g GB "
             "in %s",
@@ -381,7 +390,7 @@ class _Prefix:
     @property
     def store(self) -> tokenstore.Store:
         """Return the store of this phase; the others are of the pieces before."""
-        return self._stores[-1]
+        return self.stores[-1]
 
     def _marks(self, params):
         """Return (name of all stores, mark of each piece): of all they depend on."""
@@ -396,34 +405,41 @@ class _Prefix:
         prints = np.asarray(programs.prints(params))
         prints = dict(zip(programs.names, prints, strict=True))
         for piece in programs.pieces:
-            for leaf in sorted(piece.frozen):
+            for leaf in sorted(piece.frozen & prints.keys()):
                 h.update(leaf.encode() + prints[leaf].tobytes())
             h.update(str(piece.boundary).encode())
             marks.append(int.from_bytes(h.digest()[:4], "little"))
         return name, marks
 
     def completed(self, params, batch, places) -> dict:
-        """Return a batch with the tokens of its rows, whose places are [B]."""
+        """Return a batch with the tokens of its rows, whose places are [B], or None."""
+        if not self.stores:
+            batch = self._placed(batch)
+            return batch | {"tokens": self._made(params, batch, {}, np.zeros(1, int))}
         tokens, deep = self._found(places)
-        fresh = deep < len(self._stores)
+        fresh = deep < len(self.stores)
         if not fresh.any():
-            return batch | {"tokens": tokens[len(self._stores)]}
+            return batch | {"tokens": tokens[len(self.stores)]}
         if deep.min() == 0:
-            host = {k: batch[k] for k in ("index",) if k in batch}
-            batch = devices.put({k: batch[k] for k in batch.keys() - host}, self._rows)
-            batch |= host
+            batch = self._placed(batch)
         made = self._made(params, batch, tokens, deep)
         self._keep(places[fresh], made, fresh)
         return batch | {"tokens": made}
 
+    def _placed(self, batch):
+        """Return a batch with all but its indices on the devices."""
+        host = {k: batch[k] for k in ("index",) if k in batch}
+        own = {k: batch[k] for k in batch.keys() - host}
+        return devices.put(own, self._rows) | host
+
     def _found(self, places):
         """Return ({k: stored tokens [B, T, D] after k pieces}, the k of each row)."""
         tokens, deep = {}, np.zeros(len(places), int)
-        for k in range(len(self._stores), 0, -1):
+        for k in range(len(self.stores), 0, -1):
             left = np.flatnonzero(deep == 0)
             if not len(left) or not self._kept[k - 1]:
                 break
-            rows, there = self._stores[k - 1].read(places[left])
+            rows, there = self.stores[k - 1].read(places[left])
             if len(left) < len(places):
                 whole = np.zeros((len(places), *rows.shape[1:]), rows.dtype)
                 whole[left] = rows
@@ -435,7 +451,8 @@ class _Prefix:
     def _made(self, params, batch, tokens, deep):
         """Return tokens [B, T, D] after the last piece, each from what there is."""
         first, made = deep.min(), None
-        for k in range(first, len(self._stores)):
+        top = len(self._programs.each)
+        for k in range(first, top):
             if k == first > 0:
                 made = devices.put(tokens[k], self._rows)
             elif k and (deep == k).any():
@@ -444,8 +461,8 @@ class _Prefix:
             self.flops = flops if k == first else self.flops + flops
             own = {n: v for n, v in batch.items() if n not in ("index", "tokens")}
             made = program(params, {"tokens": made} if k else own)
-        if (deep == len(self._stores)).any():
-            made = self._programs.merged(made, tokens[len(self._stores)], deep > k)
+        if (deep == top).any():
+            made = self._programs.merged(made, tokens[top], deep == top)
         return made
 
     def _keep(self, places, made, which):
@@ -467,8 +484,8 @@ class _Prefix:
         )
         wanted = wanted[~self.store.marked(wanted)]
         before = np.zeros(len(wanted), bool)
-        if len(self._stores) > 1:
-            before = self._stores[-2].marked(wanted)
+        if len(self.stores) > 1:
+            before = self.stores[-2].marked(wanted)
         progress = _Progress(len(wanted), beat)
         damaged = [wanted[:0]]
         # What was stored behind fewer blocks needs no pixels, unless it is damaged.
@@ -508,7 +525,7 @@ class _Prefix:
 
     def close(self):
         """Close the files; what the last batch made is made again when it is needed."""
-        for store in self._stores:
+        for store in self.stores:
             store.close()
 
 
