@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr(tokenstore.Store, "_put", full)
     with pytest.raises(errors.DataError, match="00000.tokens .*No space.* free space"):
         store.write(np.array([0]), np.zeros((1, 2, 8)))
 

@@ -57,28 +57,10 @@ def run(argv: list[str]) -> dict:
         )
     first = None if o.count else of.prepare()
     figures = first.figures if first else of.compile()[1]
-    whole_step = cost(method, 0)
     rows = [_row(of, figures, 0, 0, None if o.count else 1.0, 1.0)]
     events = sorted(set(optimizer.frozen_from.values()))
     for at in events:
-        frozen = {optimizer.layers[k] for k in optimizer.frozen(at)}
-        count = len(frozen - {freezeout.NEVER})
-        now = stored(of, at)
-        kept = of.phase(at).boundary if "tokens" in now.batch else 0
-        predicted, ratio = cost(method, count, kept) / whole_step, None
-        if o.count:
-            found = now.compile(at)[1]
-        else:
-            one = now.prepare(at)
-            both = {"one": one, "first": first}
-            spent = clock.in_turns(both, o.turns, o.steps, warmup=3)
-            ratio = float(np.median(clock.times_faster(spent["first"], spent["one"])))
-            found = one.figures
-        rows.append(_row(of, found, at, count, ratio, predicted))
-        rows[-1]["stored_bytes_per_view"] = _view_bytes(now)
-        if kept and not o.count:
-            seconds = float(np.median(spent["first"]))
-            rows[-1] |= beside(of.parts, at, one.params, seconds)
+        rows.append(_phase(of, at, first, o.turns, o.steps))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     ends = [*events, method.run.total_steps]
     for row, start, end in zip(rows, [0, *events], ends, strict=True):
@@ -94,6 +76,27 @@ def run(argv: list[str]) -> dict:
     }
     print(_text(found), file=sys.stderr, flush=True)
     return found
+
+
+def _phase(of, at, first, turns, steps) -> dict:
+    """Return the row of the phase of step `at`; counted only where `first` is None."""
+    now, whole_step = stored(of, at), cost(of.method, 0)
+    frozen = {of.optimizer.layers[k] for k in of.optimizer.frozen(at)}
+    count = len(frozen - {freezeout.NEVER})
+    kept = of.phase(at).boundary if "tokens" in now.batch else 0
+    predicted, own = cost(of.method, count, kept) / whole_step, {}
+    if first is None:
+        row = _row(of, now.compile(at)[1], at, count, None, predicted)
+    else:
+        one = now.prepare(at)
+        both = {"one": one, "first": first}
+        spent = clock.in_turns(both, turns, steps, warmup=3)
+        ratio = float(np.median(clock.times_faster(spent["first"], spent["one"])))
+        row = _row(of, one.figures, at, count, ratio, predicted)
+        if kept:
+            seconds = float(np.median(spent["first"]))
+            own = beside(of.parts, at, one.params, seconds)
+    return row | {"stored_bytes_per_view": _view_bytes(now)} | own
 
 
 def beside(parts, at: int, params, step: float) -> dict:

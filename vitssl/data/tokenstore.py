@@ -9,6 +9,7 @@ written takes no room on the disk.
 """
 
 import dataclasses
+import errno
 import math
 import os
 import pathlib
@@ -85,9 +86,7 @@ class Store:
             row[-4:] = np.frombuffer(zlib.crc32(row[:-4]).to_bytes(4, "little"), "u1")
             view, image = divmod(int(place), self.images)
             try:
-                done = os.pwrite(self._file(view), row, image * row.size)
-                if done != row.size:
-                    raise OSError(0, "No space left on device")
+                self._put(view, image * row.size, row)
             except OSError as e:
                 raise errors.DataError(
                     f"freeze.store: {self.path(view)} cannot be written "
@@ -102,7 +101,9 @@ class Store:
             view, image = divmod(int(place), self.images)
             at = image * (self.view_bytes + _END) + skip
             try:
-                os.preadv(self._file(view), [row], at)
+                file = self._file(view)
+                file.seek(at)
+                file.readinto(row)
             except OSError as e:
                 path = self.path(view)
                 raise errors.DataError(
@@ -111,12 +112,19 @@ class Store:
                 ) from e
         return rows
 
+    def _put(self, view, at, row):
+        file = self._file(view)
+        file.seek(at)
+        if file.write(row) != row.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _file(self, view):
         if view not in self._files:
-            self._files[view] = os.open(self.path(view), os.O_RDWR | os.O_CREAT, 0o644)
+            self.path(view).touch()
+            self._files[view] = self.path(view).open("r+b", buffering=0)
         return self._files[view]
 
     def close(self) -> None:
         """Close the files; may be called twice."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()

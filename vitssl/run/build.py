@@ -12,7 +12,7 @@ from vitssl.data import pipeline
 from vitssl.data.sources import layout
 from vitssl.methods import base, growing
 from vitssl.optim import optimizer as optim
-from vitssl.run import devices, experiment, feed, step
+from vitssl.run import devices, experiment, prefix, step
 
 
 @dataclasses.dataclass
@@ -62,7 +62,7 @@ class Parts:
         """Return the shapes of the global batch of step `at`, reading one image."""
         found = _shapes(self.stream(at), at)
         if self.phase(at).boundary:
-            found["tokens"] = feed.tokens(self, found, at)
+            found["tokens"] = prefix.tokens(self, found, at)
         return found
 
     def rng(self):
