@@ -29,12 +29,11 @@ import numpy as np
 
 from vitssl import errors, tree
 from vitssl.data import pipeline
+from vitssl.methods import growing
 from vitssl.models import patches, vit
 from vitssl.optim import freezeout
 from vitssl.run import histograms, log, opened, seals
 from vitssl.tools import listing
-
-NETS = ("encoder", "backbone")  # What methods call the parameters of their network.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,9 @@ def _blocks(parts, each, images):
     """Return [checkpoint][block] of mean patch tokens [M, D]; [] without blocks."""
     method, s = parts.method, parts.experiment.settings
     model = getattr(method, "model", None)
-    net = next((n for n in NETS if any(k.startswith(f"{n}/") for k in each[0])), None)
+    net = next(
+        (n for n in growing.NETS if any(k.startswith(f"{n}/") for k in each[0])), None
+    )
     if not isinstance(model, vit.ViT) or net is None:
         return [[] for _ in each]
     transform = method.evaluation_transform(s.evals.image_size)
