@@ -75,6 +75,9 @@ FREEZING = {
         "stages.scales": "(1.0, 1.0)",
         "freeze.layers": "(('encoder/(cls|patch_embed/.*|block_[01]/.*)', 0), "
         "('(norm|decoder)_0/.*', 0), ('encoder/(block_2|norm)/.*', 1))",
+        # What differs from another arm in length alone.
+        "study.arms.none_shorter": ("freeze.schedule=none", "steps=1"),
+        "study.arms.store_steps": ("freeze.schedule=cubic", "steps=1"),
         "study.arms.store_batch": (
             "freeze.schedule=cubic",
             "freeze.store.views=2",
