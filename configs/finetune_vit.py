@@ -21,6 +21,9 @@ Arguments (`--config=configs/finetune_vit.py:NAME`):
     score           what the arms of configs/localmim.py:rivals are scored by
     folder          your own folder of images in classes (data.root), for a run of
                     configs/localmim.py:folder
+    folder_multilabel
+                    your own folder of images (data.root) with a table of several labels
+                    an image (data.options.labels=FILE.csv), by a sigmoid each
     ft_vitb_from1600
                     ViT-B/16 on ImageNet from 1600 epochs of pre-training
     ft_vitb_from100_{1,2,4,8}gpu
@@ -131,6 +134,13 @@ def _score():
     return c
 
 
+def _folder_multilabel():
+    c = _folder()
+    c.objective = dict(loss="binary", smoothing=0.0)
+    c.checkpoint.best = "test/map"
+    return c
+
+
 def _imagenet(
     lr=4e-3,
     min_lr=1e-6,
@@ -175,6 +185,7 @@ RECIPES = {
     "folder": _folder,
     "freezing": _freezing,
     "score": _score,
+    "folder_multilabel": _folder_multilabel,
     "ft_vitb_from1600": lambda: _imagenet(
         2e-3, 1e-5, 0.65, weights="localmim_vitb_1600"
     ),

@@ -159,6 +159,8 @@ def command(recipe, data, **given):
     given = own | given
     changes = EVERYWHERE | shrunk(c) | given
     changes["data.root"] = data(c.data.source)
+    if c.get("objective", {}).get("loss") == "binary":
+        changes["data.options.labels"] = layouts.table(changes["data.root"])
     if c.epochs == 0:
         del changes["steps"]
     changes |= FREEZING.get(recipe, {})

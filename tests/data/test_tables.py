@@ -7,7 +7,8 @@ from PIL import Image
 
 from tests.layouts import radiographs
 from vitssl import errors
-from vitssl.data import sources
+from vitssl.data import pipeline, sources, views
+from vitssl.data.sources import layout, wrappers
 
 
 def _paint(root, *paths):
@@ -86,9 +87,11 @@ def test_a_table_leaves_split_folders_and_held_out_images_as_they_are(tmp_path):
     [
         ("path,colour\n1,red\n", "no column of the labels .*it has: path, colour"),
         ("number,label\n1,red\n", "no column of the files .*it has: number, label"),
-        ("file,label\n1,a\n1,b\n", "'1' is 'a' and 'b'; images of several labels"),
-        ("file,a,b\n1,1,1\n", "'1' has 2 labels"),
-        ("file,a,b\n1,0,0\n", "'1' has 0 labels"),
+        ("file,label\n1,a\n1,b\n", "'1' is 'a' and 'b'; .*data.options.separator=rows"),
+        ("file,tags\n1,a|b\n1,b\n", "'1' is 'a', 'b' and 'b'; if images have a row"),
+        ("file,a,b\n1,1,1\n1,1,0\n", "'1' has two rows that differ"),
+        ("file,a,b\n1,1,2\n", "no column of the labels"),
+        ("file,a,b\n1,1,\n", "no column of the labels"),
         ("file,label\n7,a\n", "it names none of 4 images"),
         ("file,label\n", "a table without rows"),
         ("file,label\n1\n", "row 2 has not the 2 columns"),
@@ -98,6 +101,77 @@ def test_what_is_wrong_with_a_table_is_one_line(images, text, says):
     with pytest.raises(errors.DataError, match=says) as caught:
         _labels(images, text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, separator",
+    [
+        ("file,label\n1,sea|sky\n2,\n4,sky\n", "auto"),
+        ("file,Labels\n1,'sky, sea'\n2,\n4,sky\n".replace("'", '"'), "auto"),
+        ("Image Index,Finding Labels\n1,sky|sea|sky\n2,\n4,sky\n", "auto"),
+        ("file,tags\n1,sea sky\n2,\n4,sky\n", "auto"),
+        ("file,classes\n1,~['sea', 'sky']~\n2,~[]~\n4,~['sky']~\n", "auto"),
+        ("file,label\n1,sea/sky\n2,\n4,sky\n", "/"),
+        ("file,label\n1,sea\n2,\n4,sky\n1,sky\n", "rows"),
+        ("file,sea,sky\n1,1,1\n2,0,0\n4,0,1\n", "auto"),
+        ("file,sea,sky\n1,True,true\n2,False,false\n4,False,TRUE\n", "auto"),
+    ],
+)
+def test_images_may_have_several_labels_or_none(images, text, separator, caplog):
+    path = images.parent / "several.csv"
+    path.write_text(text.replace("~", '"'))
+    source = _open(images, labels=str(path), separator=separator)
+    assert source.classes == ("sea", "sky")
+    found = {source.relative(i): source[i]["labels"].tolist() for i in range(3)}
+    assert found == {"x/1.png": [1, 1], "x/2.png": [0, 0], "4.png": [0, 1]}
+    assert source.labels.tolist() == [-1, -1, -1] and source[0]["label"] == -1
+    assert "1.00 of 2 in the mean of 3 images, 1 of them without any" in caplog.text
+    layout.once.cache_clear()
+
+
+def test_lists_in_a_parquet_table_are_several_labels(images):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = images.parent / "several.parquet"
+    cells = [["b", "a"], None, ["b"]]
+    table = pyarrow.table({"file": ["1", "2", "4"], "label": cells})
+    parquet.write_table(table, path)
+    several = _open(images, labels=str(path)).several
+    assert several[[1, 2, 0]].tolist() == [[1, 1], [0, 0], [0, 1]]
+
+
+def test_a_name_with_a_separator_is_one_class_where_it_is_said_or_usual(images):
+    for text, separator in (
+        ("file,label\n1,~Boston, MA~\n2,b\n4,b\n", "auto"),
+        ("file,label\n1,a|c\n2,b\n4,b\n", ""),
+    ):
+        found, classes = _labels(images, text.replace("~", '"'), separator=separator)
+        assert sorted(found.values()) == [0, 1, 1] and len(classes) == 2
+
+
+def test_every_label_is_held_out_where_images_have_several(tmp_path):
+    _paint(tmp_path / "in", *(f"{i}.png" for i in range(40)))
+    rows = [f"{i},common" + "|rare" * (i % 20 == 3) for i in range(40)]
+    text = "file,label\n" + "\n".join(rows) + "\n"
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    train, test = (
+        _open(tmp_path / "in", split, labels=str(path)) for split in ("train", "test")
+    )
+    assert train.several.sum(0).tolist() == [35, 1]
+    assert test.several.sum(0).tolist() == [5, 1]
+    for change, says in (
+        (dict(sampling="balanced"), "data.sampling=balanced: images of several"),
+    ):
+        with pytest.raises(errors.UsageError, match=says):
+            pipeline.train(train, views.Evaluate(4), batch_size=4, seed=0, **change)
+    with pipeline.evaluate(test, views.Evaluate(4), batch_size=4, threads=0) as batches:
+        found = [b["labels"][b["valid"]] for b in batches]
+    np.testing.assert_array_equal(np.concatenate(found), test.several)
+    part = wrappers.Subset(train, np.array([3, 1]))
+    np.testing.assert_array_equal(part.several, train.several[[3, 1]])
+    assert layout.counts(part).tolist() == part.several.sum(0).tolist()
 
 
 def test_an_unknown_kind_of_labels_and_two_images_of_one_name_are_refused(images):

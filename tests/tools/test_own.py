@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,9 +14,9 @@ from sklearn import datasets
 import vitssl
 from tests import runs
 from vitssl import cli, errors, main
-from vitssl.data import survey
+from vitssl.data import decode, survey
 from vitssl.run import experiment, loop
-from vitssl.tools import own
+from vitssl.tools import own, predict
 
 TINY = (
     "model.width=16 model.depth=4 model.heads=2 model.patch=16 decoder.width=16 "
@@ -157,3 +158,55 @@ def test_a_run_keeps_the_memory_it_promised_and_ends_with_what_to_do_next(
     number, unit = said.partition("at most ")[2].split()[:2]
     promised = float(number) * {"MiB": 2**10, "GiB": 2**20}[unit]
     assert int(said.partition("peak ")[2]) < promised
+
+
+def test_a_table_of_several_labels_is_found_learned_and_predicted(
+    folders, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    flat = shutil.copytree(folders["flat"], tmp_path / "flat")
+    rows = [
+        f"{i}.jpg,{int(i % 2 == 0)},{int(i % 2)},{int(i % 3 == 0)}" for i in range(300)
+    ]
+    (flat / "labels.csv").write_text("\n".join(["file,china,flower,third", *rows]))
+    (flat / "notes.csv").write_text("when,what\n1,2\n")
+    seen = survey.look(flat)
+    assert seen.several and seen.classes == {"china": 150, "flower": 150, "third": 100}
+    assert "labels    china 150, flower 150, third 100; by " in str(seen)
+    with pytest.raises(errors.DataError, match="--method=parts learns one an image"):
+        own.plan(own.Asked(str(flat), "parts"), seen, "cpu")
+    made = own.plan(own.Asked(str(flat), "simclr"), seen, "cpu")
+    assert made.overrides["checkpoint.best"] == "knn/map"
+    words = "model.width=16 model.depth=2 model.heads=2 log.pictures=False"
+    words += " evals.final=('knn','linear') log.tensorboard=False"
+    asked = own.Asked(
+        str(flat), "finetune", size=32, steps=6, batch_size=64,
+        workdir=str(tmp_path / "run"), overrides=tuple(words.split()),
+    )  # fmt: skip
+    values = own.run(asked, show=lambda line: None)
+    assert 0.3 < values["final/test/map"] <= 1 and 0.3 < values["final/trained/knn/map"]
+    assert 0.3 < values["final/shares_of_labels/linear/map"] < 0.6
+    assert "average precision: " in caplog.text and "third " in caplog.text
+    rows = predict.run(
+        tmp_path / "run", flat, tmp_path / "out.csv", top=2, threshold=0.3,
+        show=lambda line: None,
+    )  # fmt: skip
+    assert list(rows[0])[:4] == ["file", "labels", "class", "probability"]
+    found = vitssl.load(tmp_path / "run").predict(
+        [decode.read(flat / "0.jpg", channels=3)]
+    )
+    row = next(r for r in rows if r["file"] == "0.jpg")
+    share = dict(
+        zip(("china", "flower", "third"), found["probability"][0], strict=True)
+    )
+    assert {*filter(None, row["labels"].split("|"))} == {
+        k for k, p in share.items() if p > 0.3
+    }
+    assert found["classes"] == [[k for k, p in share.items() if p > 0.5]]
+    assert row["probability"] == pytest.approx(max(share.values()), abs=1e-3)
+    single = ["finetune", "objective.loss=cross_entropy"]
+    bad = dataclasses.replace(asked, overrides=(*asked.overrides, single[1]))
+    with pytest.raises(
+        errors.UsageError, match="objective.loss=binary of method=class"
+    ):
+        own.run(bad, show=lambda line: None)

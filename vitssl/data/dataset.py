@@ -94,6 +94,11 @@ def _few(source, count: int, seed: int) -> wrappers.Subset:
         DataError: a class has fewer.
     """
     labels = getattr(source, "labels", None)
+    if getattr(source, "several", None) is not None:
+        raise errors.UsageError(
+            f"data.per_class={count}: images of {source.name} have several labels; set "
+            "it to 0"
+        )
     if labels is None:
         raise errors.UsageError(
             f"data.per_class={count}: {source.name} knows no labels before its images "

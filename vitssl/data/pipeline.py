@@ -185,6 +185,11 @@ class _Batches:
         ours = self.size(t) // count
         return _stack([self.row(t, index * ours + r) for r in range(ours)])
 
+    def _view(self, example, rng):
+        """Return what the transform makes of an example, and its several labels."""
+        row = self.transform(example, rng)
+        return row | {"labels": example["labels"]} if "labels" in example else row
+
     def _once(self, view, i):
         """Return view `view` of image i: a function of the seed and these two alone.
 
@@ -195,7 +200,7 @@ class _Batches:
         example["index"] = np.int32(example["index"])
         rng = _generator(self.seed, _VIEWS | view << 40 | i)
         key = rng.integers(2**32, size=2, dtype=np.uint32)
-        return {**self.transform(example, rng), "view_seed": key}
+        return {**self._view(example, rng), "view_seed": key}
 
 
 class Remembered(NamedTuple):
@@ -254,7 +259,7 @@ class _Training(_Batches):
         example["index"] = np.int32(example["index"])
         example["epoch"] = at.epoch
         example["step"] = t  # What a batch shares may be drawn from it.
-        return self.transform(example, _generator(self.seed, at.row + r))
+        return self._view(example, _generator(self.seed, at.row + r))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +279,7 @@ class _Evaluation(_Batches):
         example["label"] = np.int32(example["label"] if valid else -1)
         example["index"] = np.int32(i if valid else -1)
         example["epoch"] = 0
-        row = self.transform(example, _generator(self.seed, position))
+        row = self._view(example, _generator(self.seed, position))
         return {**row, "valid": np.bool_(valid)}
 
 
@@ -463,6 +468,11 @@ def train(
     steps_per_epoch(source, batch_size)
     labels = None
     if sampling == "balanced":
+        if getattr(source, "several", None) is not None:
+            raise errors.UsageError(
+                "data.sampling=balanced: images of several labels are of no one class; "
+                "use shuffle"
+            )
         if getattr(source, "labels", None) is None:
             raise errors.UsageError(
                 f"data.sampling=balanced: {source.name} knows no labels before its "

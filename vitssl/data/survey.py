@@ -8,7 +8,7 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.data import decode
-from vitssl.data.sources import folder
+from vitssl.data.sources import folder, layout, tables
 
 SAMPLE = 200  # Images that are read: spread evenly over the sorted list.
 LEAST = 16  # Images to train on.
@@ -25,6 +25,9 @@ class Survey:
         train, test: images of either split.
         divided: whether the splits are folders; else a share is held out.
         classes: {name: images} of all splits; {} where they are none.
+        table: of the labels, "" where folders are classes.
+        several: whether an image has several labels, or none, by that table.
+        parted: whether it says the splits, too.
         bare: images that lie in no class folder.
         why_none: why class folders are not taken for classes, or "".
         sides: shortest, median and longest short side of the images read, in pixels.
@@ -51,10 +54,15 @@ class Survey:
     measured: bool
     read: int
     broken: tuple[str, ...]
+    table: str = ""
+    several: bool = False
+    parted: bool = False
 
     @property
     def labels(self) -> str:
         """Value of data.options.labels."""
+        if self.table:
+            return self.table
         if not self.classes:
             return "none"
         return "any" if self.bare else "folder"
@@ -62,13 +70,14 @@ class Survey:
     def __str__(self) -> str:
         """Return what was found, a line each."""
         how = "their folders" if self.divided else "a tenth is held out"
+        how = "as the table says" if self.parted else how
         low, middle, high = self.sides
         pixels = f"{low} px" if low == high else f"{low} to {high} px, half {middle}+"
         kind = {1: "grey", 3: "colour"}.get(self.channels, f"{self.channels} channels")
         lines = [
             f"  images    {self.train} to train on, {self.test} to test ({how})",
             f"  pixels    {kind}, shorter side {pixels}; {self.read} read",
-            f"  classes   {self._classes()}",
+            f"  {'labels ' if self.several else 'classes'}   {self._classes()}",
         ]
         if self.range:
             lines.append(f"  values    of more than 8 bits, in {self.range}: measured")
@@ -87,22 +96,34 @@ class Survey:
         some = ", ".join(f"{decode.printable(k)} {n}" for k, n in counts[:6])
         more = f", ... ({len(counts)} classes)" if len(counts) > 6 else ""
         beside = f"; {self.bare} images in none" if self.bare else ""
-        return f"{some}{more}{beside}"
+        table = f"; by {decode.printable(self.table)}" if self.table else ""
+        return f"{some}{more}{beside}{table}"
 
 
 def look(root, *, labels: str = "") -> Survey:
     """Return what lies in a folder; what is left out is logged by `folder`.
 
     Args:
-        labels: "none" takes no folder for a class.
+        labels: "none" takes no folder for a class; a table of labels, see `tables`; ""
+            takes one that lies in the folder, if that has no classes.
 
     Raises:
         DataError: no folder, no image, too few, or hardly one that can be read.
     """
-    root, splits = _root(root)
-    every = folder.open(root, "all", labels="any")
+    given, (root, splits) = root, _root(root)
+    every, table, parted = folder.open(root, "all", labels="any"), "", False
     classes, why = _classes_of(every, labels)
-    label = "any" if classes else "none"
+    if labels not in ("", "none"):
+        table = str(pathlib.Path(labels).expanduser().absolute())
+    elif not labels and not classes:
+        table = _table_in(given, root)
+    if table:
+        every = folder.open(root, "all", labels=table)
+        parted = bool(tables.read(table).splits)
+        each = layout.counts(every).tolist()
+        classes = dict(zip(every.classes, each, strict=True))
+    several = getattr(every, "several", None) is not None
+    label = table or ("any" if classes else "none")
     train, test = (folder.open(root, s, labels=label) for s in ("train", "test"))
     if len(train) < LEAST or len(test) < 2:
         raise errors.DataError(
@@ -127,9 +148,9 @@ def look(root, *, labels: str = "") -> Survey:
         root=str(root),
         train=len(train),
         test=len(test),
-        divided=len(splits) > 1,
+        divided=len(splits) > 1 and not parted,
         classes=classes,
-        bare=int((every.labels < 0).sum()) if classes else 0,
+        bare=int((every.labels < 0).sum()) if classes and not several else 0,
         why_none=why,
         sides=(sides[0], sides[len(sides) // 2], sides[-1]),
         channels=channels,
@@ -139,7 +160,36 @@ def look(root, *, labels: str = "") -> Survey:
         measured=own,
         read=len(found),
         broken=tuple(broken),
+        table=table,
+        several=several,
+        parted=parted,
     )
+
+
+def _table_in(*folders) -> str:
+    """Return the table of labels that lies in a folder, "" where none does.
+
+    One that is no table of labels is left alone.
+
+    Raises:
+        DataError: there are several.
+    """
+    found, root = {}, folders[0]
+    for entry in (e for f in folders for e in pathlib.Path(f).expanduser().iterdir()):
+        if entry.name.lower().endswith(tables.ENDS) and entry.name[0] != ".":
+            try:
+                tables.read(entry)
+            except errors.DataError:
+                continue
+            found[str(entry.absolute())] = None
+    found = sorted(found)
+    if len(found) > 1:
+        names = ", ".join(decode.printable(pathlib.Path(f).name) for f in found)
+        raise errors.DataError(
+            f"{decode.printable(root)}: {names}: which has the labels? Give --labels="
+            "FILE, or --labels=none"
+        )
+    return found[0] if found else ""
 
 
 def _root(root):

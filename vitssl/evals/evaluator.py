@@ -14,13 +14,17 @@ class Evaluator(abc.ABC):
     Attributes:
         prefix: field `k` is the key `<prefix>k` of the section.
         labelled: whether it needs labels; without them it is left out.
+        several: whether, if it does, it can also have "labels" [M, K] of 0 and 1 in
+            their place, where images have several labels or none; "label" then is -1.
         columns: {pattern of a number's name: (heading, format)} of the final table;
-            "top1" says that it is an accuracy over all classes. Numbers of no column
+            "top1" says that it is an accuracy over all classes, "map" the mean average
+            precision of several labels. Numbers of no column
             are left to the logs.
     """
 
     prefix = ""
     labelled = True
+    several = False
     columns = {}
 
     @classmethod
@@ -35,7 +39,7 @@ class Evaluator(abc.ABC):
 
         Args:
             bank, query: {"vector": [M, D], "label": int [M], -1 for unknown}, and
-                "tokens" [M, N, D] if they were extracted.
+                "tokens" [M, N, D] if they were extracted, "labels" as said above.
             classes: number of classes.
         """
 

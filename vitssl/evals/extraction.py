@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vitssl import errors
 from vitssl.models import patches
 
-_KEYS = ("image", "label", "index", "valid")
+_KEYS = ("image", "label", "labels", "index", "valid")
 
 
 def extract(
@@ -48,7 +48,8 @@ def extract(
             device.
 
     Returns:
-        {name: float32 [M, ...] for each of names, "label": int32 [M], "index"}.
+        {name: float32 [M, ...] for each of names, "label": int32 [M], "index"}, and
+        "labels" [M, K] if the batches have them.
 
     Raises:
         ValueError: there is no valid image, or `features` returns no such name.
@@ -136,7 +137,8 @@ def _outputs(state, batch, *, function, sharding):
 
 def _whole(rows, batch, sharding):
     """Return the rows with their labels, held whole by every process."""
-    rows |= {key: batch[key] for key in ("label", "index", "valid")}
+    known = ("label", "labels", "index", "valid")
+    rows |= {key: batch[key] for key in known if key in batch}
     if sharding is None:
         return rows
     # Every process needs all rows, and can only read what it holds whole.

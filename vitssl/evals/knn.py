@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors
-from vitssl.evals import accuracy, evaluator
+from vitssl.evals import accuracy, evaluator, ranking
 
 Metric = Literal["cosine", "euclidean"]
 
@@ -304,7 +304,8 @@ class KNN(evaluator.Evaluator):
     max_bytes: int = 2**28
 
     prefix = "knn_"
-    columns = {"top1": ("k-NN top-1", "{:.1%}")}
+    several = True
+    columns = {"top1": ("k-NN top-1", "{:.1%}"), "map": ("k-NN mAP", "{:.1%}")}
 
     def __str__(self) -> str:
         """Return "k-NN: k=20, cosine, temperature 0.07"."""
@@ -314,18 +315,22 @@ class KNN(evaluator.Evaluator):
     def __call__(self, bank, query, classes) -> dict[str, float]:
         """Return "top1", "top5", "confusion" [C, C] and "images" of the first pair.
 
-        Of several pairs also "k<k>_t<t>/top1", "/top5".
+        Of several pairs also "k<k>_t<t>/top1", "/top5". Of images of several labels
+        "map": a label's score is the share of the neighbours, by their weights, that
+        have it.
         """
         found = self._sweep(bank, query, classes)
         scores, counts = next(iter(found.values()))
-        values = scores | {"confusion": counts, "images": float(counts.sum())}
+        values = dict(scores)
+        if counts is not None:
+            values |= {"confusion": counts, "images": float(counts.sum())}
         if len(found) > 1:
             for (k, t), (each, _) in found.items():
                 values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}
         return values
 
     def sweep(self, bank, query, classes) -> dict[tuple[int, float], dict[str, float]]:
-        """Return {(k, temperature): {"top1": share, "top5": share}}, in their order.
+        """Return {(k, temperature): {"top1": share, "top5": share}, or {"map": .}}.
 
         The neighbours are searched once, for the largest k; rows without a label take
         no part.
@@ -341,20 +346,29 @@ class KNN(evaluator.Evaluator):
         score, index = search(
             bank, query, max(ks), metric=self.metric, max_bytes=self.max_bytes
         )
-        label = bank_label[index]  # [Q, k]
-        size = max(1, self.max_bytes // (32 * (classes + max(ks))))
-        found = {}
+        several = bank_label.ndim == 2
+        cells = classes * max(ks) if several else classes + max(ks)
+        size, found = max(1, self.max_bytes // (32 * cells)), {}
         for k in ks:
             for tau in self.temperature:
-                position, named = [], []
+                rows, named = [], []
                 for start in range(0, len(query), size):
                     part = slice(start, start + size)
                     weight = weights(score[part, :k], temperature=tau)
-                    chance = _ranked(weight, label[part, :k], classes)
-                    position.append(accuracy.rank(chance, query_label[part]))
+                    label = bank_label[index[part, :k]]  # [q, k] or [q, k, K]
+                    if several:
+                        rows.append(np.einsum("qk,qkc->qc", weight, label))
+                        continue
+                    chance = _ranked(weight, label, classes)
+                    rows.append(accuracy.rank(chance, query_label[part]))
                     named.append(chance.argmax(1))
+                rows = np.concatenate(rows)
+                if several:
+                    each = ranking.average_precision(rows, query_label)
+                    found[k, tau] = {"map": ranking.mean(each)}, None
+                    continue
                 named = accuracy.confusion(query_label, np.concatenate(named), classes)
-                found[k, tau] = accuracy.top(np.concatenate(position), classes), named
+                found[k, tau] = accuracy.top(rows, classes), named
         return found
 
 
@@ -365,8 +379,13 @@ def _ranked(weight, label, classes):
 
 
 def _labelled(images):
-    """Return (vectors, labels) of the rows that have a label; no copy if all have."""
+    """Return (vectors, labels) of the rows that have a label; no copy if all have.
+
+    Labels are int [M], or 0 and 1 in [M, K] where images have several.
+    """
     features, label = images["vector"], np.asarray(images["label"])
+    if "labels" in images:
+        return features, images["labels"]
     has = label >= 0
     if not has.any():
         raise ValueError("knn: no row has a label")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vitssl.evals import accuracy, evaluator, metrics
+from vitssl.evals import accuracy, evaluator, metrics, ranking
 from vitssl.optim import schedules
 
 Pooling = Literal["mean", "max", "attention", "cls"]
@@ -127,7 +127,7 @@ def train(probe: LinearProbe, params, features, label, *, recipe: SGD, seed: int
 
     Args:
         features: [M, D] or [M, N, D], on the device as a whole.
-        label: int [M] in 0..C-1.
+        label: int [M] in 0..C-1, or 0 and 1 in [M, C]: a sigmoid each.
         seed: of the order of the samples.
 
     Returns:
@@ -153,7 +153,7 @@ def _train(probe, params, features, label, seed, *, recipe):
 
     def loss_of(params, taken):
         logits = probe.apply({"params": params}, features[taken])  # [b, C]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label[taken])
+        loss = _cross_entropy(logits, label[taken])
         real = taken < m  # Indices from m on fill up the last batch.
         return (loss * real).sum() / real.sum(), real.sum()
 
@@ -186,6 +186,18 @@ def _train(probe, params, features, label, seed, *, recipe):
     return params, history, losses
 
 
+def _cross_entropy(logits, label):  # [B, C], int [B] or [B, C] -> [B]
+    """Return the cross-entropy of every row: of one label, or of a sigmoid each."""
+    if label.ndim == 2:
+        return optax.sigmoid_binary_cross_entropy(logits, label).sum(-1)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+def _measure(logits, label) -> dict:
+    """Return what logits [M, C] are worth: see `accuracy.measure`, or `ranking`'s."""
+    return (ranking if np.ndim(label) == 2 else accuracy).measure(logits, label)
+
+
 @functools.partial(jax.jit, static_argnames="probe")
 def _logits(probe, params, features):
     return probe.apply({"params": params}, features)
@@ -206,7 +218,10 @@ def logits(probe: LinearProbe, params, features, *, rows: int = 4096):
 def cross_validate(
     probe: LinearProbe, features, label, *, recipe: SGD, parts: int = 5, seed: int = 42
 ):
-    """Return the top-1 [parts] of a fresh probe trained and tested on every fold."""
+    """Return the top-1 [parts] of a fresh probe trained and tested on every fold.
+
+    Of several labels the mAP.
+    """
     from sklearn.model_selection import KFold  # It takes a second to import.
 
     split = KFold(parts, shuffle=True, random_state=seed).split(label)
@@ -217,7 +232,8 @@ def cross_validate(
             probe, params, features[rows], label[rows], recipe=recipe, seed=seed
         )
         score = logits(probe, params, features[held])
-        found.append(accuracy.measure(score, label[held])["top1"])
+        one = _measure(score, label[held])
+        found.append(one["map" if label.ndim == 2 else "top1"])
     return np.array(found)
 
 
@@ -235,14 +251,18 @@ def logistic(
     iterations: int = 100,
     seed: int = 0,
 ):
-    """Fit multinomial logistic regression by L-BFGS, penalty chosen on a part.
+    """Fit logistic regression by L-BFGS, penalty chosen on a part.
+
+    Multinomial of one label an image; of several, one against the rest for each label,
+    all with one penalty.
 
     Features are standardised by their own mean and deviation. The penalty
     lambda / 2 |W|^2, added to the mean cross-entropy, is the one with the smallest
     cross-entropy on `held_out` of the samples; then all of them are fitted with it.
 
     Args:
-        features, label: [M, D], on the device as a whole, and int [M].
+        features, label: [M, D], on the device as a whole, and int [M], or 0 and 1 in
+            [M, C].
         penalties: values of lambda to try; each starts from the solution of the last.
         held_out: share of the samples that chooses, if there are several penalties.
         iterations: of L-BFGS for each penalty, at most.
@@ -267,7 +287,7 @@ def logistic(
         path = _path(features[rest], label[rest], classes, penalties, iterations)
         # By cross-entropy: the accuracy of a few samples is too coarse to choose by.
         losses = [
-            accuracy.measure(features[held] @ w["kernel"] + w["bias"], label[held])
+            _measure(features[held] @ w["kernel"] + w["bias"], label[held])
             for w in path
         ]
         best = int(np.argmin([found["loss"] for found in losses]))
@@ -309,7 +329,7 @@ def _objective(w, features, label, penalty):
     """Return mean cross-entropy + penalty / 2 |kernel|^2 of w [D + 1, C]."""
     kernel, bias = w[:-1], w[-1]
     score = jnp.matmul(features, kernel, precision="highest") + bias  # [M, C]
-    fit = optax.softmax_cross_entropy_with_integer_labels(score, label).mean()
+    fit = _cross_entropy(score, label).mean()
     return fit + 0.5 * penalty * (kernel**2).sum()
 
 
@@ -331,7 +351,8 @@ class Linear(evaluator.Evaluator):
     normalise: bool = False
     folds: int = 0
 
-    columns = {"top1": ("linear top-1", "{:.1%}")}
+    several = True
+    columns = {"top1": ("linear top-1", "{:.1%}"), "map": ("linear mAP", "{:.1%}")}
 
     @classmethod
     def of(cls, section) -> "Linear":
@@ -357,14 +378,20 @@ class Linear(evaluator.Evaluator):
         return f"linear{what}: {'lbfgs' if self.solver == 'lbfgs' else sgd}"
 
     def __call__(self, bank, query, classes) -> dict[str, float]:
-        """Return "top1", "top5", "loss", "images", "confusion"; lbfgs "penalty"."""
+        """Return "top1", "top5", "loss", "images", "confusion"; lbfgs "penalty".
+
+        Of images of several labels "map", "f1_macro", "f1_micro", "loss" and those.
+        """
         train, test = self._labelled(bank), self._labelled(query)
         values = getattr(self, f"_{self.solver}")(train, test, classes)
         if self.folds:
             probe = self._probe(classes)
-            top1 = cross_validate(probe, *train, recipe=self.recipe, parts=self.folds)
-            values |= {"folds_top1": float(top1.mean())}
-            values |= {"folds_top1_std": float(top1.std())}  # Of the population.
+            each = cross_validate(probe, *train, recipe=self.recipe, parts=self.folds)
+            key = "folds_top1" if "top1" in values else "folds_map"
+            values |= {key: float(each.mean())}
+            values |= {f"{key}_std": float(each.std())}  # Of the population.
+        if "confusion" not in values:
+            return {k: v for k, v in values.items() if not np.ndim(v)}
         counts = values["confusion"]
         values["images"] = float(counts.sum())
         return values | {"f1_macro": metrics.summary(counts)["f1_macro"]}
@@ -377,13 +404,15 @@ class Linear(evaluator.Evaluator):
         has = images["label"] >= 0
         pooled = self.pooling and "tokens" in images
         x = images["tokens" if pooled else "vector"]
+        if "labels" in images:
+            return x, images["labels"]
         return x[has], images["label"][has]
 
     def _sgd(self, train_on, test, classes):
         probe = self._probe(classes)
         start = init(probe, train_on[0])
         params, _ = train(probe, start, *train_on, recipe=self.recipe)
-        return accuracy.measure(logits(probe, params, test[0]), test[1])
+        return _measure(logits(probe, params, test[0]), test[1])
 
     def _lbfgs(self, train_on, test, classes):
         def pooled(x):
@@ -393,4 +422,4 @@ class Linear(evaluator.Evaluator):
 
         params, penalty = logistic(pooled(train_on[0]), train_on[1], classes)
         score = logits(LinearProbe(classes), params, pooled(test[0]))
-        return accuracy.measure(score, test[1]) | {"penalty": penalty}
+        return _measure(score, test[1]) | {"penalty": penalty}

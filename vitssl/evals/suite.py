@@ -156,8 +156,9 @@ def online(
         sharding: of a batch over devices.
 
     Returns:
-        "knn/top1", "knn/top5", "knn/images" that they are of; "quality/..." of
-        `quality.spread`; "probe/top1" with online_probe_epochs.
+        "knn/top1", "knn/top5", "knn/images" that they are of (of several labels
+        "knn/map"); "quality/..." of `quality.spread`; "probe/top1" or "probe/map" with
+        online_probe_epochs.
     """
 
     def extract(batches):
@@ -183,7 +184,8 @@ def online(
         probe = linear.Linear.of(section)
         recipe = dataclasses.replace(probe.recipe, epochs=section.online_probe_epochs)
         probe = dataclasses.replace(probe, solver="sgd", recipe=recipe, folds=0)
-        values["probe/top1"] = probe(train, test, classes)["top1"]
+        found = probe(train, test, classes)
+        values |= {f"probe/{k}": found[k] for k in ("top1", "map") if k in found}
     return values
 
 
@@ -224,8 +226,14 @@ def final(
         ]
         pair = [_inputs(found, section) for found in pair]
         rows.append({"features": name, **_measure(section, *pair, classes)})
-    label = pair[1]["label"]
-    if _has_labels(pair[1], classes):
+    label, several = pair[1]["label"], pair[1].get("labels")
+    if several is not None and several.any():
+        # Without looking, the share of its images is the precision of a label.
+        share = several.mean(0)[several.any(0)].mean()
+        over_all = [k for k, e in section.chosen.items() if "map" in e.columns]
+        guess = {f"{k}/map": float(share) for k in over_all}
+        rows.append({"features": "shares of labels", **guess})
+    elif _has_labels(pair[1], classes):
         share = float(np.bincount(label[label >= 0]).max() / (label >= 0).sum())
         over_all = [k for k, e in section.chosen.items() if "top1" in e.columns]
         guess = {f"{k}/top1": share for k in over_all}
@@ -239,7 +247,8 @@ def _measure(section, train, test, classes) -> dict[str, float]:
     row |= {"bank": len(train["label"]), "query": len(test["label"])}
     labelled = _has_labels(train, classes) and _has_labels(test, classes)
     for name, evaluator in section.chosen.items():
-        if labelled or not evaluator.labelled:
+        fits = evaluator.several or "labels" not in train
+        if labelled and fits or not evaluator.labelled:
             found = evaluator(train, test, classes)
             row |= {f"{name}/{key}": value for key, value in found.items()}
     return row
@@ -252,7 +261,7 @@ def _inputs(found, section):
 
 
 def _has_labels(found, classes) -> bool:
-    return classes > 1 and bool((found["label"] >= 0).any())
+    return classes > 1 and ("labels" in found or bool((found["label"] >= 0).any()))
 
 
 def cells(rows: list[dict]) -> list[list[str]]:

@@ -89,6 +89,7 @@ class Method(abc.ABC):
     embeds = False  # Whether it does so after embedding each: see `Embedding`.
     rectangles = False  # Whether images need not be square.
     labelled = False  # Whether training needs labels.
+    several = False  # Whether an image may have several of them: batch["labels"].
 
     # What every method states.
 

@@ -9,6 +9,7 @@ import numpy as np
 from vitssl import errors, tree
 from vitssl.convert import backbone
 from vitssl.data import sources as kinds
+from vitssl.data.sources import layout
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +22,11 @@ def present(source) -> dict[str, int]:
 
     Where labels are not known before images are read, a class counts as one image.
     """
-    labels = getattr(source, "labels", None)
-    if labels is None:
+    count = layout.counts(source)
+    if count is None:
         return dict.fromkeys(source.classes, 1)
-    known = np.asarray(labels)[np.asarray(labels) >= 0]
-    count = np.bincount(known, minlength=len(source.classes)).tolist()
-    return {c: n for c, n in zip(source.classes, count, strict=False) if n}
+    named = zip(source.classes, count.tolist(), strict=False)
+    return {c: n for c, n in named if n}
 
 
 def same_classes(taught: tuple, scored: tuple) -> None:

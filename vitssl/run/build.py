@@ -136,16 +136,14 @@ def build(experiment) -> Parts:
         total = max(1, total)
     if total >= 2**31:  # Steps are counted in int32.
         raise errors.UsageError(f"epochs={s.epochs:g}: {total:.3g} steps, want < 2^31")
-    labels = getattr(source, "labels", None)
-    classes, counts = len(source.classes), ()
-    if labels is not None and classes:
-        known = np.asarray(labels)[np.asarray(labels) >= 0]
-        counts = tuple(np.bincount(known, minlength=classes).tolist())
+    classes, counts = len(source.classes), layout.counts(source)
+    counts = () if counts is None or not classes else tuple(counts.tolist())
     _check_labels(experiment, source, counts)
     run = experiment.run(
         total_steps=total, steps_per_epoch=per_epoch, classes=classes, counts=counts
     )
     method = experiment.method(run)
+    _check_several(method, source)
     shapes = _shapes(_stream(source, method, s, 0), 0)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
     freeze = s.freeze
@@ -223,12 +221,35 @@ def _check_labels(experiment, source, counts) -> None:
             f"data.split={s.data.split!r}: {source.name} has images of {seen} of "
             f"{classes} classes with labels; method={s.method} needs 2 or more"
         )
-    bare = len(source) - sum(counts) if counts else 0
+    several = getattr(source, "several", None) is not None
+    bare = len(source) - sum(counts) if counts and not several else 0
     if bare:
         raise errors.DataError(
             f"data.split={s.data.split!r}: {bare} of {len(source)} images of "
             f"{source.name} have no label (-1); method={s.method} learns from labels"
         )
+
+
+def _check_several(method, source) -> None:
+    """Refuse a classifier of one label for images of several, and the reverse.
+
+    Raises:
+        UsageError: which key decides.
+    """
+    several = getattr(source, "several", None) is not None
+    if not method.labelled or method.several == several:
+        return
+    have = "several labels, or none" if several else "one label"
+    raise errors.UsageError(
+        f"images of {source.name} have {have} each; this method learns "
+        f"{'several' if method.several else 'one'}: "
+        + (
+            "objective.loss=binary of method=classify learns several "
+            "(finetune_vit:folder_multilabel)"
+            if several
+            else "set objective.loss=cross_entropy"
+        )
+    )
 
 
 def restore_target(parts: Parts):

@@ -17,6 +17,8 @@ from vitssl.run import agreement, devices
 logger = logging.getLogger(__name__)
 
 _NONE = "no final evaluation (evals.final is empty)"
+# Arrays with the average precision of every label: as the headline prefers them.
+AVERAGES = ("ema_tta_ap", "tta_ap", "ema_ap", "ap")
 LEAST = 2  # Images that an evaluation needs.
 
 
@@ -246,6 +248,8 @@ class Evaluation:
         if count:
             shown[-1] += f" of {count:.0f} images"
         for key, form in (
+            ("knn/map", "k-NN mAP {:.1%}"),
+            ("probe/map", "probe mAP {:.1%}"),
             ("quality/rankme", "RankMe {:.1f}"),
             ("quality/std", "std {:.3g}"),
         ):
@@ -272,6 +276,7 @@ class Evaluation:
         self._snapshots(state, self._final_images[1])
         text = self._method.written({k[5:]: v for k, v in scores.items()})
         text = text and f"test split:{_gap(text)}{text}"
+        text += _by_class(self.arrays, self._source(self._data.test_split).classes)
         scores = {f"final/{k}": v for k, v in scores.items()}
         if not section.final:
             return scores, text or _NONE
@@ -311,6 +316,18 @@ class _Told:
 def _has_nan(rows) -> bool:
     found = [np.asarray(x) for x in jax.tree.leaves(rows)]
     return any(np.isnan(x).any() for x in found if np.issubdtype(x.dtype, np.floating))
+
+
+def _by_class(arrays, classes) -> str:
+    """Return the average precisions of labels as a line, the highest first, or ""."""
+    ap = next((arrays[k] for k in AVERAGES if k in arrays), None)
+    if ap is None:
+        return ""
+    order = np.argsort(-np.nan_to_num(ap, nan=-1.0), kind="stable")
+    named = [f"{classes[i]} {ap[i]:.1%}" for i in order if np.isfinite(ap[i])]
+    unseen = len(ap) - len(named)
+    more = f" ({unseen} labels without a test image left out)" if unseen else ""
+    return f"\naverage precision: {', '.join(named)}{more}"
 
 
 def _gap(text) -> str:

@@ -370,9 +370,11 @@ def with_noise(experiment: Experiment) -> Experiment:
     """Return an experiment on random pixels of the same kind: for sizes, no data."""
     s = experiment.settings
     options = {"count": max(256, s.batch_size), "channels": s.data.channels}
+    options |= {"multilabel": experiment.method(experiment.run()).several}
     source = "fake"
     if "modalities" in sources.options_of(s.data.source):  # Samples, no pictures.
         source, given = "fields", dict(s.data.options)
+        del options["multilabel"]
         options |= {k: given[k] for k in ("modalities",) if given.get(k)}
         options["size"] = 128
     data = dataclasses.replace(

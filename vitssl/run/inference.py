@@ -180,7 +180,9 @@ class Features:
 
         Returns:
             {"probability": float32 [M, K], "label": int [M] the likeliest, "class":
-            its name for every image, "weights": the `headline`}.
+            its name for every image, "weights": the `headline`}; of a run that learned
+            several labels an image also "classes": the names of those whose
+            probability is above one half.
 
         Raises:
             UsageError: no images, or such as the run cannot have; the weights name no
@@ -200,12 +202,18 @@ class Features:
             found.append(np.asarray(logits)[: len(part)])
         logits = np.concatenate(found)
         label = logits.argmax(-1)
-        return {
-            "probability": np.asarray(jax.nn.softmax(logits)),
+        several = self.method.several
+        share = (jax.nn.sigmoid if several else jax.nn.softmax)(logits)
+        made = {
+            "probability": np.asarray(share),
             "label": label,
             "class": [self.classes[i] for i in label],
             "weights": weights,
         }
+        if several:
+            names = np.array(self.classes, object)
+            made["classes"] = [names[row > 0].tolist() for row in logits]
+        return made
 
     def _view(self, i, image):
         """Return image i as the run evaluates it, [h, w, C]."""

@@ -16,7 +16,9 @@ does the same. The same command again goes on where a run stopped.
   --weights     a run's workdir, or what `vitssl convert import` wrote: where localmim,
                 hjepa and finetune start from, or distill's teacher
   --size        side of the training images in pixels
-  --labels      none: sub-folders are no classes
+  --labels      none: sub-folders are no classes; or a table of labels, *.csv, *.tsv or
+                *.parquet (one that lies in DIR is found): a column of files and one of
+                labels, several of them by "|", or one column of 0 and 1 for each
   --dry_run     look, plan and measure; no training
 """
 
@@ -34,6 +36,7 @@ import ml_collections
 
 from vitssl import config, disk, errors
 from vitssl.data import decode, survey
+from vitssl.data.sources import tables
 from vitssl.models import MODELS
 from vitssl.run import build, devices, experiment, log, loop, memory, opened
 from vitssl.tools import notebook
@@ -97,8 +100,12 @@ class Asked:
         taking = ("localmim", "hjepa", "finetune", "distill")
         if self.weights and (self.method or "localmim") not in taking:
             faults.append(f"--weights: of {', '.join(taking)}, not of {self.method}")
-        if self.labels not in ("", "none"):
-            faults.append(f"--labels={self.labels}: none, or leave it out")
+        if self.labels not in ("", "none") and not self.labels.endswith(tables.ENDS):
+            known = " *".join(tables.ENDS)
+            faults.append(
+                f"--labels={self.labels}: none, a table of labels (*{known}), or leave "
+                "it out"
+            )
         for key in ("size", "epochs", "steps", "batch_size"):
             if getattr(self, key) < 0:
                 faults.append(f"--{key}={getattr(self, key)}: above 0")
@@ -152,6 +159,11 @@ def plan(asked: Asked, found: survey.Survey, platform: str) -> Plan:
             f"and there are no classes ({found.why_none or 'one only'}); put images of "
             f"each class into a folder of its own, or take --method=localmim"
         )
+    if method == "parts" and found.several:
+        raise errors.DataError(
+            f"{decode.printable(found.table)}: several labels an image; --method=parts "
+            "learns one an image, --method=finetune several"
+        )
     name = decode.printable(pathlib.Path(asked.data).expanduser().resolve().name)
     name = re.sub(r"[^\w.-]+", "_", name) or "images"
     workdir = asked.workdir or str(pathlib.Path("runs") / f"{name}-{method}")
@@ -164,7 +176,16 @@ def plan(asked: Asked, found: survey.Survey, platform: str) -> Plan:
     else:
         spec, more = _model(asked, method, spec, sides, found, platform)
     chosen |= more | _length(asked, found, platform)
+    if found.several:
+        chosen |= _several(spec, method)
     return Plan(spec, workdir, chosen, asked.overrides, why)
+
+
+def _several(spec, method) -> dict:
+    """Return what images of several labels change in a recipe."""
+    best = experiment.load(spec).checkpoint.best
+    chosen = {"checkpoint.best": f"{best.removesuffix('top1')}map"}
+    return chosen | ({"objective.loss": "binary"} if method == "finetune" else {})
 
 
 def _of_data(found: survey.Survey, method) -> dict:
@@ -454,8 +475,9 @@ def _next(asked, made, checked):
     yield f"vitssl report {run_}"
     if checked.kind.labelled:
         yield f"vitssl predict {run_} --images={data} --to=classes.csv"
-    elif "data.options.labels" not in made.overrides:
-        yield f"vitssl train {data} --method=finetune --weights={run_}"
+    elif made.overrides.get("data.options.labels") not in ("none", "any"):
+        labels = f" --labels={shlex.quote(asked.labels)}" if asked.labels else ""
+        yield f"vitssl train {data}{labels} --method=finetune --weights={run_}"
     yield f"vitssl extract {run_} --images={data} --to=features.npz"
     yield f"vitssl convert export {run_} --to=weights.safetensors"
 

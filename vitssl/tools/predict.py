@@ -1,7 +1,7 @@
 """Classes of a folder of images, from a run that was trained on labels.
 
     vitssl predict RUN --images=FOLDER --to=FILE.csv|.parquet|.json
-        [--top=5] [--batch_size=64] [--overlay=FOLDER]
+        [--top=5] [--threshold=0.5] [--batch_size=64] [--overlay=FOLDER]
 
 RUN is a workdir, or one checkpoint of it (RUN@best), of fine-tuning or of part
 discovery. It predicts as its final evaluation does: by averaged weights and over the
@@ -9,7 +9,9 @@ views of scoring.tta, where it has them.
 
 FILE has a row for every image at any depth: "file" (from FOLDER on), "class",
 "probability", the next likely ones "class_2", "probability_2" and so on, and "error",
-which says why an image could not be read. --overlay draws into a folder what the
+which says why an image could not be read. Of a run that learned several labels an
+image, "labels" comes first: those whose probability is above --threshold, the likeliest
+first, separated by "|". --overlay draws into a folder what the
 network saw: parts over the image, or the image dark where its attention is not.
 """
 
@@ -37,7 +39,7 @@ KINDS = (".csv", ".parquet", ".json")
 
 
 def run(
-    path, images, to, *, top=5, batch_size=64, overlay="", show=print
+    path, images, to, *, top=5, threshold=None, batch_size=64, overlay="", show=print
 ) -> list[dict]:
     """Name the classes of all images below a folder; write and return the rows.
 
@@ -46,6 +48,8 @@ def run(
         images: the folder.
         to: file of an ending of `KINDS`.
         top: classes of each image.
+        threshold: probability above which an image has a label, of a run that learned
+            several; None is one half.
         batch_size: images at once.
         overlay: folder for one picture of every image; "" = none.
         show: receives lines of progress.
@@ -56,11 +60,17 @@ def run(
     """
     to = writing.place(to, KINDS)
     writing.counts(top=top, batch_size=batch_size)
+    if threshold is not None and not 0 <= threshold < 1:
+        raise errors.UsageError(f"--threshold={threshold}: from 0 on, below 1")
     if overlay:
         _make(overlay)
     files = _files(images)
     weights = inference.load(path)
-    headline = weights.headline
+    headline, several = weights.headline, weights.method.several
+    if threshold is not None and not several:
+        raise errors.UsageError(
+            f"--threshold={threshold}: {path} names one class an image; leave it out"
+        )
     files = dataclasses.replace(files, channels=weights.channels)
     writing.compare(files, weights, show)
     source = _Remembering(files, {})
@@ -70,10 +80,14 @@ def run(
         seen = writing.watched(batches, len(source), size, show)
         if overlay:
             seen = _drawing(seen, weights, source, pathlib.Path(overlay))
-        best = _Best(weights.method, min(top, len(weights.classes)))
+        count = len(weights.classes)
+        best = _Best(weights.method, count if several else min(top, count))
         found = extraction.outputs(best, weights.state, seen)
+    limit = None if not several else 0.5 if threshold is None else threshold
     rows = [
-        _row(source, i, weights.classes, found["which"][i], found["share"][i])
+        _row(
+            source, i, weights.classes, found["which"][i], found["share"][i], top, limit
+        )
         for i in range(len(source))
     ]
     with writing.whole(to) as part:
@@ -138,6 +152,8 @@ class _Best:
         (x,) = self.method.class_logits(params, extra, batch["image"]).values()
         # Ordered by logits: probabilities may both be 1.
         logits, which = jax.lax.top_k(x.astype(jnp.float32), self.count)
+        if self.method.several:
+            return {"which": which, "share": jax.nn.sigmoid(logits)}
         whole = jax.nn.logsumexp(x.astype(jnp.float32), -1, keepdims=True)
         return {"which": which, "share": jnp.exp(logits - whole)}
 
@@ -154,11 +170,19 @@ def _drawing(batches, weights, source, directory):
         yield batch
 
 
-def _row(source, i, classes, which, share) -> dict:
-    """Return the row of image i."""
-    row = {"file": decode.printable(source.whole.relative(i))}
-    for n, (k, p) in enumerate(zip(which, share, strict=True)):
-        end, known = f"_{n + 1}" if n else "", i not in source.faults
+def _row(source, i, classes, which, share, top, threshold) -> dict:
+    """Return the row of image i; `threshold` is of several labels, else None."""
+    row, known = (
+        {"file": decode.printable(source.whole.relative(i))},
+        i not in (source.faults),
+    )
+    if threshold is not None:
+        labels = [
+            classes[k] for k, p in zip(which, share, strict=True) if p > threshold
+        ]
+        row["labels"] = "|".join(labels) if known else None
+    for n, (k, p) in enumerate(zip(which[:top], share, strict=False)):
+        end = f"_{n + 1}" if n else ""
         row[f"class{end}"] = classes[k] if known else None
         row[f"probability{end}"] = round(float(p), 6) if known else None
     return row | {"error": source.faults.get(i)}
@@ -191,10 +215,14 @@ def _main(argv) -> int:
     parser.add_argument("--images", required=True, metavar="FOLDER")
     parser.add_argument("--to", required=True, metavar="FILE")
     parser.add_argument("--top", type=int, default=5, help="classes of each image")
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="of several labels"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--overlay", default="", metavar="FOLDER")
     f = parser.parse_args(argv)
-    options = dict(top=f.top, batch_size=f.batch_size, overlay=f.overlay)
+    options = dict(top=f.top, threshold=f.threshold, batch_size=f.batch_size)
+    options |= {"overlay": f.overlay}
     with place.reading(errors.DataError):
         run(f.run, f.images, f.to, **options)
     return 0

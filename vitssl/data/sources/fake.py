@@ -22,13 +22,24 @@ class Fake(layout.Images):
     classes: tuple[str, ...]
     seed: int
     split: str
+    multilabel: bool = False
     root: ClassVar[str] = "(generated)"
     name: ClassVar[str] = "fake"
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """[N] int32, the classes in turn."""
+        if self.multilabel:
+            return np.full(self.count, -1, np.int32)
         return np.arange(self.count, dtype=np.int32) % len(self.classes)
+
+    @functools.cached_property
+    def several(self) -> np.ndarray | None:
+        """[N, K] uint8: the binary digits of the image's number, else None."""
+        if not self.multilabel:
+            return None
+        digit = np.arange(self.count)[:, None] >> np.arange(len(self.classes))
+        return (digit & 1).astype(np.uint8)
 
     def image(self, i: int) -> np.ndarray:
         """Return image i."""
@@ -46,6 +57,7 @@ def open(
     channels: ranges.Count = 3,
     classes: ranges.Count = 10,
     seed: int = 0,
+    multilabel: bool = False,
 ):
     """`count` images [height, width, channels] of noise, labels 0..classes-1 in turn.
 
@@ -56,8 +68,10 @@ def open(
         height, width: of every image, in pixels.
         classes: labels, which nothing in the images tells.
         seed: of the noise.
+        multilabel: label image i by the binary digits of i instead.
     """
     del root
     layout.split_of("fake", split, SPLITS)
     names = tuple(f"noise {c}" for c in range(classes))
-    return Fake(count, (height, width), channels, names, seed, split)
+    about = (channels, names, seed, split, multilabel)
+    return Fake(count, (height, width), *about)

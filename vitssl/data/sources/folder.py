@@ -36,6 +36,8 @@ class Files(layout.Images):
         paths: relative to root, joined.
         ends: int64 [N], where each path ends in `paths`.
         bounds: see `decode.decode`.
+        several: uint8 [N, K], 1 for every label of an image, where images have several
+            or none; then `labels` are -1.
     """
 
     root: str
@@ -47,6 +49,7 @@ class Files(layout.Images):
     name: str
     split: str
     bounds: tuple[float, ...] = ()
+    several: np.ndarray | None = None
 
     def relative(self, i: int) -> str:
         """Return where image i is, from `root`."""
@@ -67,11 +70,20 @@ class Files(layout.Images):
 
 
 def files(root, members, *, classes, channels, name, split, bounds=()) -> Files:
-    """Return the (path relative to root, label) pairs `members`, as ordered."""
+    """Return the (path relative to root, label) pairs `members`, as ordered.
+
+    Labels are numbers, or tuples of them where images have several.
+    """
     encoded = [path.encode(*_ENCODING) for path, _ in members]
     ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-    labels = np.fromiter((label for _, label in members), np.int32, len(encoded))
-    about = (classes, channels, name, split, tuple(bounds))
+    said, several = [label for _, label in members], None
+    if said and isinstance(said[0], tuple):
+        several = np.zeros((len(said), len(classes)), np.uint8)
+        for row, labels in zip(several, said, strict=True):
+            row[list(labels)] = 1
+        said = [-1] * len(said)
+    about = (classes, channels, name, split, tuple(bounds), several)
+    labels = np.array(said, np.int32)
     return Files(str(root), b"".join(encoded), ends, labels, *about)
 
 
@@ -273,6 +285,7 @@ def open(
     divided: Literal["auto", "yes", "no"] = "auto",
     value_range: tuple[float, ...] = (),
     listed: str = "",
+    separator: str = "auto",
 ):
     """Images below `root`, any depth; the class is the first folder of the path.
 
@@ -288,6 +301,7 @@ def open(
             image is unlabelled, -1) or "any" (only those beside are); or a table of
             labels, `.csv`, `.tsv` or `.parquet`, see `tables.read`: images that it
             does not name are left out.
+        separator: of several labels in a cell of the table, see `tables.read`.
         divided: "yes", "no" or "auto": whether ROOT's first folders are splits.
         value_range: lowest and highest value, which become 0 and 255, of images of
             more than 8 bits; () = 0 and 65535.
@@ -300,7 +314,7 @@ def open(
     bounds = bounds_of(value_range)
     split = layout.split_of("folder", split, SPLITS)
     base = layout.root_of("folder", root, EXPECTED)
-    table = None if labels in LABELS else tables.read(labels)
+    table = None if labels in LABELS else tables.read(labels, separator)
     splits = {} if table and table.splits else split_folders(base, divided)
     if divided == "yes" and not splits:
         layout.fail("folder", "no train, val or test folder", base, EXPECTED)
@@ -326,13 +340,21 @@ def open(
     if table:
         found, classes = table.labelled(found, split), table.classes
     if found and not (splits or table and table.splits) and split != "all":
-        keep = held_out(*zip(*found, strict=True), holdout) == (split != "train")
+        paths, strata = zip(*found, strict=True)
+        strata = _rarest(strata) if table and table.several else strata
+        keep = held_out(paths, strata, holdout) == (split != "train")
         found = [m for m, k in zip(found, keep, strict=True) if k]
     if not found:
         out = f" (left out: {census})" if census.out else ""
         layout.fail("folder", f"no image in split {split!r}{out}", base, EXPECTED)
     about = dict(classes=classes, name="folder", split=split, bounds=bounds)
     return files(base, found, channels=channels, **about)
+
+
+def _rarest(sets) -> list[int]:
+    """Return of each image's labels the one that the fewest images have; -1 of none."""
+    count = collections.Counter(label for labels in sets for label in labels)
+    return [min(x, key=lambda k: (count[k], k), default=-1) for x in sets]
 
 
 def bounds_of(value_range) -> tuple[float, ...]:

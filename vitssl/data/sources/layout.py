@@ -27,8 +27,11 @@ class Source(abc.ABC):
     Images with spectral planes are uint16, see `spectral`.
 
     It has `name`, `root`, `split`, `classes` (names, tuple), `channels` (int) and, if
-    they are known without reading images, `labels` (int32 [N], -1 = unlabelled). It is
-    a dataclass and cheap to pickle: only its fields travel, and files are opened
+    they are known without reading images, `labels` (int32 [N], -1 = unlabelled). Where
+    images have several labels each, or none, these are -1, the labels are `several`
+    (uint8 [N, K] of 0 and 1), and an example has its row as "labels".
+
+    It is a dataclass and cheap to pickle: only its fields travel, and files are opened
     again, or mapped, where it arrives.
     """
 
@@ -56,8 +59,22 @@ class Images(Source):
         """Return image i, which exists: uint8 [H, W, C]."""
 
     def example(self, i: int) -> dict:
-        """Return image i and its label."""
-        return {"image": self.image(i), "label": int(self.labels[i])}
+        """Return image i and its label, or labels."""
+        found = {"image": self.image(i), "label": int(self.labels[i])}
+        several = getattr(self, "several", None)
+        return found if several is None else found | {"labels": several[i]}
+
+
+def counts(source) -> np.ndarray | None:
+    """Return the images of every class [K], or None where only images tell."""
+    several = getattr(source, "several", None)
+    if several is not None:
+        return several.sum(0, dtype=np.int64)
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    return np.bincount(labels[labels >= 0], minlength=len(source.classes))
 
 
 def split_of(name: str, split: str, known: dict) -> str:
@@ -177,9 +194,8 @@ def check(source):
     where = f"{source.name}: {decode.printable(source.root)} split {source.split!r}"
     if not len(source):
         raise errors.DataError(f"{where} holds no image")
-    labels = getattr(source, "labels", None)
-    known = range(len(source.classes)) if labels is None else np.unique(labels)
-    if len({*known} - {-1}) == 1:
+    seen = counts(source)
+    if (len(source.classes) if seen is None else np.count_nonzero(seen)) == 1:
         only = source.classes[0] if source.classes else "?"
         logger.warning(
             "%s has one class only (%s): accuracies on it mean nothing", where, only

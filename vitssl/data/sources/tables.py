@@ -14,8 +14,15 @@ from vitssl.data import decode
 from vitssl.data.sources import layout
 
 ENDS = (".csv", ".tsv", ".parquet")
-FILES = "file filename file_name filepath path image image_path image_id img id name"
+FILES = (
+    "file filename file_name filepath path image image_path image_id image_index img "
+    "id name"
+)
 LABELS = "label class category target y diagnosis dx species"
+# Columns whose cells may hold several labels, and what then separates them.
+SEVERAL = "labels classes categories tags findings finding_labels diagnoses attributes"
+_MARKS = "|;"  # In any column of labels.
+_NUMBERS = {"true": 1.0, "false": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +31,20 @@ class Table:
 
     Attributes:
         path: of the file.
-        labels: {name of an image: index of its class}.
+        labels: {name of an image: index of its class}, or indices of several.
         classes: their names.
         splits: {name of an image: split}, {} if the table says none.
+        several: whether an image may have several labels, or none.
     """
 
     path: str
     labels: dict
     classes: tuple[str, ...]
     splits: dict
+    several: bool = False
 
-    def labelled(self, members, split: str) -> list[tuple[str, int]]:
-        """Return (path, label) of the members that the table names for a split.
+    def labelled(self, members, split: str) -> list[tuple]:
+        """Return (path, label or labels) of the members that a split has by the table.
 
         A name is the path of an image or its last part, with or without its ending.
 
@@ -79,11 +88,18 @@ def _names(path):
     yield from (path, os.path.splitext(path)[0], last, os.path.splitext(last)[0])
 
 
-def read(path) -> Table:
+def read(path, separator: str = "auto") -> Table:
     """Return a table: a column of files, and labels.
 
-    Labels are a column of names or numbers, or one column of 0 and 1 for each class,
-    of which exactly one is 1. A column "split" decides over the splits.
+    Labels are a column of names or numbers, or one column of 0 and 1 for each class.
+    An image has several labels, or none, where a cell holds a list or a separator, or
+    where the ones of a row are not exactly one. A column "split" decides over the
+    splits.
+
+    Args:
+        separator: of the labels in a cell; "auto": "|" or ";", in a column of a plural
+            name a comma, in "tags" a blank, if any cell has one; "": a cell is one
+            label; "rows": an image has a row for every label.
 
     Raises:
         UsageError: not the name of a table.
@@ -97,53 +113,120 @@ def read(path) -> Table:
             f"labels, *{' *'.join(ENDS)}"
         )
     rows = _rows(path, where)
-    columns = {str(k).strip().lower(): k for k in rows[0]}
+    columns = {_column(k): k for k in rows[0]}
     key = next((columns[n] for n in FILES.split() if n in columns), None)
     if key is None:
         _fail(where, rows, "file")
     splits = _splits(where, rows, key, columns.get("split"))
-    label = next((columns[n] for n in LABELS.split() if n in columns), None)
+    known = f"{LABELS} {SEVERAL}".split()
+    label = next((columns[n] for n in known if n in columns), None)
     if label is None:
         given = [c for c in rows[0] if c not in (key, columns.get("split"))]
-        return Table(where, *_one_hot(where, rows, key, given), splits)
+        sets, classes = _ones(where, rows, key, given), tuple(map(str, given))
+        several = any(len(ones) != 1 for ones in sets.values())
+    else:
+        mark = _mark(where, separator, label, [row[label] for row in rows])
+        sets, classes = _named(where, rows, key, label, mark)
+        several = mark is not None
+    if not several:
+        return Table(where, {k: v[0] for k, v in sets.items()}, classes, splits)
+    count = sum(map(len, sets.values())) / len(sets)
+    none = sum(not labels for labels in sets.values())
+    without = f", {none} of them without any" if none else ""
+    layout.once(
+        f"folder: {where}: several labels an image: {count:.2f} of {len(classes)} in "
+        f"the mean of {len(sets)} images{without}"
+    )
+    return Table(where, sets, classes, splits, True)
+
+
+def _mark(where, separator, column, cells) -> str | None:
+    """Return what separates the labels of a cell; None where a cell is one label."""
+    if separator != "auto":
+        return separator or None
+    name = _column(column)
+    marks = _MARKS + "," * (name in SEVERAL.split()) + " " * (name == "tags")
+    texts = [c for c in cells if isinstance(c, str)]
+    found = next((m for m in marks if any(m in t for t in texts)), None)
+    if found:
+        layout.once(
+            f"folder: {where}: the labels in column {column!r} are separated by "
+            f"{found!r} (data.options.separator decides)"
+        )
+    return found or ("|" if any(_is_list(c) for c in cells) else None)
+
+
+def _column(name) -> str:
+    return str(name).strip().lower().replace(" ", "_")
+
+
+def _is_list(cell) -> bool:
+    return isinstance(cell, list | tuple)
+
+
+def _named(where, rows, key, column, mark) -> tuple[dict, tuple]:
+    """Return ({name: its labels' indices}, classes) of a column of labels.
+
+    Without a mark an image has one label, of which -1 says that it has none.
+    """
     said = {}
     for row in rows:
-        value = _value(row[label])
-        one = said.setdefault(_plain(row[key]), value)
-        if one != value or isinstance(value, list):
-            several = value if isinstance(value, list) else [one, value]
+        name, labels = _plain(row[key]), _values(row[column], mark)
+        before = said.setdefault(name, labels)
+        if mark == "rows":
+            said[name] = (*before, *labels)
+        elif before != labels:
+            both = " and ".join(", ".join(map(repr, x)) or "none" for x in
+                                (before, labels))  # fmt: skip
             raise errors.DataError(
-                f"{where}: {row[key]!r} is {' and '.join(map(repr, several))}; images "
-                "of several labels are not read"
+                f"{where}: {row[key]!r} is {both}; if images have a row for every "
+                "label, set data.options.separator=rows"
             )
-    labels, classes = numbered(where, list(said.values()))
-    return Table(where, dict(zip(said, labels.tolist(), strict=True)), classes, splits)
+    flat = [label for labels in said.values() for label in labels]
+    numbers, classes = numbered(where, flat)
+    ahead = iter(numbers.tolist())
+    sets = {k: tuple(next(ahead) for _ in labels) for k, labels in said.items()}
+    if mark is not None:
+        sets = {k: tuple(sorted({*v} - {-1})) for k, v in sets.items()}
+    return sets, classes
+
+
+def _values(cell, mark) -> tuple:
+    """Return the labels in a cell, each an int, a str, or None."""
+    if mark in (None, "rows") and not _is_list(cell):
+        return (_value(cell),)
+    if isinstance(cell, str):
+        parts = cell.strip("[]").split(None if mark == " " else mark)
+        cell = [p.strip(" '\"") for p in parts if p.strip(" '\"")]
+    return tuple(_value(x) for x in (cell if _is_list(cell) else (cell,)))
 
 
 def _value(label):
-    """Return a label as int, str, or None; what is a list stays one."""
+    """Return a label as int, str, or None."""
     if isinstance(label, float | bool):
         return int(label) if label == label and label == int(label) else None
-    return label if label is None or isinstance(label, int | list) else str(label)
+    return label if label is None or isinstance(label, int) else str(label)
 
 
-def _one_hot(where, rows, key, columns):
-    """Return ({name: label}, classes) of columns of 0 and 1."""
+def _ones(where, rows, key, columns) -> dict:
+    """Return {name: indices of the columns that are 1} of columns of 0 and 1."""
     ones = {}
     for row in rows:
         try:
-            values = [float(row[c]) for c in columns]
+            values = [_number(row[c]) for c in columns]
         except (TypeError, ValueError):
             values = []
         if not values or not {*values} <= {0.0, 1.0}:
             _fail(where, rows, "label")
-        if sum(values) != 1:
-            raise errors.DataError(
-                f"{where}: {row[key]!r} has {sum(values):.0f} labels; images of "
-                "several labels or of none are not read"
-            )
-        ones[_plain(row[key])] = values.index(1.0)
-    return ones, tuple(map(str, columns))
+        found = tuple(k for k, value in enumerate(values) if value)
+        if ones.setdefault(_plain(row[key]), found) != found:
+            raise errors.DataError(f"{where}: {row[key]!r} has two rows that differ")
+    return ones
+
+
+def _number(cell) -> float:
+    text = str(cell).strip().lower()
+    return _NUMBERS[text] if text in _NUMBERS else float(text)
 
 
 def _splits(where, rows, key, column):

@@ -13,7 +13,7 @@ from vitssl.data.sources import layout
 
 logger = logging.getLogger("vitssl.data")
 
-SHARED = ("name", "root", "split", "classes", "channels", "labels", "path")
+SHARED = "name root split classes channels labels several path".split()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +43,12 @@ class Subset(Wrapper):
         """Labels [M], or None if the whole does not know them."""
         labels = getattr(self.whole, "labels", None)
         return None if labels is None else labels[self.indices]
+
+    @property
+    def several(self):
+        """Labels [M, K] of images that have several, or None."""
+        several = getattr(self.whole, "several", None)
+        return None if several is None else several[self.indices]
 
     def __len__(self):
         return len(self.indices)

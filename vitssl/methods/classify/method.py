@@ -21,7 +21,7 @@ from flax import linen as nn
 
 from vitssl import sizes, tree
 from vitssl.data import resolution as resolutions
-from vitssl.evals import accuracy
+from vitssl.evals import accuracy, ranking
 from vitssl.evals import metrics as measures
 from vitssl.methods import base
 from vitssl.methods.classify import mix as mixing
@@ -56,14 +56,18 @@ class Scoring:
     tta: Literal["none", "flip", "six"] = "none"
     calibration: bool = False
 
-    def averaged(self, logits, image):
-        """Return the log of the mean probability [B, K] over the views of images.
+    def averaged(self, logits, image, several=False):
+        """Return logits [B, K] of the mean probability over the views of images.
 
-        `logits` is a function of images [B, H, W, C]; "six" wants squares.
+        `logits` is a function of images [B, H, W, C]; "six" wants squares. Of several
+        labels a probability is a sigmoid.
         """
         each = [logits(TURNS[name](image)) for name in VIEWS[self.tta]]
-        each = jnp.stack([jax.nn.log_softmax(x.astype(jnp.float32)) for x in each])
-        return jax.nn.logsumexp(each, 0) - jnp.log(float(len(each)))
+        each = jnp.stack(each).astype(jnp.float32)
+        if several:
+            mean = [jax.nn.logsumexp(jax.nn.log_sigmoid(x), 0) for x in (each, -each)]
+            return mean[0] - mean[1]
+        return jax.nn.logsumexp(jax.nn.log_softmax(each), 0) - jnp.log(len(each) * 1.0)
 
 
 class StreamHead(nn.Module):
@@ -98,6 +102,11 @@ class Classify(base.Storing):
     def training_size(c) -> sizes.Size:
         """Return the size of training images of a config."""
         return c.augment.size
+
+    @property
+    def several(self) -> bool:
+        """Whether images have several labels, or none."""
+        return self.objective.loss == "binary"
 
     @property
     def _sides(self) -> resolutions.Sides:
@@ -172,7 +181,7 @@ class Classify(base.Storing):
         """Return (loss [], (extra, metrics)) of one (micro-)batch."""
         del step
         keys = jax.random.split(rng, 4)
-        label, lam = batch["label"], 1.0
+        label, lam = batch["labels" if self.several else "label"], 1.0
         # Of a frozen backbone no layer is dropped: it is a fixed function.
         train = not _backbone_frozen(params, phase)
         if phase is not None and phase.boundary:
@@ -190,7 +199,11 @@ class Classify(base.Storing):
         )
         value = self.head.mean(losses)
         found = self.head.predicted(each).argmax(-1)
-        metrics = {"train_top1": (found == named[0]).mean()}
+        if self.several:  # Whether an image shows what it most looks like.
+            right = jnp.take_along_axis(label, found[:, None], 1)[:, 0] > 0
+            metrics = {"train_hit": right.mean()}
+        else:
+            metrics = {"train_top1": (found == named[0]).mean()}
         for n, one in zip(self.head.blocks, losses, strict=False):
             metrics[f"loss_block_{n}"] = one
         if streams:
@@ -248,7 +261,10 @@ class Classify(base.Storing):
             yield f"{key}: views have one size; set it to 0, or resolution to one"
 
     def _objective(self, logits, label, lam):
-        """Return (loss [], the labels [B] that the images show most of)."""
+        """Return (loss [], the labels [B] that the images show most of).
+
+        Of several labels those [B, K] before images were mixed.
+        """
         weight = self.objective.weights(self.run.counts)
 
         def one(label):
@@ -256,7 +272,9 @@ class Classify(base.Storing):
 
         if not self.mix.on:
             return one(label), label
-        shown = mixing.targets(label, self.run.classes, lam, 0.0).argmax(-1)
+        shown = label
+        if not self.several:
+            shown = mixing.targets(label, self.run.classes, lam, 0.0).argmax(-1)
         return classification.mixed(one, label, label[::-1], lam), shown
 
     def freeze_layers(self) -> tuple:
@@ -302,7 +320,10 @@ class Classify(base.Storing):
         def logits(image):
             return self.logits(own, extra, image)
 
-        found = self.scoring.averaged(logits, image) if views else logits(image)
+        if views:
+            found = self.scoring.averaged(logits, image, self.several)
+        else:
+            found = logits(image)
         return {"_".join(names) or "parameters": found}
 
     def outputs(self, params, extra, batch) -> dict:
@@ -316,7 +337,8 @@ class Classify(base.Storing):
 
             found[f"{prefix}logits"] = logits(batch["image"])
             if self.scoring.tta != "none":
-                mean = self.scoring.averaged(logits, batch["image"])
+                given = logits, batch["image"], self.several
+                mean = self.scoring.averaged(*given)
                 found[f"{prefix}tta_logits"] = mean
         return found
 
@@ -325,9 +347,17 @@ class Classify(base.Storing):
 
         Names begin with "", "ema_", "tta_" or "ema_tta_". Arrays, for the report:
         "confusion" [K, K], "precision", "recall", "f1", "support" [K], and
-        "reliability" [3, bins] with scoring.calibration.
+        "reliability" [3, bins] with scoring.calibration. Of several labels: those of
+        `ranking.measure`, with the arrays "ap", "support" [K].
         """
         found = {}
+        if self.several:
+            for name in (n for n in rows if n.endswith("logits")):
+                one = ranking.measure(rows[name], rows["labels"])
+                found |= {
+                    f"{name.removesuffix('logits')}{k}": v for k, v in one.items()
+                }
+            return found
         known = rows["label"] >= 0
         if not known.any():
             return found
@@ -353,19 +383,23 @@ class Classify(base.Storing):
     def written(self, scores) -> str:
         """Return scores as a table: weights and views in rows, 95 % in brackets."""
         count = scores.get("images")
-        columns = ("f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled")
+        columns = ["f1_macro", "f1_weighted", "top1", "loss", "ece", "ece_scaled"]
+        columns = ["map", "f1_macro", "f1_micro", "loss"] if self.several else columns
         columns = [c for c in columns if any(k.endswith(c) for k in scores)]
         lines = ["| scored | " + " | ".join(columns) + " |"]
         lines.append("|" + " --- |" * (1 + len(columns)))
         for prefix in ("", "tta_", "ema_", "ema_tta_"):
-            if f"{prefix}top1" in scores:
+            if f"{prefix}{'map' if self.several else 'top1'}" in scores:
                 cells = {c: scores.get(f"{prefix}{c}", math.nan) for c in columns}
                 cells = {c: f"{value:.4f}" for c, value in cells.items()}
-                cells["top1"] = accuracy.written(scores[f"{prefix}top1"], count)
+                if not self.several:
+                    cells["top1"] = accuracy.written(scores[f"{prefix}top1"], count)
                 name = prefix.rstrip("_") or "parameters"
                 lines.append(f"| {name} | {' | '.join(cells.values())} |")
         if len(lines) < 3:
             return ""
+        if self.several:
+            return "\n".join(lines)
         of = f" of {count:.0f} images" if count else ""
         return "\n".join([*lines, f"top1{of}; in brackets: 95 %, Wilson's interval"])
 

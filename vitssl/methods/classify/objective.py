@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from vitssl import ranges
 from vitssl.optim import schedules
@@ -76,6 +77,19 @@ def labelled(logits, label, *, smoothing=0.0, weight=None):
     return -(target * weight * log_p).sum() / weight[label].sum()
 
 
+def binary(logits, labels, *, smoothing=0.0):
+    """Return the cross-entropy of a sigmoid for every label, summed over labels: [].
+
+    Args:
+        logits: [B, K].
+        labels: 0 and 1 in [B, K]: an image may have several, or none.
+        smoothing: s makes 1 - s / 2 of 1, and s / 2 of 0.
+    """
+    target = labels * (1 - smoothing) + 0.5 * smoothing
+    each = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), target)
+    return each.sum(-1).mean()
+
+
 def focal(logits, label, *, gamma=2.0, alpha=1.0, reduction="mean"):
     """Return mean alpha (1 - p)^gamma (-log p), p of the true class: [], or [B].
 
@@ -106,7 +120,8 @@ class Objective:
 
     Attributes:
         loss: "cross_entropy", "focal", or "combined": ce_weight times the first plus
-            focal_weight times the second.
+            focal_weight times the second; "binary": images have several labels, or
+            none, each of which has a sigmoid of its own.
         smoothing: of the labels, in the cross-entropy.
         balanced: weight classes by N / (K count), as scikit-learn does, in the
             cross-entropy.
@@ -122,7 +137,7 @@ class Objective:
             0.9999 alone remembers the initial weights for 10,000 steps.
     """
 
-    loss: Literal["cross_entropy", "focal", "combined"] = "cross_entropy"
+    loss: Literal["cross_entropy", "focal", "combined", "binary"] = "cross_entropy"
     smoothing: ranges.BelowOne = 0.0
     balanced: bool = False
     class_weights: tuple[float, ...] = ()
@@ -135,10 +150,12 @@ class Objective:
     ema_warmup: bool = False
 
     def __call__(self, logits, label, weight):
-        """Return the loss [] of logits [B, K] and labels [B].
+        """Return the loss [] of logits [B, K] and labels [B], or [B, K] of "binary".
 
         `weight` [K] is that of the classes, or None.
         """
+        if self.loss == "binary":
+            return binary(logits, label, smoothing=self.smoothing)
         plain = focused = 0.0
         if self.loss != "focal":
             plain = labelled(logits, label, smoothing=self.smoothing, weight=weight)
@@ -176,6 +193,11 @@ class Objective:
             yield (
                 "loss=focal: has neither smoothing nor class weights; set smoothing=0 "
                 "and balanced=False, or loss=combined"
+            )
+        if self.loss == "binary" and (self.balanced or self.class_weights):
+            yield (
+                "loss=binary: has no class weights; set balanced=False and "
+                "class_weights=()"
             )
         if self.class_weights and self.balanced:
             yield "balanced=True: the weights are given by class_weights already"
