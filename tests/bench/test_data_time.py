@@ -26,7 +26,8 @@ def test_bench_prints_every_number_it_promises(monkeypatch):
         assert len(rate["all"]) == 3 and rate["median"] == np.median(rate["all"])
         assert rate["median"] > 0
     sources = got["images_per_core_second"]
-    assert {"folder", "tar"} <= set(sources) <= {"folder", "tar", "parquet"}
+    both = {"folder", "tar", "array_record"}
+    assert both <= set(sources) <= both | {"parquet"}
     assert all(len(s["all"]) == 3 and s["median"] > 0 for s in sources.values())
     assert set(got["parts_ms"]) == {
         "decode",

@@ -65,7 +65,7 @@ def _as_parquet(source, file, *, arrow=""):
         out.write_table(made, max_chunksize=6)
 
 
-@pytest.fixture(params=["pack", "repack", "parquet", "stream", "file"])
+@pytest.fixture(params=["pack", "repack", "array_record", "parquet", "stream", "file"])
 def other(request, folder, tmp_path):
     """The folder in another form: (kind, root)."""
     if request.param in ("pack", "repack"):
@@ -74,6 +74,9 @@ def other(request, folder, tmp_path):
             return "tar", tmp_path / "a"
         pack.run(tmp_path / "a", tmp_path / "b", kind="tar", images=100, show=_silent)
         return "tar", tmp_path / "b"
+    if request.param == "array_record":
+        pack.run(folder, tmp_path / "a", form="array_record", images=7, show=_silent)
+        return "array_record", tmp_path / "a"
     form = request.param.removeprefix("parquet")
     for split in ("train", "val"):
         source = sources.open("folder", str(folder), split)
@@ -112,9 +115,13 @@ def test_a_worker_process_gets_no_open_files(other):
     np.testing.assert_array_equal(again[0]["image"], first)
 
 
-def test_a_pack_that_was_killed_goes_on_and_is_the_same(folder, tmp_path, monkeypatch):
-    pack.run(folder, tmp_path / "whole", images=7, show=_silent)
-    real, calls = pack._write, []
+@pytest.mark.parametrize("form", pack.FORMS)
+def test_a_pack_that_was_killed_goes_on_and_is_the_same(
+    folder, tmp_path, monkeypatch, form
+):
+    given = dict(form=form, show=_silent)
+    pack.run(folder, tmp_path / "whole", images=7, **given)
+    (real, end), calls = pack.FORMS[form], []
 
     def dying(file, source, which):
         if len(calls) == 3:
@@ -123,21 +130,26 @@ def test_a_pack_that_was_killed_goes_on_and_is_the_same(folder, tmp_path, monkey
         calls.append(file.name)
         real(file, source, which)
 
-    monkeypatch.setattr(pack, "_write", dying)
+    monkeypatch.setitem(pack.FORMS, form, (dying, end))
     with contextlib.suppress(KeyboardInterrupt):
-        pack.run(folder, tmp_path / "to", images=7, show=_silent)
+        pack.run(folder, tmp_path / "to", images=7, **given)
     assert not (tmp_path / "to").exists() and (tmp_path / "to.part").is_dir()
     with pytest.raises(errors.UsageError, match="of other images or options was begun"):
-        pack.run(folder, tmp_path / "to", images=8, show=_silent)
-    monkeypatch.setattr(
-        pack, "_write", lambda file, *rest: (calls.append(file.name), real(file, *rest))
+        pack.run(folder, tmp_path / "to", images=8, **given)
+    other = next(name for name in pack.FORMS if name != form)
+    with pytest.raises(errors.UsageError, match="of other images or options was begun"):
+        pack.run(folder, tmp_path / "to", form=other, images=7, show=_silent)
+    monkeypatch.setitem(
+        pack.FORMS,
+        form,
+        (lambda file, *rest: (calls.append(file.name), real(file, *rest)), end),
     )
-    made = pack.run(folder, tmp_path / "to", images=7, show=_silent)
+    made = pack.run(folder, tmp_path / "to", images=7, **given)
     assert made == {"train": 24, "val": 12} and len(calls) == len(set(calls)) == 6
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "to" / file.name).read_bytes() == file.read_bytes()
     with pytest.raises(errors.UsageError, match="is there already"):
-        pack.run(folder, tmp_path / "to", show=_silent)
+        pack.run(folder, tmp_path / "to", **given)
 
 
 def test_pack_keeps_names_splits_and_what_has_no_class(tmp_path, capsys):
@@ -162,6 +174,48 @@ def test_pack_keeps_names_splits_and_what_has_no_class(tmp_path, capsys):
     ):
         assert pack.main([str(tmp_path / "in"), f"--to={tmp_path}/x", *words]) == code
         assert told in capsys.readouterr().err
+
+
+def test_array_records_keep_several_labels_and_tar_does_not(tmp_path, capsys):
+    for n in range(20):
+        pictures.save(tmp_path / "in" / f"{n}.png", pictures.thing(0, n).image)
+    rows = [f"{n},{'a' * (n % 2)}|{'b' * (n % 3 > 0)}" for n in range(20)]
+    (tmp_path / "several.csv").write_text("\n".join(["file,labels", *rows]))
+    given = [f"{tmp_path}/in", f"--option=labels={tmp_path}/several.csv"]
+    given += [f"--to={tmp_path}/out"]
+    assert pack.main(given) == 2
+    assert "take --format=array_record" in capsys.readouterr().err
+    assert pack.main([*given, "--format=array_record", "--images=8"]) == 0
+    for split in ("train", "val"):
+        ours = sources.open("array_record", str(tmp_path / "out"), split)
+        theirs = sources.open(
+            "folder", f"{tmp_path}/in", split, labels=f"{tmp_path}/several.csv"
+        )
+        assert ours.classes == theirs.classes == ("a", "b")
+        np.testing.assert_array_equal(ours.several, theirs.several)
+        np.testing.assert_array_equal(ours[1]["labels"], theirs[1]["labels"])
+        assert ours.encoded(1) == theirs.encoded(1)
+
+
+def test_what_is_wrong_with_array_records_is_one_line(tmp_path):
+    root = packed.array_record(tmp_path / "in")
+    first, table = root / "train-00000.array_record", root / "train-00000.csv"
+    table.unlink()  # Records of others have no table.
+    source = sources.open("array_record", str(root), "train")
+    assert source.labels.tolist() == [-1] * 12 + [0, 1, 2] * 4
+    whole, rows = first.read_bytes(), "key,file,label\n0,0.png,0\n"
+    for text, data, told in (
+        (rows, whole, "train-00000.csv: 1 rows for 12 records"),
+        ("key,file\n0,1\n", whole, "no table of records .its columns are key, file"),
+        (rows.replace(",0\n", ",-1\n"), whole, "no table of records .a label below 0"),
+        (rows, whole[: len(whole) // 2], "train-00000.array_record: no whole ArrayRec"),
+        (rows, b"", "train-00000.array_record: no whole ArrayRecord file"),
+    ):
+        table.write_text(text)
+        first.write_bytes(data)
+        with pytest.raises(errors.DataError, match=told) as caught:
+            sources.open("array_record", str(root), "train")
+        assert "\n" not in str(caught.value)
 
 
 # --- Tar

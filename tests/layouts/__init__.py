@@ -27,6 +27,7 @@ MAKERS = {
     "folder": trees.folder,
     "tar": packed.tar,
     "parquet": packed.parquet,
+    "array_record": packed.array_record,
     "cifar10": binaries.cifar10,
     "cifar100": binaries.cifar100,
     "stl10": binaries.stl10,

@@ -51,6 +51,22 @@ def tar(root):
     return root
 
 
+def array_record(root):
+    """Write {train,val}-00000.array_record with their tables, and classes.json."""
+    module = pytest.importorskip("array_record.python.array_record_module")
+    root.mkdir(parents=True, exist_ok=True)
+    for split, k, samples in _samples():
+        path, rows = root / f"{split}-{k:05d}.array_record", ["key,file,label"]
+        writer = module.ArrayRecordWriter(str(path), "group_size:1")
+        for label, number in samples:
+            writer.write(png(label, number))
+            rows.append(f"{number:08d},{number}.png,{label}")
+        writer.close()
+        path.with_suffix(".csv").write_text("\n".join(rows) + "\n")
+    (root / "classes.json").write_text(json.dumps(NAMES))
+    return root
+
+
 def features(names=NAMES):
     """Return the metadata that `datasets` gives a schema."""
     of = {"label": {"names": list(names), "_type": "ClassLabel"}}

@@ -7,8 +7,9 @@ colour jitter 0.4); ours also draws the masks of three levels, theirs also turns
 crops into normalised floats, as the original does on the host. One thread each, in
 turn (ABAB), in one process; a core's second is a second of processor time, which other
 work on the machine does not count into. The same files are read and decoded from a
-folder, from tar (`vitssl pack`) and from parquet. With --loader_batches the whole
-loaders run too, ours with one thread per core, torchvision's with one process per core.
+folder, from tar and ArrayRecord (`vitssl pack`) and from parquet. With --loader_batches
+the whole loaders run too, ours with one thread per core, torchvision's with one process
+per core.
 """
 
 import functools
@@ -27,8 +28,8 @@ from PIL import Image
 
 from vitssl import errors
 from vitssl.bench import clock
-from vitssl.data import crops, decode, pipeline
-from vitssl.data.sources import folder, parquet, tar
+from vitssl.data import crops, decode, pipeline, sources
+from vitssl.data.sources import folder, parquet
 from vitssl.methods.hjepa import masks, views
 from vitssl.tools import pack
 
@@ -151,9 +152,10 @@ def _medians(rates):
 
 def _sources(root, paths, repeats):
     """Return images read and decoded per second of processor time, of each source."""
-    packed = f"{root}/packed"
-    pack.run(root, packed, show=lambda line: None)
-    found = {"folder": folder.open(root, "train"), "tar": tar.open(packed, "train")}
+    found, packed = {"folder": folder.open(root, "train")}, f"{root}/packed"
+    for form in pack.FORMS:
+        pack.run(root, f"{packed}/{form}", form=form, show=lambda line: None)
+        found[form] = sources.open(form, f"{packed}/{form}", "train")
     try:
         from pyarrow import Table
         from pyarrow import parquet as files

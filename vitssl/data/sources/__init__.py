@@ -12,6 +12,7 @@ from typing import Literal
 
 from vitssl import errors, ranges
 from vitssl.data.sources import (
+    arrayrecord,
     birds,
     cifar,
     cub,
@@ -72,6 +73,7 @@ SOURCES = {
     "folder": folder.open,
     "tar": tar.open,
     "parquet": parquet.open,
+    "array_record": arrayrecord.open,
     "cifar10": cifar.open10,
     "cifar100": cifar.open100,
     "stl10": stl10.open,

@@ -78,13 +78,18 @@ def files(root, members, *, classes, channels, name, split, bounds=()) -> Files:
     ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
     said, several = [label for _, label in members], None
     if said and isinstance(said[0], tuple):
-        several = np.zeros((len(said), len(classes)), np.uint8)
-        for row, labels in zip(several, said, strict=True):
-            row[list(labels)] = 1
-        said = [-1] * len(said)
+        several, said = matrix(said, len(classes)), [-1] * len(said)
     about = (classes, channels, name, split, tuple(bounds), several)
     labels = np.array(said, np.int32)
     return Files(str(root), b"".join(encoded), ends, labels, *about)
+
+
+def matrix(sets, count: int) -> np.ndarray:
+    """Return tuples of labels below `count` as uint8 [N, count] of 0 and 1."""
+    found = np.zeros((len(sets), count), np.uint8)
+    for row, labels in zip(found, sets, strict=True):
+        row[list(labels)] = 1
+    return found
 
 
 class Census:

@@ -3,7 +3,7 @@
 Needs the extra [parquet]. An image is a column of bytes, or of {bytes, path}; names of
 classes come from the schema. Arrow files (`save_to_disk`) are mapped. Of a parquet file
 a whole row group has to be read for one image, so groups stay in memory up to 1 GiB;
-`vitssl pack` makes tar files, which have no such limit.
+`vitssl pack` makes tar or ArrayRecord files, which have no such limit.
 """
 
 import collections
