@@ -29,6 +29,9 @@ def test_bench_prints_every_number_it_promises(monkeypatch):
     both = {"folder", "tar", "array_record"}
     assert both <= set(sources) <= both | {"parquet"}
     assert all(len(s["all"]) == 3 and s["median"] > 0 for s in sources.values())
+    large = got["large_photograph_ms"]
+    assert set(large) == {"evaluate_224", "crop_224", "crops_fast", "crops_bicubic"}
+    assert all(0 < view["reduced"] < view["whole"] for view in large.values())
     assert set(got["parts_ms"]) == {
         "decode",
         "crops_fast",

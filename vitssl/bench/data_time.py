@@ -29,6 +29,7 @@ from PIL import Image
 from vitssl import errors
 from vitssl.bench import clock
 from vitssl.data import crops, decode, pipeline, sources
+from vitssl.data import views as general
 from vitssl.data.sources import folder, parquet
 from vitssl.methods.hjepa import masks, views
 from vitssl.tools import pack
@@ -106,7 +107,8 @@ def run(argv=()) -> dict:
     Returns:
         `versions`; `samples_per_core_second` of each contender (median of the
         repeats, and all of them); `images_per_core_second` of each source, alike;
-        `times_torchvision`, ours over theirs per repeat;
+        `times_torchvision`, ours over theirs per repeat; `large_photograph_ms`,
+        processor time of decoding and one view of 12 megapixels, whole and reduced;
         `parts_ms`, processor time per image of the parts of our transform; `loader`.
     """
     parser = errors.Parser("vitssl.bench data", __doc__)
@@ -137,6 +139,7 @@ def run(argv=()) -> dict:
             "samples_per_core_second": _medians(rates),
             "images_per_core_second": _medians(_sources(root, paths, o.repeats)),
             "times_torchvision": _ratios(rates),
+            "large_photograph_ms": _large(o.seed, o.repeats),
             "parts_ms": _parts(paths, o.repeats),
             "loader": _loaders(root, paths, o, theirs) if o.loader_batches else {},
             "versions": _versions(),
@@ -167,6 +170,31 @@ def _sources(root, paths, repeats):
         found["parquet"] = parquet.open(f"{packed}/train.parquet", "train")
     loads = {k: lambda _, i, source=s: source[i] for k, s in found.items()}
     return _in_turn(loads, paths, repeats)
+
+
+def _large(seed, repeats):
+    """Return {view: {"whole", "reduced"}} in milliseconds of a large photograph."""
+    coarse = picture(np.random.default_rng(seed))
+    pixels = cv2.resize(coarse, (8 * WIDTH, 8 * HEIGHT), interpolation=cv2.INTER_CUBIC)
+    pixels = cv2.addWeighted(pixels, 0.6, np.tile(coarse, (8, 8, 1)), 0.4, 0)
+    flags = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+    data = cv2.imencode(".jpg", pixels, flags)[1].tobytes()
+    kinds = {"evaluate_224": general.Evaluate(224), "crop_224": general.SingleCrop(224)}
+    kinds |= {f"crops_{how}": section(how) for how in ("fast", "bicubic")}
+
+    def one(view, reduction):
+        image = decode.decode(data, channels=3, reduction=reduction)
+        view({"image": image}, np.random.default_rng(seed))
+
+    found = {}
+    for name, view in kinds.items():
+        ways = {"whole": None, "reduced": view.reduction}
+        passes = {k: functools.partial(one, view, how) for k, how in ways.items()}
+        times = clock.in_turns(passes, repeats, 1, clock=time.thread_time)
+        found[name] = {
+            k: 1000 * statistics.median(t for (t,) in times[k]) for k in ways
+        }
+    return found
 
 
 def _ours(transform, path, index):

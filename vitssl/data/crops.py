@@ -151,6 +151,13 @@ class MultiCrop:
                 out |= self._kind(kind, count, example["image"], stream)
         return out, other
 
+    def reduction(self, size: tuple[int, int]) -> float:
+        """Return how many pixels of an image become one, at least; see `reduced`."""
+        kinds = [(self.global_crop_scale, self.global_crop_size)]
+        if self.max_local_crops if self.adaptive else self.num_local_crops:
+            kinds.append((self.local_crop_scale, self.local_crop_size))
+        return min(geometry.reduction(size, *kind) for kind in kinds)
+
     def counts(self, example: dict) -> tuple[int, int]:
         """Return (G, L) of an example, by its `epoch`."""
         return self.num_global_crops, self.locals_at(int(example.get("epoch", 0)))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitssl import errors
-from vitssl.data import dicom, npy, tiff
+from vitssl.data import dicom, npy, reduced, tiff
 
 try:
     import simplejpeg
@@ -33,13 +33,18 @@ _GIVE = (
     "give its range (data.options.value_range of a folder), or store it as uint8 .npy"
 )
 ORIENTATION = 0x0112  # The EXIF tag; 1 = upright.
+TURNED = (5, 6, 7, 8)  # Its values where height and width change places.
+# Whether (rows, columns) then run backwards, by its value.
+FLIPPED = {2: (0, 1), 3: (1, 1), 4: (1, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
 SUFFIXES = frozenset(
     ".avif .bmp .dcm .dib .gif .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm "
     ".ppm .tga .tif .tiff .webp".split()
 )
 
 
-def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray:
+def decode(
+    data: bytes, *, channels: int, bounds=(), name="image", reduction=None
+) -> np.ndarray | reduced.Reduced:
     """Decode an image file that is in memory: uint8 [H, W, channels].
 
     EXIF orientation is applied, the first frame of an animation is taken,
@@ -53,6 +58,8 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
         bounds: (lowest, highest) value of images of more than 8 bits, which become 0
             and 255; () = 0 and 65535 of integers, and no other kinds.
         name: what to call it in the error.
+        reduction: of the transform that gets the image, if it takes `reduced.Reduced`,
+            which a large JPEG then may be.
 
     Raises:
         DataError: not an image, truncated, too large, or of other channels.
@@ -71,12 +78,12 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
             grey = dicom.decode(data, MAX_PIXELS, _opened)
             return _channels(grey, channels)
         if data[:3] == b"\xff\xd8\xff":
-            image = _jpeg(data, channels)
+            image = _jpeg(data, channels, reduction)
             if image is not None:
                 return image
         if bounds and data[:4] == b"\x89PNG" and data[24:25] == b"\x10":
             return _channels(_scaled(_deep_png(data), bounds), channels)
-        return _pillow(data, channels, bounds)
+        return _pillow(data, channels, bounds, reduction)
     except errors.UsageError as e:
         raise errors.UsageError(f"{name}: {e}") from e
     except Exception as e:  # noqa: BLE001 - decoders raise whatever they like.
@@ -85,14 +92,17 @@ def decode(data: bytes, *, channels: int, bounds=(), name="image") -> np.ndarray
         raise errors.DataError(f"{name}: cannot be decoded: {what}") from e
 
 
-def read(path, *, channels: int, bounds=()) -> np.ndarray:
+def read(
+    path, *, channels: int, bounds=(), reduction=None
+) -> np.ndarray | reduced.Reduced:
     """Read and decode the image file at `path`; see `decode`.
 
     Raises:
         DataError: also when the file cannot be read.
     """
     data = contents(path)
-    return decode(data, channels=channels, bounds=bounds, name=printable(path))
+    given = dict(channels=channels, bounds=bounds, reduction=reduction)
+    return decode(data, **given, name=printable(path))
 
 
 def stored(path) -> np.ndarray | None:
@@ -166,20 +176,22 @@ def printable(path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _jpeg(data, channels):
+def _jpeg(data, channels, reduction):
     """Decode an ordinary, complete JPEG fast; None when Pillow should judge."""
     if _may_be_turned(data):
         with _opened(data) as image:
             if image.getexif().get(ORIENTATION, 1) != 1:
                 return None
     if simplejpeg is not None:
-        return _simplejpeg(data, "RGB" if channels == 3 else "GRAY")
+        return _simplejpeg(data, "RGB" if channels == 3 else "GRAY", reduction)
     # Some versions of OpenCV fill what is missing of a truncated file with gray and
     # say nothing, so it may only see files that end as they should.
     if data[-2:] != b"\xff\xd9":
         return None
     with _opened(data) as image:
         if image.mode not in ("RGB", "L"):
+            return None
+        if reduced.factor(reduction, image.size[::-1]) > 1:
             return None
     flag = cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE
     image = cv2.imdecode(
@@ -206,12 +218,17 @@ def _may_be_turned(data) -> bool:
     return True
 
 
-def _simplejpeg(data, space):
+def _simplejpeg(data, space, reduction):
     """Decode a JPEG, or raise ValueError where parts of it are missing."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         _bounded(width, height, _scans(data))
-        return simplejpeg.decode_jpeg(data, space)
+        factor = reduced.factor(reduction, (height, width))
+        if factor == 1:
+            return simplejpeg.decode_jpeg(data, space)
+        least = dict(min_height=-(-height // factor), min_width=-(-width // factor))
+        pixels = simplejpeg.decode_jpeg(data, space, **least)
+        return reduced.Reduced(pixels, (height, width, pixels.shape[-1]), factor)
     except ValueError as e:
         # What is missing Pillow would fill with gray: do not ask it. But a few bytes
         # too many, as in some of ImageNet's files, hurt nobody.
@@ -243,9 +260,15 @@ def _scans(data) -> int:
     return data.count(b"\xff\xda") if data[:3] == b"\xff\xd8\xff" else 1
 
 
-def _pillow(data, channels, bounds):
+def _pillow(data, channels, bounds, reduction=None):
     """Decode every other format, and every doubtful JPEG."""
     with _opened(data) as image:
+        how = image.getexif().get(ORIENTATION, 1) if image.format == "JPEG" else 0
+        size, factor = image.size[:: 1 if how in TURNED else -1], 1  # As it will be.
+        if how:
+            factor = reduced.factor(reduction, size)
+        if factor > 1:
+            image.draft(image.mode, tuple(n // factor for n in image.size))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" and not bounds:
@@ -257,7 +280,14 @@ def _pillow(data, channels, bounds):
             image = image.convert("RGBA")
         mode = "RGB" if channels == 3 else "L"
         image = np.asarray(image if image.mode == mode else image.convert(mode))
-    return image.reshape(*image.shape[:2], channels)
+    image = image.reshape(*image.shape[:2], channels)
+    if factor == 1:
+        return image
+    # The last row and column are parts; where they come first, by turning, the others
+    # begin later.
+    ends = zip(size, image.shape, FLIPPED.get(how, (0, 0)), strict=False)
+    origin = tuple(flip * (n - factor * m) for n, m, flip in ends)
+    return reduced.Reduced(image, (*size, channels), factor, origin)
 
 
 def _is_deep(data) -> bool:

@@ -71,37 +71,61 @@ def shaped(size, ratio=RATIO):
     return tuple(r * sizes.aspect(size) for r in ratio)
 
 
+def reduction(size, scale, shape) -> float:
+    """Return how many pixels become one of a random crop at least, along an axis.
+
+    Args:
+        size: of the image.
+        scale: smallest and largest share of its area that a box has.
+        shape: of the crop, whose boxes are `shaped` so.
+    """
+    (rows, columns), (low, high) = size, shaped(shape)
+    area = rows * columns * scale[0]
+    # A box that does not fit is the largest central one that has an allowed shape.
+    height = min(math.sqrt(area / high), rows, columns / low)
+    width = min(math.sqrt(area * low), columns, rows * high)
+    return min(a / b for a, b in zip((height, width), sizes.pair(shape), strict=True))
+
+
 def relative(box, size, flip):
     """Return (top, left, height, width, flipped), lengths as shares of the image."""
     (top, left, height, width), (rows, columns) = box, size
     return top / rows, left / columns, height / rows, width / columns, float(flip)
 
 
-def middle(image, shape):
-    """Return an image without its ends, where it is far longer than a shape.
+def middle(size, shape):
+    """Return the box of an image without its ends, where it is far longer than a shape.
 
     Of what is cut out at the centre nothing changes, and a line of pixels is not
     resized to gigabytes. The ends are of equal length.
+
+    Args:
+        size: of the image.
+        shape: that is wanted.
     """
-    rows, columns = image.shape[:2]
+    rows, columns = size
     height, width = sizes.pair(shape)
     across = max(0, columns - math.ceil(LONGEST * rows * width / height))
     down = max(0, rows - math.ceil(LONGEST * columns * height / width))
-    return image[down // 2 : rows - down // 2, across // 2 : columns - across // 2]
+    top, left = down // 2, across // 2
+    return top, left, rows - 2 * top, columns - 2 * left
 
 
-def resize_over(image, least, interpolation="bicubic"):
+def resize_over(image, least, interpolation="bicubic", box=None):
     """Resize [H, W, C], with its shape kept, to just cover least = (height, width).
 
     The longer side is cut to a whole number of pixels, as torchvision does.
+
+    Args:
+        box: part of the image to resize; None is all of it.
     """
-    rows, columns = image.shape[:2]
+    rows, columns = box[2:] if box else image.shape[:2]
     height, width = least
     if height * columns >= width * rows:
         size = height, max(width, height * columns // rows)
     else:
         size = max(height, width * rows // columns), width
-    return resample.resize(image, size, None, interpolation)
+    return resample.resize(image, size, box, interpolation)
 
 
 def centre_crop(image, size):

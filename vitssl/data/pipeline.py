@@ -430,6 +430,14 @@ class Loader:
         self.close()
 
 
+def _tolerant(source, transform, policy, share):
+    """Return a source as `wrappers.Tolerant`, which decodes for a transform."""
+    reduction = getattr(transform, "reduction", None)
+    if reduction is not None and hasattr(source, "reduced"):
+        source = source.reduced(reduction)
+    return wrappers.Tolerant(source, policy, share)
+
+
 def train(
     source,
     transform,
@@ -479,7 +487,7 @@ def train(
                 "images are read; use shuffle"
             )
         labels = np.asarray(source.labels, np.int32).tobytes()
-    source = wrappers.Tolerant(source, on_bad_image, bad_share)
+    source = _tolerant(source, transform, on_bad_image, bad_share)
     own = process, labels, remembered, grown
     batches = _Training(source, transform, seed, batch_size, *own)
     return Loader(batches, start_step, **loading)
@@ -500,7 +508,7 @@ def fill(
 
     Other arguments are those of `train`. The last batch is filled up with its last.
     """
-    source = wrappers.Tolerant(source, on_bad_image, bad_share)
+    source = _tolerant(source, transform, on_bad_image, bad_share)
     whole = (0, 1)
     batches = _Filling(source, transform, seed, batch_size, whole, tuple(places))
     return Loader(batches, **loading)
@@ -522,6 +530,6 @@ def evaluate(
     The last batch is filled up with rows whose "valid" (bool [B/n]) is False, label
     and index -1; so are rows whose image is broken. Arguments are those of `train`.
     """
-    source = wrappers.Tolerant(source, on_bad_image, bad_share)
+    source = _tolerant(source, transform, on_bad_image, bad_share)
     batches = _Evaluation(source, transform, seed, batch_size, process)
     return Loader(batches, **loading)

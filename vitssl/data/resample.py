@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from vitssl.data import reduced
+
 TAPS = (5, 7)  # Of the filter, below and from a reduction by LONG.
 LONG = 2.0
 OCTAVE = 16  # Scales are rounded to this many steps per doubling.
@@ -25,7 +27,7 @@ def resize(image, size, box=None, interpolation="bicubic"):
 
     Args:
         image: uint8 or uint16 [H, W, C], any C; or float32, by "bicubic" or
-            "bilinear".
+            "bilinear"; or a `Reduced`, which has PIL's bicubic for "fast", too.
         size: (height, width) of the result.
         box: (top, left, height, width), or None for the whole image. No pixel outside
             of it is used.
@@ -34,6 +36,8 @@ def resize(image, size, box=None, interpolation="bicubic"):
     Returns:
         [height, width, C] of the same dtype; a view if there is nothing to resize.
     """
+    if isinstance(image, reduced.Reduced):
+        return _reduced(image, size, box or (0, 0, *image.shape[:2]), interpolation)
     if box is not None:
         top, left, height, width = box
         image = image[top : top + height, left : left + width]
@@ -47,6 +51,18 @@ def resize(image, size, box=None, interpolation="bicubic"):
         return one(image, size).reshape(*size, depth)
     # PIL would take the fourth channel for opacity; OpenCV resizes at most four.
     return np.stack([one(image[..., i : i + 1], size) for i in range(depth)], -1)
+
+
+def _reduced(image, size, box, how):
+    """Return the resize of a box of a `Reduced`: of pixels, and parts of some."""
+    pixels, box = image.cut(box)
+    depth = pixels.shape[-1]
+    pixels = np.ascontiguousarray(pixels[..., 0] if depth == 1 else pixels)
+    top, left, height, width = box
+    how = Image.Resampling["BICUBIC" if how == "fast" else how.upper()]
+    inside = left, top, left + width, top + height
+    found = Image.fromarray(pixels).resize(size[::-1], how, box=inside)
+    return np.asarray(found).reshape(*size, depth)
 
 
 def _pil(image, size, how):

@@ -2,7 +2,8 @@
 
 Every one is a frozen dataclass of numbers, called with an example (a dict with `image`
 [H, W, C] of uint8 or uint16, `label`, `index`) and a numpy Generator, and returns
-pixels with label and index, int32 []; normalisation happens on the device. A size is
+pixels with label and index, int32 []; normalisation happens on the device. One that
+has a `reduction` may get an image that is `reduced.Reduced`. A size is
 the side of the result, or (height, width), in pixels; `interpolation` is explained in
 `resample`.
 """
@@ -42,11 +43,19 @@ class Evaluate:
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> dict:
         """Return {image [h, w, C], label, index}."""
-        # The quotient of two integers must not lose a pixel to rounding.
-        least = [max(n, int(self.ratio * n + 1e-6)) for n in sizes.pair(self.size)]
-        image = geometry.middle(example["image"], least)
-        image = geometry.resize_over(image, least, self.interpolation)
+        image, least = example["image"], self._least
+        box = geometry.middle(image.shape[:2], least)
+        image = geometry.resize_over(image, least, self.interpolation, box)
         return _one(example, geometry.centre_crop(image, self.size))
+
+    @property
+    def _least(self):
+        # The quotient of two integers must not lose a pixel to rounding.
+        return [max(n, int(self.ratio * n + 1e-6)) for n in sizes.pair(self.size)]
+
+    def reduction(self, size: tuple[int, int]) -> float:
+        """Return how many pixels of an image become one; see `reduced`."""
+        return min(n / least for n, least in zip(size, self._least, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +70,10 @@ class Warp:
         size = sizes.pair(self.size)
         image = resample.resize(example["image"], size, None, self.interpolation)
         return _one(example, image)
+
+    def reduction(self, size: tuple[int, int]) -> float:
+        """Return how many pixels of an image become one; see `reduced`."""
+        return min(n / m for n, m in zip(size, sizes.pair(self.size), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +114,10 @@ class SingleCrop:
             "global_box": np.array([found], np.float32),
         }
 
+    def reduction(self, size: tuple[int, int]) -> float:
+        """Return how many pixels of an image become one, at least; see `reduced`."""
+        return geometry.reduction(size, self.scale, self.size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
@@ -136,6 +153,10 @@ class Supervised:
         if self.randaugment is not None:
             image = self.randaugment(np.ascontiguousarray(image), rng, self.fill)
         return _one(example, image)
+
+    def reduction(self, size: tuple[int, int]) -> float:
+        """Return how many pixels of an image become one, at least; see `reduced`."""
+        return geometry.reduction(size, self.scale, self.size)
 
 
 def classifier_evaluation(size: sizes.Size, interpolation="bicubic") -> Evaluate:

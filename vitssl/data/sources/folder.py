@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from vitssl import errors, ranges
-from vitssl.data import decode
+from vitssl.data import decode, reduced
 from vitssl.data.sources import layout, scan, tables
 
 EXPECTED = (
@@ -38,6 +38,7 @@ class Files(layout.Images):
         bounds: see `decode.decode`.
         several: uint8 [N, K], 1 for every label of an image, where images have several
             or none; then `labels` are -1.
+        reduction: of the transform that gets the images, see `reduced`; None = none.
     """
 
     root: str
@@ -50,6 +51,7 @@ class Files(layout.Images):
     split: str
     bounds: tuple[float, ...] = ()
     several: np.ndarray | None = None
+    reduction: reduced.Reduction | None = None
 
     def relative(self, i: int) -> str:
         """Return where image i is, from `root`."""
@@ -64,9 +66,18 @@ class Files(layout.Images):
         """Return the bytes of image i as they are stored."""
         return decode.contents(self.path(i))
 
+    def reduced(self, reduction) -> "Files":
+        """Return the files that are decoded for a transform; see `layout.Source`."""
+        return dataclasses.replace(self, reduction=reduction)
+
+    @property
+    def _how(self) -> dict:
+        keys = ("channels", "bounds", "reduction")
+        return {key: getattr(self, key) for key in keys}
+
     def image(self, i: int) -> np.ndarray:
         """Return image i, decoded."""
-        return decode.read(self.path(i), channels=self.channels, bounds=self.bounds)
+        return decode.read(self.path(i), **self._how)
 
 
 def files(root, members, *, classes, channels, name, split, bounds=()) -> Files:

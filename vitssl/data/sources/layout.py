@@ -50,6 +50,15 @@ class Source(abc.ABC):
     def example(self, i: int) -> dict:
         """Return example i, which exists."""
 
+    def reduced(self, reduction) -> "Source":
+        """Return the source that decodes large photographs for a transform; or itself.
+
+        Args:
+            reduction: of the transform, see `reduced`.
+        """
+        del reduction
+        return self
+
 
 class Images(Source):
     """A source whose examples are an image and its label, nothing else."""

@@ -63,8 +63,7 @@ class Packed(folder.Files):
     def image(self, i: int) -> np.ndarray:
         """Return image i, decoded."""
         name = decode.printable(self.path(i))
-        given = dict(channels=self.channels, bounds=self.bounds)
-        return decode.decode(self.encoded(i), **given, name=name)
+        return decode.decode(self.encoded(i), **self._how, name=name)
 
 
 @dataclasses.dataclass(frozen=True)

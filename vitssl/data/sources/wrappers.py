@@ -50,6 +50,10 @@ class Subset(Wrapper):
         several = getattr(self.whole, "several", None)
         return None if several is None else several[self.indices]
 
+    def reduced(self, reduction):
+        """Return the subset whose images are decoded so; see `layout.Source`."""
+        return dataclasses.replace(self, whole=self.whole.reduced(reduction))
+
     def __len__(self):
         return len(self.indices)
 

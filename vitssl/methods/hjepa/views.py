@@ -25,6 +25,10 @@ class MultiCropTransform:
     masking: masks.Masking
     patch: int
 
+    def reduction(self, size: tuple[int, int]) -> float:
+        """Return how many pixels of an image become one, at least; see `reduced`."""
+        return self.crops.reduction(size)
+
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Return the crops of `MultiCrop.draw` and the arrays of `masks.multicrop`.
 
