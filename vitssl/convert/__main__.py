@@ -4,16 +4,18 @@
         [--prefix=model.backbone.] [--ignore=NAME,GLOB] [--image_size=N] [--channels=N]
         [--mean=R,G,B] [--std=R,G,B] [--heads=N] [--eps=1e-6] [--activation=gelu]
     python -m vitssl.convert export WEIGHTS --to=FILE.safetensors
-        [--layout=timm|hf|vitssl|bigvision|hvit|parts|parts_hf|olmoearth]
-        [--part=target|encoder|ema]
+        [--layout=timm|hf|onnx|vitssl|bigvision|hvit|parts|parts_hf|olmoearth]
+        [--part=target|encoder|ema] [--dtype=float32|float16]
     python -m vitssl.convert families
 
 FILE is a .safetensors, .npz, .pth, .pt or .bin, a folder of a hub, or the index of a
 file in shards; nothing in it is ever executed. What neither tensors nor the files
 beside them tell is a line that begins with GUESSED and names the flag that says it.
-WEIGHTS is a run's workdir, one checkpoint of it, or a FOLDER of an import. With
+WEIGHTS is a run's workdir, one checkpoint of it, a FOLDER of an import, or demo:NAME. With
 --to=FOLDER the layouts hf and timm make a folder of a hub: model.safetensors,
-config.json, preprocessor_config.json (hf) and README.md, the card.
+config.json, preprocessor_config.json (hf) and README.md, the card. --to=FILE.onnx, or
+--to=onnx, writes a graph of a ViT that runs without this package (extra [onnx]).
+--dtype=float16 halves a file of the layout vitssl.
 """
 
 import argparse
@@ -45,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("export", help="ours to timm, transformers, ...")
     two.add_argument("weights")
     two.add_argument("--to", required=True, help="file, or a folder")
-    two.add_argument("--layout", default="timm", help="see above")
+    two.add_argument("--layout", default="", help="see above; timm")
     two.add_argument("--part", default="", help="of a run: target, encoder or ema")
+    two.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     commands.add_parser("families", help="list what an import knows")
     return top
 
@@ -113,19 +116,18 @@ def _export(flags) -> int:
     from vitssl.convert import backbone, exporter, place
     from vitssl.run import opened
 
-    file = exporter.file_of(flags.to, flags.layout)
+    graph = flags.to == "onnx" or flags.to.lower().endswith(".onnx")
+    layout = flags.layout or ("onnx" if graph else "timm")
+    file = exporter.file_of(flags.to, layout)
     place.check(file, "--to")
-    if backbone.is_backbone(flags.weights):
-        if flags.part:
-            raise errors.UsageError(f"--part={flags.part}: only runs have parts")
-        found = backbone.read(flags.weights)
-    else:
-        found = opened.past(flags.weights).encoder(flags.part)
+    if flags.dtype != "float32" and layout != "vitssl":
+        raise errors.UsageError(f"--dtype={flags.dtype}: of --layout=vitssl alone")
+    found = opened.past(flags.weights).network(flags.part)
     place.check(file, "--to", 4 * found.size)
     with place.writing("--to", file):
-        exporter.write(found, flags.to, flags.layout)
+        exporter.write(found, flags.to, layout, flags.dtype)
     path = backbone.card_of(file)
-    print(f"{file}: layout {flags.layout}, card {path}")
+    print(f"{file}: layout {layout}, card {path}")
     card = path.read_text("utf-8")
     print(card.split("```python\n")[1].split("```")[0])
     return 0

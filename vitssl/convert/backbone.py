@@ -241,15 +241,19 @@ def _faults(about) -> list[str]:
 
 
 def write(
-    path: disk.AnyPath, backbone: Backbone, sha256: Callable[[], str] | None = None
+    path: disk.AnyPath,
+    backbone: Backbone,
+    sha256: Callable[[], str] | None = None,
+    dtype: str = "float32",
 ) -> pathlib.Path:
-    """Write weights as float32, two arrays at a time; return the file.
+    """Write weights in one dtype, two arrays at a time; return the file.
 
     Args:
         path: a folder (made if need be) or a `.safetensors` file.
-        backbone: bfloat16 and float16 become float32.
+        backbone: arrays of any float dtype.
         sha256: () -> digest to describe the weights by instead of their own, asked
             last, so that it may be computed meanwhile.
+        dtype: "float32", or "float16" for half the file; reading gives float32 again.
 
     Raises:
         CheckpointError: weights that are no finite numbers.
@@ -260,7 +264,7 @@ def write(
     file = path if path.suffix == ".safetensors" else path / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     leaves = backbone.leaves
-    shapes = {n: (tuple(x.shape), np.dtype(np.float32)) for n, x in leaves.items()}
+    shapes = {n: (tuple(x.shape), np.dtype(dtype)) for n, x in leaves.items()}
 
     def text(digest):
         about = dataclasses.replace(backbone.about, sha256=digest)
@@ -270,8 +274,14 @@ def write(
     if sha256 is not None:
         first, last = text("0" * 64), lambda: text(sha256())
     order = safetensors.order(shapes)
+
+    def make(name):
+        with np.errstate(over="ignore"):  # What float16 cannot hold is told next.
+            array = contiguous(leaves[name]).astype(dtype, copy=False)
+        return check_finite(name, array)
+
     with futures.ThreadPoolExecutor(1) as pool:
-        made = _ahead(pool, lambda n: check_finite(n, contiguous(leaves[n])), order)
+        made = _ahead(pool, make, order)
         safetensors.write_lazily(file, shapes, made, first, last)
     return file
 
@@ -289,7 +299,7 @@ def _ahead(pool, make, names):
 
 
 def check_finite(name: str, x: np.ndarray) -> np.ndarray:
-    """Return float32 weights as they are.
+    """Return weights as they are.
 
     Raises:
         CheckpointError: some are not finite.
@@ -298,7 +308,7 @@ def check_finite(name: str, x: np.ndarray) -> np.ndarray:
     if bad:
         raise errors.CheckpointError(
             f"{name}: {bad} of {x.size} values are not finite (NaN, or beyond "
-            "float32): their training had failed; take an earlier checkpoint"
+            f"{x.dtype}): their training had failed; take an earlier checkpoint"
         )
     return x
 

@@ -9,6 +9,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from vitssl.convert import (
     family,
     huggingface,
     hvit_names,
+    onnxgraph,
     place,
     safetensors,
     vit_names,
@@ -39,25 +41,31 @@ class Export:
         recipe: arguments of timm's VisionTransformer, or a transformers config.json.
         snippet: the lines that load it; {file} stands for the file's path.
         hub: config.json of a folder of timm's hub, {} where none can say the model.
+        graph: `onnx.ModelProto` that holds the arrays, or None.
     """
 
     arrays: dict[str, np.ndarray]
     recipe: dict
     snippet: str
     hub: dict = dataclasses.field(default_factory=dict)
+    graph: Any = None
 
 
 def write(
-    source: backbone.Backbone, to: disk.AnyPath, layout: str = "timm"
+    source: backbone.Backbone,
+    to: disk.AnyPath,
+    layout: str = "timm",
+    dtype: str = "float32",
 ) -> pathlib.Path:
     """Write a backbone in a layout, with its model card beside it; return the file.
 
     Args:
         source: what to write.
-        to: a file (`.safetensors`; `.npz` for "bigvision"), or a folder, which "hf" and
-            "timm" make one of a hub: `model.safetensors`, `config.json`, `README.md`
-            and, for transformers, `preprocessor_config.json`.
+        to: a file (`.safetensors`; `.npz` for "bigvision", `.onnx`), or a folder, which
+            "hf" and "timm" make one of a hub: `model.safetensors`, `config.json`,
+            `README.md` and, for transformers, `preprocessor_config.json`.
         layout: key of `LAYOUTS`, or "vitssl".
+        dtype: of the arrays of "vitssl".
 
     Raises:
         UsageError: no such layout, or a layout that cannot hold this model.
@@ -66,7 +74,7 @@ def write(
     source.check()
     if layout == "vitssl":
         file = file_of(to, layout)
-        backbone.write(file, source)
+        backbone.write(file, source, dtype=dtype)
         backbone.write_card(file, source, layout, OURS)
         return file
     fitting = _fitting(source)
@@ -81,7 +89,9 @@ def write(
     for name, array in made.arrays.items():
         backbone.check_finite(name, array)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if layout == "bigvision":
+    if made.graph is not None:
+        onnxgraph.save(made.graph, file)
+    elif layout == "bigvision":
         np.savez(file, **made.arrays)  # type: ignore[arg-type]
     else:
         metadata = {"format": "pt", "vitssl.recipe": json.dumps(made.recipe)}
@@ -103,7 +113,7 @@ def file_of(to: disk.AnyPath, layout: str) -> pathlib.Path:
         UsageError: no such layout, or the ending of another kind of file.
     """
     _check_layout(layout)
-    own = {"vitssl": backbone.FILE, "bigvision": "model.npz"}
+    own = {"vitssl": backbone.FILE, "bigvision": "model.npz", "onnx": "model.onnx"}
     return place.file_in(to, own.get(layout, "model.safetensors"))
 
 
@@ -384,6 +394,12 @@ params = dict(np.load("{file}"))  # {"Transformer/encoderblock_0/...": array}
 """
 
 
+def onnx(source: backbone.Backbone) -> Export:
+    """Return an ONNX graph of a ViT, its normalisation and its head."""
+    source = dataclasses.replace(source, leaves=_copied(source))
+    return Export({}, {}, onnxgraph.SNIPPET, graph=onnxgraph.model(source))
+
+
 def hierarchical(source: backbone.Backbone) -> Export:
     """Return the layout of HierarchialViT, for its DiseaseAwareHVT.
 
@@ -452,6 +468,7 @@ LAYOUTS: dict[str, Callable[[backbone.Backbone], Export]] = {
     "timm": timm,
     "hf": hf,
     "bigvision": big_vision,
+    "onnx": onnx,
     "hvit": hierarchical,
     "parts": part_discovery,
     "parts_hf": functools.partial(part_discovery, hf=True),

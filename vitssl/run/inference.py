@@ -2,6 +2,7 @@
 
 import vitssl
 features = vitssl.load("runs/hjepa-demo")      # or weights of vitssl.convert
+features = vitssl.load("demo:localmim")         # or a small network that came along
 features(images)["pooled"]                      # images: uint8 [B, H, W, C]
 vitssl.load("runs/finetune_hvit").predict(images)["class"]      # of any sizes
 
@@ -273,8 +274,8 @@ def load(
     """Return the features of weights on disk.
 
     Args:
-        path: a run's workdir, one checkpoint of it, or converted weights: of an
-            encoder, or of a whole method.
+        path: a run's workdir, one checkpoint of it, converted weights (of an encoder,
+            or of a whole method), or "demo:NAME", see `convert.demos`.
         part: of a run: "" = what its evaluations use; "target" or "encoder" = that
             encoder alone, without what the method puts on top.
         pool: "cls" or "mean"; "" = what the weights' family uses. Of a run: needs

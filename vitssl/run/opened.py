@@ -4,6 +4,7 @@ past("runs/hjepa")                  a run's newest checkpoint, also runs/hjepa@l
 past("runs/hjepa@best")             its best by `checkpoint.best`
 past("runs/hjepa@1200")             also runs/hjepa/checkpoints/1200
 past("weights")                     a file or folder that vitssl convert wrote
+past("demo:localmim")               a small network that comes with the package
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from vitssl import config, disk, errors, tree
-from vitssl.convert import backbone
+from vitssl.convert import backbone, demos
 from vitssl.run import build, checkpoint, experiment, log, seals
 
 AVERAGES = ("ema/", "average/")  # Where methods keep averages of all parameters.
@@ -224,6 +225,7 @@ def past(path: disk.AnyPath) -> Past:
     Raises:
         CheckpointError: nothing there that is complete, or no such step.
     """
+    path = demos.found(path)
     if backbone.is_backbone(path):
         return Past(str(path))
     text = str(path)
