@@ -16,7 +16,7 @@ from tests import runs
 from vitssl import cli, errors, main
 from vitssl.data import decode, survey
 from vitssl.run import experiment, loop
-from vitssl.tools import own, predict
+from vitssl.tools import own, own_plan, predict
 
 TINY = (
     "model.width=16 model.depth=4 model.heads=2 model.patch=16 decoder.width=16 "
@@ -51,20 +51,20 @@ def found(folders):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-@pytest.mark.parametrize("method", own.METHODS)
+@pytest.mark.parametrize("method", own_plan.METHODS)
 def test_every_method_accepts_the_plan_of_every_folder(
     folders, found, method, platform
 ):
     for name, seen in found.items():
         weights = "untrained" if method == "distill" else ""
-        asked = own.Asked(str(folders[name]), method, weights=weights)
-        if method in own.LABELLED and not seen.classes:
+        asked = own_plan.Asked(str(folders[name]), method, weights=weights)
+        if method in own_plan.LABELLED and not seen.classes:
             with pytest.raises(errors.DataError, match="learns from labels, and there"):
-                own.plan(asked, seen, platform)
+                own_plan.plan(asked, seen, platform)
             continue
         for size in (0, 32, 100):
             sized = dataclasses.replace(asked, size=size)
-            made = own.plan(sized, seen, platform)
+            made = own_plan.plan(sized, seen, platform)
             checked = made.read()
             s = checked.settings
             assert (s.data.source, s.data.channels) == ("folder", seen.channels)
@@ -79,7 +79,9 @@ def test_every_method_accepts_the_plan_of_every_folder(
 
 @pytest.mark.parametrize("model", ["vit_mini", "ViT-S/16", "vit_b", "hvit"])
 def test_models_go_by_their_names(found, model):
-    made = own.plan(own.Asked("x", "simclr", model), found["flat"], "cpu").read()
+    made = own_plan.plan(
+        own_plan.Asked("x", "simclr", model), found["flat"], "cpu"
+    ).read()
     wide = {"vit_mini": 192, "ViT-S/16": 384, "vit_b": 768, "hvit": 32}[model]
     assert made.config.model.width == wide
     assert made.config.model.name == ("hvit" if model == "hvit" else "vit")
@@ -90,7 +92,7 @@ def test_what_is_asked_wins_and_what_cannot_be_is_one_line(folders, found, capsy
     asked, dry = own.parse(
         [str(flat), "--epochs=3", "--config.optim.lr=0.5", "--config.batch_size=8"]
     )
-    s = own.plan(asked, found["flat"], "cpu").read().settings
+    s = own_plan.plan(asked, found["flat"], "cpu").read().settings
     assert (s.epochs, s.optim.lr, s.batch_size, dry) == (3.0, 0.5, 8, False)
     assert s.optim.warmup_epochs == 0.15
     for words, text in (
@@ -119,15 +121,15 @@ def test_weights_bring_their_model_and_normalisation(found, tmp_path):
     seen = dataclasses.replace(found["deep"], channels=1)
     for method in ("hjepa", "localmim", "finetune"):
         seen = found["classes"] if method == "finetune" else seen
-        asked = own.Asked("x", method, weights=str(tmp_path))
-        made = own.plan(asked, seen, "cpu")
+        asked = own_plan.Asked("x", method, weights=str(tmp_path))
+        made = own_plan.plan(asked, seen, "cpu")
         if method == "localmim":  # Its decoders need deeper networks.
             continue
         c = made.read().config
         assert (c.model.width, c.model.patch, c.init["from"]) == (32, 4, str(tmp_path))
         assert c.data.mean == (0.5,) and c.data.channels == 1
     with pytest.raises(errors.UsageError, match="--model is theirs"):
-        own.plan(dataclasses.replace(asked, model="vit_s"), seen, "cpu")
+        own_plan.plan(dataclasses.replace(asked, model="vit_s"), seen, "cpu")
 
 
 def test_a_run_keeps_the_memory_it_promised_and_ends_with_what_to_do_next(
@@ -174,12 +176,12 @@ def test_a_table_of_several_labels_is_found_learned_and_predicted(
     assert seen.several and seen.classes == {"china": 150, "flower": 150, "third": 100}
     assert "labels    china 150, flower 150, third 100; by " in str(seen)
     with pytest.raises(errors.DataError, match="--method=parts learns one an image"):
-        own.plan(own.Asked(str(flat), "parts"), seen, "cpu")
-    made = own.plan(own.Asked(str(flat), "simclr"), seen, "cpu")
+        own_plan.plan(own_plan.Asked(str(flat), "parts"), seen, "cpu")
+    made = own_plan.plan(own_plan.Asked(str(flat), "simclr"), seen, "cpu")
     assert made.overrides["checkpoint.best"] == "knn/map"
     words = "model.width=16 model.depth=2 model.heads=2 log.pictures=False"
     words += " evals.final=('knn','linear') log.tensorboard=False"
-    asked = own.Asked(
+    asked = own_plan.Asked(
         str(flat), "finetune", size=32, steps=6, batch_size=64,
         workdir=str(tmp_path / "run"), overrides=tuple(words.split()),
     )  # fmt: skip

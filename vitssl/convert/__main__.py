@@ -11,8 +11,8 @@
 FILE is a .safetensors, .npz, .pth, .pt or .bin, a folder of a hub, or the index of a
 file in shards; nothing in it is ever executed. What neither tensors nor the files
 beside them tell is a line that begins with GUESSED and names the flag that says it.
-WEIGHTS is a run's workdir, one checkpoint of it, a FOLDER of an import, or demo:NAME. With
---to=FOLDER the layouts hf and timm make a folder of a hub: model.safetensors,
+WEIGHTS is a run's workdir, one checkpoint of it, a FOLDER of an import, or demo:NAME.
+With --to=FOLDER the layouts hf and timm make a folder of a hub: model.safetensors,
 config.json, preprocessor_config.json (hf) and README.md, the card. --to=FILE.onnx, or
 --to=onnx, writes a graph of a ViT that runs without this package (extra [onnx]).
 --dtype=float16 halves a file of the layout vitssl.
