@@ -55,9 +55,10 @@ def _outputs(cell, space) -> list:
 
 def _lines(text) -> list[str]:
     """Return the lines of a text as a terminal ends up with them, without paths."""
-    home = f"{pathlib.Path(__file__).parents[1]}/"
+    home, runs = pathlib.Path(__file__).parents[1], os.environ.get("VITSSL_RUNS_DIR")
     lines = [line.rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    text = "\n".join(lines).replace(home, "").strip("\n")
+    text = "\n".join(lines).replace(f"{home}/", "").strip("\n")
+    text = text.replace(runs, "runs") if runs else text
     return (text + "\n").splitlines(keepends=True) if text else []
 
 

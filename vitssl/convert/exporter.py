@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vitssl import convert, disk, errors, sizes, tree
+from vitssl import convert, disk, errors, tree
 from vitssl.convert import (
     backbone,
     beside,
@@ -22,6 +22,7 @@ from vitssl.convert import (
     dinov3,
     families,
     family,
+    hub,
     huggingface,
     hvit_names,
     onnxgraph,
@@ -98,7 +99,7 @@ def write(
         safetensors.write(file, made.arrays, metadata | beside.facts_of(source.about))
     if layout == "hf":
         _write_json(file.with_name("config.json"), made.recipe)
-        _write_json(file.with_name("preprocessor_config.json"), _processor(source))
+        _write_json(file.with_name("preprocessor_config.json"), hub.processor(source))
     if layout == "timm" and made.hub and backbone.is_of_hub(file):
         _write_json(file.with_name("config.json"), made.hub)
         made = dataclasses.replace(made, snippet=_TIMM_FOLDER)
@@ -125,21 +126,6 @@ def _check_layout(layout):
 
 def _write_json(file, value):
     file.write_text(json.dumps(value, indent=1), "utf-8")
-
-
-def _processor(source) -> dict:
-    """Return the preprocessor_config.json of transformers."""
-    height, width = sizes.pair(source.module().image_size)
-    return dict(
-        image_processor_type="ViTImageProcessor",
-        do_normalize=True,
-        do_rescale=True,
-        do_resize=True,
-        image_mean=list(source.about.mean),
-        image_std=list(source.about.std),
-        rescale_factor=1 / 255,
-        size=dict(height=height, width=width),
-    )
 
 
 def _fitting(source) -> tuple[str, ...]:
@@ -206,33 +192,7 @@ def timm(source: backbone.Backbone) -> Export:
         "pooled = model.eval().forward_head("
         "model.forward_features(images), pre_logits=True)\n"
     )
-    return Export(state, recipe, snippet, _timm_hub(source, recipe, module.norm_eps))
-
-
-def _timm_hub(source, recipe, eps) -> dict:
-    """Return timm's config.json, {} where a LayerNorm's eps is not the one of timm."""
-    if eps != 1e-6:
-        return {}
-    kept = ("num_classes", "global_pool")
-    size = [recipe["in_chans"], *sizes.pair(recipe["img_size"])]
-    pixels = dict(mean=list(source.about.mean), std=list(source.about.std))
-    return dict(
-        architecture="vit_base_patch16_224",  # Any ViT of timm; model_args say which.
-        num_features=recipe["embed_dim"],
-        **{key: recipe[key] for key in kept},
-        model_args={k: v for k, v in recipe.items() if k not in kept},
-        pretrained_cfg=dict(
-            tag="vitssl",
-            input_size=size,
-            fixed_input_size=True,
-            interpolation="bicubic",
-            crop_pct=1.0,
-            num_classes=recipe["num_classes"],
-            first_conv="patch_embed.proj",
-            classifier="head",
-            **pixels,
-        ),
-    )
+    return Export(state, recipe, snippet, hub.of_timm(source, recipe, module.norm_eps))
 
 
 _TIMM_FOLDER = """\

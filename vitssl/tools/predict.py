@@ -73,9 +73,10 @@ def run(
         )
     files = dataclasses.replace(files, channels=weights.channels)
     writing.compare(files, weights, show)
-    source = _Remembering(files, {})
-    size = min(batch_size, len(source))
     transform = weights.method.evaluation_transform(weights.image_size)
+    reduction = getattr(transform, "reduction", None)
+    source = _Remembering(files.reduced(reduction), {})
+    size = min(batch_size, len(source))
     with pipeline.evaluate(source, transform, batch_size=size) as batches:
         seen = writing.watched(batches, len(source), size, show)
         if overlay:
