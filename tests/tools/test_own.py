@@ -179,6 +179,10 @@ def test_a_table_of_several_labels_is_found_learned_and_predicted(
         own_plan.plan(own_plan.Asked(str(flat), "parts"), seen, "cpu")
     made = own_plan.plan(own_plan.Asked(str(flat), "simclr"), seen, "cpu")
     assert made.overrides["checkpoint.best"] == "knn/map"
+    for model in ("hvit", "vit_ti"):
+        made = own_plan.plan(own_plan.Asked(str(flat), "finetune", model), seen, "cpu")
+        settings = made.read().settings
+        assert settings.checkpoint.best.endswith("_map" if model == "hvit" else "/map")
     words = "model.width=16 model.depth=2 model.heads=2 log.pictures=False"
     words += " evals.final=('knn','linear') log.tensorboard=False"
     asked = own_plan.Asked(

@@ -331,10 +331,10 @@ def _under(leaves, prefix) -> dict[str, np.ndarray]:
 
 
 def _scores(workdir) -> dict:
-    """Return the last top-1 accuracies in metrics.jsonl, baselines included."""
+    """Return the last accuracies in metrics.jsonl, baselines included."""
     found = {}
     for _, row in log.lines(workdir / "metrics.jsonl"):
         for key, value in row.items():
-            if key.endswith("/top1") and isinstance(value, int | float):
+            if key.endswith(("/top1", "/map")) and isinstance(value, int | float):
                 found[key] = round(value, 4)
     return found

@@ -155,8 +155,11 @@ def plan(asked: Asked, found: survey.Survey, platform: str) -> Plan:
 def _several(spec, method) -> dict:
     """Return what images of several labels change in a recipe."""
     best = experiment.load(spec).checkpoint.best
-    chosen = {"checkpoint.best": f"{best.removesuffix('top1')}map"}
-    return chosen | ({"objective.loss": "binary"} if method == "finetune" else {})
+    chosen = {"checkpoint.best": re.sub("(top1|f1_macro)$", "map", best)}
+    if method == "finetune":
+        chosen |= {"objective.loss": "binary", "objective.balanced": False}
+        chosen |= {"scoring.calibration": False}
+    return chosen
 
 
 def _of_data(found: survey.Survey, method) -> dict:

@@ -92,3 +92,16 @@ def test_scores_are_average_precisions_of_every_weight_and_view():
 def test_there_are_no_class_weights(own):
     (line,) = objective.Objective(loss="binary", **own).check()
     assert line.startswith("loss=binary: has no class weights")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        dict(scoring=method.Scoring(calibration=True)),
+        dict(head=dict(blocks=(1, 2), predict="average")),
+    ],
+)
+def test_what_is_of_one_label_is_refused(own):
+    found = list(plain._method(objective=dict(loss="binary"), **own).check())
+    assert len(found) == 1 and "is of one label an image" in found[0]
+    assert not list(plain._method(objective=dict(loss="binary")).check())

@@ -430,6 +430,7 @@ class Classify(base.Storing):
                 f"objective.consistency={self.objective.consistency}: compares the "
                 "streams of model.name=hvit; set 0.0"
             )
+        yield from self._several_faults()
         yield from self.resolution.faults(size, self.model.square)
         for fault in self.objective.faults(self.run.classes):
             yield f"objective.{fault}"
@@ -437,6 +438,19 @@ class Classify(base.Storing):
             yield f"augment.severity: needs 3 channels, not {self.run.channels}"
         if self.augment.randaugment and self.run.channels not in (1, 3):
             yield f"augment.randaugment: needs 1 or 3 channels, not {self.run.channels}"
+
+    def _several_faults(self) -> Iterator[str]:
+        """Yield what is of one label an image, where there may be several."""
+        averaged = self.head.early and self.head.predict == "average"
+        found = {
+            f"objective.consistency={self.objective.consistency}": (
+                self.objective.consistency
+            ),
+            "head.predict=average": averaged,
+            "scoring.calibration=True": self.scoring.calibration,
+        }
+        for key in (key for key, on in found.items() if on and self.several):
+            yield f"{key}: is of one label an image; objective.loss=binary of several"
 
     def _block_faults(self) -> Iterator[str]:
         """Yield why there cannot be a head after each of head.blocks."""
