@@ -27,15 +27,18 @@ def test_a_demo_is_of_its_recipe_and_has_a_card(name):
     assert about.config["data"]["root"] == ""
 
 
-def test_localmims_demo_scores_what_its_card_says():
-    features, view, sides = vitssl.load("demo:localmim"), views.Evaluate(24), []
+@pytest.mark.parametrize("name", demos.names())
+def test_a_demo_scores_what_its_card_says(name):
+    features, view, sides = vitssl.load(f"demo:{name}"), views.Evaluate(24), []
     for split in ("train", "test"):
         source = sources.open("digits", "", split)
         images = np.stack([view(source[i])["image"] for i in range(len(source))])
         vector = np.asarray(features(images)["pooled"])
         sides.append({"vector": vector, "label": source.labels})
-    found = knn.KNN((10,), (0.07,))(*sides, 10)["top1"]
-    told = opened.past("demo:localmim").weights.about.metrics["final/trained/knn/top1"]
+    about = opened.past(f"demo:{name}").weights.about
+    k = about.config["evals"]["knn_k"][0]
+    found = knn.KNN((k,), (0.07,))(*sides, 10)["top1"]
+    told = about.metrics["final/trained/knn/top1"]
     assert found == pytest.approx(told, abs=0.006)  # Two of 359, for 16 bits.
 
 

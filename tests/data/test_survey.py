@@ -124,3 +124,33 @@ def test_no_folder_no_image_and_too_few_are_one_line(tmp_path):
     _write(both, name="test/{i}.png"), _write(both, name="val/{i}.png")
     with pytest.raises(errors.DataError, match="val, test, but no train folder"):
         survey.look(both)
+
+
+def test_a_table_in_the_folder_gives_the_labels_where_folders_give_none(tmp_path):
+    _write(tmp_path / "in")
+    rows = [f"{i}.png,{'ab'[i % 2]},{'test' if i < 6 else 'train'}" for i in range(30)]
+    table = tmp_path / "in" / "labels.csv"
+    table.write_text("\n".join(["file,label,split", *rows]))
+    (tmp_path / "in" / "notes.csv").write_text("when,what\n1,2\n")
+    found = survey.look(tmp_path / "in")
+    assert found.labels == found.table == str(table) and not found.several
+    assert (found.classes, found.train, found.test) == ({"a": 15, "b": 15}, 24, 6)
+    assert found.parted and not found.divided and found.bare == 0
+    assert "as the table says" in str(found) and f"; by {table}" in str(found)
+    assert survey.look(tmp_path / "in", labels="none").labels == "none"
+    table.rename(tmp_path / "elsewhere.csv")
+    assert survey.look(tmp_path / "in").labels == "none"
+    asked = survey.look(tmp_path / "in", labels=str(tmp_path / "elsewhere.csv"))
+    assert asked.table.endswith("elsewhere.csv") and asked.train == 24
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "in" / name).write_text("file,label\n1,x\n")
+    with pytest.raises(
+        errors.DataError, match="in: a.csv, b.csv: which has the labels"
+    ):
+        survey.look(tmp_path / "in")
+
+
+def test_folders_of_classes_come_before_a_table(tmp_path):
+    trees.classes(tmp_path, ("ant", "bee"), 20, "{i}.jpg")
+    (tmp_path / "labels.csv").write_text("file,label\nant/1,x\n")
+    assert survey.look(tmp_path).labels == "folder"
