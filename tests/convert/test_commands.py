@@ -150,7 +150,7 @@ def test_layouts_refuse_what_they_cannot_say(tmp_path):
         (published.network(qk_norm=True), "hf", "qk_norm"),
         (published.network(layerscale=0.1, cls=False), "hf", "class token"),
         (published.network(registers=1), "bigvision", "registers"),
-        (published.network(), "onnx", "one of timm"),
+        (published.network(), "torch", "one of timm"),
     ):
         with pytest.raises(errors.UsageError, match=told):
             exporter.write(net, to, layout)
