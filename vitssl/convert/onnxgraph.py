@@ -88,8 +88,8 @@ def model(source: backbone.Backbone):
         x = graph.op("Add", x, graph.op("Mul", y, own.get("ls2", one)))
     x = _norm(graph, x, _under(leaves, "encoder/"), "norm", module.norm_eps)
     first = np.array([module.prefix], np.int64)
-    ends, axis = np.array([2**31], np.int64), np.array([1], np.int64)
-    tokens = graph.op("Slice", x, first, ends, axis, name="tokens")
+    last, axis = np.array([2**31], np.int64), np.array([1], np.int64)
+    tokens = graph.op("Slice", x, first, last, axis, name="tokens")
     if about.pool == "cls":
         pooled = graph.op("Gather", x, np.array(0, np.int64), axis=1, name="pooled")
     else:

@@ -203,7 +203,7 @@ class Features:
             found.append(np.asarray(logits)[: len(part)])
         logits = np.concatenate(found)
         label = logits.argmax(-1)
-        several = self.method.several
+        several = getattr(self.method, "several", False)
         share = (jax.nn.sigmoid if several else jax.nn.softmax)(logits)
         made = {
             "probability": np.asarray(share),

@@ -22,7 +22,9 @@ GOOD, NOTE, BAD = "ok", "note", "FAIL"
 EXTRAS = {
     "dicom": ("pydicom", "radiographs, .dcm files"),
     "geo": ("imagecodecs", "compressed TIFF files"),
+    "notebook": ("ipykernel", "colabs/*.ipynb, outside of Colab"),
     "olmoearth": ("hdf5plugin", "the published HDF5 samples, data.source=olmoearth"),
+    "onnx": ("onnx", "convert export --to=FILE.onnx"),
     "parquet": ("pyarrow", "data.source=parquet, tables of labels and features"),
     "tfds": ("tensorflow_datasets", "data.source=tfds"),
     "torch": ("torch", "side-by-side benchmarks (vitssl.bench step --torch=...)"),
