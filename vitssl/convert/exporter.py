@@ -140,6 +140,7 @@ def _fitting(source) -> tuple[str, ...]:
 
 OURS = """\
 import vitssl
+
 features = vitssl.load("{file}")
 pooled = features(images)["pooled"]  # images: uint8 [B, H, W, C]
 """
