@@ -43,7 +43,12 @@ def test_another_source_keeps_the_options_it_has_and_says_which_it_lacks(caplog)
     caplog.set_level(logging.WARNING)
     c = experiment.load(PARTS, ["data.source=folder", "data.options.holdout=0.2"])
     assert dict(c.data.options) == dict(
-        holdout=0.2, labels="folder", divided="auto", value_range=(), listed=""
+        holdout=0.2,
+        labels="folder",
+        divided="auto",
+        value_range=(),
+        listed="",
+        separator="auto",
     )
     assert caplog.messages == ["data.source=folder has no count, purity: dropped"]
     # Leaves are counted as well, and the file said how many.
