@@ -356,15 +356,20 @@ def open(
     if table:
         found, classes = table.labelled(found, split), table.classes
     if found and not (splits or table and table.splits) and split != "all":
-        paths, strata = zip(*found, strict=True)
-        strata = _rarest(strata) if table and table.several else strata
-        keep = held_out(paths, strata, holdout) == (split != "train")
-        found = [m for m, k in zip(found, keep, strict=True) if k]
+        found = _part(found, split, holdout)
     if not found:
         out = f" (left out: {census})" if census.out else ""
         layout.fail("folder", f"no image in split {split!r}{out}", base, EXPECTED)
     about = dict(classes=classes, name="folder", split=split, bounds=bounds)
     return files(base, found, channels=channels, **about)
+
+
+def _part(members, split, holdout):
+    """Return the members that are held out, or for "train" the others."""
+    paths, labels = zip(*members, strict=True)
+    strata = _rarest(labels) if isinstance(labels[0], tuple) else labels
+    keep = held_out(paths, strata, holdout) == (split != "train")
+    return [m for m, k in zip(members, keep, strict=True) if k]
 
 
 def _rarest(sets) -> list[int]:
