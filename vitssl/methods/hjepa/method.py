@@ -20,6 +20,7 @@ from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.methods import base
 from vitssl.methods.hjepa import (
+    agreement,
     apply,
     forward,
     levels,
@@ -57,7 +58,7 @@ class HJEPA(base.Embedding):
     """The method; fields are the sections of its config.
 
     Parameters: {"encoder", "predictor", "levels"}, the last not with
-    levels.norm=targets. Extra: "target" and "momentum", the EMA of the encoder and the
+    levels.norm=targets, and "projector" with objective.view_target=lejepa. Extra: "target" and "momentum", the EMA of the encoder and the
     momentum last used; "target_levels" (levels.target=ema); "stats" (batch
     normalisation); "vicreg" (adaptive weights).
     """
@@ -86,7 +87,7 @@ class HJEPA(base.Embedding):
         return predictor.Predictor(
             **dataclasses.asdict(self.predictor),
             roles=self.masking.strategy != "global_only" and self._most_locals > 0,
-            pooled=self.uses_views and self._most_locals > 0,
+            pooled=self._predicts_views,
             dtype=self.model.dtype,
             attention=self.model.attention,
         )
@@ -118,13 +119,29 @@ class HJEPA(base.Embedding):
             detach=self.ema.target_encoder,
             train=train,
             rng=rng,
+            projector=self.projector,
         )
 
     @property
+    def projector(self) -> agreement.Projector:
+        """What LeJEPA compares crops by."""
+        return agreement.Projector(*self.objective.view_projector)
+
+    @property
     def uses_views(self) -> bool:
-        """Whether pooled targets are predicted from local crops."""
+        """Whether crops are asked about each other."""
         only = self.masking.strategy == "global_only"
         return only and self.objective.view_weight > 0
+
+    @property
+    def _projects_views(self) -> bool:
+        return self.uses_views and self.objective.view_target == "lejepa"
+
+    @property
+    def _predicts_views(self) -> bool:
+        among = self.multicrop.num_global_crops * (self.objective.view_pairs == "all")
+        some = self._most_locals > 0 or among > 1
+        return self.uses_views and some and not self._projects_views
 
     @property
     def uses_locals(self) -> bool:
@@ -151,7 +168,10 @@ class HJEPA(base.Embedding):
     @property
     def couples_batch(self) -> bool:
         """Whether the loss mixes samples."""
-        return self.objective.couples_batch or self.levels.norm == "batchnorm"
+        centred = self._predicts_views and self.objective.view_target == "centred"
+        norm = self.levels.norm == "batchnorm"
+        views = centred or self._projects_views
+        return self.objective.couples_batch or norm or views
 
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks; the target is an exact copy."""
@@ -171,6 +191,10 @@ class HJEPA(base.Embedding):
         }
         if "params" in found:
             params["levels"] = found["params"]
+        if self._projects_views:
+            row = jnp.zeros((1, 1, self.model.width))
+            key = jax.random.fold_in(rng, len(keys))
+            params["projector"] = self.projector.init(key, row)["params"]
         extra = self.adopt(params, {})
         if self.ema.target_encoder:
             extra["momentum"] = jnp.float32(self.ema.start)
@@ -193,9 +217,9 @@ class HJEPA(base.Embedding):
         del phase
         draw = jax.random.split(rng, 3)[1]
         net = self.networks(params, extra, train=True)
-        terms = self.measure(net, rows)
         o = self.objective
         key = jax.random.key(0) if o.fixed_slices else draw
+        terms = self.measure(net, rows, jax.random.fold_in(key, 3))
         total = o.crop_loss(terms.near, jax.random.fold_in(key, 0))
         parts = {}
         if terms.far is not None:
@@ -204,7 +228,7 @@ class HJEPA(base.Embedding):
             parts["loss_local"] = local
         if terms.view is not None:
             total = total + o.view_weight * terms.view
-            parts["loss_view"] = terms.view
+            parts |= terms.more | {"loss_view": terms.view}
         term, more, state = o.regularise(
             terms.context, terms.near, jax.random.fold_in(key, 2), extra.get("vicreg")
         )
@@ -213,16 +237,20 @@ class HJEPA(base.Embedding):
             extra["stats"] = net.stats
         if state is not None:
             extra["vicreg"] = state
-        metrics = self._metrics(rows.near, terms, extra, step) | parts | more
-        return total + term, (extra, metrics)
+        total = total + term
+        if terms.view is not None:
+            parts["view_share"] = o.view_weight * terms.view / total
+        metrics = self._metrics(rows.near, terms, extra, step)
+        return total, (extra, metrics | jax.lax.stop_gradient(parts | more))
 
     def terms(self, net, batch) -> forward.Terms:
         """Return what the loss of a batch is made of."""
-        return self.measure(net, self.rows(net, batch))
+        return self.measure(net, self.rows(net, batch), jax.random.key(0))
 
-    def measure(self, net, rows: forward.Rows) -> forward.Terms:
+    def measure(self, net, rows: forward.Rows, key) -> forward.Terms:
         """Return what the loss of rows is made of; see `forward.measure`."""
-        return forward.measure(net, rows, **self.objective.options())
+        o = self.objective
+        return forward.measure(net, rows, o.view, key, **o.options())
 
     def rows(self, net, batch) -> forward.Rows:
         """Return what the networks make of each image; see `forward.forward`."""
@@ -236,8 +264,8 @@ class HJEPA(base.Embedding):
                 far = self._masked(batch, "local", slice(hidden), predictor.LOCAL)
             if hidden < count:
                 free = self._pixels(batch["local"][:, hidden:])
-        views = self.uses_views
-        return forward.forward(net, near, far, free, self.masking, views=views)
+        view = self.objective.view if self.uses_views else None
+        return forward.forward(net, near, far, free, self.masking, view)
 
     def _pixels(self, image):
         return patches.normalise(image, self.run.mean, self.run.std)
@@ -260,6 +288,8 @@ class HJEPA(base.Embedding):
         for k in range(self.masking.num_hierarchies):
             found[f"loss_h{k}"] = near.losses[:, k].mean()
             found[f"cosine_h{k}"] = near.cosine[:, k].mean()
+            level, normalize = near.levels[k], self.objective.normalize
+            found[f"r2_h{k}"] = agreement.r2(*level, normalize)
         found["loss_unweighted"] = near.losses.mean()
         found["mask_ratio"] = crops.wanted.mean()
         dropped = 1 - terms.targets.count.sum() / jnp.maximum(crops.wanted.sum(), 1)
@@ -380,10 +410,11 @@ class HJEPA(base.Embedding):
                 f"predictor.positions=sincos: needs a width of a multiple of 4, not "
                 f"{width}"
             )
-        if self.uses_locals and self._most_locals:
+        crossed = self.masking.strategy != "global_only"
+        if crossed and self._most_locals:
             yield (
-                "predictor.positions=sincos: takes no local crops; set "
-                "multicrop.num_local_crops=0"
+                "predictor.positions=sincos: takes no context of other crops; set "
+                "multicrop.num_local_crops=0, or masking.strategy=global_only"
             )
 
     def _check_crops(self):
