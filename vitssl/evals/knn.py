@@ -296,15 +296,21 @@ class KNN(evaluator.Evaluator):
             the bank means the whole bank.
         metric, max_bytes: as in `search`; max_bytes also bounds the class votes on the
             host.
+        standardised: measure a second time with every feature standardised by the bank,
+            which takes away what is common to all images.
     """
 
     k: tuple[int, ...]
     temperature: tuple[float, ...]
     metric: Metric = "cosine"
     max_bytes: int = 2**28
+    standardised: bool = False
 
     prefix = "knn_"
-    columns = {"top1": ("k-NN top-1", "{:.1%}")}
+    columns = {
+        "top1": ("k-NN top-1", "{:.1%}"),
+        "standardised_top1": ("standardised", "{:.1%}"),
+    }
 
     def __str__(self) -> str:
         """Return "k-NN: k=20, cosine, temperature 0.07"."""
@@ -314,7 +320,8 @@ class KNN(evaluator.Evaluator):
     def __call__(self, bank, query, classes) -> dict[str, float]:
         """Return "top1", "top5", "confusion" [C, C] and "images" of the first pair.
 
-        Of several pairs also "k<k>_t<t>/top1", "/top5".
+        Of several pairs also "k<k>_t<t>/top1", "/top5"; and "standardised_top1", if
+        that is wanted.
         """
         found = self._sweep(bank, query, classes)
         scores, counts = next(iter(found.values()))
@@ -322,6 +329,11 @@ class KNN(evaluator.Evaluator):
         if len(found) > 1:
             for (k, t), (each, _) in found.items():
                 values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}
+        if self.standardised:
+            first = dict(k=self.k[:1], temperature=self.temperature[:1])
+            again = dataclasses.replace(self, **first)
+            found = again.sweep(*_standardised(bank, query), classes)
+            values["standardised_top1"] = next(iter(found.values()))["top1"]
         return values
 
     def sweep(self, bank, query, classes) -> dict[tuple[int, float], dict[str, float]]:
@@ -362,6 +374,13 @@ def _ranked(weight, label, classes):
     """Return the `vote`, -inf for a class of no neighbour: it was not named."""
     named = vote(np.ones_like(weight), label, classes) > 0
     return np.where(named, vote(weight, label, classes), -np.inf)
+
+
+def _standardised(bank, query):
+    """Return both with vectors that have mean 0 and variance 1 over the bank."""
+    mean, std = bank["vector"].mean(0), bank["vector"].std(0)
+    std = np.where(std > 0, std, 1)
+    return (part | {"vector": (part["vector"] - mean) / std} for part in (bank, query))
 
 
 def _labelled(images):

@@ -57,10 +57,11 @@ class Ema:
 class HJEPA(base.Embedding):
     """The method; fields are the sections of its config.
 
-    Parameters: {"encoder", "predictor", "levels"}, the last not with
-    levels.norm=targets, and "projector" with objective.view_target=lejepa. Extra: "target" and "momentum", the EMA of the encoder and the
-    momentum last used; "target_levels" (levels.target=ema); "stats" (batch
-    normalisation); "vicreg" (adaptive weights).
+    Parameters: {"encoder", "predictor", "levels", "projector"}; "levels" not with
+    levels.norm=targets, "projector" only with objective.view_target=lejepa. Extra:
+    "target" and "momentum", the EMA of the encoder and the momentum last used;
+    "target_levels" (levels.target=ema); "stats" (batch normalisation); "vicreg"
+    (adaptive weights).
     """
 
     run: base.Run
