@@ -39,7 +39,29 @@ PREDICTOR_DEPTH = {"b": 6, "l": 6, "h": 12}  # By size of the ViT.
 
 
 def _demo():
-    """Return the demo."""
+    """Return the demo: drawn leaves, two large crops and two small ones."""
+    c = _digits()
+    c.epochs = 13.0
+    c.data = base.data("leaves", **base.LEAVES)
+    c.model.update(patch=6, positions="sincos")
+    c.masking.update(base_scale=(0.15, 0.2), context_scale=(0.85, 1.0))
+    c.multicrop.update(
+        base.crops(
+            48,
+            24,
+            num_local_crops=2,
+            global_crop_scale=(0.3, 1.0),
+            local_crop_scale=(0.1, 0.4),
+            color_jitter_prob=1.0,
+        )
+    )
+    c.objective.update(view_target="centred", view_pairs="all", view_weight=0.05)
+    c.evals.update(batch_size=210, in_place=True, scales=(0.5, 0.71, 1.4))
+    return c
+
+
+def _digits():
+    """Return the smallest recipe: scanned digits, large crops alone."""
     c = base.run("hjepa", batch_size=32, epochs=45.0)
     c.data = base.data("digits")
     c.model = base.vit(width=64, depth=4, heads=4, patch=4)
@@ -93,7 +115,7 @@ def _published(size, data, image=224, patch=16):
     So is the number of target blocks, the same at every level: coarse ones often find
     no room and fall back to small blocks. masking.targets_per_level=shrink avoids it.
     """
-    c = _demo()
+    c = _digits()
     c.precision = "bfloat16"
     c.data.update(source=data, test_split="val", **base.RGB)
     c.model.update(patch=patch, **base.VIT[size])
@@ -178,7 +200,7 @@ def _ijepa_vith14():
 
 
 def _folder():
-    c = base.folder(_demo(), epochs=100.0)
+    c = base.folder(_digits(), epochs=100.0)
     c.batch_size = 64
     c.model.update(**base.VIT["ti"] | dict(depth=6, patch=8))
     c.predictor.update(depth=3, heads=3)
@@ -210,7 +232,7 @@ def _continue():
 
 
 def _end_to_end():
-    c = _demo()
+    c = _digits()
     c.ema.target_encoder, c.levels.target = False, "shared"
     c.objective.type = "hjepa_sigreg"
     return c
@@ -239,7 +261,7 @@ def _evidence():
 
 def _evidence_run():
     """Return one run of `evidence`: 2 + 6 crops."""
-    c = _demo()
+    c = _digits()
     c.epochs = 4.0
     c.data.update(**base.SCENES)
     c.multicrop.update(
@@ -254,7 +276,7 @@ def _evidence_run():
 
 def _birds():
     """Return the pre-training that configs/parts.py:evidence starts from."""
-    c = _demo()
+    c = _digits()
     c.epochs = 12.0
     c.data = base.data("birds", options=dict(count=0, purity=0.95), **base.RGB)
     c.model = base.bird_vit()
@@ -272,7 +294,7 @@ def _birds():
 
 
 def _smoke():
-    c = base.smoke(_demo(), 16)
+    c = base.smoke(_digits(), 16)
     c.model.update(width=32, depth=2)
     c.predictor.depth = 1
     c.masking.strategy = "cross_crop_prediction"
@@ -282,6 +304,7 @@ def _smoke():
 
 RECIPES = {
     "": _demo,
+    "digits": _digits,
     "evidence": _evidence,
     "evidence_run": _evidence_run,
     "smoke": _smoke,
