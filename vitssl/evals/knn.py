@@ -378,9 +378,14 @@ def _ranked(weight, label, classes):
 
 def _standardised(bank, query):
     """Return both with vectors that have mean 0 and variance 1 over the bank."""
-    mean, std = bank["vector"].mean(0), bank["vector"].std(0)
-    std = np.where(std > 0, std, 1)
-    return (part | {"vector": (part["vector"] - mean) / std} for part in (bank, query))
+    x = bank["vector"]
+    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    std = np.where(std > 1e-6 * np.abs(mean), std, 1)  # Less is rounding.
+
+    def scaled(y):
+        return ((y - mean) / std).astype(np.float32)
+
+    return (part | {"vector": scaled(part["vector"])} for part in (bank, query))
 
 
 def _labelled(images):
