@@ -4,13 +4,15 @@ r"""H-JEPA: predict features of hidden patches, at several levels, from several 
 
 Arguments (`--config=configs/hjepa.py:NAME`):
     (none)          demo: real handwritten digits, a small ViT, minutes on two cores
+    digits          scanned digits, large crops alone
     smoke           two steps, seconds
     evidence        multi-crop against single crop at equal compute, three seeds,
                     composed scenes, an hour on two cores
     evidence_run    one run of it: 2 + 6 crops, seed 0
-    cifar10_vitb    the system's flagship: ViT-B/16, CIFAR-10 at 224 px; needs
-                    --config.data.root=DIR
-    imagenet_vitb, imagenet_vitl, ijepa_vith14
+    cifar10_vitb, cifar10_vits, cifar10_vitti
+                    the system's flagship: ViT-B/16, CIFAR-10 at 224 px, and smaller
+                    ones; need --config.data.root=DIR
+    imagenet_vitb, imagenet_vitl, imagenet_vits, imagenet_vitti, ijepa_vith14
                     ImageNet recipes; need --config.data.root=DIR
     folder          your own folder of images (data.root), labels or none: ViT-Ti/8 at
                     96 px, half as deep
@@ -25,7 +27,7 @@ One override away:
     --config.multicrop.num_local_crops=0            (single resolution)
     --config.multicrop.local_crop_size=64
     --config.objective.type=combined --config.accumulate=4  (VICReg of the whole batch)
-    --config.multicrop.adaptive=True --config.multicrop.adaptive_warmup_epochs=30
+    --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
     --config.objective.weights='(1.0, 0.0, 0.0)'    (the finest level alone)
 
 Published results: none (the original reports targets only).
@@ -35,7 +37,7 @@ from vitssl import config
 
 base = config.beside(__file__, "base")
 
-PREDICTOR_DEPTH = {"b": 6, "l": 6, "h": 12}  # By size of the ViT.
+PREDICTOR_DEPTH = {"ti": 4, "s": 6, "b": 6, "l": 6, "h": 12}  # By size of the ViT.
 
 
 def _demo():
@@ -53,6 +55,7 @@ def _demo():
             global_crop_scale=(0.3, 1.0),
             local_crop_scale=(0.1, 0.4),
             color_jitter_prob=1.0,
+            adaptive_warmup_epochs=4,
         )
     )
     c.objective.update(view_target="centred", view_pairs="all", view_weight=0.05)
@@ -112,15 +115,15 @@ def _digits():
 def _published(size, data, image=224, patch=16):
     """Return the original's numbers for a ViT of `size` on 224 px images.
 
-    So is the number of target blocks, the same at every level: coarse ones often find
-    no room and fall back to small blocks. masking.targets_per_level=shrink avoids it.
+    But for the number of target blocks, which shrinks with the level: four large ones
+    find no room, and the original's coarse levels fall back to its smallest blocks.
     """
     c = _digits()
     c.precision = "bfloat16"
     c.data.update(source=data, test_split="val", **base.RGB)
     c.model.update(patch=patch, **base.VIT[size])
     c.predictor.update(depth=PREDICTOR_DEPTH[size], heads=c.model.heads)
-    c.masking.levels = "per_level"
+    c.masking.update(levels="per_level", targets_per_level="shrink")
     c.levels.target = "shared"
     c.multicrop.update(
         num_local_crops=6,
@@ -132,6 +135,7 @@ def _published(size, data, image=224, patch=16):
         local_color_jitter=0.4,
         horizontal_flip_prob=0.5,
         interpolation="bicubic",
+        adaptive_warmup_epochs=30,
     )
     c.ema.update(start=0.996, end=1.0, warmup_steps=1000)
     c.evals.every_epochs = 10
@@ -139,8 +143,8 @@ def _published(size, data, image=224, patch=16):
     return c
 
 
-def _cifar10_vitb():
-    c = _published("b", "cifar10")
+def _cifar10(size):
+    c = _published(size, "cifar10")
     c.seed, c.batch_size, c.epochs = 42, 64, 100.0
     c.data.test_split = "test"
     # The recipe decays every parameter.
@@ -154,7 +158,7 @@ def _imagenet(size):
     c.seed, c.batch_size, c.epochs = 42, 128, 300.0
     c.masking.base_scale = (0.15, 0.2)
     c.optim.update(lr=1.5e-4, warmup_epochs=40.0)
-    c.model.remat = size != "b"
+    c.model.remat = size == "l"
     return c
 
 
@@ -174,6 +178,7 @@ def _ijepa_vith14():
         context_scale=(0.85, 1.0),
         min_keep=10,
         levels="finest",
+        targets_per_level="constant",
     )
     c.levels.norm = "targets"
     c.multicrop.update(
@@ -309,7 +314,11 @@ RECIPES = {
     "evidence_run": _evidence_run,
     "smoke": _smoke,
     "birds": _birds,
-    "cifar10_vitb": _cifar10_vitb,
+    "cifar10_vitti": lambda: _cifar10("ti"),
+    "cifar10_vits": lambda: _cifar10("s"),
+    "cifar10_vitb": lambda: _cifar10("b"),
+    "imagenet_vitti": lambda: _imagenet("ti"),
+    "imagenet_vits": lambda: _imagenet("s"),
     "imagenet_vitb": lambda: _imagenet("b"),
     "imagenet_vitl": lambda: _imagenet("l"),
     "ijepa_vith14": _ijepa_vith14,

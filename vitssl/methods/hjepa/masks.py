@@ -68,19 +68,19 @@ class Masking:
             pass: memory of one crop's predictor.
     """
 
-    strategy: Literal[STRATEGIES]
-    sampler: Literal[SAMPLERS]
-    num_hierarchies: Annotated[int, ranges.Range(1, 4)]
-    num_target_masks: ranges.Count
-    scale_progression: Literal["geometric", "linear"]
-    base_scale: tuple[ranges.Share, ranges.Share]
-    aspect_ratio_range: tuple[ranges.Positive, ranges.Positive]
-    max_attempts: ranges.Count
-    min_keep: ranges.OrNone
-    targets_per_level: Literal["constant", "shrink"]
+    strategy: Literal[STRATEGIES] = "global_only"
+    sampler: Literal[SAMPLERS] = "original"
+    num_hierarchies: Annotated[int, ranges.Range(1, 4)] = 3
+    num_target_masks: ranges.Count = 4
+    scale_progression: Literal["geometric", "linear"] = "geometric"
+    base_scale: tuple[ranges.Share, ranges.Share] = (0.05, 0.15)
+    aspect_ratio_range: tuple[ranges.Positive, ranges.Positive] = (0.75, 1.5)
+    max_attempts: ranges.Count = 10
+    min_keep: ranges.OrNone = 4
+    targets_per_level: Literal["constant", "shrink"] = "constant"
     context_scale: tuple[ranges.Probability, ranges.Probability] = (0.0, 0.0)
-    levels: Literal["per_level", "finest"]
-    mode: Literal["drop", "zero"]
+    levels: Literal["per_level", "finest"] = "per_level"
+    mode: Literal["drop", "zero"] = "drop"
     context: Literal["block", "complement"] = "block"
     packed: bool = True
     slots: ranges.Share = 0.7
