@@ -163,10 +163,7 @@ def _imagenet(size):
 
 
 def _ijepa_vith14():
-    """Return I-JEPA's recipe (arXiv:2301.08243, appendix A): one crop, one level.
-
-    What differs: the four blocks of a crop are predicted together, their union once.
-    """
+    """Return I-JEPA's recipe (arXiv:2301.08243, appendix A): one crop, one level."""
     c = _published("h", "imagenet", patch=14)
     c.batch_size, c.epochs = 2048, 300.0
     c.model.update(remat=True, positions="sincos", cls=False)
@@ -179,6 +176,7 @@ def _ijepa_vith14():
         min_keep=10,
         levels="finest",
         targets_per_level="constant",
+        together=False,
     )
     c.levels.norm = "targets"
     c.multicrop.update(

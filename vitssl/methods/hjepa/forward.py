@@ -3,9 +3,10 @@
 Two halves: `forward` sees each image by itself, `measure` all images of a batch.
 
 Axes: B images, C crops of one kind (G global or L local), K passes (one per level of
-masks in use), S slots of visible tokens, M slots of targets, N patches, D width, H
-levels. Crops of one resolution and their passes are stacked on the batch axis, so
-there is one encoder call per resolution and token count.
+masks in use; of the predictor, one per block if each is asked alone), S slots of
+visible tokens, M slots of targets, N patches, D width, H levels. Crops of one
+resolution and their passes are stacked on the batch axis, so there is one encoder call
+per resolution and token count.
 """
 
 import dataclasses
@@ -278,14 +279,19 @@ def predict(
 ) -> Guess:
     """Predict the targets of every crop and pass."""
     b, c = context.tokens.shape[:2]
+    asks = targets.where.shape[2]
 
     def flat(a):
-        return None if a is None else einops.rearrange(a, "b c k ... -> (b c k) ...")
+        if a is None:
+            return None
+        # One context serves all target blocks.
+        a = jnp.broadcast_to(a, (b, c, asks, *a.shape[3:]))
+        return einops.rearrange(a, "b c k ... -> (b c k) ...")
 
     where, table = flat(targets.where), net.positions(targets.grid)[None]
-    query = patches.take(table, where)  # [B C K, M, D]
+    query = places(table[0], where)  # [B C K, M, D]
     if context.where is not None:
-        table = patches.take(table, flat(context.where))  # [B C K, S, D]
+        table = places(table[0], flat(context.where))  # [B C K, S, D]
     own, asked = flat(context.count), flat(targets.count)
     room = slots.sequence + sum(e.tokens.shape[1] for e in extra)
     guess = net.predict(
@@ -308,28 +314,47 @@ def predict(
     )
 
 
+def places(table, where):  # [N, D], int [R, M] -> [R, M, D]
+    """Return rows of a table of positions; a product, since many ask for each row.
+
+    The gradient of a gather would add them up one after the other.
+    """
+    one = jax.nn.one_hot(where, len(table), dtype=table.dtype)
+    return jnp.einsum("rmn,nd->rmd", one, table, precision="highest")
+
+
 def compare(net: Networks, crops: Crops, **options) -> Result:
     """Bring predictions and targets of crops to their levels, and measure.
 
-    With one pass (K = 1) its targets serve every level; else pass k serves level k.
-    Options are those of `regression.level_loss`.
+    With one pass (K = 1) its targets serve every level; with one level all passes serve
+    it; else pass k serves level k. Options are those of `regression.level_loss`.
     """
     guess, targets = crops.guess.tokens, crops.targets
-    b, _, passes = guess.shape[:3]
+    b, c, passes = guess.shape[:3]
     h = net.levels.levels
+
+    def joined(x):
+        return einops.rearrange(x, "(b c k) n ... -> b c (k n) ...", b=b, c=c)
+
     truth = patches.take(targets.tokens[:, :, None], targets.where)  # [B, C, K, M, D]
+    if 1 in (passes, h):
+        groups = [(slice(None), range(h))]
+    else:
+        groups = [(slice(k, k + 1), (k,)) for k in range(passes)]
     found = {}
-    for k in range(passes):
-        only = range(h) if passes == 1 else (k,)
-        where, count = _merge(targets.where[:, :, k]), _merge(targets.count[:, :, k])
-        members = Members(where, count, targets.grid)
+    for which, only in groups:
+
+        def flat(x, which=which):
+            return einops.rearrange(x[:, :, which], "b c k ... -> (b c k) ...")
+
+        members = Members(flat(targets.where), flat(targets.count), targets.grid)
         p, t = (
-            net.project(_merge(x[:, :, k]), members, only=only, target=side)
+            net.project(flat(x), members, only=only, target=side)
             for x, side in ((guess, False), (truth, True))
         )
         for level in only:
             parts = p[level][0], t[level][0], p[level][1]
-            found[level] = Level(*(_crops(x, b) for x in parts))
+            found[level] = Level(*(joined(x) for x in parts))
 
     def distance(level):
         return regression.level_loss(*level, detach=net.detach, **options)

@@ -274,12 +274,12 @@ class HJEPA(base.Embedding):
     def _masked(self, batch, kind, which, role) -> forward.Masked:
         """Return the crops `which` of a kind, with their masks."""
         image = batch[kind][:, which]
-        passes = slice(self.masking.passes)
-        wanted = batch[f"{kind}_targets"][:, which, passes]
-        if self.masking.context == "complement":
-            visible = ~wanted
-        else:
-            visible = batch[f"{kind}_context"][:, which, passes] & ~wanted
+        wanted = batch[f"{kind}_targets"][:, which, : self.masking.asks]
+        hidden = wanted if self.masking.together else wanted.any(2, keepdims=True)
+        visible = ~hidden
+        if self.masking.context == "block":
+            passes = slice(self.masking.passes)
+            visible &= batch[f"{kind}_context"][:, which, passes]
         room = slots.slots(self.masking, patches.grid(image, self.model.patch))
         return forward.Masked(self._pixels(image), visible, wanted, room, role)
 
@@ -292,7 +292,8 @@ class HJEPA(base.Embedding):
             level, normalize = near.levels[k], self.objective.normalize
             found[f"r2_h{k}"] = agreement.r2(*level, normalize)
         found["loss_unweighted"] = near.losses.mean()
-        found["mask_ratio"] = crops.wanted.mean()
+        together = self.masking.together
+        found["mask_ratio"] = (crops.wanted if together else crops.wanted.any(2)).mean()
         dropped = 1 - terms.targets.count.sum() / jnp.maximum(crops.wanted.sum(), 1)
         found["dropped_targets"] = dropped
         kept = terms.context.seen.sum() / jnp.maximum(crops.visible.sum(), 1)
