@@ -232,6 +232,24 @@ def test_the_centre_s_share_of_a_step_is_the_same_in_micro_batches():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_mean_of_the_patches_may_be_sorted_instead_of_the_class_token():
+    of = _method(compares="mean", koleo=0.1)
+    (params, extra), batch = _fresh(of), _batch()
+    (_, (_, metrics)), _ = _loss(of, params, extra, batch)
+    p, fixed = plain.leaves(params), plain.leaves(extra)
+    both = [_encode(p, "", _numpy(batch, k))[1].mean(2) for k in ("global", "local")]
+    scores = _sort(p, "head", np.concatenate(both, 1))
+    right = _encode(fixed, "teacher/", _numpy(batch, "global"))[1].mean(2)
+    target = _sort(fixed, "teacher/head", right) - fixed["centre/view"]
+    target = plain.softmax(target / 0.04)
+    pairs = [(g, v) for g in range(2) for v in range(4) if g != v]
+    each = [_cross(target[:, g], scores[:, v]).mean() for g, v in pairs]
+    np.testing.assert_allclose(metrics["loss_view"], np.mean(each), rtol=1e-4)
+    image = batch["global"][:, 0]
+    found = of.features(params, extra, image)
+    np.testing.assert_allclose(found["pooled"], found["mean"], atol=1e-6)
+
+
 def test_features_are_the_teacher_s():
     of = _method()
     params, extra = _fresh(of)
@@ -251,6 +269,7 @@ def test_impossible_settings_are_one_line_each():
     (line,) = _method(locals=0, multicrop=dict(num_global_crops=1)).check()
     assert line == "multicrop.num_global_crops=1: needs a second crop to compare"
     (line,) = _method(model=dict(cls=False)).check()
-    assert line == "model.cls=False: DINO sorts class tokens"
+    assert line.startswith("model.cls=False: DINO sorts class tokens; set objective.")
+    assert not list(_method(model=dict(cls=False), compares="mean").check())
     (line,) = objective.Objective(ratio=(0.5, 0.1)).check()
     assert line == "ratio=(0.5, 0.1): smallest <= largest"
