@@ -6,9 +6,11 @@ Arguments (`--config=configs/hjepa.py:NAME`):
     (none)          demo: real handwritten digits, a small ViT, minutes on two cores
     digits          scanned digits, large crops alone
     smoke           two steps, seconds
-    evidence        multi-crop against single crop at equal compute, three seeds,
-                    composed scenes, an hour on two cores
-    evidence_run    one run of it: 2 + 6 crops, seed 0
+    evidence        multi-crop against single crop, other view terms, masks and methods,
+                    at equal compute, three seeds, drawn leaves, an hour on two cores
+    evidence_run    one run of it: the demo with more test images
+    rival_dino, rival_mae, rival_localmim, rival_simclr, rival_labels
+                    its other methods, with the same network
     cifar10_vitb, cifar10_vits, cifar10_vitti
                     the system's flagship: ViT-B/16, CIFAR-10 at 224 px, and smaller
                     ones; need --config.data.root=DIR
@@ -38,6 +40,19 @@ from vitssl import config
 base = config.beside(__file__, "base")
 
 PREDICTOR_DEPTH = {"ti": 4, "s": 6, "b": 6, "l": 6, "h": 12}  # By size of the ViT.
+
+
+# Epochs of the arms of `evidence`: equal compute.
+LENGTHS = dict(
+    multi=5.0,
+    single=13.0,
+    no_target=5.0,
+    dino=14.0,
+    mae=30.0,
+    localmim=12.0,
+    simclr=14.0,
+    labels=13.0,
+)
 
 
 def _demo():
@@ -242,38 +257,105 @@ def _end_to_end():
 
 
 def _evidence():
-    """Return multi-crop against single crop on composed scenes, at equal compute.
+    """Return who learns most from leaves without labels, at equal compute.
 
-    XLA counts 0.235 GFLOP per image for 2 + 6 crops and 0.0608 for one global crop
-    (python -m vitssl.bench step --config=configs/hjepa.py:evidence_run), so that the
-    single-crop arm sees 3.85 times as many images.
+    `labels` is the gate: the same network with labels must get far above the pixels.
+    Lengths are such that every arm takes about TFLOP (the column compute/tflop).
     """
     c = _evidence_run()
-    one = ("multicrop.num_local_crops=0", "multicrop.num_global_crops=1")
+    knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
+    one = ("multicrop.num_global_crops=1", "multicrop.num_local_crops=0")
+    alone = (*one, "objective.view_weight=0.0")
+    plain = ("objective.view_target=plain", "objective.view_pairs=local")
+    lejepa = ("objective.view_target=lejepa", "objective.view_weight=0.1")
     c.study = dict(
         seeds=(0, 1, 2),
-        arms=dict(multi=("epochs=4.0",), single=("epochs=15.4", *one)),
-        columns=tuple(
-            f"final/{row}/{metric}/top1"
-            for metric in ("knn", "linear")
-            for row in ("trained", "untrained", "raw_pixels")
+        seeded=("data.options.seed",),
+        arms=dict(
+            multi=(f"epochs={LENGTHS['multi']}",),
+            single=(f"epochs={LENGTHS['single']}", *alone),
+            plain=(f"epochs={LENGTHS['multi']}", *plain, "objective.view_weight=0.25"),
+            lejepa=(f"epochs={LENGTHS['multi']}", *lejepa),
+            small_blocks=(
+                f"epochs={LENGTHS['multi']}",
+                "masking.base_scale=(0.05, 0.15)",
+                "masking.context_scale=(0.0, 0.0)",
+            ),
+            no_target=(
+                f"epochs={LENGTHS['no_target']}",
+                *lejepa,
+                "ema.target_encoder=False",
+                "levels.target=shared",
+            ),
+            **{
+                arm: (f"configs/hjepa.py:rival_{arm}", f"epochs={LENGTHS[arm]}")
+                for arm in ("dino", "mae", "localmim", "simclr", "labels")
+            },
+        ),
+        columns=(
+            linear,
+            knn,
+            "final/trained/knn/standardised_top1",
+            "final/trained_in_place/linear/top1",
+            "final/untrained/linear/top1",
+            "final/untrained/knn/top1",
+            "final/raw_pixels/linear/top1",
+            "final/raw_pixels/knn/top1",
+            "final/averaged_pixels/linear/top1",
+            "compute/tflop",
+        ),
+        gate=(("labels", linear), ("labels", "final/raw_pixels/linear/top1"), 0.1),
+        claims=dict(
+            more_crops=(("multi", linear), ("single", linear), 0.03),
+            centred_views=(("multi", linear), ("plain", linear), 0.03),
+            larger_blocks=(("multi", linear), ("small_blocks", linear), 0.03),
+            sigreg_for_ema=(("no_target", linear), ("lejepa", linear), 0.03),
+            learns=(("multi", knn), ("multi", "final/untrained/knn/top1"), 0.15),
+            beats_pixels=(("multi", knn), ("multi", "final/raw_pixels/knn/top1"), 0.03),
+            ahead_of_dino=(("multi", linear), ("dino", linear), 0.03),
+            ahead_of_mae=(("multi", linear), ("mae", linear), 0.03),
+            ahead_of_localmim=(("multi", linear), ("localmim", linear), 0.03),
+            ahead_of_simclr=(("multi", linear), ("simclr", linear), 0.03),
         ),
     )
     return c
 
 
 def _evidence_run():
-    """Return one run of `evidence`: 2 + 6 crops."""
-    c = _digits()
-    c.epochs = 4.0
-    c.data.update(**base.SCENES)
-    c.multicrop.update(
-        num_local_crops=6, global_crop_scale=(0.4, 1.0), local_crop_scale=(0.1, 0.4)
+    """Return one run of `evidence`: the demo with more images to test."""
+    return _bare(_demo())
+
+
+def _bare(c):
+    """Make a demo on leaves an arm of `evidence`: quiet, and with one table at the end.
+
+    More test images than the world has by itself: differences of 3 points are to show.
+    """
+    c.data = base.data("leaves", options=dict(test_count=1750), **base.LEAVES)
+    c.evals.update(
+        every_epochs=0.0, batch_size=250, in_place=True, final=("knn", "linear")
     )
-    c.optim.warmup_epochs = 0.5
-    c.evals.every_epochs = 0
-    c.log.update(every_steps=200, pictures=False)
-    c.checkpoint.update(every_epochs=1.0, keep_best=0)
+    c.evals.update(baselines=("pixels", "averaged"), probe="lbfgs")
+    c.log.update(every_steps=100, pictures=False)
+    c.checkpoint.update(every_epochs=2.0, keep_best=0, best="loss")
+    return c
+
+
+def _rival(name, recipe="", **sections):
+    """Return the demo of another method as an arm, with this one's network."""
+    c = _bare(config.beside(__file__, name).get_config(recipe))
+    c.optim.warmup_epochs = 1.0
+    c.model = _demo().model
+    c.freeze = dict(schedule="none")
+    for section, keys in sections.items():
+        c[section].update(keys)
+    return c
+
+
+def _labels():
+    """Return the same network with labels."""
+    c = _rival("finetune_vit", "scratch")
+    c.augment.update(size=48, scale=(0.3, 1.0), flip=0.5)
     return c
 
 
@@ -310,6 +392,15 @@ RECIPES = {
     "digits": _digits,
     "evidence": _evidence,
     "evidence_run": _evidence_run,
+    "rival_dino": lambda: _rival("dino"),
+    "rival_mae": lambda: _rival("mae"),
+    "rival_localmim": lambda: _rival(
+        "localmim",
+        augment=dict(size=48, scale=(0.3, 1.0), flip=0.5),
+        stages=dict(blocks=(0, 1, 2, 3)),
+    ),
+    "rival_simclr": lambda: _rival("simclr_hvit", "vit"),
+    "rival_labels": _labels,
     "smoke": _smoke,
     "birds": _birds,
     "cifar10_vitti": lambda: _cifar10("ti"),

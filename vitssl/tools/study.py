@@ -14,7 +14,8 @@ An arm whose first word is no override is a run of another config, on the same d
 `labels=("configs/finetune_vit.py:scratch", "epochs=13.0")`; what is overridden in the
 study's own config is not overridden there.
 
-The optional keys `claims` and `gate` are judged below the table; see `verdict`.
+The optional keys `claims` and `gate` are judged below the table; see `verdict`. Keys in
+`seeded`, such as "data.options.seed", get each run's seed, too.
 
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
@@ -94,7 +95,9 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     for arm, overrides in study.arms.items():
         for seed in seeds:
             try:
-                runs[arm, seed] = experiment.read(_arm(base, overrides, seed))
+                keys = ("seed", *study.get("seeded", ()))
+                own = tuple(f"{key}={seed}" for key in keys)
+                runs[arm, seed] = experiment.read(_arm(base, (*overrides, *own)))
             except errors.UsageError as e:
                 problems.append(f"study.arms.{arm}: {e}")
                 break
@@ -127,13 +130,12 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     return Plan(runs, tuple(study.columns), before, then, claims, gate)
 
 
-def _arm(base, overrides, seed) -> ml_collections.ConfigDict:
+def _arm(base, words) -> ml_collections.ConfigDict:
     """Return the config of an arm: the study's own or another one, overridden."""
-    own = f"seed={seed}"
-    if overrides and "=" not in overrides[0]:
-        return experiment.load(overrides[0], (*overrides[1:], own))
+    if "=" not in words[0]:
+        return experiment.load(words[0], words[1:])
     copy = config.without(base)
-    experiment.apply(copy, (*overrides, own))
+    experiment.apply(copy, words)
     return copy
 
 
