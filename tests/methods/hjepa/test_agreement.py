@@ -197,6 +197,22 @@ def test_r2_is_the_explained_share_of_what_differs():
     assert agreement.r2(2 * target, target, valid, normalize=True) == 1.0
 
 
+def test_where_something_lies_explains_nothing_of_its_content():
+    rng = np.random.default_rng(0)
+    place = rng.integers(0, 4, (30, 6))
+    offset = 5 * rng.normal(size=(4, 3))
+    target = (offset[place] + rng.normal(size=(30, 6, 3))).astype(np.float32)
+    valid = rng.random((30, 6)) < 0.8
+    means = [target[valid & (place == i)].mean(0) for i in range(4)]
+    by_place = np.stack(means)[place]
+    assert agreement.r2(by_place, target, valid) > 0.9
+    got = agreement.r2(by_place, target, valid, place=place, places=4)
+    np.testing.assert_allclose(got, 0, atol=1e-4)
+    half = (by_place + target) / 2
+    got = agreement.r2(half, target, valid, place=place, places=4)
+    np.testing.assert_allclose(got, 0.75, atol=1e-4)
+
+
 def test_the_step_logs_the_r2_of_every_level():
     m = _method()
     batch, (params, extra) = tiny.batch(m), tiny.init(m)
@@ -205,4 +221,5 @@ def test_the_step_logs_the_r2_of_every_level():
     for k in range(2):
         want = agreement.r2(*terms.near.levels[k])
         np.testing.assert_allclose(metrics[f"r2_h{k}"], want, rtol=1e-3, atol=1e-3)
+        assert metrics[f"r2_content_h{k}"] < metrics[f"r2_h{k}"]
     assert metrics["r2_view"] < 1

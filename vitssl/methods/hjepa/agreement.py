@@ -152,7 +152,7 @@ def lejepa(net, pooled, count: int, view: View, key):
     return loss, {"view_invariance": invariance, "view_sigreg": gaussian}
 
 
-def r2(prediction, target, valid, normalize=False):
+def r2(prediction, target, valid, normalize=False, place=None, places=1):
     """Share of the targets' variance that predictions explain, [], without gradient.
 
     1 is perfect, 0 what the mean of all targets would reach. A cosine is near 1 as soon
@@ -162,14 +162,18 @@ def r2(prediction, target, valid, normalize=False):
         prediction, target: [..., D].
         valid: [...] bool.
         normalize: bring both to length one first, as the loss does.
+        place: int [...] below `places`: the variance is about the mean of each place,
+            so that where something lies explains nothing, and only content does.
     """
     p, t = (x.astype(jnp.float32) for x in (prediction, target))
     p, t = jax.lax.stop_gradient((p, t))
     if normalize:
         p, t = regression.unit(p), regression.unit(t)
-    keep = valid[..., None]
-    axes = tuple(range(valid.ndim))
-    mean = jnp.where(keep, t, 0.0).sum(axes) / jnp.maximum(valid.sum(), 1)  # [D]
-    wrong = jnp.where(keep, jnp.square(p - t), 0.0).sum()
-    whole = jnp.where(keep, jnp.square(t - mean), 0.0).sum()
-    return 1 - wrong / jnp.maximum(whole, 1e-12)
+    keep = valid.reshape(-1, 1)
+    p, t = (jnp.where(keep, x.reshape(-1, x.shape[-1]), 0.0) for x in (p, t))
+    place = jnp.zeros(len(t), int) if place is None else place.reshape(-1)
+    own = jax.nn.one_hot(place, places) * keep  # [R, places]
+    mean = jnp.matmul(own.T, t, precision="highest")  # [places, D]
+    mean = mean / jnp.maximum(own.sum(0), 1.0)[:, None]
+    whole = jnp.square(t - jnp.matmul(own, mean, precision="highest")).sum()
+    return 1 - jnp.square(p - t).sum() / jnp.maximum(whole, 1e-12)

@@ -10,8 +10,10 @@ arXiv:2301.08243 (the method it extends); DINOv2, arXiv:2304.07193 (crops).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -289,8 +291,7 @@ class HJEPA(base.Embedding):
         for k in range(self.masking.num_hierarchies):
             found[f"loss_h{k}"] = near.losses[:, k].mean()
             found[f"cosine_h{k}"] = near.cosine[:, k].mean()
-            level, normalize = near.levels[k], self.objective.normalize
-            found[f"r2_h{k}"] = agreement.r2(*level, normalize)
+        found |= self._explained(crops.targets, near)
         found["loss_unweighted"] = near.losses.mean()
         together = self.masking.together
         found["mask_ratio"] = (crops.wanted if together else crops.wanted.any(2)).mean()
@@ -316,6 +317,24 @@ class HJEPA(base.Embedding):
         if "momentum" in extra:
             found["momentum"] = extra["momentum"]
         return jax.lax.stop_gradient(found)
+
+    def _explained(self, targets: forward.Targets, near: forward.Result) -> dict:
+        """Return `agreement.r2` of every level, of all and of what is not the place."""
+        found, normalize = {}, self.objective.normalize
+        for k, level in near.levels.items():
+            found[f"r2_h{k}"] = agreement.r2(*level, normalize)
+            if k == 0:
+                place = einops.rearrange(targets.where, "b c k m -> b c (k m)")
+                place = place[..., : level.valid.shape[-1]]
+            elif self.levels.pooling == "spatial":
+                place = jnp.arange(level.valid.shape[-1])
+                place = jnp.broadcast_to(place, level.valid.shape)
+            else:
+                continue  # Groups of a list have no place.
+            some = math.prod(levels.cells(targets.grid, k))
+            own = agreement.r2(*level, normalize, place, some)
+            found[f"r2_content_h{k}"] = own
+        return found
 
     def pictures(self, params, extra, batch, image):
         """Return fields of `pictures.drawing.Material`."""
