@@ -296,7 +296,7 @@ def _evidence():
             linear,
             knn,
             "final/trained/knn/standardised_top1",
-            "final/trained_in_place/linear/top1",
+            "final/trained_in_place/knn/standardised_top1",
             "final/untrained/linear/top1",
             "final/untrained/knn/top1",
             "final/raw_pixels/linear/top1",

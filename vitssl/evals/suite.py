@@ -68,8 +68,9 @@ class Evals:
         probe_lr, probe_schedule, probe_batch: of sgd.
         baselines: what the networks are compared with at the end: raw pixels, the same
             averaged over patches as tokens are, and the histogram of colours.
-        in_place: measure the tokens, too, side by side in one vector of N D numbers;
-            an average over them says nothing about where things are.
+        in_place: measure the tokens, too, by k-NN (a probe of so many numbers takes
+            long): side by side in one vector of N D; an average over them says nothing
+            about where things are.
         scales: measure the test images at these scales, too, against a bank at 1.
         probe_folds: cross-validation of the probe on the bank in so many parts, by
             sgd; 0 = none.
@@ -236,7 +237,7 @@ def final(
         pair = extract(network, state, section.names)
         if section.in_place:
             both = [_vectors(part, _flat(part["tokens"])) for part in pair]
-            placed.append(_row(section, f"{name} in place", *both, classes))
+            placed.append(_row(section, f"{name} in place", *both, classes, "knn"))
         pair = [_inputs(found, section) for found in pair]
         rows.append(_row(section, name, *pair, classes))
         for scale in section.scales if pictures else ():
