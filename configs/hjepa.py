@@ -5,6 +5,8 @@ r"""H-JEPA: predict features of hidden patches, at several levels, from several 
 Arguments (`--config=configs/hjepa.py:NAME`):
     (none)          demo: real handwritten digits, a small ViT, minutes on two cores
     digits          scanned digits, large crops alone
+    scenes          composed scenes, 2 + 6 crops: a world where nothing learns, and why a
+                    study needs a gate
     smoke           two steps, seconds
     evidence        multi-crop against single crop, other view terms, masks and methods,
                     at equal compute, three seeds, drawn leaves, an hour on two cores
@@ -42,16 +44,19 @@ base = config.beside(__file__, "base")
 PREDICTOR_DEPTH = {"ti": 4, "s": 6, "b": 6, "l": 6, "h": 12}  # By size of the ViT.
 
 
-# Epochs of the arms of `evidence`: equal compute.
+# Epochs of the arms of `evidence`: 4 TFLOP each, by XLA's count of a step.
 LENGTHS = dict(
-    multi=5.0,
-    single=13.0,
-    no_target=5.0,
-    dino=14.0,
-    mae=30.0,
-    localmim=12.0,
-    simclr=14.0,
-    labels=13.0,
+    multi=5.5,
+    plain=6.1,
+    lejepa=6.6,
+    small_blocks=5.8,
+    no_target=4.5,
+    single=15.6,
+    dino=6.4,
+    mae=51.3,
+    localmim=36.2,
+    simclr=10.1,
+    labels=20.2,
 )
 
 
@@ -260,7 +265,6 @@ def _evidence():
     """Return who learns most from leaves without labels, at equal compute.
 
     `labels` is the gate: the same network with labels must get far above the pixels.
-    Lengths are such that every arm takes about TFLOP (the column compute/tflop).
     """
     c = _evidence_run()
     knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
@@ -268,30 +272,25 @@ def _evidence():
     alone = (*one, "objective.view_weight=0.0")
     plain = ("objective.view_target=plain", "objective.view_pairs=local")
     lejepa = ("objective.view_target=lejepa", "objective.view_weight=0.1")
+    alike = ("ema.target_encoder=False", "levels.target=shared")
+    arms = dict(
+        multi=(),
+        single=alone,
+        plain=(*plain, "objective.view_weight=0.25"),
+        lejepa=lejepa,
+        small_blocks=(
+            "masking.base_scale=(0.05, 0.15)",
+            "masking.context_scale=(0.0, 0.0)",
+        ),
+        no_target=(*lejepa, *alike),
+    )
+    rivals = ("dino", "mae", "localmim", "simclr", "labels")
+    arms |= {arm: (f"configs/hjepa.py:rival_{arm}",) for arm in rivals}
+    arms = {arm: (*own, f"epochs={LENGTHS[arm]}") for arm, own in arms.items()}
     c.study = dict(
         seeds=(0, 1, 2),
         seeded=("data.options.seed",),
-        arms=dict(
-            multi=(f"epochs={LENGTHS['multi']}",),
-            single=(f"epochs={LENGTHS['single']}", *alone),
-            plain=(f"epochs={LENGTHS['multi']}", *plain, "objective.view_weight=0.25"),
-            lejepa=(f"epochs={LENGTHS['multi']}", *lejepa),
-            small_blocks=(
-                f"epochs={LENGTHS['multi']}",
-                "masking.base_scale=(0.05, 0.15)",
-                "masking.context_scale=(0.0, 0.0)",
-            ),
-            no_target=(
-                f"epochs={LENGTHS['no_target']}",
-                *lejepa,
-                "ema.target_encoder=False",
-                "levels.target=shared",
-            ),
-            **{
-                arm: (f"configs/hjepa.py:rival_{arm}", f"epochs={LENGTHS[arm]}")
-                for arm in ("dino", "mae", "localmim", "simclr", "labels")
-            },
-        ),
+        arms=arms,
         columns=(
             linear,
             knn,
@@ -324,6 +323,21 @@ def _evidence():
 def _evidence_run():
     """Return one run of `evidence`: the demo with more images to test."""
     return _bare(_demo())
+
+
+def _scenes():
+    """Return 2 + 6 crops of composed scenes, where labels teach no ViT of this size."""
+    c = _digits()
+    c.epochs = 4.0
+    c.data.update(**base.SCENES)
+    c.multicrop.update(
+        num_local_crops=6, global_crop_scale=(0.4, 1.0), local_crop_scale=(0.1, 0.4)
+    )
+    c.optim.warmup_epochs = 0.5
+    c.evals.every_epochs = 0
+    c.log.update(every_steps=200, pictures=False)
+    c.checkpoint.update(every_epochs=1.0, keep_best=0)
+    return c
 
 
 def _bare(c):
@@ -402,6 +416,7 @@ RECIPES = {
     "rival_simclr": lambda: _rival("simclr_hvit", "vit"),
     "rival_labels": _labels,
     "smoke": _smoke,
+    "scenes": _scenes,
     "birds": _birds,
     "cifar10_vitti": lambda: _cifar10("ti"),
     "cifar10_vits": lambda: _cifar10("s"),
