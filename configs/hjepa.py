@@ -5,8 +5,8 @@ r"""H-JEPA: predict features of hidden patches, at several levels, from several 
 Arguments (`--config=configs/hjepa.py:NAME`):
     (none)          demo: real handwritten digits, a small ViT, minutes on two cores
     digits          scanned digits, large crops alone
-    scenes          composed scenes, 2 + 6 crops: a world where nothing learns, and why a
-                    study needs a gate
+    scenes          composed scenes, 2 + 6 crops: a world where nothing learns, labels
+                    or not, and why a study needs a gate
     smoke           two steps, seconds
     evidence        multi-crop against single crop, other view terms, masks and methods,
                     at equal compute, three seeds, drawn leaves, an hour on two cores
