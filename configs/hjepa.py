@@ -29,7 +29,7 @@ Arguments (`--config=configs/hjepa.py:NAME`):
 One override away:
     --config.masking.strategy=cross_crop_prediction
     --config.multicrop.num_local_crops=0            (single resolution)
-    --config.multicrop.local_crop_size=64
+    --config.multicrop.local_crop_size=18
     --config.objective.type=combined --config.accumulate=4  (VICReg of the whole batch)
     --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
     --config.objective.weights='(1.0, 0.0, 0.0)'    (the finest level alone)
