@@ -12,7 +12,7 @@ from tests.methods import plain
 from vitssl.data import crops
 from vitssl.methods import base
 from vitssl.methods.dino import method, objective
-from vitssl.models import vit
+from vitssl.models import vit, xavier
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
@@ -47,6 +47,7 @@ def _method(**own):
         ),
         model=vit.ViT(**NET | own.pop("model", {})),
         multicrop=crops.MultiCrop(**views | own.pop("multicrop", {})),
+        start=xavier.Start(own.pop("start", "normal")),
         head=method.Head(outputs=6, hidden=8, bottleneck=4, **own.pop("head", {})),
         objective=objective.Objective(**own),
     )
@@ -248,6 +249,33 @@ def test_the_mean_of_the_patches_may_be_sorted_instead_of_the_class_token():
     image = batch["global"][:, 0]
     found = of.features(params, extra, image)
     np.testing.assert_allclose(found["pooled"], found["mean"], atol=1e-6)
+
+
+def test_an_encoder_may_start_as_mae_s():
+    batch = {"global": jax.ShapeDtypeStruct((3, 2, 8, 8, 1), jnp.uint8)}
+    wide = dict(width=32, heads=2)
+    plain_, drawn = (
+        jax.jit(_method(model=wide, start=start).init, compiler_options=QUICK)(
+            jax.random.key(0), batch
+        )
+        for start in ("normal", "xavier")
+    )
+    for params, extra in (plain_, drawn):
+        for a, b in zip(
+            jax.tree.leaves(params), jax.tree.leaves(extra["teacher"]), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+    a, b = (
+        np.asarray(x[0]["encoder"]["block_0"]["mlp"]["fc1"]["kernel"])
+        for x in (plain_, drawn)
+    )
+    limit = np.sqrt(6 / (32 + 128))
+    assert a.std() < 0.021 and np.abs(b).max() <= limit
+    np.testing.assert_allclose(b.std(), limit / np.sqrt(3), rtol=0.03)
+    for x, y in zip(
+        *(jax.tree.leaves(z[0]["head"]) for z in (plain_, drawn)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_features_are_the_teacher_s():

@@ -21,7 +21,7 @@ from vitssl.data import crops
 from vitssl.losses import regression
 from vitssl.methods import base
 from vitssl.methods.dino import objective as criteria
-from vitssl.models import layers, patches, vit
+from vitssl.models import layers, patches, vit, xavier
 from vitssl.ops import jitter
 from vitssl.optim import schedules
 
@@ -84,6 +84,7 @@ class DINO(base.Embedding):
     head: Head = Head()
     teacher: Teacher = Teacher()
     objective: criteria.Objective = criteria.Objective()
+    start: xavier.Start = xavier.Start()
     unstored = (
         "its teacher, an average that goes on changing when layers "
         "freeze, sees every global crop, and crops have two sizes"
@@ -111,8 +112,9 @@ class DINO(base.Embedding):
         """Return (params, extra) of fresh networks; the teacher is an exact copy."""
         keys, width = jax.random.split(rng, 3), self.model.width
         image, row = jnp.zeros((1, *batch["global"].shape[2:])), jnp.zeros((1, width))
+        encoder = self.model.init(keys[0], image)["params"]
         params = {
-            "encoder": self.model.init(keys[0], image)["params"],
+            "encoder": self.start(jax.random.fold_in(rng, len(keys)), encoder),
             "head": self.head.init(keys[1], row)["params"],
         }
         if self.objective.patch:
