@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.methods import plain
 from tests.methods.hjepa import tiny
 from vitssl.losses import sigreg
 from vitssl.methods.hjepa import agreement
@@ -163,6 +164,41 @@ def test_lejepa_trains_the_encoder_through_every_crop_and_may_do_without_a_targe
         objective=objective, ema=dict(target_encoder=False), **ONLY, batch_size=4
     )
     assert not list(free.check())
+
+
+def test_dino_sorts_every_crop_as_the_targets_of_the_other_global_crops():
+    m = _method(view_target="dino", view_temperatures=(0.2, 0.05))
+    batch, (params, extra) = tiny.batch(m), tiny.init(m)
+    assert m.couples_batch and not list(m.check())
+    rows = _rows(m, params, extra, batch)
+    assert rows.view.shape == (4, 4, 16)
+    p = plain.leaves(params["projector"])
+
+    def scores(x):
+        for i in range(2):
+            x = plain.gelu(plain.linear(p, f"fc{i}", x))
+        x = plain.linear(p, "fc2", x)
+        x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+        return x @ (p["last"] / np.linalg.norm(p["last"], axis=0))
+
+    right = scores(np.asarray(rows.near.targets.tokens, float).mean(2))  # [B, G, K]
+    q = np.exp(right.reshape(8, -1) / 0.05).T
+    for _ in range(3):
+        q /= q.sum(1, keepdims=True)
+        q /= q.sum(0, keepdims=True)
+    target = q.T.reshape(right.shape)
+    log_p = np.log(plain.softmax(scores(np.asarray(rows.view, float)) / 0.2))
+    pairs = [(g, v) for g in range(2) for v in range(4) if g != v]
+    each = [-(target[:, g] * log_p[:, v]).sum(-1).mean() for g, v in pairs]
+    terms = tiny.terms(m, params, extra, batch)
+    np.testing.assert_allclose(terms.view, np.mean(each), rtol=1e-3)
+    grads = tiny.grad(m, params, extra, batch, tiny.KEY)[1]
+    assert all(np.any(g) for g in jax.tree.leaves(grads["projector"]))
+    alone = dict(num_global_crops=1, num_local_crops=0)
+    (line,) = tiny.method(
+        objective=dict(view_target="dino"), multicrop=alone, **ONLY
+    ).check()
+    assert line.startswith("objective.view_target=dino: needs a second crop")
 
 
 def test_own_positions_of_the_predictor_go_with_local_crops_that_predict():

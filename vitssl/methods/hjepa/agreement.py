@@ -1,7 +1,8 @@
 """What the crops of an image say of each other: the view term of `global_only`.
 
-Either every crop predicts the pooled target of every (other) global crop, or LeJEPA:
-all crops shall have one projection, and the projections shall be Gaussian.
+Either every crop predicts the pooled target of every (other) global crop; or all crops
+shall have one projection, and the projections shall be Gaussian (LeJEPA); or all crops
+shall be sorted as the targets of the global ones are (DINO).
 
 A pooled target is the mean of many tokens; most of it is the same for every image, and
 a constant explains that. `target=centred` takes it away.
@@ -19,9 +20,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vitssl.losses import regression, sigreg
+from vitssl.methods.dino import objective as dino
 from vitssl.models import layers, patches
 
-Target = Literal["plain", "centred", "lejepa"]
+Target = Literal["plain", "centred", "lejepa", "dino"]
+ALIKE = ("lejepa", "dino")  # They compare pooled features, not predictions.
 Pairs = Literal["local", "all"]
 
 
@@ -32,6 +35,7 @@ class View:
     target: Target = "plain"
     pairs: Pairs = "local"
     sigreg: float = 0.05
+    temperatures: tuple[float, float] = (0.1, 0.04)
     slices: int = 1024
 
 
@@ -67,7 +71,7 @@ def rows(net, context, free, grid, view: View):
         grid: (h, w) of the local crops, in patches.
         view: what is compared.
     """
-    if view.target == "lejepa":
+    if view.target in ALIKE:
         found = [context.pooled]
         if free is not None:
             found.append(free.astype(jnp.float32).mean(2))
@@ -150,6 +154,29 @@ def lejepa(net, pooled, count: int, view: View, key):
     gaussian = jax.vmap(lambda x: sigreg.sigreg(x, along=along), 1)(z).mean()
     loss = (1 - view.sigreg) * invariance + view.sigreg * gaussian
     return loss, {"view_invariance": invariance, "view_sigreg": gaussian}
+
+
+def sorted_alike(net, pooled, targets, view: View):
+    """Return (loss [], metrics) of DINO on pooled features.
+
+    A head sorts the pooled features of each crop into outputs that mean nothing
+    beforehand; every other crop shall have the scores of a global crop's target, which
+    Sinkhorn-Knopp shares out evenly in the batch. The head is not averaged.
+
+    Args:
+        net: `apply.Networks`.
+        pooled: [B, V, D] of `rows`.
+        targets: [B, G, N, D] target tokens of the global crops.
+        view: what is compared.
+
+    Source: arXiv:2104.14294, Eq. 3; Sinkhorn-Knopp as in arXiv:2304.07193.
+    """
+    student, heat = view.temperatures
+    right = net.project_views(targets.astype(jnp.float32).mean(2))  # [B, G, K]
+    target = jax.lax.stop_gradient(dino.sinkhorn(right, heat))
+    own = dino.Objective(temperature=student)
+    loss = own.views(target, net.project_views(pooled))
+    return loss, {f"view_{k}": v for k, v in dino.entropies(target).items()}
 
 
 def r2(prediction, target, valid, normalize=False, place=None, places=1):

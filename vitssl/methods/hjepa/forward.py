@@ -204,6 +204,8 @@ def measure(
         far = compare(net, rows.far, **options)
     if rows.view is not None and view.target == "lejepa":
         loss, more = agreement.lejepa(net, rows.view, truth.shape[1], view, key)
+    elif rows.view is not None and view.target == "dino":
+        loss, more = agreement.sorted_alike(net, rows.view, truth, view)
     elif rows.view is not None:
         loss, more = agreement.predicted(net, rows.view, truth, view, **options)
     return Terms(rows.context, rows.near.targets, near, far, loss, more)

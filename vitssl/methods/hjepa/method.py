@@ -21,6 +21,7 @@ from vitssl import ranges, tree
 from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.methods import base
+from vitssl.methods.dino import method as dino
 from vitssl.methods.hjepa import (
     agreement,
     apply,
@@ -33,7 +34,7 @@ from vitssl.methods.hjepa import (
     slots,
     views,
 )
-from vitssl.models import patches, vit
+from vitssl.models import patches, vit, xavier
 from vitssl.ops import jitter
 from vitssl.optim import schedules
 
@@ -60,7 +61,7 @@ class HJEPA(base.Embedding):
     """The method; fields are the sections of its config.
 
     Parameters: {"encoder", "predictor", "levels", "projector"}; "levels" not with
-    levels.norm=targets, "projector" only with objective.view_target=lejepa. Extra:
+    levels.norm=targets, "projector" only with view_target=lejepa or dino. Extra:
     "target" and "momentum", the EMA of the encoder and the momentum last used;
     "target_levels" (levels.target=ema); "stats" (batch normalisation); "vicreg"
     (adaptive weights).
@@ -74,6 +75,7 @@ class HJEPA(base.Embedding):
     masking: masks.Masking
     objective: objective.Objective
     ema: Ema
+    start: xavier.Start = xavier.Start()
     unstored = (
         "its targets are whole views to an encoder that goes on "
         "changing when layers freeze, and that is most of what they cost"
@@ -126,9 +128,12 @@ class HJEPA(base.Embedding):
         )
 
     @property
-    def projector(self) -> agreement.Projector:
-        """What LeJEPA compares crops by."""
-        return agreement.Projector(*self.objective.view_projector)
+    def projector(self):
+        """The module by which LeJEPA and DINO compare crops."""
+        hidden, outputs = self.objective.view_projector
+        if self.objective.view_target == "dino":
+            return dino.Head(outputs, hidden, self.model.width)
+        return agreement.Projector(hidden, outputs)
 
     @property
     def uses_views(self) -> bool:
@@ -138,7 +143,7 @@ class HJEPA(base.Embedding):
 
     @property
     def _projects_views(self) -> bool:
-        return self.uses_views and self.objective.view_target == "lejepa"
+        return self.uses_views and self.objective.view_target in agreement.ALIKE
 
     @property
     def _predicts_views(self) -> bool:
@@ -188,8 +193,9 @@ class HJEPA(base.Embedding):
             table = jnp.zeros((*row.shape[:2], width))
         guess = self.predictor_module.init(keys[1], row, table, place=table)["params"]
         found = self.levels_module.init(keys[2], row, members)
+        encoder = self.model.init(keys[0], image)["params"]
         params = {
-            "encoder": self.model.init(keys[0], image)["params"],
+            "encoder": self.start(jax.random.fold_in(keys[0], 0), encoder),
             "predictor": predictor.xavier(keys[3], guess),
         }
         if "params" in found:
@@ -462,6 +468,12 @@ class HJEPA(base.Embedding):
                     f"objective.{key} has {count} entries for masking.num_hierarchies="
                     f"{h}; give 1 or {h}"
                 )
+        crops = self.multicrop.num_global_crops + self._most_locals
+        if self.uses_views and o.view_target == "dino" and crops < 2:
+            yield (
+                "objective.view_target=dino: needs a second crop to compare; set "
+                "multicrop.num_local_crops, or objective.view_weight=0.0"
+            )
         if o.type in objective.CONTRASTIVE:
             if self.multicrop.num_global_crops < 2:
                 yield f"objective.type={o.type}: needs multicrop.num_global_crops=2"

@@ -47,10 +47,12 @@ class Objective:
             crop alone. centred: the same, without what is common to all targets of the
             batch. lejepa: all crops shall have one projection, with a gradient into all
             of them, and SIGReg (LeJEPA); the global ones are what is visible of them.
+            dino: those shall be sorted as the targets of the other global crops.
         view_pairs: whether local crops alone predict the global ones, or the global
-            ones each other, too. LeJEPA always compares all.
+            ones each other, too. lejepa and dino always compare all.
         view_sigreg: LeJEPA's lambda, share of SIGReg in its loss.
-        view_projector: LeJEPA's (hidden width, outputs).
+        view_projector: (hidden width, outputs) of LeJEPA's projector or DINO's head.
+        view_temperatures: DINO's, of the scores of crops and of targets.
         views: what VICReg and SIGReg compare. crops: the mean visible token of global
             crops 0 and 1 (one crop: no invariance term). batch_halves: all context
             tokens, halves of the batch as views, as the original has it; levels and
@@ -79,6 +81,7 @@ class Objective:
     view_pairs: agreement.Pairs = "local"
     view_sigreg: ranges.BelowOne = 0.05
     view_projector: tuple[ranges.Count, ranges.Count] = (256, 32)
+    view_temperatures: tuple[ranges.Positive, ranges.Positive] = (0.1, 0.04)
     views: Literal["crops", "batch_halves", "levels", "last_level"] = "crops"
     vicreg_weight: tuple[ranges.NotNegative, ...] = (0.1,)
     vicreg: tuple[tuple[float, float, float], ...] = (vicreg.WEIGHTS,)
@@ -118,7 +121,7 @@ class Objective:
     def view(self) -> agreement.View:
         """The term between crops."""
         own = self.view_target, self.view_pairs, self.view_sigreg
-        return agreement.View(*own, slices=self.slices)
+        return agreement.View(*own, self.view_temperatures, self.slices)
 
     def options(self):
         """Return the keyword arguments of `regression.level_loss`."""
