@@ -3,13 +3,14 @@ r"""H-JEPA: predict features of hidden patches, at several levels, from several 
     python -m vitssl.main --config=configs/hjepa.py
 
 Arguments (`--config=configs/hjepa.py:NAME`):
-    (none)          demo: real handwritten digits, a small ViT, minutes on two cores
+    (none)          demo: drawn leaves in seven conditions, a small ViT, one large and
+                    two small crops, minutes on two cores
     digits          scanned digits, large crops alone
     scenes          composed scenes, 2 + 6 crops: a world where nothing learns, labels
                     or not, and why a study needs a gate
     smoke           two steps, seconds
-    evidence        multi-crop against single crop, other view terms, masks and methods,
-                    at equal compute, three seeds, drawn leaves, an hour on two cores
+    evidence        small crops against none, other view terms, masks and methods, at
+                    equal compute, three seeds, drawn leaves, an hour on two cores
     evidence_run    one run of it: the demo with more test images
     rival_dino, rival_mae, rival_localmim, rival_simclr, rival_labels
                     its other methods, with the same network
@@ -34,6 +35,12 @@ One override away:
     --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
     --config.objective.weights='(1.0, 0.0, 0.0)'    (the finest level alone)
 
+The demo cut to 9 epochs, 594 steps (--config.epochs=9 --config.optim.warmup_epochs=1),
+seed 0: k-NN 38.8, linear probe 72.9 %; untrained 19.3, 26.0; raw pixels 42.4, 69.3;
+pixels averaged over patches 16.2, 20.7. One crop of the same compute, 858 steps
+(--config.epochs=13 --config.multicrop.num_local_crops=0
+--config.objective.view_weight=0): 35.7, 63.1.
+
 Published results: none (the original reports targets only).
 """
 
@@ -46,12 +53,13 @@ PREDICTOR_DEPTH = {"ti": 4, "s": 6, "b": 6, "l": 6, "h": 12}  # By size of the V
 
 # Epochs of the arms of `evidence`: 4 TFLOP each, by XLA's count of a step.
 LENGTHS = dict(
-    multi=5.5,
-    plain=6.1,
-    lejepa=6.6,
-    small_blocks=5.8,
-    no_target=4.5,
+    multi=11.3,
+    two_large=6.5,
     single=15.6,
+    centred=10.1,
+    plain=10.1,
+    small_blocks=12.1,
+    no_target=8.1,
     dino=6.4,
     mae=51.3,
     localmim=36.2,
@@ -61,9 +69,9 @@ LENGTHS = dict(
 
 
 def _demo():
-    """Return the demo: drawn leaves, two large crops and two small ones."""
+    """Return the demo: drawn leaves, a large crop and two small ones that join in."""
     c = _digits()
-    c.epochs = 13.0
+    c.epochs = 30.0
     c.data = base.data("leaves", **base.LEAVES)
     c.model.update(patch=6, positions="sincos")
     c.masking.update(base_scale=(0.15, 0.2), context_scale=(0.85, 1.0))
@@ -71,14 +79,15 @@ def _demo():
         base.crops(
             48,
             24,
+            num_global_crops=1,
             num_local_crops=2,
             global_crop_scale=(0.3, 1.0),
             local_crop_scale=(0.1, 0.4),
             color_jitter_prob=1.0,
-            adaptive_warmup_epochs=4,
         )
     )
-    c.objective.update(view_target="centred", view_pairs="all", view_weight=0.05)
+    # Of the loss, the term between crops is 45 %.
+    c.objective.update(view_target="lejepa", view_weight=0.1)
     c.evals.update(batch_size=210, in_place=True, scales=(0.5, 0.71, 1.4))
     return c
 
@@ -268,21 +277,18 @@ def _evidence():
     """
     c = _evidence_run()
     knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
-    one = ("multicrop.num_global_crops=1", "multicrop.num_local_crops=0")
-    alone = (*one, "objective.view_weight=0.0")
-    plain = ("objective.view_target=plain", "objective.view_pairs=local")
-    lejepa = ("objective.view_target=lejepa", "objective.view_weight=0.1")
-    alike = ("ema.target_encoder=False", "levels.target=shared")
+    view = "objective.view_target"
     arms = dict(
         multi=(),
-        single=alone,
-        plain=(*plain, "objective.view_weight=0.25"),
-        lejepa=lejepa,
+        two_large=("multicrop.num_global_crops=2",),
+        single=("multicrop.num_local_crops=0", "objective.view_weight=0.0"),
+        centred=(f"{view}=centred", "objective.view_weight=0.05"),
+        plain=(f"{view}=plain", "objective.view_weight=0.25"),
         small_blocks=(
             "masking.base_scale=(0.05, 0.15)",
             "masking.context_scale=(0.0, 0.0)",
         ),
-        no_target=(*lejepa, *alike),
+        no_target=("ema.target_encoder=False", "levels.target=shared"),
     )
     rivals = ("dino", "mae", "localmim", "simclr", "labels")
     arms |= {arm: (f"configs/hjepa.py:rival_{arm}",) for arm in rivals}
@@ -306,9 +312,11 @@ def _evidence():
         gate=(("labels", linear), ("labels", "final/raw_pixels/linear/top1"), 0.1),
         claims=dict(
             more_crops=(("multi", linear), ("single", linear), 0.03),
-            centred_views=(("multi", linear), ("plain", linear), 0.03),
+            crops_that_agree=(("multi", linear), ("plain", linear), 0.03),
+            two_large_crops=(("two_large", linear), ("multi", linear), 0.03),
+            lejepa_for_centring=(("multi", linear), ("centred", linear), 0.03),
             larger_blocks=(("multi", linear), ("small_blocks", linear), 0.03),
-            sigreg_for_ema=(("no_target", linear), ("lejepa", linear), 0.03),
+            sigreg_for_ema=(("no_target", linear), ("multi", linear), 0.03),
             learns=(("multi", knn), ("multi", "final/untrained/knn/top1"), 0.15),
             beats_pixels=(("multi", knn), ("multi", "final/raw_pixels/knn/top1"), 0.03),
             ahead_of_dino=(("multi", linear), ("dino", linear), 0.03),
