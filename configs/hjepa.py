@@ -35,9 +35,9 @@ One override away:
     --config.multicrop.adaptive=True --config.multicrop.max_local_crops=10
     --config.objective.weights='(1.0, 0.0, 0.0)'    (the finest level alone)
 
-The demo cut to 13 epochs, 858 steps (--config.epochs=13 --config.optim.warmup_epochs=1),
-seed 0: k-NN 43.3, linear probe 76.4 %; untrained 19.3, 26.0; raw pixels 42.4, 69.3;
-pixels averaged over patches 16.2, 20.7. With 9 epochs 38.8, 72.9; one crop of the same
+The demo cut to 13 epochs (--config.epochs=13 --config.optim.warmup_epochs=1), 858
+steps, seed 0: k-NN 43.3, linear probe 76.4 %; untrained 19.3, 26.0; raw pixels 42.4,
+69.3; pixels averaged over patches 16.2, 20.7. With 9 epochs 38.8, 72.9; one crop of the same
 compute as that, 858 steps (--config.epochs=13 --config.multicrop.num_local_crops=0
 --config.objective.view_weight=0): 35.7, 63.1.
 
