@@ -37,9 +37,9 @@ One override away:
 
 The demo cut to 13 epochs (--config.epochs=13 --config.optim.warmup_epochs=1), 858
 steps, seed 0: k-NN 43.3, linear probe 76.4 %; untrained 19.3, 26.0; raw pixels 42.4,
-69.3; pixels averaged over patches 16.2, 20.7. With 9 epochs 38.8, 72.9; one crop of the same
-compute as that, 858 steps (--config.epochs=13 --config.multicrop.num_local_crops=0
---config.objective.view_weight=0): 35.7, 63.1.
+69.3; pixels averaged over patches 16.2, 20.7. Cut to 9 epochs: 38.8, 72.9. One crop of
+the same compute as that (--config.epochs=13 --config.multicrop.num_local_crops=0
+--config.objective.view_weight=0), 858 steps: 35.7, 63.1.
 
 Published results: none (the original reports targets only).
 """
