@@ -84,6 +84,7 @@ def crops(size, local_size, **keys):
         horizontal_flip_prob=0.5,
         interpolation="fast",
         colour="host",
+        adaptive_warmup_epochs=10,  # Of adaptive=True.
     )
     return own | keys
 

@@ -15,20 +15,21 @@ Arguments (`--config=configs/dino.py:NAME`):
 All but the first three need --config.data.root=DIR.
 
 One override away:
-    --config.objective.koleo=0.1            (spread class tokens, as DINOv2)
+    --config.objective.compares=cls         (sort class tokens, as published)
     --config.objective.patch=1.0            (sort hidden patches, too: iBOT)
     --config.objective.shared=False         (by a head of their own)
-    --config.objective.centring=sinkhorn    (instead of a running centre)
+    --config.objective.centring=ema         (a running centre, as published)
     --config.multicrop.num_local_crops=8
     --config.multicrop.colour=device        (jitter, grey and blur on the accelerator)
-    --config.evals.features=mean            (patch tokens instead of the class token)
+    --config.evals.features=cls             (instead of what is sorted)
 
 The recipes differ from the originals in this: the norm of the whole gradient is
 clipped, not that of each parameter; temperatures rise by the step, not by the epoch;
 hidden patches are single ones, not blocks; drop_path grows with depth.
 
-The demo's settings are a first guess: cut to 100 to 200 steps it has not been seen to
-learn features that beat the untrained network's.
+The demo cut to 8 epochs, 264 steps (--config.epochs=8 --config.optim.warmup_epochs=1),
+seed 0: k-NN 52.4, linear probe 69.0 %; untrained 18.8, 52.1; raw pixels 42.4, 69.3;
+pixels averaged over patches 16.2, 20.7.
 
 Published (k-NN, linear probe, ImageNet): 69.3, 73.8 for the default command; 74.5,
 77.0 for ViT-S/16; 76.1, 78.2 for ViT-B/16; 81.6, 82.9 for DINOv2's ViT-L/16.
@@ -53,10 +54,17 @@ def _demo():
         global_color_jitter=0.5,
         local_color_jitter=0.5,
     )
-    c.head = dict(outputs=256, hidden=128, bottleneck=64)
+    c.start = dict(encoder="xavier")
+    c.head = dict(outputs=64, hidden=128, bottleneck=64)
     c.teacher = dict(start=0.98, end=1.0)
     # At 0.04 the targets of so small a network end up even: log K, the same for all.
-    c.objective = dict(teacher_temperature=0.02, first_temperature=0.02)
+    c.objective = dict(
+        compares="mean",
+        centring="sinkhorn",
+        koleo=0.1,
+        teacher_temperature=0.02,
+        first_temperature=0.02,
+    )
     # Vectors do not decay.
     rules = base.decaying_but(".*(bias|scale|mask_token)")
     thaw = (("head/last", 1.0),)
@@ -71,7 +79,8 @@ def _folder():
     c = base.folder(_demo(), epochs=100.0)
     c.model.update(**base.VIT["ti"] | dict(depth=6, patch=8))
     c.multicrop.update(global_crop_size=96, local_crop_size=48)
-    c.head = dict(outputs=1024, hidden=512, bottleneck=128)
+    # No more outputs than global crops in a batch, among which Sinkhorn shares them.
+    c.head = dict(outputs=128, hidden=512, bottleneck=128)
     c.optim.update(lr=1e-3, warmup_epochs=5.0)
     return c
 
@@ -83,6 +92,7 @@ def _vits_100(size="s"):
     c.batch_size, c.epochs = 512, 100.0
     c.data.update(source="imagenet", test_split="val", **base.RGB)
     c.model.update(patch=16, positions="learned", drop_path=0.1, **base.VIT[size])
+    c.start.encoder = "normal"
     c.multicrop.update(
         num_local_crops=8,
         global_crop_size=224,
@@ -97,7 +107,7 @@ def _vits_100(size="s"):
     )
     c.head = dict(outputs=65536, hidden=2048, bottleneck=256)
     c.teacher.start = 0.996
-    c.objective.update(teacher_temperature=0.04, first_temperature=0.04)
+    c.objective = dict(teacher_temperature=0.04, first_temperature=0.04)
     c.optim.update(
         lr=5e-4,
         lr_batch=256,

@@ -11,7 +11,7 @@ from vitssl import config, errors, main
 from vitssl.run import experiment, loop
 
 ROOT = pathlib.Path(__file__).parents[1]
-HJEPA = str(ROOT / "configs" / "hjepa.py")
+HJEPA = f"{ROOT}/configs/hjepa.py:digits"
 
 # What is typed -> what the one message must say: key, value, what is allowed, the fix.
 MISTAKES = {
@@ -112,7 +112,7 @@ def test_unknown_and_missing_keys_inside_the_file_are_found():
     [
         ([], "--config=NAME is missing"),
         (["--config=configs/hjepq.py"], "no such file"),
-        ([f"--config={HJEPA}:demo2"], "no recipe 'demo2'; there is:"),
+        ([f"--config={ROOT}/configs/hjepa.py:demo2"], "no recipe 'demo2'; there is:"),
         ([f"--config={HJEPA}", "--wrkdir=x"], "did you mean --workdir?"),
         ([f"--config={HJEPA}", "extra"], "extra: not a flag"),
         ([f"--config={HJEPA}", "--share=3/2"], "--share=3/2: want K/N"),

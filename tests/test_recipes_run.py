@@ -24,7 +24,9 @@ RECIPES = [
     f"{path.stem}:{name}"
     for path in CONFIGS
     for name in config.module(str(path)).RECIPES
+    if not name.startswith("rival_")  # Run by the study that they are arms of,
 ]
+SLOW = ("hjepa:evidence",)  # which has eleven.
 
 # Where a recipe starts from what another one has made: (files, recipe of RECIPES).
 STARTS = {
@@ -169,6 +171,9 @@ def command(recipe, data, **given):
         if then := c.study.get("then", ()):
             depth = f"model.depth={changes['model.depth']}"
             changes["study.then"] = (*first(then[0], data), depth)
+        for arm, words in c.study.arms.items():
+            if words and "=" not in words[0]:  # Of another config.
+                changes[f"study.arms.{arm}"] = first(words[0], data)
         before = c.study.get("first", ())
         if isinstance(before, ml_collections.ConfigDict):
             for key, made in before.items():
@@ -306,7 +311,10 @@ _METHODS = {
 _MODELS = {"vit": _vit, "hvit": _hvit, "resnet": _resnet}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=[pytest.mark.slow] * (r in SLOW)) for r in RECIPES],
+)
 def test_every_recipe_runs(recipe, run):
     workdir = run(recipe)
     if (workdir / "study.json").exists():

@@ -156,7 +156,7 @@ def test_what_needs_squares_says_so():
 
 
 FOLLOWED = {
-    "hjepa.py": ("multicrop.global_crop_size=64", 64),
+    "hjepa.py": ("multicrop.global_crop_size=60", 60),
     "parts.py": ("augment.size=64", 64),
     "finetune_vit.py": ("augment.size=32", 32),
     "simclr_hvit.py": ("augment.size=72", 72),
@@ -193,9 +193,9 @@ def test_sizes_of_a_study_follow_those_of_their_arm():
     [
         (
             "hjepa.py",
-            "multicrop.global_crop_size=30",
-            "multicrop.global_crop_size=30: must be a multiple of model.patch=4; "
-            "nearest are 28 and 32",
+            "multicrop.global_crop_size=50",
+            "multicrop.global_crop_size=50: must be a multiple of model.patch=6; "
+            "nearest are 48 and 54",
         ),
         *(
             (
@@ -219,7 +219,7 @@ def test_sizes_of_a_study_follow_those_of_their_arm():
                 f"nearest are 48 and {48 + patch}",
             )
             for config, patch in (
-                ("hjepa", 4),
+                ("hjepa", 6),
                 ("parts", 4),
                 ("finetune_vit", 4),
                 ("simclr_hvit", 6),

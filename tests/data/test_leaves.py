@@ -168,6 +168,12 @@ def test_drawn_leaves_are_imbalanced_to_train_and_even_to_test():
     counts = np.bincount(train.labels).tolist()
     assert counts == [250, 431, 257, 280, 225, 578, 116] and len(train) == 2137
     assert np.bincount(test.labels).tolist() == [60] * 7
+    # The two sizes are set apart.
+    few = dict(count=14, test_count=700)
+    more = sources.open("leaves", "", "test", **few)
+    assert np.bincount(more.labels).tolist() == [100] * 7
+    assert (more.example(7)["image"] == test.example(7)["image"]).all()
+    assert len(sources.open("leaves", "", "train", **few)) == 14
     # Any part of the set has about the same shares.
     part = np.bincount(train.labels[:300], minlength=7) / 300
     assert np.abs(part - np.array(counts) / 2137).max() < 0.02

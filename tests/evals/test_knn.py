@@ -285,3 +285,21 @@ def test_a_class_without_a_vote_is_never_among_the_five():
     # With few classes, too.
     found = _sweep((bank, [2] * 4), (query, [0, 2]), 3, (1,), (0.07,))
     assert found[1, 0.07] == {"top1": 0.5, "top5": 0.5}
+
+
+def test_standardised_features_are_compared_about_their_mean():
+    rng = np.random.default_rng(3)
+    label = rng.integers(0, 3, 90)
+    x = rng.normal(size=(90, 4)) * (1, 30, 1, 0) + (50, 0, 0, 7)
+    x[:, 2] += 4 * label  # The class, beside an offset and a wide dimension.
+    both = [dict(vector=x[p].astype(np.float32), label=label[p]) for p in _HALVES]
+    found = knn.KNN((5,), (0.07,), standardised=True)(*both, 3)
+    mean, std = both[0]["vector"].mean(0), both[0]["vector"].std(0)
+    std[std == 0] = 1
+    scaled = [part | {"vector": (part["vector"] - mean) / std} for part in both]
+    plain = knn.KNN((5,), (0.07,))
+    assert found["standardised_top1"] == plain(*scaled, 3)["top1"]
+    assert found["top1"] == plain(*both, 3)["top1"] < found["standardised_top1"] - 0.1
+
+
+_HALVES = (slice(0, 60), slice(60, 90))

@@ -187,13 +187,16 @@ def rows():
         Batches(120, 0),
         Batches(100, 1),
         classes=CLASSES,
+        side=2,
     )
 
 
 def test_final_compares_trained_untrained_pixels_and_guessing(rows):
-    names = ["trained", "untrained", "raw pixels", "largest class"]
+    names = ["trained", "untrained", "raw pixels", "averaged pixels", "largest class"]
     assert [row["features"] for row in rows] == names
-    trained, untrained, pixels, largest = rows
+    trained, untrained, pixels, averaged, largest = rows
+    # Of 2 x 2 patches of an 8 x 8 image: where a bright column is, is gone.
+    assert averaged["dim"] == 4 and averaged["linear/top1"] < 0.7
     for key in ("knn/top1", "linear/top1", "fewshot/5/top1"):
         assert trained[key] > 0.9 and untrained[key] < 0.6
     assert pixels["dim"] == 64 and trained["dim"] == 4
@@ -209,18 +212,83 @@ def test_final_compares_trained_untrained_pixels_and_guessing(rows):
 def test_the_table_shows_the_headlines(rows):
     text = suite.format_table(rows, _section().protocol())
     lines = text.splitlines()
-    assert len(lines) == 2 + 4 + 1
+    assert len(lines) == 2 + 5 + 1
     heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert heads[:4] == ["features", "dim", "k-NN top-1", "linear top-1"]
-    assert heads[4:] == ["1-shot", "5-shot", "10-shot", "RankMe", "std"]
+    assert heads[:3] == ["features", "dim", "k-NN top-1"]
+    assert heads[3:5] == ["standardised", "linear top-1"]
+    assert heads[5:] == ["1-shot", "5-shot", "10-shot", "RankMe", "std"]
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[2] == "98.0% (93.0-99.4)" and rows[0]["knn/images"] == 100
     assert rows[0]["knn/confusion"].sum() == 100
     assert "Wilson" in lines[-1]
-    cells = [cell.strip() for cell in lines[5].strip("|").split("|")]
-    assert cells == ["largest class", "-", "34.0%", "34.0%", *["-"] * 5]
+    assert cells[3].startswith(f"{100 * rows[0]['knn/standardised_top1']:.1f}%")
+    cells = [cell.strip() for cell in lines[6].strip("|").split("|")]
+    assert cells == ["largest class", "-", "34.0%", "-", "34.0%", *["-"] * 5]
     assert len({len(line) for line in lines[:-1]}) == 1
     assert "k=20, cosine, temperature 0.07" in lines[-1] and "lbfgs" in lines[-1]
+
+
+class Sizes:
+    """Features of images of any size: what is bright in a column, at eight places."""
+
+    def features(self, params, extra, image):
+        assert image.dtype == jnp.uint8  # Floats would pass as normalised.
+        x = image[..., 0].astype(jnp.float32) / 255
+        x = jax.image.resize(x, (len(x), 8, 8), "linear") - 0.3
+        return {"pooled": (x @ params).mean(1), "tokens": x @ params}
+
+
+def test_tokens_in_place_and_other_scales_are_rows_of_their_own():
+    section = _section(final=("knn",), in_place=True, scales=(0.5, 1.0))
+    rows = suite.final(
+        section,
+        Sizes().features,
+        {"trained": GOOD, "untrained": BAD},
+        Batches(120, 0),
+        Batches(50, 1),
+        classes=CLASSES,
+        side=2,
+    )
+    found = {row["features"]: row for row in rows}
+    assert list(found) == [
+        *("trained", "untrained", "trained in place", "untrained in place"),
+        *("trained at 0.5", "trained at 1", "untrained at 0.5", "untrained at 1"),
+        *("raw pixels", "averaged pixels", "largest class"),
+    ]
+    assert found["trained in place"]["dim"] == 8 * found["trained"]["dim"] == 32
+    same, half = found["trained at 1"], found["trained at 0.5"]
+    assert same["knn/top1"] == found["trained"]["knn/top1"]
+    assert same["scale/cosine"] == pytest.approx(1)
+    assert 0.2 < half["scale/cosine"] < 0.99
+    assert half["knn/top1"] < same["knn/top1"]
+    assert "final/trained_at_0.5/scale/cosine" in suite.flat(rows)
+    head = [cell.strip() for cell in suite.format_table(rows).split("\n")[0].split("|")]
+    assert head[-2] == "cosine to 1"
+
+
+@pytest.mark.parametrize(
+    "size, scale, side, want",
+    [
+        ((48, 48), 0.5, 6, (24, 24)),
+        ((48, 48), 0.71, 6, (36, 36)),
+        ((48, 48), 1.4, 6, (66, 66)),
+        ((48, 96), 0.5, 16, (32, 48)),
+        ((16, 16), 0.1, 16, (16, 16)),
+    ],
+)
+def test_images_are_scaled_to_whole_patches(size, scale, side, want):
+    assert suite.extraction.scaled(size, scale, side) == want
+
+
+def test_averaged_pixels_are_the_mean_over_the_patches_of_an_image():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 7, 9, 3)).astype(np.uint8)
+    got = np.asarray(suite.extraction.Patches(3)(image)["pooled"])
+    want = np.zeros((2, 27))
+    for y in (0, 3):
+        for x in (0, 3, 6):
+            want += image[:, y : y + 3, x : x + 3].reshape(2, 27) / 255 / 6
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_all_results_are_metrics(rows):
@@ -230,6 +298,7 @@ def test_all_results_are_metrics(rows):
     assert all(isinstance(v, float) for v in found.values())
     numbers = [k for row in rows for k, v in row.items() if not np.ndim(v)]
     assert len(found) == len(numbers) - len(rows)
+    assert "final/averaged_pixels/knn/standardised_top1" in found
 
 
 @pytest.mark.parametrize(

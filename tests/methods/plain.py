@@ -22,10 +22,13 @@ def gelu(x):
     return 0.5 * x * (1 + special.erf(x / np.sqrt(2)))
 
 
-def norm(p, at, x):
+def standard(x, eps=1e-6):
     x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
-    return x * p[f"{at}/scale"] + p[f"{at}/bias"]
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps)
+
+
+def norm(p, at, x, eps=1e-6):
+    return standard(x, eps) * p[f"{at}/scale"] + p[f"{at}/bias"]
 
 
 def softmax(x):
@@ -33,14 +36,15 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def block(p, at, x, heads):  # [B, T, D] -> [B, T, D]
+def block(p, at, x, heads, eps=1e-6):  # [B, T, D] -> [B, T, D]
     b, t, d = x.shape
-    q, k, v = np.split(linear(p, f"{at}/attn/qkv", norm(p, f"{at}/norm1", x)), 3, -1)
+    y = norm(p, f"{at}/norm1", x, eps)
+    q, k, v = np.split(linear(p, f"{at}/attn/qkv", y), 3, -1)
     q, k, v = (y.reshape(b, t, heads, -1).swapaxes(1, 2) for y in (q, k, v))
     found = softmax(q @ k.swapaxes(2, 3) / np.sqrt(d // heads)) @ v
     found = found.swapaxes(1, 2).reshape(b, t, d)
     x = x + linear(p, f"{at}/attn/proj", found)
-    y = gelu(linear(p, f"{at}/mlp/fc1", norm(p, f"{at}/norm2", x)))
+    y = gelu(linear(p, f"{at}/mlp/fc1", norm(p, f"{at}/norm2", x, eps)))
     return x + linear(p, f"{at}/mlp/fc2", y)
 
 
@@ -65,6 +69,8 @@ def cells(image, patch):  # [B, S, S, C] -> [B, N, p p C]
 def vit(p, at, image, *, patch, heads, keep=None, hidden=None, token=None):
     """Return (class token [B, D], patch tokens [B, N or K, D]) with sincos positions.
 
+    The first is None where there is no class token.
+
     Args:
         keep: [B, K] patches that there are.
         hidden: [B, N] patches that `token` [D] stands for.
@@ -77,14 +83,20 @@ def vit(p, at, image, *, patch, heads, keep=None, hidden=None, token=None):
     x = x + sincos(image.shape[1] // patch, x.shape[-1])
     if keep is not None:
         x = np.take_along_axis(x, keep[..., None], 1)
-    cls = np.broadcast_to(p[f"{at}/cls"], (len(x), 1, x.shape[-1]))
-    x = np.concatenate([cls, x], 1)
+    has_cls = f"{at}/cls" in p
+    if has_cls:
+        cls = np.broadcast_to(p[f"{at}/cls"], (len(x), 1, x.shape[-1]))
+        x = np.concatenate([cls, x], 1)
+    x = norm(p, f"{at}/norm", blocks(p, at, x, heads))
+    return (x[:, 0], x[:, 1:]) if has_cls else (None, x)
+
+
+def blocks(p, at, x, heads, eps=1e-6):  # [B, T, D] -> [B, T, D]
     i = 0
     while f"{at}/block_{i}/norm1/scale" in p:
-        x = block(p, f"{at}/block_{i}", x, heads)
+        x = block(p, f"{at}/block_{i}", x, heads, eps)
         i += 1
-    x = norm(p, f"{at}/norm", x)
-    return x[:, 0], x[:, 1:]
+    return x
 
 
 def slope(function, p, towards, size=1e-5):

@@ -12,7 +12,7 @@ from tests.methods import plain
 from vitssl.data import crops
 from vitssl.methods import base
 from vitssl.methods.dino import method, objective
-from vitssl.models import vit
+from vitssl.models import vit, xavier
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
@@ -47,6 +47,7 @@ def _method(**own):
         ),
         model=vit.ViT(**NET | own.pop("model", {})),
         multicrop=crops.MultiCrop(**views | own.pop("multicrop", {})),
+        start=xavier.Start(own.pop("start", "normal")),
         head=method.Head(outputs=6, hidden=8, bottleneck=4, **own.pop("head", {})),
         objective=objective.Objective(**own),
     )
@@ -232,6 +233,51 @@ def test_the_centre_s_share_of_a_step_is_the_same_in_micro_batches():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_the_mean_of_the_patches_may_be_sorted_instead_of_the_class_token():
+    of = _method(compares="mean", koleo=0.1)
+    (params, extra), batch = _fresh(of), _batch()
+    (_, (_, metrics)), _ = _loss(of, params, extra, batch)
+    p, fixed = plain.leaves(params), plain.leaves(extra)
+    both = [_encode(p, "", _numpy(batch, k))[1].mean(2) for k in ("global", "local")]
+    scores = _sort(p, "head", np.concatenate(both, 1))
+    right = _encode(fixed, "teacher/", _numpy(batch, "global"))[1].mean(2)
+    target = _sort(fixed, "teacher/head", right) - fixed["centre/view"]
+    target = plain.softmax(target / 0.04)
+    pairs = [(g, v) for g in range(2) for v in range(4) if g != v]
+    each = [_cross(target[:, g], scores[:, v]).mean() for g, v in pairs]
+    np.testing.assert_allclose(metrics["loss_view"], np.mean(each), rtol=1e-4)
+    image = batch["global"][:, 0]
+    found = of.features(params, extra, image)
+    np.testing.assert_allclose(found["pooled"], found["mean"], atol=1e-6)
+
+
+def test_an_encoder_may_start_as_mae_s():
+    batch = {"global": jax.ShapeDtypeStruct((3, 2, 8, 8, 1), jnp.uint8)}
+    wide = dict(width=32, heads=2)
+    plain_, drawn = (
+        jax.jit(_method(model=wide, start=start).init, compiler_options=QUICK)(
+            jax.random.key(0), batch
+        )
+        for start in ("normal", "xavier")
+    )
+    for params, extra in (plain_, drawn):
+        for a, b in zip(
+            jax.tree.leaves(params), jax.tree.leaves(extra["teacher"]), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+    a, b = (
+        np.asarray(x[0]["encoder"]["block_0"]["mlp"]["fc1"]["kernel"])
+        for x in (plain_, drawn)
+    )
+    limit = np.sqrt(6 / (32 + 128))
+    assert a.std() < 0.021 and np.abs(b).max() <= limit
+    np.testing.assert_allclose(b.std(), limit / np.sqrt(3), rtol=0.03)
+    for x, y in zip(
+        *(jax.tree.leaves(z[0]["head"]) for z in (plain_, drawn)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_features_are_the_teacher_s():
     of = _method()
     params, extra = _fresh(of)
@@ -251,6 +297,7 @@ def test_impossible_settings_are_one_line_each():
     (line,) = _method(locals=0, multicrop=dict(num_global_crops=1)).check()
     assert line == "multicrop.num_global_crops=1: needs a second crop to compare"
     (line,) = _method(model=dict(cls=False)).check()
-    assert line == "model.cls=False: DINO sorts class tokens"
+    assert line.startswith("model.cls=False: DINO sorts class tokens; set objective.")
+    assert not list(_method(model=dict(cls=False), compares="mean").check())
     (line,) = objective.Objective(ratio=(0.5, 0.1)).check()
     assert line == "ratio=(0.5, 0.1): smallest <= largest"

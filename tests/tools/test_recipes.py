@@ -37,7 +37,7 @@ def test_recipes_that_need_data_or_weights_say_so(files):
     (hjepa,) = [f for f in files if f.path.name == "hjepa.py"]
     data = {r.spec.partition(":")[2]: r.data for r in hjepa.recipes}
     assert data["imagenet_vitb"] == "imagenet (give `data.root`)"
-    assert data[""] == "digits" and data["evidence_run"] == "scenes"
+    assert data["digits"] == "digits" and data["scenes"] == "scenes"
 
 
 def test_the_overrides_of_every_docstring_are_valid(files):

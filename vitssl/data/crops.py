@@ -49,24 +49,24 @@ class MultiCrop:
             num_local_crops is not used.
     """
 
-    num_global_crops: ranges.Count
-    num_local_crops: ranges.OrNone
-    global_crop_size: ranges.Count
-    local_crop_size: ranges.Count
-    global_crop_scale: tuple[ranges.Share, ranges.Share]
-    local_crop_scale: tuple[ranges.Share, ranges.Share]
-    global_color_jitter: Jitter
-    local_color_jitter: Jitter
-    color_jitter_prob: ranges.Probability
-    horizontal_flip_prob: ranges.Probability
-    interpolation: Literal["bicubic", "fast"]
-    colour: Literal["host", "device"]
+    num_global_crops: ranges.Count = 2
+    num_local_crops: ranges.OrNone = 6
+    global_crop_size: ranges.Count = 224
+    local_crop_size: ranges.Count = 96
+    global_crop_scale: tuple[ranges.Share, ranges.Share] = (0.4, 1.0)
+    local_crop_scale: tuple[ranges.Share, ranges.Share] = (0.05, 0.4)
+    global_color_jitter: Jitter = 0.4
+    local_color_jitter: Jitter = 0.4
+    color_jitter_prob: ranges.Probability = 1.0
+    horizontal_flip_prob: ranges.Probability = 0.5
+    interpolation: Literal["bicubic", "fast"] = "bicubic"
+    colour: Literal["host", "device"] = "host"
     grayscale_prob: ranges.Probability = 0.0
     blur_prob: tuple[(ranges.Probability,) * 3] = (0.0, 0.0, 0.0)
     solarize_prob: ranges.Probability = 0.0
     adaptive: bool = False
-    min_local_crops: ranges.OrNone = 0
-    max_local_crops: ranges.OrNone = 0
+    min_local_crops: ranges.OrNone = 2
+    max_local_crops: ranges.OrNone = 10
     adaptive_warmup_epochs: ranges.OrNone = 0
 
     def check(self) -> Iterator[str]:

@@ -203,6 +203,70 @@ class Colours:
         return {"pooled": each / place.shape[1]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """The pixels of an image, averaged over its patches as tokens are into features.
+
+    Attributes:
+        side: of a patch, in pixels; what is over at the right and below is left out.
+    """
+
+    side: int
+
+    def __call__(self, image) -> dict:
+        """Return {"pooled": float32 [B, p * p * C]} in [0, 1] of [B, H, W, C]."""
+        h, w = image.shape[1:3]
+        p = min(self.side, h, w)
+        x = image[:, : h // p * p, : w // p * p].astype(jnp.float32)
+        x = einops.reduce(x, "b (h p) (w q) c -> b (p q c)", "mean", p=p, q=p)
+        return {"pooled": x / patches.most(image.dtype)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Several features of an image in one pass.
+
+    Attributes:
+        parts: (name, what returns {"pooled": [B, D]}) of each.
+    """
+
+    parts: tuple[tuple[str, Callable], ...]
+
+    def __call__(self, image) -> dict:
+        """Return {name: [B, D]}."""
+        return {name: function(image)["pooled"] for name, function in self.parts}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The features of images made smaller or larger first.
+
+    Attributes:
+        features: as `extract` takes it.
+        scale: of both sides, which are rounded to whole patches.
+        side: of a patch, in pixels.
+    """
+
+    features: Callable
+    scale: float
+    side: int
+
+    def __call__(self, *arguments) -> dict:
+        """Return the features of [B, H, W, C], the last of the arguments."""
+        *state, image = arguments
+        size = scaled(image.shape[1:3], self.scale, self.side)
+        shape = (len(image), *size, image.shape[-1])
+        x = jax.image.resize(image.astype(jnp.float32), shape, "linear")
+        if jnp.issubdtype(image.dtype, jnp.integer):  # Floats would pass as normalised.
+            x = jnp.round(x).astype(image.dtype)
+        return self.features(*state, x)
+
+
+def scaled(size, scale: float, side: int):  # (h, w) -> (h, w)
+    """Return the sides of an image at a scale, in whole patches of `side` pixels."""
+    return tuple(max(1, round(scale * n / side)) * side for n in size)
+
+
 class Cached:
     """Evaluation batches that are read once and then kept, if they fit into memory.
 

@@ -296,16 +296,23 @@ class KNN(evaluator.Evaluator):
             the bank means the whole bank.
         metric, max_bytes: as in `search`; max_bytes also bounds the class votes on the
             host.
+        standardised: measure a second time with every feature standardised by the bank,
+            which takes away what is common to all images.
     """
 
     k: tuple[int, ...]
     temperature: tuple[float, ...]
     metric: Metric = "cosine"
     max_bytes: int = 2**28
+    standardised: bool = False
 
     prefix = "knn_"
     several = True
-    columns = {"top1": ("k-NN top-1", "{:.1%}"), "map": ("k-NN mAP", "{:.1%}")}
+    columns = {
+        "top1": ("k-NN top-1", "{:.1%}"),
+        "standardised_top1": ("standardised", "{:.1%}"),
+        "map": ("k-NN mAP", "{:.1%}"),
+    }
 
     def __str__(self) -> str:
         """Return "k-NN: k=20, cosine, temperature 0.07"."""
@@ -315,9 +322,9 @@ class KNN(evaluator.Evaluator):
     def __call__(self, bank, query, classes) -> dict[str, float]:
         """Return "top1", "top5", "confusion" [C, C] and "images" of the first pair.
 
-        Of several pairs also "k<k>_t<t>/top1", "/top5". Of images of several labels
-        "map": a label's score is the share of the neighbours, by their weights, that
-        have it.
+        Of several pairs also "k<k>_t<t>/top1", "/top5"; and "standardised_top1", if
+        that is wanted. Of images of several labels "map": a label's score is the share
+        of the neighbours, by their weights, that have it.
         """
         found = self._sweep(bank, query, classes)
         scores, counts = next(iter(found.values()))
@@ -327,6 +334,11 @@ class KNN(evaluator.Evaluator):
         if len(found) > 1:
             for (k, t), (each, _) in found.items():
                 values |= {f"k{k}_t{t:g}/{key}": value for key, value in each.items()}
+        if self.standardised and "top1" in values:
+            first = dict(k=self.k[:1], temperature=self.temperature[:1])
+            again = dataclasses.replace(self, **first)
+            found = again.sweep(*_standardised(bank, query), classes)
+            values["standardised_top1"] = next(iter(found.values()))["top1"]
         return values
 
     def sweep(self, bank, query, classes) -> dict[tuple[int, float], dict[str, float]]:
@@ -376,6 +388,18 @@ def _ranked(weight, label, classes):
     """Return the `vote`, -inf for a class of no neighbour: it was not named."""
     named = vote(np.ones_like(weight), label, classes) > 0
     return np.where(named, vote(weight, label, classes), -np.inf)
+
+
+def _standardised(bank, query):
+    """Return both with vectors that have mean 0 and variance 1 over the bank."""
+    x = bank["vector"]
+    mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+    std = np.where(std > 1e-6 * np.abs(mean), std, 1)  # Less is rounding.
+
+    def scaled(y):
+        return ((y - mean) / std).astype(np.float32)
+
+    return (part | {"vector": scaled(part["vector"])} for part in (bank, query))
 
 
 def _labelled(images):

@@ -22,10 +22,12 @@ EVALS = {
     "fewshot": fewshot.FewShot,
     "quality": quality.Quality,
 }
-# Raw pixels are compared at no more than this side: 3072 numbers in colour.
+# What networks are compared with: (row of the table, function of a patch's side). Raw
+# pixels are compared at no more than 32 x 32: 3072 numbers in colour.
 BASELINES = {
-    "pixels": ("raw pixels", extraction.Pixels(32)),
-    "colours": ("colour histogram", extraction.Colours()),
+    "pixels": ("raw pixels", lambda side: extraction.Pixels(32)),
+    "averaged": ("averaged pixels", extraction.Patches),
+    "colours": ("colour histogram", lambda side: extraction.Colours()),
 }
 
 
@@ -57,13 +59,19 @@ class Evals:
         final_samples_train, final_samples_test: as for online; 0 = all.
         cache_bytes: evaluation images are kept in memory up to this size.
         knn_metric, knn_max_bytes: see `knn.search`.
+        knn_standardised: k-NN of standardised features beside that of plain ones, at
+            the end.
         online_probe_epochs: epochs of an online probe by sgd; 0 = none.
         probe_pooling: "" probes `features` themselves; otherwise the "tokens", pooled
             so (attention is learned, by sgd only).
         probe_normalise: scale what is probed to length one (sgd only).
         probe_lr, probe_schedule, probe_batch: of sgd.
-        baselines: what the networks are compared with at the end: raw pixels, and the
-            histogram of their colours.
+        baselines: what the networks are compared with at the end: raw pixels, the same
+            averaged over patches as tokens are, and the histogram of colours.
+        in_place: measure the tokens, too, by k-NN (a probe of so many numbers takes
+            long): side by side in one vector of N D; an average over them says nothing
+            about where things are.
+        scales: measure the test images at these scales, too, against a bank at 1.
         probe_folds: cross-validation of the probe on the bank in so many parts, by
             sgd; 0 = none.
         fewshot_ways, fewshot_shots, fewshot_queries, fewshot_episodes: see
@@ -89,13 +97,16 @@ class Evals:
     cache_bytes: ranges.OrNone = 2**28
     knn_metric: knn.Metric = "cosine"
     knn_max_bytes: int = 2**28
+    knn_standardised: bool = True
     online_probe_epochs: ranges.OrNone = 0
     probe_pooling: Literal["", "mean", "max", "attention"] = ""
     probe_normalise: bool = False
     probe_lr: ranges.Positive = 0.1
     probe_schedule: Literal["cosine", "step", "constant"] = "cosine"
     probe_batch: ranges.Count = 256
-    baselines: tuple[Literal[tuple(BASELINES)], ...] = ("pixels",)
+    baselines: tuple[Literal[tuple(BASELINES)], ...] = ("pixels", "averaged")
+    in_place: bool = False
+    scales: tuple[ranges.Positive, ...] = ()
     probe_folds: ranges.OrNone = 0
     fewshot_ways: Annotated[int, ranges.Range(2)] = 5
     fewshot_shots: tuple[ranges.Count, ...] = (1, 5, 10)
@@ -119,8 +130,8 @@ class Evals:
     @property
     def names(self) -> tuple[str, ...]:
         """Entries of the method's features that the final evaluation needs."""
-        wanted = (self.features, "tokens") if self.probe_pooling else (self.features,)
-        return tuple(dict.fromkeys(wanted))
+        also = ("tokens",) if self.probe_pooling or self.in_place else ()
+        return tuple(dict.fromkeys((self.features, *also)))
 
     @property
     def chosen(self) -> dict:
@@ -177,7 +188,7 @@ def online(
     if not _has_labels(train, classes):
         return values
     first = dict(k=section.knn_k[:1], temperature=section.knn_temperature[:1])
-    near = dataclasses.replace(knn.KNN.of(section), **first)
+    near = dataclasses.replace(knn.KNN.of(section), **first, standardised=False)
     found = near(train, test, classes)
     values |= {f"knn/{k}": value for k, value in found.items() if not np.ndim(value)}
     if section.online_probe_epochs:
@@ -197,6 +208,7 @@ def final(
     query: Iterable[dict],
     *,
     classes: int,
+    side: int = 0,
     sharding=None,
 ) -> list[dict]:
     """Measure several states of one network, and raw pixels, on the same images.
@@ -204,28 +216,48 @@ def final(
     Args:
         section: `section.final` says what is measured.
         network, classes, sharding: as in `online`.
-        states: {"trained": state, "untrained": state}: one row each.
-        bank, query: evaluation batches, each read once per row.
+        states: {"trained": state, "untrained": state}: one row each, and one more for
+            tokens in place and for every scale.
+        bank, query: evaluation batches, each read once per state and for the baselines.
+        side: of a patch, in pixels; 0: unknown, and no averaged pixels.
 
     Returns:
         Rows for `format_table` and `flat`: {"features": name, "dim": D, "knn/top1",
         "knn/k20_t0.07/top1", "linear/top1", "fewshot/5/top1", "quality/rankme", ...};
-        the last two are "raw pixels" and, with labels, what always naming the most
+        the last are the baselines and, with labels, what always naming the most
         frequent class would score. "knn/images" labelled images are what an accuracy
         is of, "knn/confusion" is an array.
     """
-    rows = []
-    todo = [(name, network, state, section.names) for name, state in states.items()]
-    if "image" in next(iter(query)):
-        for name, function in (BASELINES[key] for key in section.baselines):
-            todo.append((name, function, (), ("pooled",)))
-    for name, function, state, names in progress.each(todo, "final evaluation"):
-        pair = [
-            extraction.extract(function, state, part, names=names, sharding=sharding)
-            for part in (bank, query)
-        ]
+
+    def extract(function, state, names, parts=(bank, query)):
+        options = dict(names=names, sharding=sharding)
+        return [extraction.extract(function, state, p, **options) for p in parts]
+
+    pictures = "image" in next(iter(query))
+    rows, placed, at_scale = [], [], []
+    for name, state in progress.each([*states.items()], "final evaluation"):
+        pair = extract(network, state, section.names)
+        if section.in_place:
+            both = [_vectors(part, _flat(part["tokens"])) for part in pair]
+            placed.append(_row(section, f"{name} in place", *both, classes, "knn"))
         pair = [_inputs(found, section) for found in pair]
-        rows.append({"features": name, **_measure(section, *pair, classes)})
+        rows.append(_row(section, name, *pair, classes))
+        for scale in section.scales if pictures else ():
+            scaled = extraction.Scaled(network, scale, max(1, side))
+            found = extract(scaled, state, (section.features,), (query,))[0]
+            found = _inputs(found, section)
+            row = _row(section, f"{name} at {scale:g}", pair[0], found, classes, "knn")
+            at_scale.append(row | {"scale/cosine": _alike(found, *pair)})
+    rows += placed + at_scale
+    keys = [k for k in section.baselines if pictures and (side or k != "averaged")]
+    parts = tuple((BASELINES[k][0], BASELINES[k][1](side)) for k in keys)
+    if parts:
+        found = extract(
+            extraction.Together(parts), (), tuple(name for name, _ in parts)
+        )
+        for name, _ in parts:
+            both = [_vectors(part, part[name]) for part in found]
+            rows.append(_row(section, name, *both, classes))
     label, several = pair[1]["label"], pair[1].get("labels")
     if several is not None and several.any():
         # Without looking, the share of its images is the precision of a label.
@@ -241,16 +273,34 @@ def final(
     return rows
 
 
-def _measure(section, train, test, classes) -> dict[str, float]:
-    """Return all numbers of one row."""
-    row = {"dim": test["vector"].shape[1]}
+def _vectors(found, x) -> dict:
+    """Return what evaluators get where there are no tokens to pool."""
+    return {"vector": x} | {k: found[k] for k in ("label", "labels") if k in found}
+
+
+def _flat(tokens):  # [M, N, D] -> [M, N D]
+    return tokens.reshape(len(tokens), -1)
+
+
+def _alike(found, bank, query) -> float:
+    """Return the mean cosine of images at two scales, about the mean of the bank."""
+    centre = bank["vector"].mean(0)
+    a, b = (part["vector"] - centre for part in (found, query))
+    size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(1) / np.maximum(size, 1e-12)).mean())
+
+
+def _row(section, name, train, test, classes, *only) -> dict:
+    """Return all numbers of one row, or those of the evaluators `only`."""
+    row = {"features": name, "dim": train["vector"].shape[1]}
     row |= {"bank": len(train["label"]), "query": len(test["label"])}
     labelled = _has_labels(train, classes) and _has_labels(test, classes)
-    for name, evaluator in section.chosen.items():
+    for key, evaluator in section.chosen.items():
         fits = evaluator.several or "labels" not in train
-        if labelled and fits or not evaluator.labelled:
+        wanted = key in (only or section.chosen)
+        if wanted and (labelled and fits or not evaluator.labelled):
             found = evaluator(train, test, classes)
-            row |= {f"{name}/{key}": value for key, value in found.items()}
+            row |= {f"{key}/{part}": value for part, value in found.items()}
     return row
 
 
@@ -270,11 +320,12 @@ def cells(rows: list[dict]) -> list[list[str]]:
     A number that a row lacks is a dash, and one of no known column is left out.
     """
     known = {"dim": ("dim", "{:.0f}")}
+    last = {"scale/cosine": ("cosine to 1", "{:.2f}")}
     for name, cls in EVALS.items():
         known |= {f"{name}/{key}": column for key, column in cls.columns.items()}
     keys = list(dict.fromkeys(key for row in rows for key in row))
     columns = [("features", "features", "{}")]
-    for pattern, (heading, form) in known.items():
+    for pattern, (heading, form) in (known | last).items():
         for key in keys:
             if found := re.fullmatch(pattern, key):
                 columns.append((key, found.expand(heading), form))

@@ -3,6 +3,9 @@
 `models.layers` has timm's.
 """
 
+import dataclasses
+from typing import Literal
+
 import jax
 from flax import linen as nn
 
@@ -62,6 +65,22 @@ def redraw(rng, params, keep=()):
         elif parts[-1] == "kernel" and not parts[0].startswith(tuple(keep)):
             leaves[name] = draw(key, leaf.shape)
     return tree.nest(leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Config section `start`: what an encoder starts as.
+
+    Attributes:
+        encoder: normal: as timm's ViT. xavier: as MAE's, see `redraw`; in a narrow
+            network its blocks then say something from the first step on.
+    """
+
+    encoder: Literal["normal", "xavier"] = "normal"
+
+    def __call__(self, rng, params):
+        """Return the initial parameters of an encoder whose normal ones are given."""
+        return redraw(rng, params) if self.encoder == "xavier" else params
 
 
 def norm(dtype, name=None):

@@ -289,6 +289,7 @@ class Evaluation:
             },
             *self._final_images,
             classes=self._classes,
+            side=getattr(getattr(self._method, "model", None), "square", 0),
             sharding=self._sharding,
         )
         self.arrays |= {

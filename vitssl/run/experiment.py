@@ -14,7 +14,7 @@ import ml_collections
 
 from vitssl import config, errors, ranges, sizes
 from vitssl.data import dataset, sources
-from vitssl.evals import suite
+from vitssl.evals import extraction, suite
 from vitssl.methods import base, growing
 from vitssl.methods import table as methods_table
 from vitssl.models import MODELS
@@ -364,6 +364,11 @@ def _size_faults(method, settings) -> Iterator[str]:
         )
     if method.rectangles or "evals" not in flat:
         yield from method.check_size(size)
+    for scale in settings.evals.scales if hasattr(model, "square") else ():
+        for fault in model.check_image(
+            extraction.scaled(sizes.pair(size), scale, model.square)
+        ):
+            yield f"evals.scales: at {scale:g}: {fault}"
 
 
 def with_noise(experiment: Experiment) -> Experiment:

@@ -10,6 +10,13 @@ A config becomes a study by its section `study`; arms are overrides as typed:
 
     c.study.first = ("configs/x.py:pretrain", "epochs=5.0")
 
+An arm whose first word is no override is a run of another config, on the same data:
+`labels=("configs/finetune_vit.py:scratch", "epochs=13.0")`; what is overridden in the
+study's own config is not overridden there.
+
+The optional keys `claims` and `gate` are judged below the table; see `verdict`. Keys in
+`seeded`, such as "data.options.seed", get each run's seed, too.
+
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
 have names, {"teacher": ("configs/x.py",), "student": (..., "teacher.from=@teacher")},
@@ -32,7 +39,7 @@ import numpy as np
 
 from vitssl import config, disk, errors
 from vitssl.run import experiment
-from vitssl.tools import listing
+from vitssl.tools import listing, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +57,15 @@ class Plan:
     columns: tuple[str, ...]  # Metrics of the final evaluation that the table shows.
     first: dict = dataclasses.field(default_factory=dict)  # {name: run before all}.
     then: dict = dataclasses.field(default_factory=dict)  # {seed: run after an arm's}.
+    claims: dict = dataclasses.field(default_factory=dict)  # {name: verdict.Claim}.
+    gate: verdict.Claim | None = None
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Return all metrics that are looked at, those of the table first."""
+        judged = [*self.claims.values(), *((self.gate,) if self.gate else ())]
+        more = [column for one in judged for column in one.columns]
+        return tuple(dict.fromkeys((*self.columns, "minutes", *more)))
 
 
 def read(c: ml_collections.ConfigDict) -> Plan:
@@ -78,13 +94,15 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     runs = {}
     for arm, overrides in study.arms.items():
         for seed in seeds:
-            copy = config.without(base)
             try:
-                experiment.apply(copy, (*overrides, f"seed={seed}"))
-                runs[arm, seed] = experiment.read(copy)
+                keys = ("seed", *study.get("seeded", ()))
+                own = tuple(f"{key}={seed}" for key in keys)
+                runs[arm, seed] = experiment.read(_arm(base, (*overrides, *own)))
             except errors.UsageError as e:
                 problems.append(f"study.arms.{arm}: {e}")
                 break
+    claims, gate = _claims(study, problems)
+    _same_images(runs, claims, gate, problems)
     first = study.get("first", {})
     if not isinstance(first, ml_collections.ConfigDict):
         first = {"first": first} if first else {}
@@ -109,7 +127,58 @@ def read(c: ml_collections.ConfigDict) -> Plan:
             own = (*overrides, f"seed={seed}", "init.from=@run")
             then[seed] = experiment.read(experiment.load(spec, own))
     problems.stop()
-    return Plan(runs, tuple(study.columns), before, then)
+    return Plan(runs, tuple(study.columns), before, then, claims, gate)
+
+
+def _arm(base, words) -> ml_collections.ConfigDict:
+    """Return the config of an arm: the study's own or another one, overridden."""
+    if "=" not in words[0]:
+        return experiment.load(words[0], words[1:])
+    copy = config.without(base)
+    experiment.apply(copy, words)
+    return copy
+
+
+def _claims(study, problems) -> tuple[dict, verdict.Claim | None]:
+    """Return ({name: claim}, gate) of a study."""
+
+    def read(key, value):
+        try:
+            return verdict.claim(value, tuple(study.arms))
+        except ValueError as e:
+            problems.append(f"study.{key}: {e}")
+
+    claims = {k: read(f"claims.{k}", v) for k, v in study.get("claims", {}).items()}
+    gate = read("gate", study.gate) if study.get("gate", ()) else None
+    return {k: v for k, v in claims.items() if v}, gate
+
+
+def _same_images(runs, claims, gate, problems):
+    """Report arms that are compared and score other images."""
+    settings = {arm: one.settings for (arm, _), one in runs.items()}
+
+    def scored(arm):
+        data, evals = settings[arm].data, settings[arm].evals
+        options = {k: v for k, v in data.options.items() if k != "count"}  # Training's.
+        return {
+            "data.source": data.source,
+            "data.options": options,
+            "data.test_split": evals.final_split or data.test_split,
+            "evals.final_samples_test": evals.final_samples_test,
+        }
+
+    for one in [*claims.values(), *([gate] if gate else [])]:
+        a, b = one.ahead.arm, one.behind.arm
+        if a not in settings or b not in settings:
+            continue  # Its own faults are told.
+        ours, theirs = scored(a), scored(b)
+        for key in (k for k in ours if ours[k] != theirs[k]):
+            fault = (
+                f"study.arms: {a} has {key}={ours[key]!r}, {b} {theirs[key]!r}; "
+                "images that differ cannot be compared"
+            )
+            if fault not in problems:
+                problems.append(fault)
 
 
 def _starts(one) -> dict:
@@ -215,11 +284,13 @@ def _results(plan, workdir) -> dict:
         values = _values(workdir / arm / f"seed{seed}")
         missing += values is None
         values = values or {}
-        for column in columns:
+        for column in plan.wanted:
             value = values.get(column)
             value = value if isinstance(value, int | float) else None
             found.setdefault(arm, {}).setdefault(column, []).append(value)
     text = table(found, columns)
+    if judged := verdict.text(found, plan.claims, plan.gate):
+        text = f"{text}\n\n{judged}"
     logger.info("\n%s", text)
     if missing:
         logger.info("%d of %d runs are not finished yet", missing, len(plan.runs))

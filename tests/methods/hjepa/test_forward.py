@@ -11,7 +11,6 @@ from tests.methods.hjepa import tiny
 from vitssl import tree
 from vitssl.methods.hjepa import levels, masks, predictor, slots
 from vitssl.models import patches
-from vitssl.run import experiment
 
 # Every strategy with its own masks and with the original's use of them.
 EVERY = [
@@ -87,77 +86,6 @@ def test_a_plain_step_is_the_modules_one_after_the_other():
         np.testing.assert_allclose(
             metrics[f"loss_h{k}"], (total / number)[k], rtol=1e-5
         )
-
-
-IJEPA = dict(
-    model=dict(positions="sincos", cls=False),
-    predictor=dict(width=8, positions="sincos"),
-    levels=dict(norm="targets"),
-    multicrop=dict(num_global_crops=1, num_local_crops=0),
-    objective=dict(type="smoothl1", weights=(1.0,), view_weight=0.0),
-)
-
-
-def _table(grid, width):
-    """I-JEPA's sines and cosines: of the column, then of the row."""
-    row, column = np.divmod(np.arange(grid * grid), grid)
-    omega = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
-    halves = [np.outer(x, omega) for x in (column, row)]
-    return np.concatenate([f(h) for h in halves for f in (np.sin, np.cos)], -1)
-
-
-@pytest.mark.parametrize("mode", ["drop", "zero"])
-def test_ijepa_compares_raw_predictions_with_layer_normalised_targets(mode):
-    masking = dict(strategy="global_only", sampler="ijepa", num_hierarchies=1)
-    masking |= dict(base_scale=(0.15, 0.2), levels="finest", mode=mode)
-    m = tiny.method(**IJEPA, masking=masking)
-    assert not list(m.check())
-    batch, (params, extra) = tiny.batch(m), tiny.init(m)
-    assert set(params) == {"encoder", "predictor"}
-    assert not {"cls", "pos_embed"} & set(params["encoder"])
-    # A last norm that has moved: a fresh one normalises by itself.
-    norm = {"scale": jnp.linspace(0.5, 2.0, 16), "bias": jnp.linspace(-1.0, 3.0, 16)}
-    extra = extra | {"target": extra["target"] | {"norm": norm}}
-    image = patches.normalise(batch["global"][:, 0], m.run.mean, m.run.std)
-    whole = np.asarray(m.model.apply({"params": extra["target"]}, image)[0], np.float64)
-    centred = whole - whole.mean(-1, keepdims=True)
-    truth = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
-    table, errors, count = _table(6, 8), 0.0, 0
-    for i in range(len(image)):
-        asked = np.flatnonzero(batch["global_targets"][i, 0, 0])
-        visible = batch["global_context"][i, 0, 0] & ~batch["global_targets"][i, 0, 0]
-        seen = dict(keep=np.flatnonzero(visible)[None])
-        rows = seen["keep"][0]
-        if mode == "zero":
-            seen, rows = dict(hide=~visible[None]), np.arange(36)
-        own, weights = image[i : i + 1], {"params": params["encoder"]}
-        context, _ = m.model.apply(weights, own, **seen)
-        guess = m.predictor_module.apply(
-            {"params": params["predictor"]},
-            context,
-            table[None, asked].astype(np.float32),
-            place=table[None, rows].astype(np.float32),
-        )
-        far = np.abs(np.asarray(guess[0]) - truth[i, asked])
-        errors += np.where(far < 1, far**2 / 2, far - 0.5).mean(-1).sum()
-        count += len(asked)
-    loss, _ = tiny.loss(m, params, extra, batch, tiny.KEY)
-    np.testing.assert_allclose(loss, errors / count, rtol=1e-4)
-    grads = tiny.grad(m, params, extra, batch, tiny.KEY)[1]
-    assert all(np.any(g) for g in jax.tree.leaves(grads))
-
-
-def test_the_ijepa_recipe_has_no_levels_and_computed_positions():
-    c = experiment.load("configs/hjepa.py:ijepa_vith14", ["data.source=fake"])
-    read = experiment.read(c)
-    m = read.method(read.run())
-    shape = jax.ShapeDtypeStruct((1, 1, 224, 224, 3), np.uint8)
-    params, extra = jax.eval_shape(m.init, jax.random.key(0), {"global": shape})
-    assert set(params) == {"encoder", "predictor"} and "target_levels" not in extra
-    # ViT-H/14 without its table of 256 positions, as I-JEPA's file has it.
-    assert tree.size(params["encoder"]) == 630_434_560
-    assert params["predictor"]["mask_token"].shape == (1, 1, 384)
-    assert (m.levels.norm, m.predictor.positions) == ("targets", "sincos")
 
 
 @pytest.mark.parametrize("mode", ["drop", "zero"])

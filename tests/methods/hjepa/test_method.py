@@ -11,6 +11,7 @@ from tests.methods.hjepa import tiny
 from vitssl import config, tree
 from vitssl.methods import base, table
 from vitssl.methods.hjepa import levels
+from vitssl.models import xavier
 
 
 def test_it_is_in_the_table_and_keeps_the_contract():
@@ -33,6 +34,19 @@ def test_the_target_starts_as_an_exact_copy_with_buffers_of_its_own():
     assert not ours & theirs
     other, _ = tiny.init(m, seed=1)
     assert not np.array_equal(other["encoder"]["cls"], params["encoder"]["cls"])
+
+
+def test_an_encoder_may_start_as_mae_s_and_the_target_with_it():
+    m = dataclasses.replace(tiny.method(), start=xavier.Start("xavier"))
+    params, extra = tiny.init(m)
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"], extra["target"])
+    kernel = np.asarray(params["encoder"]["block_0"]["mlp"]["fc1"]["kernel"])
+    limit = np.sqrt(6 / sum(kernel.shape))
+    np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.1)
+    assert np.abs(kernel).max() <= limit
+    other, _ = tiny.init(tiny.method())
+    for part in ("predictor", "levels"):  # These have starts of their own.
+        jax.tree.map(np.testing.assert_array_equal, params[part], other[part])
 
 
 @pytest.mark.parametrize(

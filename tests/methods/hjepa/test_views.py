@@ -11,7 +11,8 @@ from tests.methods.hjepa.test_masks import HJEPA
 from vitssl import config
 from vitssl.data import crops
 from vitssl.data import views as plain
-from vitssl.methods.hjepa import views
+from vitssl.methods.hjepa import masks, views
+from vitssl.run import experiment
 
 SMALL = crops.MultiCrop(
     num_global_crops=2,
@@ -269,3 +270,46 @@ def test_the_plain_single_crop_is_one_global_crop_and_nothing_else():
 def test_transform_can_be_pickled():
     transform = views.MultiCropTransform(SMALL, CROSS, 4)
     assert pickle.loads(pickle.dumps(transform)) == transform
+
+
+@pytest.mark.parametrize("spec", ["hjepa", "hjepa:cifar10_vitb", "dino", "dino:folder"])
+def test_the_documented_override_of_adaptive_crops_reaches_its_number(spec):
+    words = ["multicrop.adaptive=True", "multicrop.max_local_crops=10"]
+    one = experiment.read(experiment.load(spec, words))
+    made, epochs = one.sections["multicrop"], one.settings.epochs
+    assert made.locals_at(0) == 2 and made.locals_at(int(epochs) - 1) == 10
+
+
+def test_crops_and_masks_have_the_published_defaults():
+    made = crops.MultiCrop(2, 6, 224)
+    assert (made.local_crop_size, made.local_crop_scale) == (96, (0.05, 0.4))
+    assert not list(made.check()) and not made.adaptive
+    found = views.MultiCropTransform()(example(), np.random.default_rng(0))
+    assert found["global"].shape == (2, 224, 224, 3)
+    assert found["local"].shape == (6, 96, 96, 3)
+    assert found["global_targets"].shape == (2, 3, 196)
+    drawn = masks.Masking(num_hierarchies=2, num_target_masks=3, min_keep=1)
+    assert drawn == masks.Masking(
+        strategy="global_only",
+        sampler="original",
+        num_hierarchies=2,
+        num_target_masks=3,
+        scale_progression="geometric",
+        base_scale=(0.05, 0.15),
+        aspect_ratio_range=(0.75, 1.5),
+        max_attempts=10,
+        min_keep=1,
+        targets_per_level="constant",
+        levels="per_level",
+        mode="drop",
+    )
+
+
+@pytest.mark.parametrize("spec", ["cifar10_vitb", "imagenet_vits", "imagenet_vitl"])
+def test_coarse_levels_of_published_recipes_have_the_largest_blocks(spec):
+    c = experiment.load(f"hjepa:{spec}")
+    masking = experiment.read(c).sections["masking"]
+    _, targets = masks.hierarchical(np.random.default_rng(0), masking, (14, 14), 100)
+    size = targets.sum(-1)  # [crops, H, T]
+    median = [np.median(size[:, k][size[:, k] > 0]) for k in range(3)]
+    assert median[0] < median[1] < median[2]

@@ -24,6 +24,7 @@ class Drawn(layout.Source):
         root: not used.
         split: "train" or "test" ("val" is the same); they share no random number.
         count: number of images; 0 = that of `COUNTS`.
+        test_count: of the split "test"; 0 = as `count` says.
         size: S, side of the image in pixels.
         seed: of everything.
     """
@@ -32,6 +33,7 @@ class Drawn(layout.Source):
     split: str = "train"
     _: dataclasses.KW_ONLY
     count: ranges.OrNone = 0
+    test_count: ranges.OrNone = 0
     size: ranges.Count = 48
     seed: int = 0
 
@@ -42,7 +44,8 @@ class Drawn(layout.Source):
 
     def __post_init__(self):
         split = layout.split_of(self.name, self.split, SPLITS)
-        count = self.count or self.COUNTS[split]
+        own = self.test_count if split == "test" else 0
+        count = own or self.count or self.COUNTS[split]
         # The fields are frozen; these three are what was asked for, made precise.
         self.__dict__.update(root=BUILT_IN, split=split, count=count)
 

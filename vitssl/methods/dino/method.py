@@ -1,9 +1,9 @@
 """DINO: an image's crops shall be sorted as an averaged copy sorts its large ones.
 
-A head sorts class tokens into K outputs that mean nothing beforehand. The teacher, an
-average of the student, sees the global crops; its scores are centred and sharpened,
-and every crop of the student shall have them. As options KoLeo, Sinkhorn-Knopp and the
-loss on hidden patches, which make it iBOT or DINOv2.
+A head sorts class tokens, or means of patch tokens, into K outputs that mean nothing
+beforehand. The teacher, an average of the student, sees the global crops; its scores
+are centred and sharpened, and every crop of the student shall have them. As options
+KoLeo, Sinkhorn-Knopp and the loss on hidden patches, which make it iBOT or DINOv2.
 
 Sources: Caron et al. 2021, arXiv:2104.14294; facebookresearch/dino main_dino.py.
 """
@@ -21,7 +21,7 @@ from vitssl.data import crops
 from vitssl.losses import regression
 from vitssl.methods import base
 from vitssl.methods.dino import objective as criteria
-from vitssl.models import layers, patches, vit
+from vitssl.models import layers, patches, vit, xavier
 from vitssl.ops import jitter
 from vitssl.optim import schedules
 
@@ -84,6 +84,7 @@ class DINO(base.Embedding):
     head: Head = Head()
     teacher: Teacher = Teacher()
     objective: criteria.Objective = criteria.Objective()
+    start: xavier.Start = xavier.Start()
     unstored = (
         "its teacher, an average that goes on changing when layers "
         "freeze, sees every global crop, and crops have two sizes"
@@ -111,8 +112,9 @@ class DINO(base.Embedding):
         """Return (params, extra) of fresh networks; the teacher is an exact copy."""
         keys, width = jax.random.split(rng, 3), self.model.width
         image, row = jnp.zeros((1, *batch["global"].shape[2:])), jnp.zeros((1, width))
+        encoder = self.model.init(keys[0], image)["params"]
         params = {
-            "encoder": self.model.init(keys[0], image)["params"],
+            "encoder": self.start(jax.random.fold_in(rng, len(keys)), encoder),
             "head": self.head.init(keys[1], row)["params"],
         }
         if self.objective.patch:
@@ -131,7 +133,7 @@ class DINO(base.Embedding):
         return extra | {"teacher": tree.copy(params)}
 
     def _encode(self, params, image, hidden=None, **options):
-        """Return ([B, V, D], [B, V, N, D]): class and patch tokens of crops.
+        """Return ([B, V, D], [B, V, N, D]): what is sorted, and patch tokens of crops.
 
         Args:
             image: [B, V, H, W, C], normalised.
@@ -145,7 +147,10 @@ class DINO(base.Embedding):
         net = {"params": params["encoder"]}
         tokens, _ = self.model.apply(net, image, **options)
         tokens = einops.rearrange(tokens, "(b v) n d -> b v n d", b=b)
-        return tokens[:, :, 0], tokens[:, :, self.model.prefix :]
+        spatial = tokens[:, :, self.model.prefix :]
+        if self.objective.compares == "mean":
+            return spatial.astype(jnp.float32).mean(2), spatial
+        return tokens[:, :, 0], spatial
 
     def _sort(self, params, x, kind="view"):  # [..., D] -> [..., K]
         own = params.get(f"{kind}_head", params["head"])
@@ -172,11 +177,10 @@ class DINO(base.Embedding):
         if o.patch:
             n = patches.patchify(crops["global"], self.model.patch).shape[-2]
             hidden = o.hide(draw, crops["global"].shape[:2], n)
-        cls, tokens = self._encode(params, crops["global"], hidden, **options[0])
-        views = cls
+        views, tokens = self._encode(params, crops["global"], hidden, **options[0])
         if "local" in crops:
             small, _ = self._encode(params, crops["local"], **options[1])
-            views = jnp.concatenate([cls, small], 1)  # [B, V, D]
+            views = jnp.concatenate([views, small], 1)  # [B, V, D]
         teacher = jax.lax.stop_gradient(extra["teacher"])
         right, seen = self._encode(teacher, crops["global"])
         rows = {"view": (views, right)}
@@ -236,13 +240,14 @@ class DINO(base.Embedding):
     def features(self, params, extra, image):
         """Return the teacher's features of images [B, H, W, C].
 
-        "pooled" and "cls" [B, D] are the class token, "mean" that of the patches,
-        "tokens" [B, N, D], all after the last norm; "gap": see `vit.ViT.pooled`.
+        "cls" [B, D] is the class token, "mean" that of the patches, "pooled" the one
+        that is sorted, "tokens" [B, N, D], all after the last norm; "gap": see
+        `vit.ViT.pooled`.
         """
         x = patches.normalise(image, self.run.mean, self.run.std)
         net = {"params": extra["teacher"]["encoder"]}
         found = self.model.apply(net, x, method="features")
-        return found | {"pooled": found["cls"]}
+        return found | {"pooled": found[self.objective.compares]}
 
     def pictures(self, params, extra, batch, image) -> dict:
         """Return fields of `pictures.drawing.Material`: where the teacher looks."""
@@ -257,8 +262,10 @@ class DINO(base.Embedding):
         yield from self.multicrop.faults(self.model)
         if self.multicrop.num_global_crops + self.multicrop.locals_at(0) < 2:
             yield "multicrop.num_global_crops=1: needs a second crop to compare"
-        if not self.model.cls:
-            yield "model.cls=False: DINO sorts class tokens"
+        if not self.model.cls and self.objective.compares == "cls":
+            yield (
+                "model.cls=False: DINO sorts class tokens; set objective.compares=mean"
+            )
         if self.couples_batch and self.run.batch_size < 2:
             yield (
                 f"batch_size={self.run.batch_size}: 2 or more for objective.koleo and "

@@ -20,6 +20,8 @@ class Objective:
     """Config section `objective`.
 
     Attributes:
+        compares: what of a crop is sorted: its class token, or the mean of its patch
+            tokens, which small networks learn from sooner.
         temperature: of the student's scores.
         teacher_temperature: of the teacher's; it comes there from
             `first_temperature`, in a line over `warmup_epochs`.
@@ -27,8 +29,8 @@ class Objective:
             running mean of its scores is taken away. "sinkhorn": three rounds of
             Sinkhorn-Knopp share the outputs out evenly in the batch (SwAV, DINOv2).
         centre: momentum of that running mean.
-        koleo: weight of KoLeo, which spreads the class tokens of every global crop
-            over the sphere (DINOv2: 0.1).
+        koleo: weight of KoLeo, which spreads what is sorted of every global crop over
+            the sphere (DINOv2: 0.1).
         patch: weight of iBOT's loss: hidden patches of the global crops shall be
             sorted as the teacher, who sees them, sorts them (iBOT, DINOv2: 1.0).
         masked: share of the global crops that has hidden patches.
@@ -39,6 +41,7 @@ class Objective:
     arXiv:2111.07832 (iBOT), which hides blocks, where these are single patches.
     """
 
+    compares: Literal["cls", "mean"] = "cls"
     temperature: ranges.Positive = 0.1
     teacher_temperature: ranges.Positive = 0.04
     first_temperature: ranges.Positive = 0.04

@@ -18,7 +18,8 @@ class Networks:
     nothing else does.
 
     Attributes:
-        params: {"encoder", "predictor", "levels"}; the last only if it has any.
+        params: {"encoder", "predictor", "levels", "projector"}; the last two only if
+            there are any.
         target: parameters of the target encoder; those of the encoder itself for
             training without one.
         target_levels: parameters of the levels on the target side.
@@ -38,6 +39,7 @@ class Networks:
     detach: bool = True
     train: bool = True
     rng: Any = None
+    projector: nn.Module | None = None
     calls: int = 0
 
     def _rngs(self):
@@ -83,6 +85,10 @@ class Networks:
         return self.predictor.apply(
             weights, *args, train=self.train, rngs=rngs, **kwargs
         )
+
+    def project_views(self, pooled):
+        """Return what LeJEPA compares of pooled features [B, V, D]: [B, V, P]."""
+        return self.projector.apply({"params": self.params["projector"]}, pooled)
 
     def project(self, *args, target=False, **kwargs):
         """Return what the levels make of features; see `levels.Levels`."""

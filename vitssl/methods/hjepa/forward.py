@@ -3,9 +3,10 @@
 Two halves: `forward` sees each image by itself, `measure` all images of a batch.
 
 Axes: B images, C crops of one kind (G global or L local), K passes (one per level of
-masks in use), S slots of visible tokens, M slots of targets, N patches, D width, H
-levels. Crops of one resolution and their passes are stacked on the batch axis, so
-there is one encoder call per resolution and token count.
+masks in use; of the predictor, one per block if each is asked alone), S slots of
+visible tokens, M slots of targets, N patches, D width, H levels. Crops of one
+resolution and their passes are stacked on the batch axis, so there is one encoder call
+per resolution and token count.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl.losses import regression
-from vitssl.methods.hjepa import predictor
+from vitssl.methods.hjepa import agreement, predictor
 from vitssl.methods.hjepa.apply import Networks
 from vitssl.methods.hjepa.levels import Members
 from vitssl.methods.hjepa.masks import Masking
@@ -53,6 +54,7 @@ class Context(flax.struct.PyTreeNode):
         seen: [B, C, K, S] bool, rows of visible patches. With "zero" masking the rows
             of hidden patches are context too.
         role: of these crops when they are extra context.
+        grid: (h, w) of these crops, in patches.
         where: [B, C, K, S] raster indices of the rows; None = all N in order.
     """
 
@@ -62,6 +64,7 @@ class Context(flax.struct.PyTreeNode):
     cls: jax.Array | None  # [B, C, K, D]
     role: int = flax.struct.field(pytree_node=False)
     where: jax.Array | None = None
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False, default=(0, 0))
 
     @property
     def pooled(self):  # -> [B, C, D]
@@ -101,7 +104,7 @@ class Rows(NamedTuple):
     context: Context  # Of the global crops, as the next one.
     near: Crops
     far: Crops | None  # The local crops that have targets.
-    view: jax.Array | None  # [B, L, D] pooled predictions, from each free local crop.
+    view: jax.Array | None  # [B, V, D] of `agreement.rows`.
 
 
 class Level(NamedTuple):
@@ -128,11 +131,17 @@ class Terms(NamedTuple):
     targets: Targets
     near: Result
     far: Result | None  # Of the local crops that have targets.
-    view: jax.Array | None  # [] loss of the pooled predictions.
+    view: jax.Array | None  # [] loss of the crops' agreement.
+    more: dict  # {metric: []} of it.
 
 
 def forward(
-    net: Networks, near: Masked, far: Masked | None, free, masking: Masking, *, views
+    net: Networks,
+    near: Masked,
+    far: Masked | None,
+    free,
+    masking: Masking,
+    view: agreement.View | None = None,
 ) -> Rows:
     """Run the step up to what the levels compare, for every strategy.
 
@@ -142,7 +151,7 @@ def forward(
         far: local crops with targets; only `cross_crop_prediction` has them.
         free: [B, C, H, W, channels] local crops without targets, or None.
         masking: section `masking`.
-        views: predict pooled targets from free local crops.
+        view: what crops say of each other; None for nothing.
     """
     context = encode_visible(net, near, masking.mode)
     targets = find_targets(net, near)
@@ -169,27 +178,37 @@ def forward(
         return Crops(crops.visible, crops.wanted, targets, guess)
 
     found = run(near, context, targets, other)
-    local = view = None
+    local = said = None
     if far is not None:
         local = run(far, other, find_targets(net, far), context)
-    if views and tokens is not None:
-        view = net.predict(_merge(tokens))
-        view = einops.rearrange(view, "(b l) 1 d -> b l d", b=len(tokens))
-    return Rows(context, found, local, view)
+    if view is not None:
+        grid = None if free is None else patches.grid(free, net.encoder.patch)
+        said = agreement.rows(net, context, tokens, grid, view)
+    return Rows(context, found, local, said)
 
 
-def measure(net: Networks, rows: Rows, **options) -> Terms:
+def measure(
+    net: Networks, rows: Rows, view: agreement.View | None = None, key=None, **options
+) -> Terms:
     """Bring rows to their levels and compare them.
 
-    Options are those of `regression.level_loss`.
+    Args:
+        net, rows: see `forward`.
+        view: as `forward` had it.
+        key: of random directions.
+        **options: of `regression.level_loss`.
     """
     near = compare(net, rows.near, **options)
-    far = view = None
+    far, loss, more, truth = None, None, {}, rows.near.targets.tokens
     if rows.far is not None:
         far = compare(net, rows.far, **options)
-    if rows.view is not None:
-        view = view_loss(net, rows.view, rows.near.targets.tokens, **options)
-    return Terms(rows.context, rows.near.targets, near, far, view)
+    if rows.view is not None and view.target == "lejepa":
+        loss, more = agreement.lejepa(net, rows.view, truth.shape[1], view, key)
+    elif rows.view is not None and view.target == "dino":
+        loss, more = agreement.sorted_alike(net, rows.view, truth, view)
+    elif rows.view is not None:
+        loss, more = agreement.predicted(net, rows.view, truth, view, **options)
+    return Terms(rows.context, rows.near.targets, near, far, loss, more)
 
 
 def _merge(x):
@@ -223,7 +242,8 @@ def encode_visible(net: Networks, crops: Masked, mode) -> Context:
         return einops.rearrange(a, "(b c k) ... -> b c k ...", b=b, c=c)
 
     rows = map(split, (tokens, count, seen, cls))
-    return Context(*rows, role=crops.role, where=split(keep))
+    grid = patches.grid(crops.image, net.encoder.patch)
+    return Context(*rows, role=crops.role, where=split(keep), grid=grid)
 
 
 def find_targets(net: Networks, crops: Masked) -> Targets:
@@ -261,14 +281,19 @@ def predict(
 ) -> Guess:
     """Predict the targets of every crop and pass."""
     b, c = context.tokens.shape[:2]
+    asks = targets.where.shape[2]
 
     def flat(a):
-        return None if a is None else einops.rearrange(a, "b c k ... -> (b c k) ...")
+        if a is None:
+            return None
+        # One context serves all target blocks.
+        a = jnp.broadcast_to(a, (b, c, asks, *a.shape[3:]))
+        return einops.rearrange(a, "b c k ... -> (b c k) ...")
 
     where, table = flat(targets.where), net.positions(targets.grid)[None]
-    query = patches.take(table, where)  # [B C K, M, D]
+    query = places(table[0], where)  # [B C K, M, D]
     if context.where is not None:
-        table = patches.take(table, flat(context.where))  # [B C K, S, D]
+        table = places(table[0], flat(context.where))  # [B C K, S, D]
     own, asked = flat(context.count), flat(targets.count)
     room = slots.sequence + sum(e.tokens.shape[1] for e in extra)
     guess = net.predict(
@@ -291,28 +316,47 @@ def predict(
     )
 
 
+def places(table, where):  # [N, D], int [R, M] -> [R, M, D]
+    """Return rows of a table of positions; a product, since many ask for each row.
+
+    The gradient of a gather would add them up one after the other.
+    """
+    one = jax.nn.one_hot(where, len(table), dtype=table.dtype)
+    return jnp.einsum("rmn,nd->rmd", one, table, precision="highest")
+
+
 def compare(net: Networks, crops: Crops, **options) -> Result:
     """Bring predictions and targets of crops to their levels, and measure.
 
-    With one pass (K = 1) its targets serve every level; else pass k serves level k.
-    Options are those of `regression.level_loss`.
+    With one pass (K = 1) its targets serve every level; with one level all passes serve
+    it; else pass k serves level k. Options are those of `regression.level_loss`.
     """
     guess, targets = crops.guess.tokens, crops.targets
-    b, _, passes = guess.shape[:3]
+    b, c, passes = guess.shape[:3]
     h = net.levels.levels
+
+    def joined(x):
+        return einops.rearrange(x, "(b c k) n ... -> b c (k n) ...", b=b, c=c)
+
     truth = patches.take(targets.tokens[:, :, None], targets.where)  # [B, C, K, M, D]
+    if 1 in (passes, h):
+        groups = [(slice(None), range(h))]
+    else:
+        groups = [(slice(k, k + 1), (k,)) for k in range(passes)]
     found = {}
-    for k in range(passes):
-        only = range(h) if passes == 1 else (k,)
-        where, count = _merge(targets.where[:, :, k]), _merge(targets.count[:, :, k])
-        members = Members(where, count, targets.grid)
+    for which, only in groups:
+
+        def flat(x, which=which):
+            return einops.rearrange(x[:, :, which], "b c k ... -> (b c k) ...")
+
+        members = Members(flat(targets.where), flat(targets.count), targets.grid)
         p, t = (
-            net.project(_merge(x[:, :, k]), members, only=only, target=side)
+            net.project(flat(x), members, only=only, target=side)
             for x, side in ((guess, False), (truth, True))
         )
         for level in only:
             parts = p[level][0], t[level][0], p[level][1]
-            found[level] = Level(*(_crops(x, b) for x in parts))
+            found[level] = Level(*(joined(x) for x in parts))
 
     def distance(level):
         return regression.level_loss(*level, detach=net.detach, **options)
@@ -364,26 +408,3 @@ def one_by_one(net: Networks, context, targets, extra, slots) -> Guess:
     # Counted down from -1, apart from the keys of the other calls.
     _, found = jax.lax.scan(step, jnp.int32(-1), arrays)
     return jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), found)
-
-
-def view_loss(net: Networks, guess, targets, **options):
-    """Compare the pooled target of every global crop with what local crops predict.
-
-    Args:
-        net: networks.
-        guess: [B, L, D] position-free prediction from each local crop alone.
-        targets: [B, G, N, D] target tokens of the global crops.
-        **options: of `regression.level_loss`.
-
-    Returns:
-        [] mean over images and pairs (l, g) of the coarsest level's loss between the
-        prediction and the mean target token.
-    """
-    b, count = guess.shape[:2]
-    guess = net.project(guess, method="coarse")  # [B, L, D]
-    truth = targets.astype(jnp.float32).mean(2)
-    truth = net.project(truth, target=True, method="coarse")  # [B, G, D]
-    shape = (b, count, truth.shape[1], truth.shape[-1])
-    guess = jnp.broadcast_to(guess[:, :, None], shape)
-    truth = jnp.broadcast_to(truth[:, None], shape)
-    return regression.level_loss(guess, truth, detach=net.detach, **options)

@@ -56,6 +56,8 @@ class Masking:
             (`original`) or (0.85, 1.0).
         levels: per_level: every level has its own context and targets. finest: those
             of level 0 serve all levels (the original's trainer).
+        together: all target blocks of a crop are predicted at once, what they share a
+            single time. False: each block by itself (I-JEPA; one level, global_only).
         mode: drop: hidden patches do not exist for the encoder. zero: their tokens are
             set to 0 and stay, also as context of the predictor (the original).
         context: block: a context block minus the targets. complement: all that is no
@@ -68,19 +70,20 @@ class Masking:
             pass: memory of one crop's predictor.
     """
 
-    strategy: Literal[STRATEGIES]
-    sampler: Literal[SAMPLERS]
-    num_hierarchies: Annotated[int, ranges.Range(1, 4)]
-    num_target_masks: ranges.Count
-    scale_progression: Literal["geometric", "linear"]
-    base_scale: tuple[ranges.Share, ranges.Share]
-    aspect_ratio_range: tuple[ranges.Positive, ranges.Positive]
-    max_attempts: ranges.Count
-    min_keep: ranges.OrNone
-    targets_per_level: Literal["constant", "shrink"]
+    strategy: Literal[STRATEGIES] = "global_only"
+    sampler: Literal[SAMPLERS] = "original"
+    num_hierarchies: Annotated[int, ranges.Range(1, 4)] = 3
+    num_target_masks: ranges.Count = 4
+    scale_progression: Literal["geometric", "linear"] = "geometric"
+    base_scale: tuple[ranges.Share, ranges.Share] = (0.05, 0.15)
+    aspect_ratio_range: tuple[ranges.Positive, ranges.Positive] = (0.75, 1.5)
+    max_attempts: ranges.Count = 10
+    min_keep: ranges.OrNone = 4
+    targets_per_level: Literal["constant", "shrink"] = "constant"
     context_scale: tuple[ranges.Probability, ranges.Probability] = (0.0, 0.0)
-    levels: Literal["per_level", "finest"]
-    mode: Literal["drop", "zero"]
+    levels: Literal["per_level", "finest"] = "per_level"
+    together: bool = True
+    mode: Literal["drop", "zero"] = "drop"
     context: Literal["block", "complement"] = "block"
     packed: bool = True
     slots: ranges.Share = 0.7
@@ -95,11 +98,20 @@ class Masking:
                 f"context_scale={self.context_scale}: 0 < smallest <= largest <= 1, "
                 "or (0.0, 0.0) for the sampler's own"
             )
+        if not self.together:
+            for key, want in (("num_hierarchies", 1), ("strategy", "global_only")):
+                if (value := getattr(self, key)) != want:
+                    yield f"{key}={value}: together=False needs {key}={want}"
 
     @property
     def passes(self) -> int:
         """Encoder passes per crop: levels that have masks of their own."""
         return self.num_hierarchies if self.levels == "per_level" else 1
+
+    @property
+    def asks(self) -> int:
+        """Sets of targets per crop that are predicted one by one."""
+        return self.passes if self.together else self.num_target_masks
 
     def blocks(self, level: int) -> int:
         """Return the number of target blocks of a level."""
@@ -196,7 +208,8 @@ def multicrop(rng, masking: Masking, global_grid, local_grid, crops, *, size_rng
     Returns:
         dict of bool arrays: global_context, global_targets [G, H, N] and, when there
         are local crops that the strategy uses, local_context, local_targets
-        [L, H, n]. Targets are the union of the blocks. The first L // 2 local crops
+        [L, H, n]. Targets are the union of the blocks, but with together=False each
+        block of the one level, [G, T, N]. The first L // 2 local crops
         have targets in `cross_crop_prediction`, none in `global_with_local_context`.
     """
     out = {}
@@ -216,7 +229,10 @@ def multicrop(rng, masking: Masking, global_grid, local_grid, crops, *, size_rng
 
 
 def _pair(rng, masking, grid, crops, size_rng):
-    """Return context and union of targets, two bool arrays [crops, H, N]."""
+    """Return context [crops, H, N] and union of targets, or each block; two bools."""
+    if not masking.together:
+        context, targets = hierarchical(rng, masking, grid, crops, size_rng=size_rng)
+        return context, targets[:, 0]
     context, targets = [], []
     for visible, blocks in _draw(rng, masking, grid, crops, size_rng):
         context.append(visible)

@@ -10,8 +10,10 @@ arXiv:2301.08243 (the method it extends); DINOv2, arXiv:2304.07193 (crops).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +21,9 @@ from vitssl import ranges, tree
 from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.methods import base
+from vitssl.methods.dino import method as dino
 from vitssl.methods.hjepa import (
+    agreement,
     apply,
     forward,
     levels,
@@ -30,7 +34,7 @@ from vitssl.methods.hjepa import (
     slots,
     views,
 )
-from vitssl.models import patches, vit
+from vitssl.models import patches, vit, xavier
 from vitssl.ops import jitter
 from vitssl.optim import schedules
 
@@ -56,10 +60,11 @@ class Ema:
 class HJEPA(base.Embedding):
     """The method; fields are the sections of its config.
 
-    Parameters: {"encoder", "predictor", "levels"}, the last not with
-    levels.norm=targets. Extra: "target" and "momentum", the EMA of the encoder and the
-    momentum last used; "target_levels" (levels.target=ema); "stats" (batch
-    normalisation); "vicreg" (adaptive weights).
+    Parameters: {"encoder", "predictor", "levels", "projector"}; "levels" not with
+    levels.norm=targets, "projector" only with view_target=lejepa or dino. Extra:
+    "target" and "momentum", the EMA of the encoder and the momentum last used;
+    "target_levels" (levels.target=ema); "stats" (batch normalisation); "vicreg"
+    (adaptive weights).
     """
 
     run: base.Run
@@ -70,6 +75,7 @@ class HJEPA(base.Embedding):
     masking: masks.Masking
     objective: objective.Objective
     ema: Ema
+    start: xavier.Start = xavier.Start()
     unstored = (
         "its targets are whole views to an encoder that goes on "
         "changing when layers freeze, and that is most of what they cost"
@@ -86,7 +92,7 @@ class HJEPA(base.Embedding):
         return predictor.Predictor(
             **dataclasses.asdict(self.predictor),
             roles=self.masking.strategy != "global_only" and self._most_locals > 0,
-            pooled=self.uses_views and self._most_locals > 0,
+            pooled=self._predicts_views,
             dtype=self.model.dtype,
             attention=self.model.attention,
         )
@@ -118,13 +124,32 @@ class HJEPA(base.Embedding):
             detach=self.ema.target_encoder,
             train=train,
             rng=rng,
+            projector=self.projector,
         )
 
     @property
+    def projector(self):
+        """The module by which LeJEPA and DINO compare crops."""
+        hidden, outputs = self.objective.view_projector
+        if self.objective.view_target == "dino":
+            return dino.Head(outputs, hidden, self.model.width)
+        return agreement.Projector(hidden, outputs)
+
+    @property
     def uses_views(self) -> bool:
-        """Whether pooled targets are predicted from local crops."""
+        """Whether crops are asked about each other."""
         only = self.masking.strategy == "global_only"
         return only and self.objective.view_weight > 0
+
+    @property
+    def _projects_views(self) -> bool:
+        return self.uses_views and self.objective.view_target in agreement.ALIKE
+
+    @property
+    def _predicts_views(self) -> bool:
+        among = self.multicrop.num_global_crops * (self.objective.view_pairs == "all")
+        some = self._most_locals > 0 or among > 1
+        return self.uses_views and some and not self._projects_views
 
     @property
     def uses_locals(self) -> bool:
@@ -151,7 +176,10 @@ class HJEPA(base.Embedding):
     @property
     def couples_batch(self) -> bool:
         """Whether the loss mixes samples."""
-        return self.objective.couples_batch or self.levels.norm == "batchnorm"
+        centred = self._predicts_views and self.objective.view_target == "centred"
+        norm = self.levels.norm == "batchnorm"
+        views = centred or self._projects_views
+        return self.objective.couples_batch or norm or views
 
     def init(self, rng, batch):
         """Return (params, extra) of fresh networks; the target is an exact copy."""
@@ -165,12 +193,17 @@ class HJEPA(base.Embedding):
             table = jnp.zeros((*row.shape[:2], width))
         guess = self.predictor_module.init(keys[1], row, table, place=table)["params"]
         found = self.levels_module.init(keys[2], row, members)
+        encoder = self.model.init(keys[0], image)["params"]
         params = {
-            "encoder": self.model.init(keys[0], image)["params"],
+            "encoder": self.start(jax.random.fold_in(keys[0], 0), encoder),
             "predictor": predictor.xavier(keys[3], guess),
         }
         if "params" in found:
             params["levels"] = found["params"]
+        if self._projects_views:
+            row = jnp.zeros((1, 1, self.model.width))
+            key = jax.random.fold_in(rng, len(keys))
+            params["projector"] = self.projector.init(key, row)["params"]
         extra = self.adopt(params, {})
         if self.ema.target_encoder:
             extra["momentum"] = jnp.float32(self.ema.start)
@@ -193,9 +226,9 @@ class HJEPA(base.Embedding):
         del phase
         draw = jax.random.split(rng, 3)[1]
         net = self.networks(params, extra, train=True)
-        terms = self.measure(net, rows)
         o = self.objective
         key = jax.random.key(0) if o.fixed_slices else draw
+        terms = self.measure(net, rows, jax.random.fold_in(key, 3))
         total = o.crop_loss(terms.near, jax.random.fold_in(key, 0))
         parts = {}
         if terms.far is not None:
@@ -204,7 +237,7 @@ class HJEPA(base.Embedding):
             parts["loss_local"] = local
         if terms.view is not None:
             total = total + o.view_weight * terms.view
-            parts["loss_view"] = terms.view
+            parts |= terms.more | {"loss_view": terms.view}
         term, more, state = o.regularise(
             terms.context, terms.near, jax.random.fold_in(key, 2), extra.get("vicreg")
         )
@@ -213,16 +246,20 @@ class HJEPA(base.Embedding):
             extra["stats"] = net.stats
         if state is not None:
             extra["vicreg"] = state
-        metrics = self._metrics(rows.near, terms, extra, step) | parts | more
-        return total + term, (extra, metrics)
+        total = total + term
+        if terms.view is not None:
+            parts["view_share"] = o.view_weight * terms.view / total
+        metrics = self._metrics(rows.near, terms, extra, step)
+        return total, (extra, metrics | jax.lax.stop_gradient(parts | more))
 
     def terms(self, net, batch) -> forward.Terms:
         """Return what the loss of a batch is made of."""
-        return self.measure(net, self.rows(net, batch))
+        return self.measure(net, self.rows(net, batch), jax.random.key(0))
 
-    def measure(self, net, rows: forward.Rows) -> forward.Terms:
+    def measure(self, net, rows: forward.Rows, key) -> forward.Terms:
         """Return what the loss of rows is made of; see `forward.measure`."""
-        return forward.measure(net, rows, **self.objective.options())
+        o = self.objective
+        return forward.measure(net, rows, o.view, key, **o.options())
 
     def rows(self, net, batch) -> forward.Rows:
         """Return what the networks make of each image; see `forward.forward`."""
@@ -236,8 +273,8 @@ class HJEPA(base.Embedding):
                 far = self._masked(batch, "local", slice(hidden), predictor.LOCAL)
             if hidden < count:
                 free = self._pixels(batch["local"][:, hidden:])
-        views = self.uses_views
-        return forward.forward(net, near, far, free, self.masking, views=views)
+        view = self.objective.view if self.uses_views else None
+        return forward.forward(net, near, far, free, self.masking, view)
 
     def _pixels(self, image):
         return patches.normalise(image, self.run.mean, self.run.std)
@@ -245,12 +282,12 @@ class HJEPA(base.Embedding):
     def _masked(self, batch, kind, which, role) -> forward.Masked:
         """Return the crops `which` of a kind, with their masks."""
         image = batch[kind][:, which]
-        passes = slice(self.masking.passes)
-        wanted = batch[f"{kind}_targets"][:, which, passes]
-        if self.masking.context == "complement":
-            visible = ~wanted
-        else:
-            visible = batch[f"{kind}_context"][:, which, passes] & ~wanted
+        wanted = batch[f"{kind}_targets"][:, which, : self.masking.asks]
+        hidden = wanted if self.masking.together else wanted.any(2, keepdims=True)
+        visible = ~hidden
+        if self.masking.context == "block":
+            passes = slice(self.masking.passes)
+            visible &= batch[f"{kind}_context"][:, which, passes]
         room = slots.slots(self.masking, patches.grid(image, self.model.patch))
         return forward.Masked(self._pixels(image), visible, wanted, room, role)
 
@@ -260,8 +297,10 @@ class HJEPA(base.Embedding):
         for k in range(self.masking.num_hierarchies):
             found[f"loss_h{k}"] = near.losses[:, k].mean()
             found[f"cosine_h{k}"] = near.cosine[:, k].mean()
+        found |= self._explained(crops.targets, near)
         found["loss_unweighted"] = near.losses.mean()
-        found["mask_ratio"] = crops.wanted.mean()
+        together = self.masking.together
+        found["mask_ratio"] = (crops.wanted if together else crops.wanted.any(2)).mean()
         dropped = 1 - terms.targets.count.sum() / jnp.maximum(crops.wanted.sum(), 1)
         found["dropped_targets"] = dropped
         kept = terms.context.seen.sum() / jnp.maximum(crops.visible.sum(), 1)
@@ -284,6 +323,24 @@ class HJEPA(base.Embedding):
         if "momentum" in extra:
             found["momentum"] = extra["momentum"]
         return jax.lax.stop_gradient(found)
+
+    def _explained(self, targets: forward.Targets, near: forward.Result) -> dict:
+        """Return `agreement.r2` of every level, of all and of what is not the place."""
+        found, normalize = {}, self.objective.normalize
+        for k, level in near.levels.items():
+            found[f"r2_h{k}"] = agreement.r2(*level, normalize)
+            if k == 0:
+                place = einops.rearrange(targets.where, "b c k m -> b c (k m)")
+                place = place[..., : level.valid.shape[-1]]
+            elif self.levels.pooling == "spatial":
+                place = jnp.arange(level.valid.shape[-1])
+                place = jnp.broadcast_to(place, level.valid.shape)
+            else:
+                continue  # Groups of a list have no place.
+            some = math.prod(levels.cells(targets.grid, k))
+            own = agreement.r2(*level, normalize, place, some)
+            found[f"r2_content_h{k}"] = own
+        return found
 
     def pictures(self, params, extra, batch, image):
         """Return fields of `pictures.drawing.Material`."""
@@ -380,10 +437,11 @@ class HJEPA(base.Embedding):
                 f"predictor.positions=sincos: needs a width of a multiple of 4, not "
                 f"{width}"
             )
-        if self.uses_locals and self._most_locals:
+        crossed = self.masking.strategy != "global_only"
+        if crossed and self._most_locals:
             yield (
-                "predictor.positions=sincos: takes no local crops; set "
-                "multicrop.num_local_crops=0"
+                "predictor.positions=sincos: takes no context of other crops; set "
+                "multicrop.num_local_crops=0, or masking.strategy=global_only"
             )
 
     def _check_crops(self):
@@ -410,6 +468,12 @@ class HJEPA(base.Embedding):
                     f"objective.{key} has {count} entries for masking.num_hierarchies="
                     f"{h}; give 1 or {h}"
                 )
+        crops = self.multicrop.num_global_crops + self._most_locals
+        if self.uses_views and o.view_target == "dino" and crops < 2:
+            yield (
+                "objective.view_target=dino: needs a second crop to compare; set "
+                "multicrop.num_local_crops, or objective.view_weight=0.0"
+            )
         if o.type in objective.CONTRASTIVE:
             if self.multicrop.num_global_crops < 2:
                 yield f"objective.type={o.type}: needs multicrop.num_global_crops=2"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vitssl import ranges
 from vitssl.losses import contrastive, regression, sigreg, vicreg
-from vitssl.methods.hjepa import forward
+from vitssl.methods.hjepa import agreement, forward
 from vitssl.methods.hjepa.forward import Context, Result
 
 PLAIN = (*regression.KINDS, "hjepa", "jepa")
@@ -41,8 +41,18 @@ class Objective:
         distance: of the types that do not name one.
         huber_delta: where huber turns linear.
         local_weight: of local crops that have targets (cross_crop_prediction).
-        view_weight: of predicting pooled global targets from each local crop alone
-            (global_only); 0.0 leaves the local crops out altogether.
+        view_weight: of what crops say of each other (global_only); 0.0 leaves the local
+            crops out altogether. The metric `view_share` is its share of the loss.
+        view_target: plain: the pooled target of a global crop is predicted from another
+            crop alone. centred: the same, without what is common to all targets of the
+            batch. lejepa: all crops shall have one projection, with a gradient into all
+            of them, and SIGReg (LeJEPA); the global ones are what is visible of them.
+            dino: those shall be sorted as the targets of the other global crops.
+        view_pairs: whether local crops alone predict the global ones, or the global
+            ones each other, too. lejepa and dino always compare all.
+        view_sigreg: LeJEPA's lambda, share of SIGReg in its loss.
+        view_projector: (hidden width, outputs) of LeJEPA's projector or DINO's head.
+        view_temperatures: DINO's, of the scores of crops and of targets.
         views: what VICReg and SIGReg compare. crops: the mean visible token of global
             crops 0 and 1 (one crop: no invariance term). batch_halves: all context
             tokens, halves of the batch as views, as the original has it; levels and
@@ -67,6 +77,11 @@ class Objective:
     huber_delta: ranges.Positive = 1.0
     local_weight: ranges.NotNegative = 1.0
     view_weight: ranges.NotNegative = 0.25
+    view_target: agreement.Target = "plain"
+    view_pairs: agreement.Pairs = "local"
+    view_sigreg: ranges.BelowOne = 0.05
+    view_projector: tuple[ranges.Count, ranges.Count] = (256, 32)
+    view_temperatures: tuple[ranges.Positive, ranges.Positive] = (0.1, 0.04)
     views: Literal["crops", "batch_halves", "levels", "last_level"] = "crops"
     vicreg_weight: tuple[ranges.NotNegative, ...] = (0.1,)
     vicreg: tuple[tuple[float, float, float], ...] = (vicreg.WEIGHTS,)
@@ -98,7 +113,15 @@ class Objective:
     @property
     def sees_sigreg(self):
         """Whether SIGReg keeps the encoder from collapsing."""
+        if self.view_target == "lejepa" and self.view_weight and self.view_sigreg:
+            return True
         return self.type in (*SIGREG, "sigreg", "hybrid")
+
+    @property
+    def view(self) -> agreement.View:
+        """The term between crops."""
+        own = self.view_target, self.view_pairs, self.view_sigreg
+        return agreement.View(*own, self.view_temperatures, self.slices)
 
     def options(self):
         """Return the keyword arguments of `regression.level_loss`."""

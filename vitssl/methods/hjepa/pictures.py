@@ -5,6 +5,7 @@ Everything is named after the fields of `pictures.drawing.Material`.
 
 import dataclasses
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +69,10 @@ def _networks(method, params, extra, batch, image):
     for k, level in sorted(terms.near.levels.items()):
         level = jax.tree.map(lambda a: a[:, 0], level)  # Of global crop 0.
         if k == 0:
-            # Level 0 is packed: one row per target, then padding.
-            where, n = terms.targets.where[:, 0, 0], terms.targets.tokens.shape[2]
+            # Level 0 is packed: one row per target, then padding; pass by pass if
+            # several passes serve it.
+            where, n = terms.targets.where[:, 0], terms.targets.tokens.shape[2]
+            where = einops.rearrange(where, "b k m -> b (k m)")[:, : level[0].shape[1]]
             level = [_scatter(a, where, level.valid, n) for a in level]
         cells.append(tuple(level))
     return jnp.stack(attention, 1), cells

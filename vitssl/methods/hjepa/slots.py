@@ -73,10 +73,12 @@ def _counts(masking, grid):
         masks.hierarchical(rng, masking, grid, DRAWS // calls) for _ in range(calls)
     ]
     context, targets = map(np.concatenate, zip(*drawn, strict=True))
-    targets = targets.any(2)[:, : masking.passes]  # [draws, K, N]
+    union = targets.any(2)[:, : masking.passes]  # [draws, K, N]
     block = masking.context == "block"
-    context = context[:, : masking.passes] if block else ~targets
-    return context.sum(-1).ravel(), targets.sum(-1).ravel()
+    context = context[:, : masking.passes] if block else ~union
+    asked = union if masking.together else targets[:, 0]  # [draws, T, N]
+    seen = np.broadcast_to(context.sum(-1), asked.shape[:2])
+    return seen.ravel(), asked.sum(-1).ravel()
 
 
 @functools.lru_cache
@@ -101,6 +103,8 @@ def bounds(masking, level, grid):
     if masking.sampler != "ijepa":
         others = max(most, math.prod(masking.fallback(level, grid)))
     targets = most + (masking.blocks(level) - 1) * others
+    if not masking.together:
+        targets = max(most, others)
     return visible, min(n - keep, targets)
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from vitssl.data import crops
+from vitssl.data.crops import MultiCrop
 from vitssl.methods.hjepa import masks
+from vitssl.methods.hjepa.masks import Masking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,9 @@ class MultiCropTransform:
         patch: side of a patch, in pixels.
     """
 
-    crops: crops.MultiCrop
-    masking: masks.Masking
-    patch: int
+    crops: MultiCrop = MultiCrop()
+    masking: Masking = Masking()
+    patch: int = 16
 
     def reduction(self, size: tuple[int, int]) -> float:
         """Return how many pixels of an image become one, at least; see `reduced`."""
