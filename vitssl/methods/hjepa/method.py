@@ -87,6 +87,7 @@ class HJEPA(base.Embedding):
             **dataclasses.asdict(self.predictor),
             roles=self.masking.strategy != "global_only" and self._most_locals > 0,
             pooled=self.uses_views and self._most_locals > 0,
+            scan=self.model.scan,
             dtype=self.model.dtype,
             attention=self.model.attention,
         )
