@@ -95,9 +95,10 @@ WHOLE = {
     "simclr": (1e-6, 1e-5),
 }
 # Two blocks, of methods whose `SMALL` has but one.
-ONE_BLOCK = ("classify", "dino", "dinov2", "distill", "hjepa", "mae", "simmim")
+ONE_BLOCK = "classify dino dinov2 distill hjepa mae parts simmim".split()
 DEEP = {name: ("model.depth=2",) for name in ONE_BLOCK}
 DEEP["latent_mim"] = ("network.depth=2",)
+DEEP["simclr"] = ("model.depths=(1,2)",)
 # Those with stacks of their own; the others are a ViT on whole images.
 STACKS = ("hjepa", "latent_mim", "localmim", "mae", "parts", "simclr")
 # Masks or noise are drawn for each micro-batch.
@@ -269,7 +270,7 @@ def test_gradients_are_summed_in_float32_where_values_are_bfloat16(name):
         parts = build.build(_read(name, "precision=bfloat16", *_scanned(name)))
         phase, state = parts.phase(0), _fresh(name, *deep)
         with contextlib.closing(parts.stream(0)) as stream:
-            batch = next(stream)
+            batch = jax.tree.map(jnp.asarray, next(stream))
 
     def loss(params):
         own = dict(step=0, phase=phase)
