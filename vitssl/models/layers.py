@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from vitssl import errors
 from vitssl.models import posemb
-from vitssl.ops import accelerator, across, cpu, pointwise
+from vitssl.ops import accelerator, across, cpu, pointwise, tpu
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -154,7 +154,8 @@ def attend(q, k, v, length=None, implementation="auto"):
         length: [B] int32, how many leading keys are valid; None = all. A prefix
             length is all cuDNN's fused kernel understands of padding.
         implementation: "auto": cuDNN's kernel where the device has it for this dtype
-            and number of channels (`_cudnn_takes`), else XLA's. "cudnn", "xla": that.
+            and number of channels (`_cudnn_takes`), on TPUs a kernel of jax where it is
+            worth it (`tpu.takes`), else XLA's. "cudnn", "xla": that.
 
     Raises:
         UsageError: "cudnn" where there is none.
@@ -170,6 +171,8 @@ def attend(q, k, v, length=None, implementation="auto"):
         return _cudnn(q, k, v, length)
     if implementation == "auto" and accelerator.on_cpu():
         return cpu.attention(q, k, v, length)
+    if implementation == "auto" and tpu.takes(q, k):
+        return tpu.attention(q, k, v, length)
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=length, implementation="xla"
     )

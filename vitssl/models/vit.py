@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vitssl import ranges, sizes
 from vitssl.models import layers, patches, posemb, stack
+from vitssl.ops import accelerator, tpu
 from vitssl.optim import freezeout
 
 
@@ -18,7 +19,7 @@ class PatchEmbed(nn.Module):
     """A linear map of every patch: a convolution with stride = kernel size.
 
     The kernel is stored as a convolution's, [patch, patch, C, D], and applied as one
-    matrix product to flattened patches, hidden ones left out.
+    matrix product to flattened patches, hidden ones left out; but see `tpu.embed`.
 
     Initial values are PyTorch's, or those of He et al. 2015, arXiv:1502.01852, by fan
     out, with bias 0.
@@ -38,6 +39,10 @@ class PatchEmbed(nn.Module):
             start = nn.initializers.zeros
         kernel = self.param("kernel", init, (p, p, channels, self.width))
         bias = self.param("bias", start, (self.width,))
+        if keep is None and accelerator.on_tpu():
+            x = tpu.embed(image.astype(self.dtype), kernel)
+            x = einops.rearrange(x, "b h w d -> b (h w) d")
+            return x + layers.spread(bias, x)
         x = patches.patchify(image.astype(self.dtype), p)  # [B, N, p p C]
         if keep is not None:
             x = patches.take(x, keep)  # [B, K, p p C]
