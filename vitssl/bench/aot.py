@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--depth", type=_count, default=0, help="blocks of --vit")
     parser.add_argument("--dtype", default="bfloat16", choices=case.DTYPES)
     parser.add_argument("--scan", action="store_true", help="model.scan of --vit")
+    parser.add_argument("--attention", default="auto", choices=("auto", "xla", "cudnn"))
     parser.add_argument("--fsdp", type=_count, default=0, help="mesh.fsdp")
     parser.add_argument("--lower", action="store_true", help="do not compile")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
@@ -122,7 +123,7 @@ def _of_vit(o) -> Step:
         "image": jax.ShapeDtypeStruct(shape, np.uint8),
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
     }
-    own = {"dtype": o.dtype, "scan": o.scan}
+    own = {"dtype": o.dtype, "scan": o.scan, "attention": o.attention}
     own |= {"depth": o.depth} if o.depth else {}
     found = plain.case_of(o.vit, batch, mesh=devices.Mesh(fsdp=o.fsdp or 1), **own)
     phase = found.phase()
