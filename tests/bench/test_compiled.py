@@ -75,6 +75,17 @@ def test_traffic_is_what_kernels_read_and_write_by_kind():
     }
 
 
+def test_a_loop_that_does_not_say_how_often_it_runs_has_a_bound():
+    said = ', backend_config={"known_trip_count":{"n":"7"}}'
+    bound = TEXT.replace(said, "").replace(
+        "ROOT %less = pred[] constant(true)",
+        "%most = s32[] constant(7)\n  ROOT %less = pred[] compare(%i, %most)",
+    )
+    assert bound != TEXT.replace(said, "")
+    kinds = compiled.by_kind(compiled.kernels(TEXT))
+    assert compiled.by_kind(compiled.kernels(bound)) == kinds
+
+
 def test_what_devices_exchange_is_counted_where_it_starts():
     found = compiled.collectives(compiled.kernels(TEXT))
     assert found == {"all-reduce": (1, 4000.0), "all-gather": (1, 400.0)}
@@ -169,6 +180,6 @@ def test_of_what_is_sliced_the_slice_is_read_and_written():
         "a": row + index + row + row,
         "b": index + row + row + row,
         "c": 2 * stack,  # It is read whole too.
-        "d": row + 2 * index + row,
-        "e": row + 2 * index + row,
+        "d": row + index + row,
+        "e": row + index + row,
     }

@@ -125,7 +125,7 @@ def _instruction(name, text):
     shape, text = text[:cut], text[cut:].lstrip()
     op, _, rest = text.partition("(")
     cut = _closing("(" + rest) - 2
-    if op == "parameter":
+    if op in ("parameter", "constant"):
         return _Instruction(name, shape, op, (rest[:cut],), rest[cut:])
     # Older texts write the shape before an operand.
     operands = re.findall(r"%([\w.\-]+)", rest[:cut]) or re.findall(
@@ -151,8 +151,8 @@ def _kernels(computations, name, times, inside):
         if x.op in _FREE or x.op.endswith(("-done", "-update")):
             continue
         if x.op == "while":
-            trips = _TRIPS.search(x.rest)
-            yield from recurse(x.called("body"), times * int(trips[1] if trips else 1))
+            trips = _trips(x, computations)
+            yield from recurse(x.called("body"), times * trips)
         elif x.op in ("call", "async-start"):
             yield from recurse(x.called("calls") or x.called("to_apply"), times)
         elif x.op == "conditional":
@@ -164,6 +164,16 @@ def _kernels(computations, name, times, inside):
                 yield from recurse(branch.strip(" %"), times)
         else:
             yield _kernel(x, here, computations, times, inside)
+
+
+def _trips(loop, computations) -> int:
+    """Return how often a loop runs: as it says, or what its counter is compared to."""
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    condition = computations[loop.called("condition")].values()
+    bounds = [x.operands[0] for x in condition if x.op == "constant"]
+    return max([1, *(int(n) for n in bounds if n.isdecimal())])
 
 
 def _kernel(x, here, computations, times, inside):
