@@ -196,7 +196,7 @@ class Pyramid(nn.Module):
         del keep
         if not first:
             x, grid = self.embed(x)
-            x = x + self.position_table(grid).astype(x.dtype)
+            x = x + layers.spread(self.position_table(grid), x)
         return self._through(x.astype(self.dtype), first, last, size)
 
     def _through(self, x, first, last, size, train=False):
