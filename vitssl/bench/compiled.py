@@ -248,7 +248,7 @@ def _kind(x, computations):
     ops = {y.op for y in body.values()} or {op}
     if op in _COLLECTIVES:
         return op
-    if "fmha" in target or "splash_mha" in x.rest:
+    if "fmha" in target or "splash_mha" in x.name:
         return "attention"
     if {"dot", "convolution"} & ops or re.search("cublas|gemm|cudnn.conv", target):
         return "product"
