@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 import types
 
@@ -12,7 +13,7 @@ from tests import runs
 from tests.bench import test_compiled
 from vitssl import main as trainer
 from vitssl.bench import __main__ as bench
-from vitssl.bench import aot, elsewhere
+from vitssl.bench import aot, compiled, elsewhere
 from vitssl.run import chips, experiment
 
 TINY = ("--vit=ti16", "--depth=1", "--image=32", "--batch=16")
@@ -160,11 +161,11 @@ def test_products_in_parts_take_as_many_passes():
 
 def test_commands_of_the_document_are_valid():
     text = (runs.ROOT / "docs" / "compiled.md").read_text().replace("\\\n", " ")
-    lines = [x for x in text.splitlines() if x.startswith("vitssl bench aot ")]
-    assert len(lines) > 5
+    lines = [x[17:] for x in text.splitlines() if x.startswith("vitssl bench aot ")]
+    lines += re.findall(r"`(--on=.*?)`", text)
+    assert len(lines) > 15
     for line in lines:
-        words = shlex.split(line.partition("  #")[0])[3:]
-        given = dict(w.partition("=")[::2] for w in words)
+        given = dict(w.partition("=")[::2] for w in shlex.split(line))
         assert chips.named(given.pop("--on"))
         if spec := given.pop("--config", ""):
             batch = given.pop("--batch", "")
@@ -199,6 +200,29 @@ def test_gradients_cross_gpus_once_however_many_there_are(devices, capsys):
     found = _figures(capsys, f"--on=h200:{devices}", *argv)
     assert list(found["collectives"]) == ["all-reduce"]
     size = found["collectives"]["all-reduce"][1]
-    # The positions' are summed in bfloat16, see `mesh.gradients`.
-    assert size == pytest.approx(4 * found["parameters"], rel=0.02)
+    assert size == pytest.approx(4 * found["parameters"], rel=0.002)
     assert (found["fused_share"], found["fused_calls"]) == (1.0, 4)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("scan", ((), ("--scan",)), ids=("blocks", "loop"))
+def test_split_weights_are_gathered_in_bfloat16_and_their_gradients_in_float32(
+    scan, capsys, monkeypatch
+):
+    texts, of = [], aot.of_compiled
+
+    def keep(executable, *args):
+        texts.append(executable.as_text())
+        return of(executable, *args)
+
+    monkeypatch.setattr(aot, "of_compiled", keep)
+    argv = ("--vit=ti16", "--depth=2", "--batch=512", "--fsdp=8", *scan)
+    _figures(capsys, "--on=h200:8", *argv)
+    crossing = {"all-gather": "bf16", "reduce-scatter": "f32"}
+    kinds = {k: set() for k in crossing}
+    for kernel in compiled.kernels(texts[0]):
+        if kernel.kind in crossing:
+            kinds[kernel.kind] |= set(re.findall(r"(\w+)\[(\d+,\d+)\]", kernel.result))
+    for kind, dtype in crossing.items():
+        weights = {d for d, n in kinds[kind] if n in ("192,576", "576,192", "192,768")}
+        assert weights == {dtype}, kind

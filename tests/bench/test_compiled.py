@@ -75,6 +75,17 @@ def test_traffic_is_what_kernels_read_and_write_by_kind():
     }
 
 
+def test_a_loop_that_does_not_say_how_often_it_runs_has_a_bound():
+    said = ', backend_config={"known_trip_count":{"n":"7"}}'
+    bound = TEXT.replace(said, "").replace(
+        "ROOT %less = pred[] constant(true)",
+        "%most = s32[] constant(7)\n  ROOT %less = pred[] compare(%i, %most)",
+    )
+    assert bound != TEXT.replace(said, "")
+    kinds = compiled.by_kind(compiled.kernels(TEXT))
+    assert compiled.by_kind(compiled.kernels(bound)) == kinds
+
+
 def test_what_devices_exchange_is_counted_where_it_starts():
     found = compiled.collectives(compiled.kernels(TEXT))
     assert found == {"all-reduce": (1, 4000.0), "all-gather": (1, 400.0)}
@@ -119,3 +130,56 @@ def test_devices_exchange_one_float32_gradient_however_many_they_are(count):
     found, parameters = _exchanged(count)
     assert list(found) == ["all-reduce"]
     assert found["all-reduce"][1] == pytest.approx(4 * parameters, rel=0.01)
+
+
+SLICED = """\
+HloModule jit_step, is_scheduled=true
+
+%row (stack: f32[12,100], i: s32[], x: f32[1,100]) -> f32[1,100] {
+  %stack = f32[12,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[1,100]{1,0} parameter(2)
+  %flat = f32[12,100]{1,0} bitcast(%stack)
+  %part = f32[1,100]{1,0} dynamic-slice(%flat, %i, %i), dynamic_slice_sizes={1,100}
+  ROOT %sum = f32[1,100]{1,0} add(%part, %x)
+}
+
+%store (stack: f32[12,100], i: s32[], x: f32[1,100]) -> (f32[12,100], f32[1,100]) {
+  %stack = f32[12,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[1,100]{1,0} parameter(2)
+  %new = f32[12,100]{1,0} dynamic-update-slice(%stack, %x, %i, %i)
+  %view = f32[12,100]{1,0} bitcast(%new)
+  %twice = f32[1,100]{1,0} add(%x, %x)
+  ROOT %both = (f32[12,100]{1,0}, f32[1,100]{1,0}) tuple(%view, %twice)
+}
+
+%all (stack: f32[12,100]) -> f32[12,100] {
+  %stack = f32[12,100]{1,0} parameter(0)
+  %part = f32[1,100]{1,0} slice(%stack), slice={[0:1], [0:100]}
+  ROOT %sum = f32[12,100]{1,0} add(%stack, %part)
+}
+
+ENTRY %main (s: f32[12,100], i: s32[], x: f32[1,100]) -> f32[12,100] {
+  %s = f32[12,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[1,100]{1,0} parameter(2)
+  %a = f32[1,100]{1,0} fusion(%s, %i, %x), kind=kLoop, calls=%row
+  %b = (f32[12,100]{1,0}, f32[1,100]{1,0}) fusion(%s, %i, %a), kind=kLoop, calls=%store
+  %c = f32[12,100]{1,0} fusion(%s), kind=kLoop, calls=%all
+  %d = f32[12,100]{1,0} dynamic-update-slice(%s, %x, %i, %i)
+  ROOT %e = f32[1,100]{1,0} dynamic-slice(%d, %i, %i), dynamic_slice_sizes={1,100}
+}
+"""
+
+
+def test_of_what_is_sliced_the_slice_is_read_and_written():
+    found = {k.name: k.size for k in compiled.kernels(SLICED)}
+    row, index, stack = 400, 4, 4800
+    assert found == {
+        "a": row + index + row + row,
+        "b": index + row + row + row,
+        "c": 2 * stack,  # It is read whole too.
+        "d": row + index + row,
+        "e": row + index + row,
+    }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import narrow, runs
 from vitssl import errors, tree
 from vitssl.methods import table
 from vitssl.run import build, devices, evaluation, experiment, loop
@@ -94,6 +94,13 @@ WHOLE = {
     "hjepa": (5e-3, 0.05),
     "simclr": (1e-6, 1e-5),
 }
+# Two blocks, of methods whose `SMALL` has but one.
+ONE_BLOCK = "classify dino dinov2 distill hjepa mae parts simmim".split()
+DEEP = {name: ("model.depth=2",) for name in ONE_BLOCK}
+DEEP["latent_mim"] = ("network.depth=2",)
+DEEP["simclr"] = ("model.depths=(1,2)",)
+# Those with stacks of their own; the others are a ViT on whole images.
+STACKS = ("hjepa", "latent_mim", "localmim", "mae", "parts", "simclr")
 # Masks or noise are drawn for each micro-batch.
 DRAWN = ("dinov2", "latent_mim", "localmim", "mae", "parts", "simmim")
 
@@ -105,12 +112,14 @@ class First(NamedTuple):
         metrics: {name: float}.
         grads, moved: {leaf: gradient} and {leaf: its change}.
         recomputes: whether the program has activations computed anew.
+        loops: how many loops it has.
     """
 
     metrics: dict
     grads: dict
     moved: dict
     recomputes: bool
+    loops: int
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -136,29 +145,31 @@ def _read(name, *changes):
 
 
 @functools.cache
-def _fresh(name):
+def _fresh(name, *changes):
     with _devices(1):
-        return build.build(_read(name)).fresh()
+        return build.build(_read(name, *changes)).fresh()
 
 
 @functools.cache
 def _first_step(name, *changes, count=1) -> First:
+    fresh = _fresh(name, *(c for c in changes if "depth" in c))
     with _devices(count):
         parts = build.build(_read(name, *changes))
         phase = parts.phase(0)
-        state = jax.tree.map(lambda x: jnp.array(x, copy=True), _fresh(name))
+        state = jax.tree.map(lambda x: jnp.array(x, copy=True), fresh)
         state = jax.device_put(state, parts.compiled.state_sharding(phase))
         with contextlib.closing(parts.stream(0)) as stream:
             batch = devices.put(next(stream), devices.batch_sharding(parts.mesh))
         executable = parts.compiled.get(phase, batch)
         state, metrics = executable(state, batch)
-    before, after, opt = jax.device_get((_fresh(name).params, state.params, state.opt))
+    before, after, opt = jax.device_get((fresh.params, state.params, state.opt))
     moved = jax.tree.map(np.subtract, after, before)
     return First(
         {k: float(v) for k, v in dict(metrics).items()},
         {k: v / (1 - parts.optimizer.b1(0)) for k, v in opt.mu.items()},
         tree.flat(moved),
         "rematted_computation" in executable.as_text(),
+        executable.as_text().count(" while("),
     )
 
 
@@ -237,6 +248,38 @@ def test_remat_changes_the_program_and_not_the_numbers(name):
     plain, remat = _first_step(name), _first_step(name, f"{section}.remat=True")
     assert remat.recomputes and not plain.recomputes
     _same(remat, plain)
+
+
+def _scanned(name, scan=True):
+    """Return the overrides of two blocks or more, as a loop or not."""
+    section = "network" if name == "latent_mim" else "model"
+    return *DEEP.get(name, ()), f"{section}.scan={scan}"
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_loop_over_the_blocks_has_the_numbers_of_blocks_written_out(name):
+    plain, loop = (_first_step(name, *_scanned(name, scan)) for scan in (False, True))
+    assert loop.loops > plain.loops
+    _same(loop, plain)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_are_summed_in_float32_where_values_are_bfloat16(name):
+    deep = DEEP.get(name, ())
+    with _devices(1):
+        parts = build.build(_read(name, "precision=bfloat16", *_scanned(name)))
+        phase, state = parts.phase(0), _fresh(name, *deep)
+        with contextlib.closing(parts.stream(0)) as stream:
+            batch = jax.tree.map(jnp.asarray, next(stream))
+
+    def loss(params):
+        own = dict(step=0, phase=phase)
+        params = tree.nest(params)
+        return parts.method.loss(params, state.extra, batch, state.rng, **own)[0]
+
+    flat = tree.flat(state.params)
+    assert narrow.sums(loss, flat) == {}
+    assert "scan[" in str(jax.make_jaxpr(loss)(flat))
 
 
 @pytest.mark.parametrize("name", ALL)

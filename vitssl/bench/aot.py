@@ -66,6 +66,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=_count, default=0, help="0: the config's; 64")
     parser.add_argument("--depth", type=_count, default=0, help="blocks of --vit")
     parser.add_argument("--dtype", default="bfloat16", choices=case.DTYPES)
+    parser.add_argument("--scan", action="store_true", help="model.scan of --vit")
+    parser.add_argument("--attention", default="auto", choices=("auto", "xla", "cudnn"))
     parser.add_argument("--fsdp", type=_count, default=0, help="mesh.fsdp")
     parser.add_argument("--lower", action="store_true", help="do not compile")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
@@ -121,7 +123,8 @@ def _of_vit(o) -> Step:
         "image": jax.ShapeDtypeStruct(shape, np.uint8),
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
     }
-    own = {"dtype": o.dtype} | ({"depth": o.depth} if o.depth else {})
+    own = {"dtype": o.dtype, "scan": o.scan, "attention": o.attention}
+    own |= {"depth": o.depth} if o.depth else {}
     found = plain.case_of(o.vit, batch, mesh=devices.Mesh(fsdp=o.fsdp or 1), **own)
     phase = found.phase()
     state, program = found.compiled.abstract(phase), found.compiled.program(phase)
@@ -216,6 +219,7 @@ def of_compiled(executable, there, lowered: dict) -> dict:
         "exchange": passed / (kind.link if fast else kind.network),
     }
     return {
+        "program_bytes": len(text),
         "traffic_bytes": sum(traffic.values()),
         "traffic_by_kind": traffic,
         "peak_bytes": peak,
@@ -276,7 +280,11 @@ def _compiled_text(f: dict) -> str:
     share = 100 * f["peak_bytes"] / f["memory_bytes"]
     rate = f["batch"] / f["devices"] / f["model_seconds"]["together"]
     rows = [
-        ("compiled in", f"{f['compile_cpu_seconds']:.0f} CPU seconds"),
+        (
+            "compiled in",
+            f"{f['compile_cpu_seconds']:.0f} CPU seconds, "
+            f"{f['program_bytes'] / 1e6:.1f} MB of text",
+        ),
         ("kernel traffic", f"{f['traffic_bytes'] / 1e9:.2f} GB: {traffic}"),
         ("peak memory", f"{peak}, {share:.1f} % of {most}: {_fits(f['fits'])}"),
         ("collectives", exchanged or "none"),

@@ -1,7 +1,7 @@
 """What a compiled program does to memory and between devices, from its optimised HLO.
 
-Traffic is what kernels read and write, every operand and result once: an upper bound,
-since caches and operands that are read in part are not seen.
+Traffic is what kernels read and write, every operand and result once, of slices the
+slice alone: an upper bound, since caches are not seen.
 """
 
 import collections
@@ -19,6 +19,8 @@ _COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
     *("collective-permute", "ragged-all-to-all", "collective-broadcast"),
 )
+_SLICES, _UPDATE = ("slice", "dynamic-slice"), "dynamic-update-slice"
+_NOWHERE = re.compile("(?!)")
 _MOVES = {"copy", "convert", "transpose"}
 # Beside a move these change nothing in the values.
 _VIEWS = _FREE | {"reshape", "broadcast", "slice", "copy-start"}
@@ -123,6 +125,8 @@ def _instruction(name, text):
     shape, text = text[:cut], text[cut:].lstrip()
     op, _, rest = text.partition("(")
     cut = _closing("(" + rest) - 2
+    if op in ("parameter", "constant"):
+        return _Instruction(name, shape, op, (rest[:cut],), rest[cut:])
     # Older texts write the shape before an operand.
     operands = re.findall(r"%([\w.\-]+)", rest[:cut]) or re.findall(
         r"(?:^|[, ])([a-zA-Z_][\w.\-]*)(?=,|$)", rest[:cut]
@@ -147,8 +151,8 @@ def _kernels(computations, name, times, inside):
         if x.op in _FREE or x.op.endswith(("-done", "-update")):
             continue
         if x.op == "while":
-            trips = _TRIPS.search(x.rest)
-            yield from recurse(x.called("body"), times * int(trips[1] if trips else 1))
+            trips = _trips(x, computations)
+            yield from recurse(x.called("body"), times * trips)
         elif x.op in ("call", "async-start"):
             yield from recurse(x.called("calls") or x.called("to_apply"), times)
         elif x.op == "conditional":
@@ -162,10 +166,24 @@ def _kernels(computations, name, times, inside):
             yield _kernel(x, here, computations, times, inside)
 
 
+def _trips(loop, computations) -> int:
+    """Return how often a loop runs: as it says, or what its counter is compared to."""
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    condition = computations[loop.called("condition")].values()
+    bounds = [x.operands[0] for x in condition if x.op == "constant"]
+    return max([1, *(int(n) for n in bounds if n.isdecimal())])
+
+
 def _kernel(x, here, computations, times, inside):
     read = [_size(here[o].shape, inside) for o in x.operands if o in here]
     scratch = x.op == "custom-call" and x.shape.startswith("(")
     written = _size(x.shape, inside, scratch)
+    if x.op in ("fusion", *_SLICES, _UPDATE):
+        body = computations.get(x.called("calls") or "") or _alone(x, here)
+        read = [_read(i, body, full) for i, full in enumerate(read)]
+        written -= _kept(body, inside)
     size, kind = sum(read) + written, _kind(x, computations)
     if kind in _COLLECTIVES:
         # What was started has its operands in its result.
@@ -178,6 +196,50 @@ def _kernel(x, here, computations, times, inside):
     return Kernel(x.name, kind, size, times, result, source[1] if source else "")
 
 
+def _alone(x, here):
+    """Return an instruction as the body of a fusion."""
+    given = [
+        dataclasses.replace(here[o], op="parameter", operands=(str(i),))
+        for i, o in enumerate(x.operands)
+        if o in here
+    ]
+    return {y.name: y for y in (*given, x)}
+
+
+def _read(index, body, full) -> float:
+    """Return the bytes that a fusion reads of a parameter of `full` bytes."""
+    mine = {n for n, y in body.items() if y.op == "parameter" and _index(y) == index}
+    found = 0.0
+    for y in body.values():
+        if not mine & {*y.operands}:
+            continue
+        if y.op == "bitcast":
+            mine.add(y.name)
+        elif y.op not in (*_SLICES, _UPDATE) or mine & {*y.operands[1:]}:
+            return full
+        elif y.op in _SLICES:
+            found += _size(y.shape, _NOWHERE)
+    return min(found, full)
+
+
+def _index(parameter) -> int:
+    return int(parameter.operands[0])
+
+
+def _kept(body, inside) -> float:
+    """Return the bytes of a fusion's results that it leaves in place."""
+    last = list(body.values())[-1]
+    ends = [body[o] for o in last.operands] if last.op == "tuple" else [last]
+    kept = 0.0
+    for y in ends:
+        while y.op == "bitcast":
+            y = body[y.operands[0]]
+        if y.op == _UPDATE:
+            part = body[y.operands[1]].shape
+            kept += _size(y.shape, inside) - _size(part, inside)
+    return kept
+
+
 def _kind(x, computations):
     op = x.op.removesuffix("-start")
     target = re.search(r'custom_call_target="([^"]*)"', x.rest)
@@ -186,7 +248,7 @@ def _kind(x, computations):
     ops = {y.op for y in body.values()} or {op}
     if op in _COLLECTIVES:
         return op
-    if "fmha" in target:
+    if "fmha" in target or "splash_mha" in x.name:
         return "attention"
     if {"dot", "convolution"} & ops or re.search("cublas|gemm|cudnn.conv", target):
         return "product"

@@ -19,7 +19,8 @@ from vitssl.ops import accelerator
 HOPPER = accelerator.HOPPER
 # Of cuDNN, as jax counts it; only whether it is new enough matters.
 _CUDNN = 91300
-_FUSED = "__cudnn$fmha"
+# Names of kernels of attention.
+_FUSED, _SPLASH = "__cudnn$fmha", "splash_mha"
 
 
 @contextlib.contextmanager
@@ -159,10 +160,15 @@ class _Count:
         self._found.products[kind] = self._found.products.get(kind, 0.0) + flops
 
     def _call(self, op, target, times):
-        if target.startswith(_FUSED):
-            rows, keys = (_shape(x) for x in list(op.operands)[:2])  # [B, T, heads, c]
-            product = 2.0 * math.prod(rows) * keys[1]
-            back = "Backward" in target
+        name, tokens = target, 1  # [B, T, heads, c]
+        if target == "tpu_custom_call" and "kernel_name" in op.attributes:
+            name, tokens = op.attributes["kernel_name"].value, -2  # [..., heads, T, c]
+        if name.startswith((_FUSED, _SPLASH)):
+            # Which keys a query sees may come before it, in integers.
+            given = [x for x in op.operands if "f" in str(x.type.element_type)]
+            rows, keys = map(_shape, given[:2])
+            product = 2.0 * math.prod(rows) * keys[tokens]
+            back = "Backward" in name or "dkv" in name
             # Two products; for the gradients the scores again, and four more.
             self._found.fused += times * (5 if back else 2) * product
             if back:

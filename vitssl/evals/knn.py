@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors
+from vitssl.data import pipeline
 from vitssl.evals import accuracy, evaluator, ranking
 
 Metric = Literal["cosine", "euclidean"]
@@ -260,7 +261,8 @@ def _compare(bank, query, near, k, metric):
         return (np.take_along_axis(a, order, 1) for a in (score, index))
 
     size = max(1, _GATHER // (near.shape[1] * query.shape[1]))
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    # More threads than cores take each other's cache.
+    with concurrent.futures.ThreadPoolExecutor(pipeline.cores()) as pool:
         parts = list(pool.map(part, range(0, len(query), size)))
     return (np.concatenate(a) for a in zip(*parts, strict=True))
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from vitssl import ranges
-from vitssl.models import layers, patches, posemb
+from vitssl.models import layers, patches, posemb, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ class StageDecoder(nn.Module):
         scale: cells per patch side: 1, 2, 4, 8 (the tokens are split up by transposed
             convolutions) or 0.5, 0.25 (averaged).
         out: channels of a target cell.
+        scan: compile the blocks once, see `stack`.
 
     Source: Wang et al. 2023, arXiv:2303.05251, section 3.2; Haoqing-Wang/LocalMIM
     ViT/models_mim.py:MAE_Decoder.
@@ -100,6 +101,7 @@ class StageDecoder(nn.Module):
     scale: float
     out: int
     norm_eps: float = 1e-6
+    scan: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
@@ -122,13 +124,12 @@ class StageDecoder(nn.Module):
         x = layers.dense(width, self.dtype, "embed")(x)
         cls, seen = x[:, :1], x[:, 1:]
         hidden = restore.shape[1] - seen.shape[1]
-        shape = (len(x), hidden, width)
-        filler = jnp.broadcast_to(token.astype(x.dtype), shape)
+        filler = jnp.broadcast_to(token, (len(x), hidden, width)).astype(x.dtype)
         y = patches.take(jnp.concatenate([seen, filler], axis=1), restore)
         y = y + posemb.sincos(grid, width).astype(x.dtype)
         y = jnp.concatenate([cls, y], axis=1)  # [B, 1 + N, d]
-        for i in range(self.spec.depth):
-            y = layers.block(
+        blocks = [
+            layers.block(
                 False,
                 heads=self.spec.heads,
                 hidden=int(width * self.spec.mlp_ratio),
@@ -136,7 +137,10 @@ class StageDecoder(nn.Module):
                 dtype=self.dtype,
                 attention=self.attention,
                 name=f"block_{i}",
-            )(y, None, None, False)
+            )
+            for i in range(self.spec.depth)
+        ]
+        y = stack.run(blocks, y, None, None, False, scan=self.scan)[-1]
         y = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(y)[:, 1:]
         return self._head(y, grid, only)
 

@@ -59,7 +59,7 @@ class DFCA(nn.Module):
         d = rgb.shape[-1]
         if self.disease_mask:
             m = self.param("disease_mask", nn.initializers.zeros, (1, 1, d))
-            spectral = spectral + m.astype(spectral.dtype)
+            spectral = spectral + layers.spread(m, spectral)
         attend = CrossAttention(
             self.heads,
             dtype=self.dtype,

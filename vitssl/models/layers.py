@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from vitssl import errors
 from vitssl.models import posemb
-from vitssl.ops import accelerator, cpu, pointwise
+from vitssl.ops import accelerator, across, cpu, pointwise, tpu
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -67,7 +67,7 @@ def linear(x, kernel, bias, dtype):
 
 
 def _affine(x, kernel, bias):  # [N, C], [C, D], [D] or None -> [N, D]
-    y = x @ kernel.astype(x.dtype)
+    y = x @ across.whole(kernel.astype(x.dtype))
     return y if bias is None else y + bias.astype(x.dtype)
 
 
@@ -85,10 +85,20 @@ def _affine_vjp(saved, g):
     x, kernel, bias = saved
     of_kernel = jnp.matmul(x.T, g, preferred_element_type=kernel.dtype)
     of_bias = None if bias is None else g.sum(0, dtype=bias.dtype)
-    return g @ kernel.astype(x.dtype).T, of_kernel, of_bias
+    kernel = across.whole(kernel.astype(x.dtype))
+    return g @ kernel.T, of_kernel, of_bias
 
 
 _affine_of_halves.defvjp(lambda *args: (_affine(*args), args), _affine_vjp)
+
+
+def spread(param, x):
+    """Return a parameter in the shape and dtype of x, to which it is then added.
+
+    Rounded before, its gradient would be summed over the batch, and over the devices,
+    in that dtype.
+    """
+    return jnp.broadcast_to(param, x.shape).astype(x.dtype)
 
 
 gelu, layer_norm = pointwise.gelu, pointwise.layer_norm
@@ -144,7 +154,8 @@ def attend(q, k, v, length=None, implementation="auto"):
         length: [B] int32, how many leading keys are valid; None = all. A prefix
             length is all cuDNN's fused kernel understands of padding.
         implementation: "auto": cuDNN's kernel where the device has it for this dtype
-            and number of channels (`_cudnn_takes`), else XLA's. "cudnn", "xla": that.
+            and number of channels (`_cudnn_takes`), on TPUs a kernel of jax where it is
+            worth it (`tpu.takes`), else XLA's. "cudnn", "xla": that.
 
     Raises:
         UsageError: "cudnn" where there is none.
@@ -160,6 +171,8 @@ def attend(q, k, v, length=None, implementation="auto"):
         return _cudnn(q, k, v, length)
     if implementation == "auto" and accelerator.on_cpu():
         return cpu.attention(q, k, v, length)
+    if implementation == "auto" and tpu.takes(q, k):
+        return tpu.attention(q, k, v, length)
     return jax.nn.dot_product_attention(
         q, k, v, key_value_seq_lengths=length, implementation="xla"
     )
@@ -323,12 +336,10 @@ class MLP(nn.Module):
         return nn.Dropout(self.dropout, deterministic=not train)(y)
 
 
-def drop_path(x, draw, rate):
-    """Drop whole samples of x [B, ...] whose draw [B, 1, ...] is below the rate.
-
-    The others are scaled up by 1 / (1 - rate).
-    """
-    return x * ((draw >= rate) / (1.0 - rate)).astype(x.dtype)
+def path_gain(key, batch, axes, rate):
+    """Draw what `DropPath` scales samples by [B, 1, ...]: 0, or 1 / (1 - rate)."""
+    draw = jax.random.uniform(key, (batch,) + (1,) * (axes - 1))
+    return (1.0 - draw >= rate) / (1.0 - rate)
 
 
 class DropPath(nn.Module):
@@ -340,12 +351,13 @@ class DropPath(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x, train):  # [B, ...] -> [B, ...]
-        if not train or self.rate == 0.0:
-            return x
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        draw = jax.random.uniform(self.make_rng("drop_path"), shape)
-        return drop_path(x, 1.0 - draw, self.rate)
+    def __call__(self, x, train, gain=None):  # [B, ...] -> [B, ...]
+        """Scale the branch x by `gain` [B, 1, ...], which None draws."""
+        if gain is None:
+            if not train or self.rate == 0.0:
+                return x
+            gain = path_gain(self.make_rng("drop_path"), len(x), x.ndim, self.rate)
+        return x * gain.astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -373,8 +385,14 @@ class Block(nn.Module):
     map_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x, length=None, rope=None, train=False, weight=None):
-        """Return the block's output [B, T, D]; arguments as in `Attention`."""
+    def __call__(
+        self, x, length=None, rope=None, train=False, weight=None, *, gain=None
+    ):
+        """Return the block's output [B, T, D]; arguments as in `Attention`.
+
+        gain: [2, B, 1, 1] of the two branches, see `DropPath`; None = drawn here.
+        """
+        gain = (None, None) if gain is None else gain
         drop = DropPath(self.drop_path, name="drop")
         attn = Attention(
             heads=self.heads,
@@ -390,15 +408,15 @@ class Block(nn.Module):
         mlp = MLP(self.hidden, self.dtype, self.dropout, name="mlp")
         y = LayerNorm(self.eps, self.dtype, name="norm1")(x)
         y = attn(y, length, rope, weight, train)
-        x = x + drop(self._gain("ls1", y), train)
+        x = x + drop(self._gain("ls1", y), train, gain[0])
         y = mlp(LayerNorm(self.eps, self.dtype, name="norm2")(x), train)
-        return x + drop(self._gain("ls2", y), train)
+        return x + drop(self._gain("ls2", y), train, gain[1])
 
     def _gain(self, name, y):
         if self.layerscale == 0.0:
             return y
         init = nn.initializers.constant(self.layerscale)
-        return y * self.param(name, init, (y.shape[-1],)).astype(y.dtype)
+        return y * spread(self.param(name, init, (y.shape[-1],)), y)
 
 
 # `train` is position 4 counted from the module itself; it must be static.

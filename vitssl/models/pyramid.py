@@ -1,5 +1,6 @@
 """One stream of the hierarchical transformer: stages joined by patch merging."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -11,7 +12,7 @@ from absl import logging
 from flax import linen as nn
 
 from vitssl import ranges, sizes
-from vitssl.models import layers, posemb, vit
+from vitssl.models import layers, posemb, stack, vit
 
 
 class PatchMerging(nn.Module):
@@ -60,6 +61,7 @@ class Pyramid(nn.Module):
         drop_path: of the last block; grows linearly from 0 in the first of all.
         norm_eps: of every LayerNorm.
         remat: recompute every block in the backward pass instead of storing it.
+        scan: compile the blocks of a stage once, see `stack`.
         dtype: of the computation; parameters are float32 always.
         attention: implementation, see `layers.attend`.
     """
@@ -77,6 +79,7 @@ class Pyramid(nn.Module):
     drop_path: ranges.BelowOne = 0.0
     norm_eps: ranges.Positive = 1e-5
     remat: bool = False
+    scan: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: layers.Implementation = "auto"
 
@@ -164,14 +167,15 @@ class Pyramid(nn.Module):
         """
         x, grid = self.embed(image)  # [B, N, D]
         if mask is not None:
-            x = jnp.where(mask[..., None], fill.astype(x.dtype), x)
-        x = x + self.position_table(grid).astype(x.dtype)
+            x = jnp.where(mask[..., None], layers.spread(fill, x), x)
+        x = x + layers.spread(self.position_table(grid), x)
         x = self.drop(x, deterministic=not train)
         stages = {"maps": [], "merged": [], "grids": []}
         blocks = iter(self.block)
         for s, depth in enumerate(self.depths):
-            for _ in range(depth):
-                x = next(blocks)(x, None, None, train)
+            own = list(itertools.islice(blocks, depth))
+            args = None, None, train
+            x = stack.run(own, x, *args, train=train, scan=self.scan)[-1]
             stages["grids"].append(grid)
             maps = einops.rearrange(x, "b (h w) d -> b h w d", h=grid[0])
             stages["maps"].append(maps)
@@ -192,7 +196,7 @@ class Pyramid(nn.Module):
         del keep
         if not first:
             x, grid = self.embed(x)
-            x = x + self.position_table(grid).astype(x.dtype)
+            x = x + layers.spread(self.position_table(grid), x)
         return self._through(x.astype(self.dtype), first, last, size)
 
     def _through(self, x, first, last, size, train=False):

@@ -10,7 +10,8 @@ import numpy as np
 from flax import linen as nn
 
 from vitssl import ranges, sizes
-from vitssl.models import layers, patches, posemb
+from vitssl.models import layers, patches, posemb, stack
+from vitssl.ops import accelerator, tpu
 from vitssl.optim import freezeout
 
 
@@ -18,7 +19,7 @@ class PatchEmbed(nn.Module):
     """A linear map of every patch: a convolution with stride = kernel size.
 
     The kernel is stored as a convolution's, [patch, patch, C, D], and applied as one
-    matrix product to flattened patches, hidden ones left out.
+    matrix product to flattened patches, hidden ones left out; but see `tpu.embed`.
 
     Initial values are PyTorch's, or those of He et al. 2015, arXiv:1502.01852, by fan
     out, with bias 0.
@@ -38,6 +39,10 @@ class PatchEmbed(nn.Module):
             start = nn.initializers.zeros
         kernel = self.param("kernel", init, (p, p, channels, self.width))
         bias = self.param("bias", start, (self.width,))
+        if keep is None and accelerator.on_tpu():
+            x = tpu.embed(image.astype(self.dtype), kernel)
+            x = einops.rearrange(x, "b h w d -> b (h w) d")
+            return x + layers.spread(bias, x)
         x = patches.patchify(image.astype(self.dtype), p)  # [B, N, p p C]
         if keep is not None:
             x = patches.take(x, keep)  # [B, K, p p C]
@@ -74,6 +79,8 @@ class ViT(nn.Module):
         qk_norm: LayerNorm of queries and keys, per head.
         norm_eps: of every LayerNorm.
         remat: recompute every block in the backward pass instead of storing it.
+        scan: compile the blocks once, as a loop; copies their parameters once a step,
+            see `stack`.
         dtype: of the computation; parameters are float32 always.
         attention: implementation, see `layers.attend`.
 
@@ -102,6 +109,7 @@ class ViT(nn.Module):
     qk_norm: bool = False
     norm_eps: ranges.Positive = 1e-6
     remat: bool = False
+    scan: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: layers.Implementation = "auto"
 
@@ -217,11 +225,12 @@ class ViT(nn.Module):
         grid = patches.grid(image, self.patch)
         x, rope = self._embed(image, grid, keep, hide, fill)  # [B, P + K, D]
         length = None if count is None else (count + self.prefix).astype(jnp.int32)
-        blocks = []
-        for block in self.block:
-            x = block(x, length, rope, train, weight)
-            blocks.append(x)
-        return self.norm(x), {"blocks": blocks, "grid": grid}
+        blocks = self._run(self.block, x, length, rope, train, weight)
+        return self.norm(blocks[-1]), {"blocks": blocks, "grid": grid}
+
+    def _run(self, blocks, x, length=None, rope=None, train=False, weight=None):
+        args = length, rope, train, weight
+        return stack.run(blocks, x, *args, train=train, scan=self.scan)
 
     def start(self, image, keep=None):
         """Return the sequence before the first block [B, P + N or P + K, D]."""
@@ -244,11 +253,7 @@ class ViT(nn.Module):
 
         Without rotary positions, which belong to the whole grid.
         """
-        outputs = []
-        for block in self.block[first:last]:
-            x = block(x, None, None, train)
-            outputs.append(x)
-        return outputs
+        return self._run(self.block[first:last], x, train=train)
 
     def onwards(self, x, first, train=False):
         """Return (tokens [B, T, D], out) of the sequence after `first` blocks.
@@ -362,12 +367,12 @@ class ViT(nn.Module):
         """Return the sequence [B, P + K, D] and its rotation, if any."""
         x = self.patch_embed(image, keep)  # [B, K, D]
         if fill is not None:
-            x = jnp.where(hide[..., None], fill.astype(x.dtype), x)
+            x = jnp.where(hide[..., None], layers.spread(fill, x), x)
         if self.positions != "none":
             pos = self.position_table(grid)[None]  # [1, N, D]
             if keep is not None:
                 pos = patches.take(pos, keep)
-            x = x + pos.astype(x.dtype)
+            x = x + layers.spread(pos, x)
         if hide is not None and fill is None:
             x = jnp.where(hide[..., None], 0.0, x)
         prefix = []
@@ -378,8 +383,8 @@ class ViT(nn.Module):
             prefix.append(self.register_tokens)
         if prefix:
             shape = (x.shape[0], self.prefix, self.width)
-            prefix = jnp.concatenate(prefix, axis=1).astype(x.dtype)  # [1, P, D]
-            x = jnp.concatenate([jnp.broadcast_to(prefix, shape), x], axis=1)
+            prefix = jnp.broadcast_to(jnp.concatenate(prefix, axis=1), shape)
+            x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)
         return x, self._rotation(grid, keep) if self.rope else None
 
     def _rotation(self, grid, keep):

@@ -14,6 +14,11 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def on_tpu() -> bool:
+    """Return whether functions are traced for a TPU."""
+    return jax.default_backend() == "tpu"
+
+
 def capability() -> tuple[int, int]:
     """Return (major, minor) of an NVIDIA GPU, (0, 0) of any other device."""
     if jax.default_backend() != "gpu":

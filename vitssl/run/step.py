@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import errors, tree
+from vitssl.ops import across
 from vitssl.optim import optimizer as optim
 from vitssl.run import devices, gradcache, histograms
 
@@ -361,7 +362,8 @@ class Compiled:
         rows = devices.batch_sharding(self._mesh)
 
         def step(state, batch):
-            state, metrics = self._step(state, batch, phase)
+            with across.over(self._mesh):
+                state, metrics = self._step(state, batch, phase)
             return state, Metrics.of(metrics)
 
         return jax.jit(

@@ -226,7 +226,7 @@ def _started(asked, method, spec, sides, trained, found):
     own = {
         f"model.{k}": v
         for k, v in model.items()
-        if k in known and k not in ("image_size", "dtype", "remat")
+        if k in known and k not in ("image_size", "dtype", "remat", "scan")
     }
     # Grey images are read as colours, if the weights want that.
     own |= {"data.channels": len(trained["mean"])}

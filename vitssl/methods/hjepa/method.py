@@ -93,6 +93,7 @@ class HJEPA(base.Embedding):
             **dataclasses.asdict(self.predictor),
             roles=self.masking.strategy != "global_only" and self._most_locals > 0,
             pooled=self._predicts_views,
+            scan=self.model.scan,
             dtype=self.model.dtype,
             attention=self.model.attention,
         )

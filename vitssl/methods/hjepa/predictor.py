@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from vitssl import ranges
-from vitssl.models import layers, patches
+from vitssl.models import layers, patches, stack
 
 Positions = Literal["encoder", "sincos"]
 GLOBAL, LOCAL = 0, 1  # Roles of extra context: rows of the role vectors.
@@ -76,7 +76,7 @@ class Predictor(nn.Module):
     Attributes:
         roles: extra context is used, so that its vectors exist.
         pooled: the query without a position is used, so that its vector exists.
-        others: see `Spec`; dtype and attention are as in the ViT.
+        others: see `Spec`; scan, dtype and attention are as in the ViT.
 
     Source: jonwiggins/H-JEPA src/models/predictor.py (full width, LayerNorm epsilon
     1e-5, positions of the encoder); facebookresearch/ijepa (a table of its own); roles
@@ -92,6 +92,7 @@ class Predictor(nn.Module):
     remat: bool = False
     roles: bool = False
     pooled: bool = False
+    scan: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
@@ -135,12 +136,12 @@ class Predictor(nn.Module):
         width = self.width or d
         if own := self.positions == "sincos":
             context = layers.dense(width, self.dtype, "embed")(context)
-            context = context + place.astype(context.dtype)
+            context = context + layers.spread(place, context)
         inner = width if own else d
         query = self._queries(query, len(context), inner)  # [B, M, D]
         m = query.shape[1]
         parts = [query, context]
-        parts += [e.tokens + roles[e.role].astype(e.tokens.dtype) for e in extra]
+        parts += [e.tokens + layers.spread(roles[e.role], e.tokens) for e in extra]
         x = jnp.concatenate([p.astype(self.dtype) for p in parts], axis=1)
         valid = _valid(query, query_count, context, context_count, extra)
         slots = min(slots, x.shape[1]) or x.shape[1]
@@ -149,8 +150,9 @@ class Predictor(nn.Module):
         x, length = pack(x, valid, slots, m)  # [B, slots, D]
         if width != inner:
             x = layers.dense(width, self.dtype, "embed")(x)
-        for i, rate in enumerate(np.linspace(0.0, self.drop_path, self.depth)):
-            block = layers.block(
+        rates = np.linspace(0.0, self.drop_path, self.depth)
+        blocks = [
+            layers.block(
                 self.remat,
                 heads=self.heads,
                 hidden=int(width * self.mlp_ratio),
@@ -160,7 +162,10 @@ class Predictor(nn.Module):
                 attention=self.attention,
                 name=f"block_{i}",
             )
-            x = block(x, length, None, train)
+            for i, rate in enumerate(rates)
+        ]
+        args = length, None, train
+        x = stack.run(blocks, x, *args, train=train, scan=self.scan)[-1]
         x = layers.LayerNorm(1e-5, self.dtype, name="norm")(x[:, :m])
         return layers.dense(d, self.dtype, "head")(x)
 

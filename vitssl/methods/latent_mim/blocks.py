@@ -68,15 +68,17 @@ class Block(nn.Module):
     attention: layers.Implementation = "auto"
 
     @nn.compact
-    def __call__(self, x, context=None, length=None, train=False):  # -> [B, Q, D]
+    def __call__(self, x, context=None, length=None, train=False, *, gain=None):
+        """Return [B, Q, D]; gain [2, B, 1, 1] as of `layers.Block`."""
+        gain = (None, None) if gain is None else gain
         drop = layers.DropPath(self.drop_path, name="drop")
         attn = Attention(
             self.heads, self.qk_norm, self.dtype, self.attention, name="attn"
         )
         y = attn(norm(self.dtype, "norm1")(x), context, length)
-        x = x + drop(y, train)
+        x = x + drop(y, train, gain[0])
         y = MLP(self.hidden, self.dtype, name="mlp")(norm(self.dtype, "norm2")(x))
-        return x + drop(y, train)
+        return x + drop(y, train, gain[1])
 
 
 # `train` is position 4 counted from the module itself; it must be static.

@@ -25,7 +25,7 @@ from vitssl import ranges
 from vitssl.data import modalities
 from vitssl.data.states import ONLINE
 from vitssl.methods.latent_mim import blocks, embed, encodings, tokens
-from vitssl.models import layers, patches, xavier
+from vitssl.models import layers, patches, stack, xavier
 from vitssl.models.upsample import Anchor
 
 SIZES = {  # name: width, heads, blocks of the encoder, blocks of the predictor
@@ -90,6 +90,7 @@ class Encoder(nn.Module):
         patch_resize: see `embed.FlexiPatchEmbed`.
         frequencies, anchor, channels, most_times: see `encodings.CompositeEncodings`.
         remat: recompute every block in the backward pass instead of storing it.
+        scan: compile the blocks once, see `models.stack`.
     """
 
     modalities: tuple[modalities.Modality, ...]
@@ -109,6 +110,7 @@ class Encoder(nn.Module):
     channels: encodings.Channels = "learnable"
     most_times: int = modalities.TIMES
     remat: bool = False
+    scan: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
@@ -155,7 +157,7 @@ class Encoder(nn.Module):
         shapes = tokens.shapes_of(plain)
         codes = self.encodings(shapes, fields["timestamps"], patch, resolution)
         raw = tokens.flatten(plain, self.modalities)
-        x = raw + tokens.flatten(codes, self.modalities).astype(self.dtype)
+        x = raw + layers.spread(tokens.flatten(codes, self.modalities), raw)
         leave = None if exits is None else _sequence(exits, shapes, self.modalities)
         packed = tokens.Packed(x)
         if any(m.mask_key in fields for m in self.modalities):
@@ -179,14 +181,13 @@ class Encoder(nn.Module):
             first = jnp.broadcast_to(self.register, (len(x), r, self.width))
             x = jnp.concatenate([first.astype(x.dtype), x], axis=1)
             count = None if count is None else count + r
-        for i, block in enumerate(self.block):
-            if leave is not None and i:
-                left = jnp.where((leave == i)[..., None], x[:, r:], left)
-            x = block(x, None, count, train)
-        x = x[:, r:]
-        if leave is not None:
-            x = jnp.where((leave == self.depth)[..., None], x, left)
-        return self.norm(x)
+        args = None, count, train
+        outputs = stack.run(self.block, x, *args, train=train, scan=self.scan)
+        if leave is None:
+            return self.norm(outputs[-1][:, r:])
+        for i, x in enumerate(outputs, 1):
+            left = jnp.where((leave == i)[..., None], x[:, r:], left)
+        return self.norm(left)
 
 
 def _sequence(depths, shapes, modalities):
@@ -216,6 +217,7 @@ class Predictor(nn.Module):
     channels: encodings.Channels = "learnable"
     most_times: int = modalities.TIMES
     remat: bool = False
+    scan: bool = False
     dtype: str = "float32"
     attention: layers.Implementation = "auto"
 
@@ -254,8 +256,8 @@ class Predictor(nn.Module):
                 code = self.encodings.at(name, index, *place)
             asked[name] = code + self.mask_token  # [B, Q, inner]
         x = jnp.concatenate(list(asked.values()), axis=1).astype(self.dtype)
-        for block in self.block:
-            x = block(x, context.tokens, context.count, train)
+        args = context.tokens, context.count, train
+        x = stack.run(self.block, x, *args, scan=self.scan)[-1]
         x, found, at = self.output(x), {}, 0
         for name, code in asked.items():
             found[name] = x[:, at : at + code.shape[1]]
@@ -274,8 +276,8 @@ class Predictor(nn.Module):
         """
         if packed.keep is not None:
             codes = patches.take(codes, packed.keep)
-        x = self.embed(self.norm_in(packed.tokens)) + codes.astype(self.dtype)
-        return packed._replace(tokens=x)
+        x = self.embed(self.norm_in(packed.tokens))
+        return packed._replace(tokens=x + layers.spread(codes, x))
 
     def output(self, x):  # [..., inner] -> [..., D]
         """Return the answers: the last norm and layer."""
@@ -299,6 +301,7 @@ class Network:
         projections, aggregate_first: linear layers of the vector that views are
             compared by, and whether tokens are averaged before them.
         remat: recompute the blocks in the backward pass.
+        scan: compile equal blocks once, see `models.stack`.
         attention: see `models.layers`.
     """
 
@@ -319,6 +322,7 @@ class Network:
     projections: ranges.OrNone = 1
     aggregate_first: bool = True
     remat: bool = False
+    scan: bool = False
     attention: layers.Implementation = "auto"
 
     @property
@@ -331,8 +335,8 @@ class Network:
     def build(self, kinds, dtype: str):
         """Return (encoder, predictor)."""
         width, heads, depth, short = self.numbers
-        names = "mlp_ratio qk_norm frequencies anchor channels remat attention".split()
-        both = {name: getattr(self, name) for name in names} | dict(dtype=dtype)
+        names = "mlp_ratio qk_norm frequencies anchor channels remat scan attention"
+        both = {name: getattr(self, name) for name in names.split()} | dict(dtype=dtype)
         encoder = Encoder(
             kinds,
             width,

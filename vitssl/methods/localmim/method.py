@@ -79,7 +79,8 @@ class LocalMIM(base.Masked):
             "prefix": self.model.width,
         }[self.stages.target(k)]
         net = self.model
-        own = dict(norm_eps=net.norm_eps, dtype=net.dtype, attention=net.attention)
+        names = "norm_eps", "scan", "dtype", "attention"
+        own = {name: getattr(net, name) for name in names}
         return StageDecoder(self.decoder, self.stages.scales[k], channels, **own)
 
     @property

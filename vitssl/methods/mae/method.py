@@ -87,7 +87,8 @@ class MAE(base.Masked):
         net, out = self.model, self.model.patch**2 * self.run.channels
         if not self._drops:
             return Predict(out, net.dtype)
-        own = dict(norm_eps=net.norm_eps, dtype=net.dtype, attention=net.attention)
+        names = "norm_eps", "scan", "dtype", "attention"
+        own = {name: getattr(net, name) for name in names}
         return StageDecoder(self.decoder, 1.0, out, **own)
 
     def phase(self, step: int) -> int:
