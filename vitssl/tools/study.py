@@ -14,7 +14,7 @@ An arm whose first word is no override is a run of another config, on the same d
 `labels=("configs/finetune_vit.py:scratch", "epochs=13.0")`; what is overridden in the
 study's own config is not overridden there.
 
-The optional keys `claims` and `gate` are judged below the table; see `verdict`. Keys in
+The optional keys `claims` and `gate` are judged below the table; see `judgement`. Keys in
 `seeded`, such as "data.options.seed", get each run's seed, too.
 
 The optional key `first` is a config, and overrides of it, that is run once, in
@@ -39,7 +39,7 @@ import numpy as np
 
 from vitssl import config, disk, errors
 from vitssl.run import experiment
-from vitssl.tools import listing, verdict
+from vitssl.tools import judgement, listing
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class Plan:
     columns: tuple[str, ...]  # Metrics of the final evaluation that the table shows.
     first: dict = dataclasses.field(default_factory=dict)  # {name: run before all}.
     then: dict = dataclasses.field(default_factory=dict)  # {seed: run after an arm's}.
-    claims: dict = dataclasses.field(default_factory=dict)  # {name: verdict.Claim}.
-    gate: verdict.Claim | None = None
+    claims: dict = dataclasses.field(default_factory=dict)  # {name: judgement.Claim}.
+    gate: judgement.Claim | None = None
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -139,12 +139,12 @@ def _arm(base, words) -> ml_collections.ConfigDict:
     return copy
 
 
-def _claims(study, problems) -> tuple[dict, verdict.Claim | None]:
+def _claims(study, problems) -> tuple[dict, judgement.Claim | None]:
     """Return ({name: claim}, gate) of a study."""
 
     def read(key, value):
         try:
-            return verdict.claim(value, tuple(study.arms))
+            return judgement.claim(value, tuple(study.arms))
         except ValueError as e:
             problems.append(f"study.{key}: {e}")
 
@@ -289,7 +289,7 @@ def _results(plan, workdir) -> dict:
             value = value if isinstance(value, int | float) else None
             found.setdefault(arm, {}).setdefault(column, []).append(value)
     text = table(found, columns)
-    if judged := verdict.text(found, plan.claims, plan.gate):
+    if judged := judgement.text(found, plan.claims, plan.gate):
         text = f"{text}\n\n{judged}"
     logger.info("\n%s", text)
     if missing:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl.losses import regression
-from vitssl.methods.hjepa import agreement, predictor
+from vitssl.methods.hjepa import invariance, predictor
 from vitssl.methods.hjepa.apply import Networks
 from vitssl.methods.hjepa.levels import Members
 from vitssl.methods.hjepa.masks import Masking
@@ -104,7 +104,7 @@ class Rows(NamedTuple):
     context: Context  # Of the global crops, as the next one.
     near: Crops
     far: Crops | None  # The local crops that have targets.
-    view: jax.Array | None  # [B, V, D] of `agreement.rows`.
+    view: jax.Array | None  # [B, V, D] of `invariance.rows`.
 
 
 class Level(NamedTuple):
@@ -141,7 +141,7 @@ def forward(
     far: Masked | None,
     free,
     masking: Masking,
-    view: agreement.View | None = None,
+    view: invariance.View | None = None,
 ) -> Rows:
     """Run the step up to what the levels compare, for every strategy.
 
@@ -183,12 +183,12 @@ def forward(
         local = run(far, other, find_targets(net, far), context)
     if view is not None:
         grid = None if free is None else patches.grid(free, net.encoder.patch)
-        said = agreement.rows(net, context, tokens, grid, view)
+        said = invariance.rows(net, context, tokens, grid, view)
     return Rows(context, found, local, said)
 
 
 def measure(
-    net: Networks, rows: Rows, view: agreement.View | None = None, key=None, **options
+    net: Networks, rows: Rows, view: invariance.View | None = None, key=None, **options
 ) -> Terms:
     """Bring rows to their levels and compare them.
 
@@ -203,11 +203,11 @@ def measure(
     if rows.far is not None:
         far = compare(net, rows.far, **options)
     if rows.view is not None and view.target == "lejepa":
-        loss, more = agreement.lejepa(net, rows.view, truth.shape[1], view, key)
+        loss, more = invariance.lejepa(net, rows.view, truth.shape[1], view, key)
     elif rows.view is not None and view.target == "dino":
-        loss, more = agreement.sorted_alike(net, rows.view, truth, view)
+        loss, more = invariance.sorted_alike(net, rows.view, truth, view)
     elif rows.view is not None:
-        loss, more = agreement.predicted(net, rows.view, truth, view, **options)
+        loss, more = invariance.predicted(net, rows.view, truth, view, **options)
     return Terms(rows.context, rows.near.targets, near, far, loss, more)
 
 

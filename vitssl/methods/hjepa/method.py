@@ -23,9 +23,9 @@ from vitssl.evals import quality
 from vitssl.methods import base
 from vitssl.methods.dino import method as dino
 from vitssl.methods.hjepa import (
-    agreement,
     apply,
     forward,
+    invariance,
     levels,
     masks,
     objective,
@@ -134,7 +134,7 @@ class HJEPA(base.Embedding):
         hidden, outputs = self.objective.view_projector
         if self.objective.view_target == "dino":
             return dino.Head(outputs, hidden, self.model.width)
-        return agreement.Projector(hidden, outputs)
+        return invariance.Projector(hidden, outputs)
 
     @property
     def uses_views(self) -> bool:
@@ -144,7 +144,7 @@ class HJEPA(base.Embedding):
 
     @property
     def _projects_views(self) -> bool:
-        return self.uses_views and self.objective.view_target in agreement.ALIKE
+        return self.uses_views and self.objective.view_target in invariance.ALIKE
 
     @property
     def _predicts_views(self) -> bool:
@@ -326,10 +326,10 @@ class HJEPA(base.Embedding):
         return jax.lax.stop_gradient(found)
 
     def _explained(self, targets: forward.Targets, near: forward.Result) -> dict:
-        """Return `agreement.r2` of every level, of all and of what is not the place."""
+        """Return `invariance.r2` of every level, of all and of what is not the place."""
         found, normalize = {}, self.objective.normalize
         for k, level in near.levels.items():
-            found[f"r2_h{k}"] = agreement.r2(*level, normalize)
+            found[f"r2_h{k}"] = invariance.r2(*level, normalize)
             if k == 0:
                 place = einops.rearrange(targets.where, "b c k m -> b c (k m)")
                 place = place[..., : level.valid.shape[-1]]
@@ -339,7 +339,7 @@ class HJEPA(base.Embedding):
             else:
                 continue  # Groups of a list have no place.
             some = math.prod(levels.cells(targets.grid, k))
-            own = agreement.r2(*level, normalize, place, some)
+            own = invariance.r2(*level, normalize, place, some)
             found[f"r2_content_h{k}"] = own
         return found
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vitssl import ranges
 from vitssl.losses import contrastive, regression, sigreg, vicreg
-from vitssl.methods.hjepa import agreement, forward
+from vitssl.methods.hjepa import forward, invariance
 from vitssl.methods.hjepa.forward import Context, Result
 
 PLAIN = (*regression.KINDS, "hjepa", "jepa")
@@ -77,8 +77,8 @@ class Objective:
     huber_delta: ranges.Positive = 1.0
     local_weight: ranges.NotNegative = 1.0
     view_weight: ranges.NotNegative = 0.25
-    view_target: agreement.Target = "plain"
-    view_pairs: agreement.Pairs = "local"
+    view_target: invariance.Target = "plain"
+    view_pairs: invariance.Pairs = "local"
     view_sigreg: ranges.BelowOne = 0.05
     view_projector: tuple[ranges.Count, ranges.Count] = (256, 32)
     view_temperatures: tuple[ranges.Positive, ranges.Positive] = (0.1, 0.04)
@@ -118,10 +118,10 @@ class Objective:
         return self.type in (*SIGREG, "sigreg", "hybrid")
 
     @property
-    def view(self) -> agreement.View:
+    def view(self) -> invariance.View:
         """The term between crops."""
         own = self.view_target, self.view_pairs, self.view_sigreg
-        return agreement.View(*own, self.view_temperatures, self.slices)
+        return invariance.View(*own, self.view_temperatures, self.slices)
 
     def options(self):
         """Return the keyword arguments of `regression.level_loss`."""

@@ -10,7 +10,7 @@ import pytest
 from tests.methods import plain
 from tests.methods.hjepa import tiny
 from vitssl.losses import sigreg
-from vitssl.methods.hjepa import agreement
+from vitssl.methods.hjepa import invariance
 from vitssl.models import patches
 
 ONLY = dict(masking=dict(strategy="global_only", levels="finest"))
@@ -97,7 +97,7 @@ def test_a_constant_explains_a_plain_target_but_no_centred_one():
     constant = jnp.broadcast_to(target.mean((0, 1)), target.shape)
     explained = 1 - np.square(target - constant).sum() / np.square(target).sum()
     assert explained > 0.99
-    centred = agreement.standardise(target)
+    centred = invariance.standardise(target)
     np.testing.assert_allclose(np.mean(centred, (0, 1)), 0, atol=1e-5)
     np.testing.assert_allclose(np.var(centred, (0, 1)), 1, rtol=0.02)
 
@@ -140,7 +140,7 @@ def test_lejepa_is_the_distance_to_the_mean_global_projection_and_sigreg():
     invariance = np.square(z - z[:, :2].mean(1, keepdims=True)).mean()
     along = sigreg.directions(tiny.KEY, 16, 4)
     each = [sigreg.sigreg(jnp.asarray(z[:, v]), along=along) for v in range(4)]
-    loss, parts = agreement.lejepa(net, rows.view, 2, m.objective.view, tiny.KEY)
+    loss, parts = invariance.lejepa(net, rows.view, 2, m.objective.view, tiny.KEY)
     np.testing.assert_allclose(loss, 0.9 * invariance + 0.1 * np.mean(each), rtol=1e-4)
     np.testing.assert_allclose(parts["view_invariance"], invariance, rtol=1e-4)
 
@@ -224,13 +224,13 @@ def test_r2_is_the_explained_share_of_what_differs():
     wrong = np.where(valid[..., None], target + noise, np.nan)
     rows = target[valid]
     want = 1 - np.square(noise[valid]).sum() / np.square(rows - rows.mean(0)).sum()
-    np.testing.assert_allclose(agreement.r2(wrong, target, valid), want, rtol=1e-4)
+    np.testing.assert_allclose(invariance.r2(wrong, target, valid), want, rtol=1e-4)
     mean = np.broadcast_to(rows.mean(0), target.shape)
-    np.testing.assert_allclose(agreement.r2(mean, target, valid), 0, atol=1e-5)
+    np.testing.assert_allclose(invariance.r2(mean, target, valid), 0, atol=1e-5)
     # A cosine is not impressed by what differs.
     cosine = (mean * target).sum(-1) / np.linalg.norm(mean, axis=-1)
     assert (cosine / np.linalg.norm(target, axis=-1))[valid].mean() > 0.98
-    assert agreement.r2(2 * target, target, valid, normalize=True) == 1.0
+    assert invariance.r2(2 * target, target, valid, normalize=True) == 1.0
 
 
 def test_where_something_lies_explains_nothing_of_its_content():
@@ -241,11 +241,11 @@ def test_where_something_lies_explains_nothing_of_its_content():
     valid = rng.random((30, 6)) < 0.8
     means = [target[valid & (place == i)].mean(0) for i in range(4)]
     by_place = np.stack(means)[place]
-    assert agreement.r2(by_place, target, valid) > 0.9
-    got = agreement.r2(by_place, target, valid, place=place, places=4)
+    assert invariance.r2(by_place, target, valid) > 0.9
+    got = invariance.r2(by_place, target, valid, place=place, places=4)
     np.testing.assert_allclose(got, 0, atol=1e-4)
     half = (by_place + target) / 2
-    got = agreement.r2(half, target, valid, place=place, places=4)
+    got = invariance.r2(half, target, valid, place=place, places=4)
     np.testing.assert_allclose(got, 0.75, atol=1e-4)
 
 
@@ -255,7 +255,7 @@ def test_the_step_logs_the_r2_of_every_level():
     terms = tiny.terms(m, params, extra, batch)
     metrics = tiny.loss(m, params, extra, batch, tiny.KEY)[1][1]
     for k in range(2):
-        want = agreement.r2(*terms.near.levels[k])
+        want = invariance.r2(*terms.near.levels[k])
         np.testing.assert_allclose(metrics[f"r2_h{k}"], want, rtol=1e-3, atol=1e-3)
         assert metrics[f"r2_content_h{k}"] < metrics[f"r2_h{k}"]
     assert metrics["r2_view"] < 1

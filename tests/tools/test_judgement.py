@@ -6,14 +6,14 @@ import pytest
 
 from tests.tools import test_study
 from vitssl import errors
-from vitssl.tools import study, verdict
+from vitssl.tools import judgement, study
 
 TOP1, PIXELS = "final/trained/linear/top1", "final/raw_pixels/linear/top1"
 CLAIM = (("multi", TOP1), ("single", TOP1), 0.03)
 
 
 def _claim(value=CLAIM, arms=("multi", "single", "labels")):
-    return verdict.claim(value, arms)
+    return judgement.claim(value, arms)
 
 
 def _found(multi, single):
@@ -74,7 +74,7 @@ def _text(labels, pixels):
     found = _found([0.6, 0.61], [0.5, 0.52])
     found["labels"] = {TOP1: labels, PIXELS: pixels}
     gate = _claim((("labels", TOP1), ("labels", PIXELS), 0.1))
-    return verdict.text(found, {"crops": _claim()}, gate)
+    return judgement.text(found, {"crops": _claim()}, gate)
 
 
 def test_where_labels_do_not_beat_the_pixels_nothing_is_decided():
