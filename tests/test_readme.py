@@ -19,6 +19,7 @@ TRAIN = ("launch/local.sh", "vitssl train", "python -m vitssl.main")
 TESTED = {
     "launch/test.sh": "conftest.py",  # It runs these tests.
     "vitssl recipes": "tools/test_recipes.py",
+    "vitssl doctor": "tools/test_cli.py",
     "vitssl runs": "tools/test_cli.py",
     "vitssl compare": "tools/test_cli.py",
     "vitssl report": "tools/test_cli.py",

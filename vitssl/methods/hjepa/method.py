@@ -326,7 +326,7 @@ class HJEPA(base.Embedding):
         return jax.lax.stop_gradient(found)
 
     def _explained(self, targets: forward.Targets, near: forward.Result) -> dict:
-        """Return `invariance.r2` of every level, of all and of what is not the place."""
+        """Return `invariance.r2` of each level: all, and what is not the place."""
         found, normalize = {}, self.objective.normalize
         for k, level in near.levels.items():
             found[f"r2_h{k}"] = invariance.r2(*level, normalize)
