@@ -145,6 +145,6 @@ def test_the_wheel_trains_predicts_and_converts_from_any_folder(site, tmp_path):
     file, codes = json.loads(done.stdout.rpartition("RESULT ")[2])
     assert file == str(site / "vitssl/__init__.py")
     assert codes == [0, 0, 0, 0, 0, 0, 2], done.stderr[-3000:]
-    assert "configs/hjepa.py:smoke" in done.stdout
+    assert "hjepa:folder" in done.stdout
     assert "hjepa, knn" in done.stderr.partition("there is: ")[2]
     assert len((tmp_path / "classes.csv").read_text().splitlines()) == 4

@@ -248,7 +248,7 @@ def test_remat_changes_no_number_and_what_is_dropped_changes_all():
 def test_drop_path_keeps_the_mean_and_drops_the_share_it_says():
     rng = np.random.default_rng(0)
     n, rate = 20_000, 0.3
-    y = layers.drop_path(jnp.ones((n, 1)), rng.random((n, 1)), rate)
+    y = jnp.ones((n, 1)) * layers.gain_of(rng.random((n, 1)), rate)
     y = np.asarray(y)[:, 0]
     np.testing.assert_allclose(np.unique(y), [0.0, 1 / 0.7], rtol=1e-6)
     assert abs((y == 0).mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / n)

@@ -337,9 +337,13 @@ class MLP(nn.Module):
 
 
 def path_gain(key, batch, axes, rate):
-    """Draw what `DropPath` scales samples by [B, 1, ...]: 0, or 1 / (1 - rate)."""
-    draw = jax.random.uniform(key, (batch,) + (1,) * (axes - 1))
-    return (1.0 - draw >= rate) / (1.0 - rate)
+    """Draw what `DropPath` scales samples by [B, 1, ...]."""
+    return gain_of(1.0 - jax.random.uniform(key, (batch,) + (1,) * (axes - 1)), rate)
+
+
+def gain_of(draw, rate):
+    """Return 0 where a draw is below the rate, 1 / (1 - rate) elsewhere."""
+    return (draw >= rate) / (1.0 - rate)
 
 
 class DropPath(nn.Module):

@@ -237,7 +237,7 @@ def _dfca(case):
 def _drop_path(case):
     c = case.config
     x, u = case.inputs["x"], case.inputs["u"]
-    case.close("y", layers.drop_path(x, u, c["drop_prob"]))
+    case.close("y", x * layers.gain_of(u, c["drop_prob"]))
     shape = dict(width=8, heads=(1,) * len(c["depths"]), patch=4, image_size=8)
     for name in case.out:
         if name.startswith("rates_"):
