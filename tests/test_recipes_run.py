@@ -16,6 +16,7 @@ import pytest
 
 from tests import layouts
 from vitssl import config, main
+from vitssl.evals import linear
 from vitssl.run import experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -99,8 +100,10 @@ FREEZING = {
 
 
 @pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
+def _small_machine(monkeypatch):
+    """One device, and probes that need not converge: half of a study's time here."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setitem(linear.logistic.__kwdefaults__, "iterations", 3)
 
 
 @pytest.fixture(autouse=True)
