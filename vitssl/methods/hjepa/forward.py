@@ -24,6 +24,7 @@ from vitssl.methods.hjepa.levels import Members
 from vitssl.methods.hjepa.masks import Masking
 from vitssl.methods.hjepa.slots import Slots
 from vitssl.models import patches
+from vitssl.ops import accelerator
 
 
 def pool(tokens, valid=None):  # [B, N, D], [B, N] bool -> [B, D] float32
@@ -322,7 +323,7 @@ def places(table, where):  # [N, D], int [R, M] -> [R, M, D]
     The gradient of a gather would add them up one after the other.
     """
     one = jax.nn.one_hot(where, len(table), dtype=table.dtype)
-    return jnp.einsum("rmn,nd->rmd", one, table, precision="highest")
+    return jnp.einsum("rmn,nd->rmd", one, table, precision=accelerator.precision())
 
 
 def compare(net: Networks, crops: Crops, **options) -> Result:

@@ -22,6 +22,7 @@ from flax import linen as nn
 from vitssl.losses import regression, sigreg
 from vitssl.methods.dino import objective as dino
 from vitssl.models import layers, patches
+from vitssl.ops import accelerator
 
 Target = Literal["plain", "centred", "lejepa", "dino"]
 ALIKE = ("lejepa", "dino")  # They compare pooled features, not predictions.
@@ -200,7 +201,8 @@ def r2(prediction, target, valid, normalize=False, place=None, places=1):
     p, t = (jnp.where(keep, x.reshape(-1, x.shape[-1]), 0.0) for x in (p, t))
     place = jnp.zeros(len(t), int) if place is None else place.reshape(-1)
     own = jax.nn.one_hot(place, places) * keep  # [R, places]
-    mean = jnp.matmul(own.T, t, precision="highest")  # [places, D]
+    fine = accelerator.precision()
+    mean = jnp.matmul(own.T, t, precision=fine)  # [places, D]
     mean = mean / jnp.maximum(own.sum(0), 1.0)[:, None]
-    whole = jnp.square(t - jnp.matmul(own, mean, precision="highest")).sum()
+    whole = jnp.square(t - jnp.matmul(own, mean, precision=fine)).sum()
     return 1 - jnp.square(p - t).sum() / jnp.maximum(whole, 1e-12)
