@@ -63,22 +63,22 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 54_518, 31_000),
-    "code lines": Row(25_232, 34_850, 20_500),
+    "lines": Row(40_928, 54_525, 31_000),
+    "code lines": Row(25_232, 34_854, 20_500),
     "files": Row(237, 296, 165),
     "files at the top": Row(31, 11),
     "modules with one importer": Row(101, 95, 45),
-    "functions with one reference": Row(565, 795, 300),
+    "functions with one reference": Row(565, 796, 300),
     "floors": Row(13, 19, 9),
     "floors, imports in functions too": Row(14, 17),
     "circles": Row(1, 0, 0),
     "arrows up": Row(8, 0, 0),
     "host modules that reach jax": Row(1, 0, 0),
-    "base names in several folders": Row(25, 3, 3),
+    "base names in several folders": Row(25, 1, 3),
     "calls from main to method.loss": Row(9, 6, 6),
     "calls from main to H-JEPA's scalar": Row(14, 11, 10),
     "lines of check()": Row(1_058, 757, 350),
-    "lines of configs": Row(2_346, 2_707, 1_400),
+    "lines of configs": Row(2_346, 2_709, 1_400),
     "lines of the largest file": Row(446, 535),
     "lines of the largest function": Row(74, 77),
 }
