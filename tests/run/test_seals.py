@@ -91,7 +91,7 @@ def test_what_cannot_be_read_is_not_sealed_anew(copy):
     for step in (2, 4):
         (copy / "checkpoints" / str(step) / SEAL).unlink()
     shutil.rmtree(copy / "checkpoints" / "2" / "state")
-    with pytest.raises(errors.CheckpointError, match="/2/state: cannot be read"):
+    with pytest.raises(errors.CheckpointError, match="/2: cannot be read .*_METADATA"):
         _train(copy, reseal=True)
     assert _names(copy) == ["2", "4"]
 
