@@ -137,12 +137,12 @@ def test_lejepa_is_the_distance_to_the_mean_global_projection_and_sigreg():
     y = x @ own["fc0"]["kernel"] + own["fc0"]["bias"]
     y = np.maximum((y - y.mean((0, 1))) / np.sqrt(y.var((0, 1)) + 1e-5), 0)
     z = y @ own["fc1"]["kernel"] + own["fc1"]["bias"]  # [B, V, P]
-    invariance = np.square(z - z[:, :2].mean(1, keepdims=True)).mean()
+    apart = np.square(z - z[:, :2].mean(1, keepdims=True)).mean()
     along = sigreg.directions(tiny.KEY, 16, 4)
     each = [sigreg.sigreg(jnp.asarray(z[:, v]), along=along) for v in range(4)]
     loss, parts = invariance.lejepa(net, rows.view, 2, m.objective.view, tiny.KEY)
-    np.testing.assert_allclose(loss, 0.9 * invariance + 0.1 * np.mean(each), rtol=1e-4)
-    np.testing.assert_allclose(parts["view_invariance"], invariance, rtol=1e-4)
+    np.testing.assert_allclose(loss, 0.9 * apart + 0.1 * np.mean(each), rtol=1e-4)
+    np.testing.assert_allclose(parts["view_invariance"], apart, rtol=1e-4)
 
 
 def test_lejepa_trains_the_encoder_through_every_crop_and_may_do_without_a_target():
