@@ -6,6 +6,7 @@ import shutil
 
 import cv2
 import jax
+import matplotlib
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ import vitssl
 from tests import runs
 from vitssl import cli, errors
 from vitssl.data import decode
+from vitssl.pictures import attention
 from vitssl.tools import predict
 
 COLOURS = {"blue": (70, 90, 190), "green": (80, 180, 70), "red": (190, 80, 80)}
@@ -163,7 +165,7 @@ def test_broken_and_loose_files_are_rows_too(tuned, photographs, tmp_path, capsy
     assert len(_rows(tmp_path / "q.csv")) == 2
 
 
-def test_an_overlay_is_dark_where_attention_is_not(tuned, photographs, tmp_path):
+def test_an_overlay_has_the_colours_of_attention(tuned, photographs, tmp_path):
     over, images = tmp_path / "over", photographs / "test"
     given = (tuned, f"--images={images}", f"--to={tmp_path}/p.csv")
     assert _predict(*given, f"--overlay={over}") == 0
@@ -174,8 +176,11 @@ def test_an_overlay_is_dark_where_attention_is_not(tuned, photographs, tmp_path)
     view = made._view(0, decode.read(image.path(0), channels=3))
     drawn = cv2.imread(str(over / f"{image.relative(0)}.png"))[..., ::-1] / 255
     drawn = drawn.reshape(24, 10, 24, 10, 3).mean((1, 3))
-    light = (drawn.sum((1, 2)) / view.sum((1, 2)) * 255).round(2)
-    assert light.shape == (24,) and 0.12 <= light.min() < light.max() <= 1.0
+    heat = (drawn - 0.4 * view / 255) / 0.6
+    scale = matplotlib.colormaps[attention.HEAT](np.linspace(0, 1, 256))[:, :3]
+    far = np.linalg.norm(heat[:, :, None] - scale, axis=-1)  # [24, 24, 256]
+    assert far.min(-1).max() < 0.02
+    assert far.argmin(-1).max() > 240 and far.argmin(-1).min() < 128
 
 
 @pytest.mark.parametrize(
