@@ -22,7 +22,7 @@ def test_a_key_has_a_meaning_a_type_a_default_and_recipes():
     assert "    type     float above 0" in lines
     assert "    default  none; a recipe has to state it" in lines
     rest = lines[lines.index("    set by") + 1 :]
-    (mine,) = [line for line in rest if "hjepa:cifar10_vitb" in line]
+    (mine,) = [line for line in rest if "hjepa:cifar10_vitti" in line]
     assert mine.startswith("      0.0001: ")
 
 

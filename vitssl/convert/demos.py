@@ -4,6 +4,7 @@ They are files of the format of `backbone`, in 16 bits, in `vitssl/demos`; READM
 there has the commands that made them, NAME.md what each of them scored.
 """
 
+import os
 import pathlib
 
 from vitssl import errors
@@ -17,7 +18,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.safetensors")))
 
 
-def found(path):
+def found(path: str | os.PathLike) -> str | os.PathLike:
     """Return the file of "demo:NAME"; any other path as it is.
 
     Raises:

@@ -1,9 +1,10 @@
 """The files beside the weights of a folder of a hub: what the loaders there read."""
 
 from vitssl import sizes
+from vitssl.convert import backbone
 
 
-def processor(source) -> dict:
+def processor(source: backbone.Backbone) -> dict:
     """Return the preprocessor_config.json of transformers."""
     height, width = sizes.pair(source.module().image_size)
     return dict(
@@ -18,7 +19,7 @@ def processor(source) -> dict:
     )
 
 
-def of_timm(source, recipe, eps) -> dict:
+def of_timm(source: backbone.Backbone, recipe: dict, eps: float) -> dict:
     """Return timm's config.json, {} where a LayerNorm's eps is not the one of timm."""
     if eps != 1e-6:
         return {}

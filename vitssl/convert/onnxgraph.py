@@ -6,6 +6,10 @@ pixels by itself and takes any number of images of one size.
 Source: onnx.ai/onnx/operators, opset 20.
 """
 
+import pathlib
+import types
+from typing import Any
+
 import numpy as np
 
 from vitssl import errors, sizes
@@ -24,7 +28,7 @@ found["pooled"], found["tokens"]  # And "logits" of a classifier.
 """
 
 
-def package():
+def package() -> types.ModuleType:
     """Return the package `onnx`.
 
     Raises:
@@ -67,7 +71,7 @@ class _Graph:
         return self.op("Reshape", x, np.array(shape, np.int64))
 
 
-def model(source: backbone.Backbone):
+def model(source: backbone.Backbone) -> Any:
     """Return the `onnx.ModelProto` of a ViT, and of its head if it has one.
 
     Input "images": uint8 [batch, H, W, C]. Outputs "pooled" [batch, D], "tokens"
@@ -110,7 +114,7 @@ def model(source: backbone.Backbone):
     return make.make_model(whole, opset_imports=sets, ir_version=IR)
 
 
-def save(made, file) -> None:
+def save(made: Any, file: pathlib.Path) -> None:
     """Write a model; what one file cannot hold goes to FILE.data beside it."""
     onnx, large = package(), made.ByteSize() > _WHOLE
     onnx.save_model(
