@@ -63,8 +63,8 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 54_525, 31_000),
-    "code lines": Row(25_232, 34_854, 20_500),
+    "lines": Row(40_928, 54_531, 31_000),
+    "code lines": Row(25_232, 34_859, 20_500),
     "files": Row(237, 296, 165),
     "files at the top": Row(31, 11),
     "modules with one importer": Row(101, 95, 45),
