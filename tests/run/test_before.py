@@ -164,3 +164,14 @@ def test_the_largest_seed_runs_through_every_generator():
     parts = build.build(checked)
     assert parts.stream(0).load(0)["global"].shape[0] == checked.settings.batch_size
     assert parts.rng().shape == ()
+
+
+def test_samples_of_sensors_for_a_method_of_pictures(tmp_path):
+    options = dict(count=64, modalities=("sentinel1",))
+    given = ("data.source=fields",)
+    checked = _read("hjepa.py:smoke", *given, **options)
+    line = (
+        "data.source=fields: samples of sensors, without an image; method=hjepa wants "
+        "images, method=latent_mim reads such samples (configs/latent_mim.py)"
+    )
+    _says(line, errors.UsageError, train.run, checked, tmp_path, name="test")

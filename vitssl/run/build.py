@@ -1,5 +1,6 @@
 """From a checked config to the objects of a run; nothing is computed here yet."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -144,6 +145,7 @@ def build(experiment) -> Parts:
     )
     method = experiment.method(run)
     _check_several(method, source)
+    _check_pictures(method, source, s)
     shapes = _shapes(_stream(source, method, s, 0), 0)
     params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
     freeze = s.freeze
@@ -228,6 +230,21 @@ def _check_labels(experiment, source, counts) -> None:
             f"data.split={s.data.split!r}: {bare} of {len(source)} images of "
             f"{source.name} have no label (-1); method={s.method} learns from labels"
         )
+
+
+def _check_pictures(method, source, settings) -> None:
+    """Refuse samples of sensors for a method of pictures.
+
+    Raises:
+        UsageError: which two keys do not fit.
+    """
+    with contextlib.suppress(errors.DataError):  # It is named where it is read.
+        if not method.reads and "image" not in source[0]:
+            raise errors.UsageError(
+                f"data.source={settings.data.source}: samples of sensors, without an "
+                f"image; method={settings.method} wants images, method=latent_mim "
+                "reads such samples (configs/latent_mim.py)"
+            )
 
 
 def _check_several(method, source) -> None:
