@@ -63,11 +63,11 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 54_548, 31_000),
-    "code lines": Row(25_232, 34_869, 20_500),
-    "files": Row(237, 296, 165),
+    "lines": Row(40_928, 54_573, 31_000),
+    "code lines": Row(25_232, 34_875, 20_500),
+    "files": Row(237, 298, 165),
     "files at the top": Row(31, 11),
-    "modules with one importer": Row(101, 95, 45),
+    "modules with one importer": Row(101, 97, 45),
     "functions with one reference": Row(565, 797, 300),
     "floors": Row(13, 19, 9),
     "floors, imports in functions too": Row(14, 17),

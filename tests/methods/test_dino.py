@@ -10,9 +10,10 @@ import pytest
 
 from tests.methods import plain
 from vitssl.data import crops
+from vitssl.losses import assignment
 from vitssl.methods import base
 from vitssl.methods.dino import method, objective
-from vitssl.models import vit, xavier
+from vitssl.models import prototypes, vit, xavier
 from vitssl.optim import optimizer as optim
 from vitssl.run import step
 
@@ -48,7 +49,7 @@ def _method(**own):
         model=vit.ViT(**NET | own.pop("model", {})),
         multicrop=crops.MultiCrop(**views | own.pop("multicrop", {})),
         start=xavier.Start(own.pop("start", "normal")),
-        head=method.Head(outputs=6, hidden=8, bottleneck=4, **own.pop("head", {})),
+        head=prototypes.Head(outputs=6, hidden=8, bottleneck=4, **own.pop("head", {})),
         objective=objective.Objective(**own),
     )
 
@@ -207,7 +208,7 @@ def test_sinkhorn_shares_outputs_out_evenly_and_rows_that_do_not_count_do_not():
     scores = np.random.default_rng(0).normal(size=(4, 2, 5))
     valid = np.ones((4, 2), bool)
     valid[1, 0] = valid[3] = False
-    found = objective.sinkhorn(jnp.asarray(scores, jnp.float32), 0.5, valid)
+    found = assignment.sinkhorn(jnp.asarray(scores, jnp.float32), 0.5, valid)
     # As DINOv2 has it, of the rows that count.
     q = np.exp(scores[valid] / 0.5).T
     q /= q.sum()
@@ -215,7 +216,7 @@ def test_sinkhorn_shares_outputs_out_evenly_and_rows_that_do_not_count_do_not():
         q /= q.sum(1, keepdims=True) * len(q)
         q /= q.sum(0, keepdims=True) * q.shape[1]
     np.testing.assert_allclose(found[valid], (q * q.shape[1]).T, rtol=1e-4)
-    whole = objective.sinkhorn(jnp.asarray(scores, jnp.float32), 0.5, rounds=60)
+    whole = assignment.sinkhorn(jnp.asarray(scores, jnp.float32), 0.5, rounds=60)
     np.testing.assert_allclose(whole.sum((0, 1)), 8 / 5, rtol=1e-3)
     np.testing.assert_allclose(whole.sum(-1), 1.0, rtol=1e-5)
 

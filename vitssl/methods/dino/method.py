@@ -12,48 +12,17 @@ import dataclasses
 from collections.abc import Iterator
 
 import einops
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vitssl import ranges, tree
 from vitssl.data import crops
-from vitssl.losses import regression
+from vitssl.losses import assignment
 from vitssl.methods import base
 from vitssl.methods.dino import objective as criteria
-from vitssl.models import layers, patches, vit, xavier
+from vitssl.models import patches, prototypes, vit, xavier
 from vitssl.ops import jitter
 from vitssl.optim import schedules
-
-
-class Head(nn.Module):
-    """Config section `head`: three layers, then length one, then scores.
-
-    The last layer's weights have length one, for each output.
-
-    Attributes:
-        outputs: K.
-        hidden, bottleneck: widths before them.
-        lengths: train the lengths of the last layer's weights, too, from 1
-            (norm_last_layer=False of the original).
-    """
-
-    outputs: ranges.Count = 65536
-    hidden: ranges.Count = 2048
-    bottleneck: ranges.Count = 256
-    lengths: bool = False
-
-    @nn.compact
-    def __call__(self, x):  # [..., D] -> [..., K] float32
-        for i in range(2):
-            x = layers.gelu(layers.dense(self.hidden, x.dtype, f"fc{i}")(x))
-        x = regression.unit(layers.dense(self.bottleneck, x.dtype, "fc2")(x), 1e-12)
-        init = layers.uniform_fan_in(self.bottleneck)
-        last = self.param("last", init, (self.bottleneck, self.outputs))
-        last = last / jnp.linalg.norm(last, axis=0)
-        if self.lengths:
-            last = last * self.param("lengths", nn.initializers.ones, self.outputs)
-        return x @ last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +50,7 @@ class DINO(base.Embedding):
     run: base.Run
     model: vit.ViT
     multicrop: crops.MultiCrop
-    head: Head = Head()
+    head: prototypes.Head = prototypes.Head()
     teacher: Teacher = Teacher()
     objective: criteria.Objective = criteria.Objective()
     start: xavier.Start = xavier.Start()
@@ -217,7 +186,7 @@ class DINO(base.Embedding):
             target = jax.lax.stop_gradient(o.target(right, centre, heat, valid))
             if kind == "view":
                 losses[kind] = o.views(target, scores)
-                metrics = criteria.entropies(target)
+                metrics = assignment.entropies(target)
             else:
                 losses[kind] = o.patches(target, scores, valid)
             means[kind] = criteria.mean(right, valid) / parts

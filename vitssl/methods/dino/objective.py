@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import ranges
-from vitssl.losses import contrastive, regression
+from vitssl.losses import assignment, contrastive, regression
 from vitssl.optim import schedules
-
-_HIDDEN = -1e30  # The score of a row that does not count; finite, so no nan.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Objective:
             valid: [...] bool, the rows that count; None = all.
         """
         if self.centring == "sinkhorn":
-            return sinkhorn(scores, heat, valid)
+            return assignment.sinkhorn(scores, heat, valid)
         return jax.nn.softmax((scores - centre) / heat)
 
     def views(self, target, scores):
@@ -111,10 +109,7 @@ class Objective:
 
         Source: arXiv:2104.14294, Eq. 3.
         """
-        log_q = jax.nn.log_softmax(scores / self.temperature)
-        cross = -jnp.einsum("bgk,bvk->gv", target, log_q) / len(target)
-        other = ~jnp.eye(*cross.shape, dtype=bool)
-        return cross.sum(where=other) / (cross.size - len(cross))
+        return assignment.views(target, scores, self.temperature)
 
     def patches(self, target, scores, valid):
         """Return the cross-entropy [] of hidden patches, in nats.
@@ -135,35 +130,6 @@ class Objective:
     def spread(self, cls):  # [B, G, D] -> []
         """Return KoLeo of the class tokens, the sum over the global crops."""
         return jax.vmap(contrastive.koleo, 1)(cls).sum()
-
-
-def sinkhorn(scores, heat, valid=None, rounds=3):  # [..., K], [...] -> [..., K]
-    """Return probabilities of every row such that outputs are used evenly by all rows.
-
-    Source: Caron et al. 2020, arXiv:2006.09882, section 3.1; rounds as in DINOv2.
-    """
-    x = scores / heat
-    flat = einops.rearrange(x, "... k -> (...) k")
-    keep = jnp.ones((len(flat), 1), bool)
-    if valid is not None:
-        keep = einops.rearrange(valid, "... -> (...) 1")
-    for _ in range(rounds):
-        flat = jnp.where(keep, flat, _HIDDEN)
-        flat = jax.nn.log_softmax(flat - jax.nn.logsumexp(flat, 0))
-    return jnp.exp(flat).reshape(x.shape)
-
-
-def entropies(target):  # [B, G, K] -> {name: []}
-    """Return how sure targets are, and how varied, in nats.
-
-    Collapsed ones are alike: to one output (both 0), or to all (both log K).
-    """
-
-    def entropy(p):
-        return -(p * jnp.log(jnp.maximum(p, 1e-12))).sum(-1).mean()
-
-    mean = target.mean((0, 1))
-    return {"entropy": entropy(target), "entropy_of_mean": entropy(mean)}
 
 
 def mean(scores, valid=None):  # [..., K], [...] -> [K]

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vitssl.losses import regression, sigreg
-from vitssl.methods.dino import objective as dino
+from vitssl.losses import assignment, regression, sigreg
 from vitssl.models import layers, patches
 from vitssl.ops import accelerator
 
@@ -174,10 +173,9 @@ def sorted_alike(net, pooled, targets, view: View):
     """
     student, heat = view.temperatures
     right = net.project_views(targets.astype(jnp.float32).mean(2))  # [B, G, K]
-    target = jax.lax.stop_gradient(dino.sinkhorn(right, heat))
-    own = dino.Objective(temperature=student)
-    loss = own.views(target, net.project_views(pooled))
-    return loss, {f"view_{k}": v for k, v in dino.entropies(target).items()}
+    target = jax.lax.stop_gradient(assignment.sinkhorn(right, heat))
+    loss = assignment.views(target, net.project_views(pooled), student)
+    return loss, {f"view_{k}": v for k, v in assignment.entropies(target).items()}
 
 
 def r2(prediction, target, valid, normalize=False, place=None, places=1):

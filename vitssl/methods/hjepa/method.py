@@ -21,7 +21,6 @@ from vitssl import ranges, tree
 from vitssl.data import crops
 from vitssl.evals import quality
 from vitssl.methods import base
-from vitssl.methods.dino import method as dino
 from vitssl.methods.hjepa import (
     apply,
     forward,
@@ -34,7 +33,7 @@ from vitssl.methods.hjepa import (
     slots,
     views,
 )
-from vitssl.models import patches, vit, xavier
+from vitssl.models import patches, prototypes, vit, xavier
 from vitssl.ops import jitter
 from vitssl.optim import schedules
 
@@ -133,7 +132,7 @@ class HJEPA(base.Embedding):
         """The module by which LeJEPA and DINO compare crops."""
         hidden, outputs = self.objective.view_projector
         if self.objective.view_target == "dino":
-            return dino.Head(outputs, hidden, self.model.width)
+            return prototypes.Head(outputs, hidden, self.model.width)
         return invariance.Projector(hidden, outputs)
 
     @property
