@@ -1,9 +1,11 @@
 """Memory of a step: what is counted, and what the advice says and is worth."""
 
 import dataclasses
+import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from tests import runs
@@ -146,4 +148,15 @@ def test_fields_add_up():
 def test_where_the_system_is_no_unix_nothing_is_known(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.delattr(memory.os, "sysconf")
+    monkeypatch.setattr(memory, "_read", lambda path: "")  # No /proc either.
     assert (memory.limit(), memory.free(), memory.resident()) == (0, 0, None)
+
+
+def test_what_started_a_run_is_not_counted_as_what_the_run_has():
+    ours = np.ones(2**27)  # 1 GiB
+    code = "from vitssl.run import memory; print(memory.resident())"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=runs.ROOT, env=runs.environment(),
+    )  # fmt: skip
+    assert 2**26 < int(said.stdout) < ours.nbytes < memory.resident()

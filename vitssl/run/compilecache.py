@@ -22,6 +22,16 @@ def start() -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def stop() -> None:
+    """Neither keep nor read compiled programs.
+
+    For jobs of several processes on CPUs: in a program that XLA wrote to disk (seen in
+    jaxlib 0.10.2) the collectives have lost their order, so two processes that read it
+    may each wait in another one, for ever.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def folder() -> pathlib.Path:
     """Return where the programs of machines like this one lie.
 

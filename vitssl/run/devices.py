@@ -66,6 +66,12 @@ def start() -> None:
     """
     compilecache.start()
     _check_limits()
+    _join()
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        compilecache.stop()
+
+
+def _join() -> None:
     given = "JAX_COORDINATOR_ADDRESS" in os.environ
     slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1
     if not (given or slurm) or jax.distributed.is_initialized():

@@ -145,9 +145,15 @@ def free() -> int:
 
 
 def resident() -> int | None:
-    """Return the most bytes this process has had in a CPU's memory; None elsewhere."""
+    """Return the bytes this process has in a CPU's memory; None elsewhere, or unknown.
+
+    Of now: the peak that getrusage tells is that of whatever started the process, too.
+    """
     if jax.local_devices()[0].platform != "cpu":
         return None
+    pages = _read("/proc/self/statm").split()
+    if pages:
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
     try:
         import resource
     except ImportError:  # Windows.

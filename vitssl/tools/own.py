@@ -54,7 +54,7 @@ def run(
     method = parts.experiment.settings.method
     why = f": {made.why} (--method={'|'.join(METHODS)})" if made.why else ""
     show(f"  method    {method}{why}\n\nThe same as\n\n{made.command()}\n")
-    there = f" of {memory.size(cost.limit)} that are free" if cost.limit else ""
+    there = f" of {memory.size(cost.limit)} it may take" if cost.limit else ""
     show(f"  memory    at most {memory.size(cost.memory)}{there}")
     begun = pathlib.Path(made.workdir, "checkpoints").exists()
     if begun:

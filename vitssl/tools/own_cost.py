@@ -19,7 +19,8 @@ class Cost:
 
     Attributes:
         memory: peak in bytes: of the device; on a CPU, of the process.
-        limit: what of it is free; 0 if unknown.
+        limit: what a run may take of it: our share of what is free, and what this
+            process has by now; 0 if unknown.
         seconds: for all steps and evaluations, by two steps that were made.
     """
 
@@ -30,7 +31,7 @@ class Cost:
     @property
     def fits(self) -> bool:
         """Return whether it is within our share."""
-        return not self.limit or self.memory <= ROOM * self.limit
+        return not self.limit or self.memory <= self.limit
 
 
 def fitted(made: own_plan.Plan) -> tuple[own_plan.Plan, build.Parts, Cost]:
@@ -40,19 +41,21 @@ def fitted(made: own_plan.Plan) -> tuple[own_plan.Plan, build.Parts, Cost]:
         OutOfMemoryError: not even one image at a time fits.
     """
     free, batch = memory.free(), 0
+    here = memory.resident()
+    limit = int(ROOM * free) + (here or 0) if free else 0
     while True:
         parts = build.build(made.read())
         e = memory.estimate(parts)
-        cost = Cost(_promised(parts, e), free)
+        cost = Cost(_promised(parts, e, here), limit)
         s = parts.experiment.settings
         batch = s.batch_size // s.accumulate
         if cost.fits:
             return made, parts, cost
-        rest = ROOM * free - (cost.memory - e.activations)
+        rest = limit - (cost.memory - e.activations)
         most = int(rest / max(1.0, e.activations / e.images)) * (batch // e.images)
         if batch <= 1 or most < 1:
             raise errors.OutOfMemoryError(
-                f"a step of one image needs more than {memory.size(ROOM * free)}, "
+                f"a step of one image needs more than {memory.size(limit)}, "
                 f"{ROOM:.0%} of what is free; take a smaller --model or --size\n"
                 f"{memory.advice(parts)}"
             )
@@ -66,18 +69,18 @@ def fitted(made: own_plan.Plan) -> tuple[own_plan.Plan, build.Parts, Cost]:
             made = made.changed(batch_size=most)
 
 
-def _promised(parts, e: memory.Estimate) -> int:
+def _promised(parts, e: memory.Estimate, here: int | None) -> int:
     """Return the peak of a run: a step, beside it what else lives at that time."""
     state = e.parameters + e.optimizer + e.extra
     total = e.total + state  # At the end the untrained network is there, too.
-    if memory.resident() is None:
+    if here is None:
         return total
     s = parts.experiment.settings
     # Batches ahead, images of evaluations, and what the process has by now.
     side = s.evals.image_size
     pixels = math.prod(side if isinstance(side, tuple) else (side, side))
     images = min(s.evals.cache_bytes, 2 * len(parts.source) * pixels * s.data.channels)
-    return total + 10 * e.batch + images + memory.resident() + BESIDE
+    return total + 10 * e.batch + images + here + BESIDE
 
 
 def measured(parts: build.Parts, cost: Cost) -> Cost:
