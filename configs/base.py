@@ -8,6 +8,7 @@ import ml_collections
 
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 LEAVES = dict(channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+LEAF_CROPS = dict(size=48, scale=(0.3, 1.0), flip=0.5)
 # Scanned digits with random place, size and clutter: raw pixels do not solve them.
 SCENES = dict(
     source="scenes",
@@ -55,6 +56,21 @@ def vit(*, width, depth, heads, patch, **keys):
     """Return a section `model`: a ViT with the size of the training images."""
     own = dict(width=width, depth=depth, heads=heads, patch=patch, image_size=0)
     return dict(name="vit") | own | keys
+
+
+def leaf_arm(c):
+    """Make a demo an arm of a study on leaves: quiet, and with one table at the end.
+
+    More test images than the world has by itself: differences of 3 points are to show.
+    """
+    c.data = data("leaves", options=dict(test_count=1750), **LEAVES)
+    c.evals.update(
+        every_epochs=0.0, batch_size=250, in_place=True, final=("knn", "linear")
+    )
+    c.evals.update(baselines=("pixels", "averaged"), probe="lbfgs")
+    c.log.update(every_steps=100, pictures=False)
+    c.checkpoint.update(every_epochs=2.0, keep_best=0, best="loss")
+    return c
 
 
 def bird_vit():

@@ -126,10 +126,13 @@ def _score():
     """Return what the arms of `localmim.py:rivals` are scored by."""
     c = _demo()
     c.init["weights"] = "configs/localmim.py:rivals"
-    c.epochs = 4.0
-    c.data.update(**base.SCENES)
-    c.optim.warmup_epochs = 1.0
-    c.evals.every_epochs = 0
+    c.epochs = 12.0
+    c.data = base.data("leaves", options=dict(test_count=1750), **base.LEAVES)
+    c.model.patch = 6
+    c.augment.update(base.LEAF_CROPS)
+    # Of 1e-3 with a decay by layer and 2e-3, by one run of one arm (77.1 and 80.7 %).
+    c.optim.update(lr=2e-3, layer_decay=0.0, warmup_epochs=1.0)
+    c.evals.update(every_epochs=0, batch_size=250)
     c.checkpoint.keep_best = 0
     return c
 

@@ -332,7 +332,7 @@ def _evidence():
 
 def _evidence_run():
     """Return one run of `evidence`: the demo with more images to test."""
-    return _bare(_demo())
+    return base.leaf_arm(_demo())
 
 
 def _scenes():
@@ -350,24 +350,9 @@ def _scenes():
     return c
 
 
-def _bare(c):
-    """Make a demo on leaves an arm of `evidence`: quiet, and with one table at the end.
-
-    More test images than the world has by itself: differences of 3 points are to show.
-    """
-    c.data = base.data("leaves", options=dict(test_count=1750), **base.LEAVES)
-    c.evals.update(
-        every_epochs=0.0, batch_size=250, in_place=True, final=("knn", "linear")
-    )
-    c.evals.update(baselines=("pixels", "averaged"), probe="lbfgs")
-    c.log.update(every_steps=100, pictures=False)
-    c.checkpoint.update(every_epochs=2.0, keep_best=0, best="loss")
-    return c
-
-
 def _rival(name, recipe="", **sections):
     """Return the demo of another method as an arm, with this one's network."""
-    c = _bare(config.beside(__file__, name).get_config(recipe))
+    c = base.leaf_arm(config.beside(__file__, name).get_config(recipe))
     c.optim.warmup_epochs = 1.0
     c.model = _demo().model
     c.freeze = dict(schedule="none")
@@ -379,7 +364,7 @@ def _rival(name, recipe="", **sections):
 def _labels():
     """Return the same network with labels."""
     c = _rival("finetune_vit", "scratch")
-    c.augment.update(size=48, scale=(0.3, 1.0), flip=0.5)
+    c.augment.update(base.LEAF_CROPS)
     return c
 
 
@@ -420,7 +405,7 @@ RECIPES = {
     "rival_mae": lambda: _rival("mae"),
     "rival_localmim": lambda: _rival(
         "localmim",
-        augment=dict(size=48, scale=(0.3, 1.0), flip=0.5),
+        augment=base.LEAF_CROPS,
         stages=dict(blocks=(0, 1, 2, 3)),
     ),
     "rival_simclr": lambda: _rival("simclr_hvit", "vit"),
