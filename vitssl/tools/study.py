@@ -15,7 +15,7 @@ An arm whose first word is no override is a run of another config, on the same d
 study's own config is not overridden there.
 
 The optional keys `claims` and `gate` are judged below the table; see `judgement`.
-Keys in `seeded`, such as "data.options.seed", get each run's seed, too.
+Keys in `seeded`, such as "data.options.seed", get each run's seed, too; those of `then` as well.
 
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
@@ -124,7 +124,8 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     if study.get("then", ()):
         spec, *overrides = study.then
         for seed in seeds:
-            own = (*overrides, f"seed={seed}", "init.from=@run")
+            own = [f"{key}={seed}" for key in ("seed", *study.get("seeded", ()))]
+            own = (*overrides, *own, "init.from=@run")
             then[seed] = experiment.read(experiment.load(spec, own))
     problems.stop()
     return Plan(runs, tuple(study.columns), before, then, claims, gate)
