@@ -130,6 +130,8 @@ def test_runs_before_the_arms_have_names_and_use_those_before_them(
 def test_what_follows_a_run_starts_from_it_with_its_seed(tmp_path, monkeypatch):
     base = _config(tmp_path, a=())
     base.study.then = ("finetune_vit:smoke", "optim.lr=0.5")
+    base.study.seeded = ("data.threads",)  # As a world has its "data.options.seed".
+    base.study.seeds = (1, 2)
     base.study.columns = ("score", "then/score")
     plan, ran = study.read(base), []
 
@@ -137,15 +139,16 @@ def test_what_follows_a_run_starts_from_it_with_its_seed(tmp_path, monkeypatch):
         directory.mkdir(parents=True)
         s = one.settings
         place = directory.relative_to(tmp_path).as_posix()
+        assert s.data.threads == s.seed
         ran.append((place, s.method, s.seed, s.init.from_, s.optim.lr == 0.5))
         return {"score": len(ran)}
 
     monkeypatch.setattr("vitssl.run.loop.run", fake)
     found = study.run(plan, tmp_path, name="test")
-    home, own = tmp_path.resolve(), plan.runs["a", 0].settings.method
+    home, own = tmp_path.resolve(), plan.runs["a", 1].settings.method
     assert ran == [
         line
-        for seed in (0, 1)
+        for seed in (1, 2)
         for line in (
             (f"a/seed{seed}", own, seed, "", False),
             (f"a/seed{seed}/then", "classify", seed, f"{home}/a/seed{seed}", True),

@@ -15,7 +15,8 @@ An arm whose first word is no override is a run of another config, on the same d
 study's own config is not overridden there.
 
 The optional keys `claims` and `gate` are judged below the table; see `judgement`.
-Keys in `seeded`, such as "data.options.seed", get each run's seed, too; those of `then` as well.
+Keys in `seeded`, such as "data.options.seed", get each run's seed, too, and those of
+`then`.
 
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
