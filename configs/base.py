@@ -9,22 +9,6 @@ import ml_collections
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 LEAVES = dict(channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 LEAF_CROPS = dict(size=48, scale=(0.3, 1.0), flip=0.5)
-# Scanned digits with random place, size and clutter: raw pixels do not solve them.
-SCENES = dict(
-    source="scenes",
-    mean=(0.4,),
-    std=(0.3,),
-    options=dict(
-        size=24,
-        count=0,
-        fragments=1,
-        shapes=0,
-        scale_min=0.6,
-        scale_max=0.85,
-        contrast=0.5,
-        noise=4,
-    ),
-)
 VIT = {
     "ti": dict(width=192, depth=12, heads=3),
     "s": dict(width=384, depth=12, heads=6),

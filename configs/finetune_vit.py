@@ -18,7 +18,7 @@ Arguments (`--config=configs/finetune_vit.py:NAME`):
     smoke           two steps from random weights
     freezing        layers freeze as they settle, their tokens are stored (the idea of
                     Egeria, arXiv:2201.06227, and AutoFreeze, arXiv:2102.01386)
-    score           what the arms of configs/localmim.py:rivals are scored by
+    score           what the arms of configs/localmim.py:evidence are scored by
     folder          your own folder of images in classes (data.root), for a run of
                     configs/localmim.py:folder
     folder_multilabel
@@ -123,9 +123,9 @@ def _freezing():
 
 
 def _score():
-    """Return what the arms of `localmim.py:rivals` are scored by."""
+    """Return what the arms of `localmim.py:evidence` are scored by."""
     c = _demo()
-    c.init["weights"] = "configs/localmim.py:rivals"
+    c.init["weights"] = "configs/localmim.py:evidence"
     c.epochs = 12.0
     c.data = base.data("leaves", options=dict(test_count=1750), **base.LEAVES)
     c.model.patch = 6

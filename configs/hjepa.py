@@ -339,7 +339,9 @@ def _scenes():
     """Return 2 + 6 crops of composed scenes, where labels teach no ViT of this size."""
     c = _digits()
     c.epochs = 4.0
-    c.data.update(**base.SCENES)
+    options = dict(size=24, count=0, fragments=1, shapes=0, contrast=0.5, noise=4)
+    options |= dict(scale_min=0.6, scale_max=0.85)
+    c.data = base.data("scenes", mean=(0.4,), std=(0.3,), options=options)
     c.multicrop.update(
         num_local_crops=6, global_crop_scale=(0.4, 1.0), local_crop_scale=(0.1, 0.4)
     )

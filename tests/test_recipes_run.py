@@ -70,7 +70,7 @@ FREEZING = {
         "freeze.layers": "(('backbone/(cls|pos_embed|patch_embed/.*)', 0), "
         "('backbone/block_[01]/.*', 0), ('backbone/(block_[23]|norm)/.*', 1))",
     },
-    "localmim:rivals": {
+    "localmim:evidence": {
         "steps": 6,
         "evals.final": "()",  # They are scored by fine-tuning.
         "model.depth": 3,
@@ -78,6 +78,12 @@ FREEZING = {
         "stages.scales": "(1.0, 1.0)",
         "freeze.layers": "(('encoder/(cls|patch_embed/.*|block_[01]/.*)', 0), "
         "('(norm|decoder)_0/.*', 0), ('encoder/(block_2|norm)/.*', 1))",
+        "study.arms.one_target": (
+            "freeze.schedule=none",
+            "stages.blocks=(2,)",
+            "stages.scales=(1.0,)",
+            "steps=1",
+        ),
         # What differs from another arm in length alone.
         "study.arms.none_shorter": ("freeze.schedule=none", "steps=1"),
         "study.arms.store_steps": ("freeze.schedule=cubic", "steps=1"),
