@@ -181,7 +181,13 @@ def _evidence():
         then=("configs/finetune_vit.py:score",),
         arms=dict(
             # One step that moves nothing.
-            untrained=(*none, "steps=1", "optim.lr=1e-9", "optim.min_lr=0.0"),
+            untrained=(
+                *none,
+                "steps=1",
+                "optim.warmup_epochs=0.0",
+                "optim.lr=1e-9",
+                "optim.min_lr=0.0",
+            ),
             none=none,
             one_target=(  # MaskFeat's, arXiv:2112.09133: HOG of the last block alone.
                 *none,

@@ -225,9 +225,9 @@ def _nan(when):
 
 def slow_data(n):
     """The batch of the n-th step never comes."""
-    from vitssl.data import pipeline
+    from vitssl.data import loader
 
-    take, count = pipeline.Loader.__next__, [0]
+    take, count = loader.Loader.__next__, [0]
 
     def wrapped(self):
         count[0] += 1
@@ -235,7 +235,7 @@ def slow_data(n):
             time.sleep(3600)
         return take(self)
 
-    pipeline.Loader.__next__ = wrapped
+    loader.Loader.__next__ = wrapped
 
 
 def stuck_step(n):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vitssl import errors
-from vitssl.data import pipeline, sources
+from vitssl.data import loader, orders, pipeline, sources
 
 BATCH = 6
 
@@ -158,25 +158,25 @@ def test_negative_and_large_seeds_are_seeds():
 
 
 def test_order_is_a_permutation_that_depends_on_its_arguments():
-    first = pipeline.order(100, 0, 0)
+    first = orders.listed(100, 0, 0)
     assert sorted(first) == list(range(100))
-    assert not np.array_equal(first, pipeline.order(100, 0, 1))
-    assert not np.array_equal(first, pipeline.order(100, 1, 0))
+    assert not np.array_equal(first, orders.listed(100, 0, 1))
+    assert not np.array_equal(first, orders.listed(100, 1, 0))
     # Pinned: a change of it would silently break every run that is to be resumed.
-    assert pipeline.order(10, 0, 0).tolist() == [4, 3, 7, 1, 5, 6, 2, 0, 9, 8]
-    assert pipeline.order(10, 7, 3).tolist() == [0, 3, 1, 9, 8, 7, 4, 2, 6, 5]
+    assert orders.listed(10, 0, 0).tolist() == [4, 3, 7, 1, 5, 6, 2, 0, 9, 8]
+    assert orders.listed(10, 7, 3).tolist() == [0, 3, 1, 9, 8, 7, 4, 2, 6, 5]
 
 
 def test_a_set_too_large_to_list_is_seen_once_an_epoch_and_resumes(monkeypatch):
     monkeypatch.setattr(pipeline, "LISTED", 39)
-    pipeline.shuffled.cache_clear()
+    orders.shuffled.cache_clear()
     whole = _batches(12)
     _same(_batches(5, start_step=7, threads=3), whole[7:])
     epochs = [np.concatenate([b["index"] for b in whole[k : k + 6]]) for k in (0, 6)]
     assert all(len(set(seen.tolist())) == 36 for seen in epochs)
     assert not np.array_equal(*epochs)
-    assert not np.array_equal(epochs[0], pipeline.order(40, 3, 0)[:36])
-    pipeline.shuffled.cache_clear()
+    assert not np.array_equal(epochs[0], orders.listed(40, 3, 0)[:36])
+    orders.shuffled.cache_clear()
 
 
 def test_steps_per_epoch_drops_the_rest():
@@ -252,7 +252,7 @@ def test_broken_images_are_replaced_the_same_way_by_every_loader(tmp_path, caplo
     assert not {13, 100} & set(seen.tolist())
     pixels = np.concatenate([b["image"][:, 0, 0, 0] for b in alone])
     np.testing.assert_array_equal(pixels, seen % 256)  # Never a black stand-in.
-    planned = pipeline.order(200, 3, 0)[: 33 * BATCH]
+    planned = orders.listed(200, 3, 0)[: 33 * BATCH]
     np.testing.assert_array_equal(
         seen, np.where((planned == 13) | (planned == 100), planned + 1, planned)
     )
@@ -263,7 +263,7 @@ def test_broken_images_are_replaced_the_same_way_by_every_loader(tmp_path, caplo
 
 def test_broken_images_in_worker_processes(tmp_path):
     source = _images(tmp_path, 100, broken=(50,))
-    at = pipeline.order(100, 3, 0).tolist().index(50) // BATCH
+    at = orders.listed(100, 3, 0).tolist().index(50) // BATCH
     alone = _batches(at + 1, source)
     assert 50 not in alone[at]["index"]
     _same(_batches(at + 1, source, workers=1), alone)
@@ -393,13 +393,13 @@ def test_prefetching_is_bounded():
 )
 def test_resources_suit_the_machine(cores, asked, given, monkeypatch):
     monkeypatch.setattr(pipeline, "cores", lambda: cores)
-    assert pipeline.resources(*asked) == given
+    assert loader.resources(*asked) == given
 
 
 SCRIPT = """
 import sys
 from tests.data import test_pipeline as t
-from vitssl.data import pipeline
+from vitssl.data import loader, orders, pipeline
 if __name__ == "__main__":
     loader = pipeline.train(
         t._source(), t.Crop(), batch_size=t.BATCH, seed=3, workers=2, threads=1
@@ -463,11 +463,11 @@ def test_a_killed_worker_is_an_error_not_a_hang(running):
 
 def test_where_batches_grow_an_epoch_begins_and_no_row_is_drawn_twice():
     sizes = ((0, 4), (5, 6), (9, 12))
-    found = [pipeline.place(12, sizes, t) for t in range(12)]
+    found = [orders.place(12, sizes, t) for t in range(12)]
     # Three steps an epoch, two from step 5 on, one from step 9 on.
     assert [p.epoch for p in found] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6]
     assert [p.start for p in found] == [0, 4, 8, 0, 4, 0, 6, 0, 6, 0, 0, 0]
     assert [p.size for p in found] == [4] * 5 + [6] * 4 + [12] * 3
     rows = [range(p.row, p.row + p.size) for p in found]
     assert [i for r in rows for i in r] == list(range(5 * 4 + 4 * 6 + 3 * 12))
-    assert pipeline.place(12, ((0, 5),), 7) == (3, 5, 5, 35)
+    assert orders.place(12, ((0, 5),), 7) == (3, 5, 5, 35)

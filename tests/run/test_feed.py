@@ -11,7 +11,7 @@ import pytest
 
 from tests import runs
 from vitssl import config, errors
-from vitssl.data import pipeline, tokenstore
+from vitssl.data import loader, tokenstore
 from vitssl.run import build, devices, experiment, feed, loop
 
 # 80 digits, one view of each, 16 a step. Blocks freeze before steps 5 and 9; from the
@@ -151,7 +151,7 @@ def test_an_event_waits_for_no_compilation_and_no_batch(parts, tmp_path, monkeyp
         monkeypatch.setattr(feed, "_Ahead", None)  # Nothing is opened any more.
         counted = []
         monkeypatch.setattr(jax.stages.Lowered, "compile", counted.append)
-        monkeypatch.setattr(pipeline.Loader, "__next__", counted.append)
+        monkeypatch.setattr(loader.Loader, "__next__", counted.append)
         stream.open(5, params, None)
         assert stream.take(params)["tokens"].shape == (16, 5, 16)
     assert not counted

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vitssl import config, errors
-from vitssl.data import pipeline
+from vitssl.data import orders
 from vitssl.run import beginning, checkpoint, experiment, opened, step, warmstart
 
 
@@ -42,7 +42,7 @@ def test_a_classifier_of_other_classes_is_refused_by_name():
 
 
 def test_a_run_is_not_resumed_in_another_order_of_its_images():
-    many, few = pipeline.LISTED + 1, pipeline.LISTED
+    many, few = orders.LISTED + 1, orders.LISTED
     for meta, images in (({}, few), ({"order": "bijection"}, many)):
         warmstart.same_order("x", meta, images, "shuffle")
     warmstart.same_order("x", {}, many, "balanced")

@@ -38,6 +38,14 @@ def test_every_arm_and_seed_runs_once_and_the_table_has_their_values(tmp_path):
     assert (tmp_path / "fast" / "seed1" / "final.json").stat().st_mtime_ns == before
 
 
+def test_what_the_data_says_against_an_arm_is_told_before_the_first_run(tmp_path):
+    long = ("optim.warmup_epochs=1.0",)
+    plan = study.read(_config(tmp_path, good=(), long=long))
+    with pytest.raises(errors.UsageError, match="study.arms.long: .*warmup_epochs=1.0"):
+        study.run(plan, tmp_path / "study", name="test")
+    assert not (tmp_path / "study" / "good").exists()
+
+
 def test_faults_of_arms_are_found_before_the_first_run(tmp_path):
     c = _config(tmp_path, a=("optim.lrr=1.0",), b=("model.heads=3",))
     with pytest.raises(errors.UsageError) as caught:

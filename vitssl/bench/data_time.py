@@ -28,7 +28,7 @@ from PIL import Image
 
 from vitssl import errors
 from vitssl.bench import clock
-from vitssl.data import crops, decode, pipeline, sources
+from vitssl.data import crops, decode, loader, pipeline, sources
 from vitssl.data import views as general
 from vitssl.data.sources import folder, parquet
 from vitssl.methods.hjepa import masks, views
@@ -255,7 +255,7 @@ def _parts(paths, repeats):
 
 def _loaders(root, paths, o, theirs):
     """Return samples per second of wall-clock time and core of the whole loaders."""
-    n = pipeline.cores()
+    n = loader.cores()
     rates = {"cores": n, "vitssl": [], "torchvision": []}
     source = folder.open(root, "train")
     transform = views.MultiCropTransform(section("fast"), MASKS, 16)

@@ -21,7 +21,7 @@ import numpy as np
 
 from vitssl import errors
 from vitssl.bench import case, clock, count, plain
-from vitssl.data import pipeline
+from vitssl.data import orders
 from vitssl.data.sources import folder, scan
 from vitssl.methods import base
 from vitssl.models import vit
@@ -120,12 +120,12 @@ def _order(counts):
     """Return the fit of drawing one batch, and the most bytes that it takes."""
     spent, most = [], 0
     for n in counts:
-        pipeline.shuffled.cache_clear()
+        orders.shuffled.cache_clear()
         draws = iter(range(1000))
 
         def draw(n=n, draws=draws):
             start = 256 * next(draws)
-            pipeline.shuffled(n, 0, 0, start, start + 256)
+            orders.shuffled(n, 0, 0, start, start + 256)
 
         spent.append(np.median(clock.seconds(draw, 50, time.process_time)))
         tracemalloc.start()

@@ -30,7 +30,7 @@ class Data:
         on_bad_image: a file that does not decode is replaced by the next one and
             counted ("skip", at most `bad_share` of the set) or ends the run ("raise").
         threads, workers: decoding threads and processes of each process of the run;
-            -1 = what suits the machine (`pipeline.resources`).
+            -1 = what suits the machine (`loader.resources`).
         per_class: if not 0, the training split has so many labelled images of every
             class and no others, drawn by the run's seed; a smaller number is a part of
             a larger one.

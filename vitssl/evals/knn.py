@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors
-from vitssl.data import pipeline
+from vitssl.data import loader
 from vitssl.evals import accuracy, evaluator, ranking
 
 Metric = Literal["cosine", "euclidean"]
@@ -262,7 +262,7 @@ def _compare(bank, query, near, k, metric):
 
     size = max(1, _GATHER // (near.shape[1] * query.shape[1]))
     # More threads than cores take each other's cache.
-    with concurrent.futures.ThreadPoolExecutor(pipeline.cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(loader.cores()) as pool:
         parts = list(pool.map(part, range(0, len(query), size)))
     return (np.concatenate(a) for a in zip(*parts, strict=True))
 

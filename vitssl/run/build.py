@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitssl import errors, tree
-from vitssl.data import pipeline
+from vitssl.data import orders, pipeline
 from vitssl.data.sources import layout
 from vitssl.methods import base, growing
 from vitssl.optim import optimizer as optim
@@ -54,10 +54,10 @@ class Parts:
         own = remembered, self.optimizer.grown
         return _stream(self.source, self.method, settings, start, *own)
 
-    def place(self, at: int) -> pipeline.Place:
+    def place(self, at: int) -> orders.Place:
         """Return where step `at` is in the data."""
         sizes = ((0, self.experiment.settings.batch_size), *self.optimizer.grown)
-        return pipeline.place(len(self.source), sizes, at)
+        return orders.place(len(self.source), sizes, at)
 
     def shapes(self, at: int):
         """Return the shapes of the global batch of step `at`, reading one image."""

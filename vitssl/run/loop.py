@@ -15,7 +15,7 @@ import time
 import jax
 
 from vitssl import config, disk, errors, progress
-from vitssl.data import pipeline
+from vitssl.data import orders
 from vitssl.run import (
     agreement,
     beginning,
@@ -465,7 +465,7 @@ class _Loop:
             "phases": self.phases.state(),
             "classes": list(source.classes),
             "faults": list(self.faults),
-            "order": pipeline.order_of(len(source), settings.data.sampling),
+            "order": orders.name(len(source), settings.data.sampling),
             "versions": notes.versions(),
         }
         of, scores = self.scores

@@ -12,7 +12,7 @@ import numpy as np
 
 from vitssl import errors, tree
 from vitssl.convert import backbone, positions
-from vitssl.data import pipeline
+from vitssl.data import orders
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def same_order(path, meta: dict, images: int, sampling: str) -> None:
         images: of the training set.
         sampling: see `dataset.Data`.
     """
-    old, new = meta.get("order", "listed"), pipeline.order_of(images, sampling)
+    old, new = meta.get("order", "listed"), orders.name(images, sampling)
     if old != new:
         raise errors.CheckpointError(
             f"{path}: its order of images is {old!r}, that of {images} images with "

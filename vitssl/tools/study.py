@@ -208,6 +208,27 @@ def started_from(one, workdir, itself: str = ""):
     return experiment.read(c) if _starts(one) else one
 
 
+def _check_lengths(plan: Plan) -> None:
+    """Build every arm once: what only the data can tell is told before the first run.
+
+    Not those that start from what is not made yet.
+
+    Raises:
+        UsageError: such as a warm-up that is longer than its run.
+    """
+    from vitssl.run import build
+
+    problems = config.Problems()
+    for arm, one in {arm: one for (arm, _), one in plan.runs.items()}.items():
+        if _starts(one):
+            continue
+        try:
+            build.build(one)
+        except errors.UsageError as e:
+            problems.append(f"study.arms.{arm}: {e}")
+    problems.stop()
+
+
 def run(
     plan: Plan, workdir, *, name: str, force_unlock: bool = False, share=(1, 1)
 ) -> dict:
@@ -230,6 +251,7 @@ def run(
     guard.writable(workdir, ("study.json", "study.md", "study.png"), ())
     number, count = share
     home = workdir.resolve()
+    _check_lengths(plan)
     for called, one in plan.first.items():
         before = workdir / called
         if number == 1 and not _finished(before):

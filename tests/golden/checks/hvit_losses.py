@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.golden import reading
 from vitssl import tree
-from vitssl.data import pipeline
+from vitssl.data import orders
 from vitssl.data.sources import sarcld
 from vitssl.evals import accuracy, linear, metrics
 from vitssl.losses import contrastive
@@ -182,7 +182,7 @@ def _split(case):
     own = label[train].astype(np.int32)
     counts = np.bincount(own, minlength=c["num_classes"])
     case.close("class_weights", objective.class_weights(counts))
-    case.close("sample_weights", pipeline.class_weight(own))
+    case.close("sample_weights", orders.class_weight(own))
 
 
 CHECKS = {

@@ -3,12 +3,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from vitssl.data import bijection, pipeline
+from vitssl.data import orders
 
 
 def _shuffled(n, seed=0, position=None):
     position = np.arange(n) if position is None else position
-    return bijection.shuffled(position, n, np.random.default_rng(seed))
+    return orders.bijection(position, n, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("n", [*range(1, 40), 97, 100, 101, 4096, 4097, 50_000])
@@ -28,7 +28,7 @@ def test_any_part_of_an_order_is_that_of_the_whole():
 def test_orders_look_random():
     n, trials = 12, 20_000
     rng = np.random.default_rng(0)
-    orders = np.stack([bijection.shuffled(np.arange(n), n, rng) for _ in range(trials)])
+    orders = np.stack([orders.bijection(np.arange(n), n, rng) for _ in range(trials)])
     # Where an image goes, and what comes after an image: all alike, by chi squared.
     places = np.stack([np.bincount(column, minlength=n) for column in orders.T])
     want = trials / n
@@ -44,25 +44,25 @@ def test_orders_look_random():
 
 
 def test_an_order_of_two_billion_takes_no_memory():
-    pipeline.shuffled.cache_clear()
+    orders.shuffled.cache_clear()
     tracemalloc.start()
     n = 2**31 - 1
-    found = pipeline.shuffled(n, 0, 0, n - 4096, n)
+    found = orders.shuffled(n, 0, 0, n - 4096, n)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**20
     assert len(set(found.tolist())) == 4096
     assert 0 <= found.min() < n // 100 and n - n // 100 < found.max() < n
-    assert not np.array_equal(found, pipeline.shuffled(n, 0, 1, n - 4096, n))
-    assert not np.array_equal(found, pipeline.shuffled(n, 1, 0, n - 4096, n))
+    assert not np.array_equal(found, orders.shuffled(n, 0, 1, n - 4096, n))
+    assert not np.array_equal(found, orders.shuffled(n, 1, 0, n - 4096, n))
     # Pinned: a change of it would silently break every run that is to be resumed.
     assert found[:3].tolist() == [1837520219, 923546880, 1702839643]
 
 
 def test_sets_that_fit_are_visited_as_they_always_were():
-    listed = pipeline.shuffled(100, 0, 3, 20, 40)
-    assert np.array_equal(listed, pipeline.order(100, 0, 3)[20:40])
-    n = pipeline.LISTED
-    assert pipeline.order_of(n, "shuffle") == "listed"
-    assert pipeline.order_of(n + 1, "shuffle") == "bijection"
-    assert pipeline.order_of(n + 1, "balanced") == "listed"
+    listed = orders.shuffled(100, 0, 3, 20, 40)
+    assert np.array_equal(listed, orders.listed(100, 0, 3)[20:40])
+    n = orders.LISTED
+    assert orders.name(n, "shuffle") == "listed"
+    assert orders.name(n + 1, "shuffle") == "bijection"
+    assert orders.name(n + 1, "balanced") == "listed"
