@@ -11,7 +11,8 @@ from tests import runs as make
 from tests.convert import published
 from vitssl import errors
 from vitssl.convert import backbone, exporter, importer
-from vitssl.run import experiment, inference, opened
+from vitssl.run import experiment, opened
+from vitssl.tools import program
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +109,10 @@ def test_finer_tokens_that_cannot_be_are_one_line(workdir, own, words):
 
 def test_a_run_becomes_a_program(workdir, tmp_path):
     made = vitssl.load(workdir)
-    inference.export_program(made, tmp_path, platforms=("cpu",))
-    program = jax.export.deserialize((tmp_path / "features.jax").read_bytes())
+    program.export(made, tmp_path, platforms=("cpu",))
+    stored = jax.export.deserialize((tmp_path / "features.jax").read_bytes())
     weights = importer.reader.read(tmp_path / "weights.safetensors").tree
-    got = program.call({k: np.array(v) for k, v in weights.items()}, _images())
+    got = stored.call({k: np.array(v) for k, v in weights.items()}, _images())
     want = made(_images())
     np.testing.assert_allclose(got["pooled"], want["pooled"], rtol=1e-5, atol=1e-6)
 

@@ -27,7 +27,7 @@ from vitssl.data import decode, pipeline, sources, views
 from vitssl.data.sources import folder
 from vitssl.evals import extraction
 from vitssl.run import inference
-from vitssl.tools import writing
+from vitssl.tools import program, writing
 
 KINDS = (".npz", ".parquet")
 
@@ -184,7 +184,7 @@ def _main(argv) -> int:
     )
     if f.program:
         with place.writing("--program", f.program):
-            print(inference.export_program(found, f.program, batch=f.batch))
+            print(program.export(found, f.program, batch=f.batch))
         return 0
     options = dict(batch_size=f.batch_size, divided=f.divided, names=names)
     with place.reading(errors.DataError):
