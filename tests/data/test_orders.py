@@ -28,12 +28,12 @@ def test_any_part_of_an_order_is_that_of_the_whole():
 def test_orders_look_random():
     n, trials = 12, 20_000
     rng = np.random.default_rng(0)
-    orders = np.stack([orders.bijection(np.arange(n), n, rng) for _ in range(trials)])
+    drawn = np.stack([orders.bijection(np.arange(n), n, rng) for _ in range(trials)])
     # Where an image goes, and what comes after an image: all alike, by chi squared.
-    places = np.stack([np.bincount(column, minlength=n) for column in orders.T])
+    places = np.stack([np.bincount(column, minlength=n) for column in drawn.T])
     want = trials / n
     assert ((places - want) ** 2 / want).sum() < 121 + 6 * np.sqrt(2 * 121)
-    pairs = np.bincount((orders[:, 0] * n + orders[:, 1]), minlength=n * n)
+    pairs = np.bincount((drawn[:, 0] * n + drawn[:, 1]), minlength=n * n)
     pairs = np.delete(pairs, np.arange(n) * (n + 1))
     want = trials / pairs.size
     assert ((pairs - want) ** 2 / want).sum() < 131 + 6 * np.sqrt(2 * 131)
