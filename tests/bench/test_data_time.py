@@ -64,7 +64,7 @@ def test_contenders_take_turns_and_are_compared_repeat_by_repeat(monkeypatch):
 
 def test_whole_loader_is_measured_when_asked(monkeypatch):
     monkeypatch.setattr(data_time, "_torchvision", lambda: None)
-    monkeypatch.setattr(data_time.pipeline, "cores", lambda: 1)
+    monkeypatch.setattr(data_time.loader, "cores", lambda: 1)
     got = data_time.run(
         ["--images=2", "--repeats=1", "--loader_batches=1", "--batch_size=2"]
     )

@@ -168,7 +168,7 @@ def test_order_is_a_permutation_that_depends_on_its_arguments():
 
 
 def test_a_set_too_large_to_list_is_seen_once_an_epoch_and_resumes(monkeypatch):
-    monkeypatch.setattr(pipeline, "LISTED", 39)
+    monkeypatch.setattr(orders, "LISTED", 39)
     orders.shuffled.cache_clear()
     whole = _batches(12)
     _same(_batches(5, start_step=7, threads=3), whole[7:])
@@ -392,7 +392,7 @@ def test_prefetching_is_bounded():
     ],
 )
 def test_resources_suit_the_machine(cores, asked, given, monkeypatch):
-    monkeypatch.setattr(pipeline, "cores", lambda: cores)
+    monkeypatch.setattr(loader, "cores", lambda: cores)
     assert loader.resources(*asked) == given
 
 
