@@ -18,3 +18,10 @@ def test_every_arm_is_a_point_at_its_means_and_gaps_are_left_out(tmp_path):
     np.testing.assert_allclose(centres, [(2.0, 0.6), (1.0, 0.6)])
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["none", "half"]
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_no_two_arms_look_the_same():
+    found = {f"arm{i}": {"cost": [1.0, 2.0], "score": [0.1, i]} for i in range(30)}
+    axis = tradeoff.arms.__wrapped__(found, "cost", "score").axes[0]
+    lines = [c.lines[0] for c in axis.containers]
+    assert len({(x.get_color(), x.get_marker()) for x in lines}) == 30
