@@ -63,8 +63,8 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 54_643, 31_000),
-    "code lines": Row(25_232, 34_912, 20_500),
+    "lines": Row(40_928, 54_650, 31_000),
+    "code lines": Row(25_232, 34_917, 20_500),
     "files": Row(237, 300, 165),
     "files at the top": Row(31, 11),
     "modules with one importer": Row(101, 97, 45),
