@@ -42,18 +42,22 @@ if not flags.FLAGS.is_parsed():
 _CASES = pathlib.Path(__file__).parent / "golden" / "cases"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _executables_of_one_file():
-    """Drop compiled functions after each file, and give their memory back.
+def forget():
+    """Drop compiled functions, and give their memory back.
 
     XLA maps some memory regions for each; a process that ran a thousand tests passed
     the kernel's limit of 65,530 (vm.max_map_count) and died. What glibc keeps of what
     compiling took was 8 GB a process at the end.
     """
-    yield
     jax.clear_caches()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _executables_of_one_file():
+    yield
+    forget()
 
 
 def pytest_addoption(parser):

@@ -14,7 +14,7 @@ import jax
 import ml_collections
 import pytest
 
-from tests import layouts
+from tests import conftest, layouts
 from vitssl import config, main
 from vitssl.evals import linear
 from vitssl.run import experiment
@@ -114,9 +114,9 @@ def _small_machine(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _few_executables():
-    """Drop compiled functions after each recipe: XLA maps memory for every one."""
+    """Drop compiled functions after each recipe, not at the end of this file."""
     yield
-    jax.clear_caches()
+    conftest.forget()
 
 
 @pytest.fixture(scope="module")
