@@ -108,14 +108,14 @@ def test_a_study_judges_its_claims_and_an_arm_may_be_another_config(
         "    return c\n"
     )
     c.study.claims = dict(crops=CLAIM)
-    c.study.seeded = ("optim.warmup_epochs",)
+    c.study.seeded = ("data.threads",)
     c.study.gate = (("labels", TOP1), ("labels", PIXELS), 0.1)
     plan = study.read(c)
     assert plan.runs["labels", 1].settings.method == "classify"
     for arm in c.study.arms:
         for seed in (0, 1):
             found = plan.runs[arm, seed].settings
-            assert found.seed == found.optim.warmup_epochs == seed
+            assert found.seed == found.data.threads == seed
     values = {"multi": 0.6, "single": 0.5, "labels": 0.8}
 
     def fake(one, directory, **_):
