@@ -42,12 +42,17 @@ def vit(*, width, depth, heads, patch, **keys):
     return dict(name="vit") | own | keys
 
 
-def leaf_arm(c):
-    """Make a demo an arm of a study on leaves: quiet, and with one table at the end.
+def tested_leaves():
+    """Return a section `data`: leaves, more of them to test than the world has.
 
-    More test images than the world has by itself: differences of 3 points are to show.
+    Differences of 3 points are to show.
     """
-    c.data = data("leaves", options=dict(test_count=1750), **LEAVES)
+    return data("leaves", options=dict(test_count=1750), **LEAVES)
+
+
+def leaf_arm(c):
+    """Make a demo an arm of a study on leaves: quiet, and with one table at the end."""
+    c.data = tested_leaves()
     c.evals.update(
         every_epochs=0.0, batch_size=250, in_place=True, final=("knn", "linear")
     )

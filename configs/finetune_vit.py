@@ -127,7 +127,7 @@ def _score():
     c = _demo()
     c.init["weights"] = "configs/localmim.py:evidence"
     c.epochs = 12.0
-    c.data = base.data("leaves", options=dict(test_count=1750), **base.LEAVES)
+    c.data = base.tested_leaves()
     c.model.patch = 6
     c.augment.update(base.LEAF_CROPS)
     # Of 1e-3 with a decay by layer and 2e-3, by one run of one arm (77.1 and 80.7 %).
