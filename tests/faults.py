@@ -6,6 +6,7 @@ The faults are real where they can be: SIGKILL and SIGTERM are signals to this
 process. Only what a test cannot have (a full disk, a NaN in uint8 data) is patched.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -278,6 +279,21 @@ def broken_evaluation(_):
         raise RuntimeError("an evaluator has a bug")
 
     evaluation.Evaluation.online = broken
+
+
+def slow_lazy_imports(n):
+    """What makes imports lazy, those of all threads, does so for n more seconds."""
+    from etils import epy
+
+    lazy = epy.lazy_imports
+
+    @contextlib.contextmanager
+    def wrapped(**kwargs):
+        with lazy(**kwargs):
+            yield
+            time.sleep(n)
+
+    epy.lazy_imports = wrapped
 
 
 def none(_):

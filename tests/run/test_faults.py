@@ -37,6 +37,12 @@ def test_a_failed_save_is_retried_at_the_next(tmp_path):
     assert (tmp_path / "checkpoints" / "12").is_dir()
 
 
+def test_no_library_is_imported_first_while_a_checkpoint_is_written(tmp_path):
+    done = runs.run(tmp_path, "slow_lazy_imports=3")
+    assert done.returncode == 0, done.said
+    assert "LazyModule" not in done.said
+
+
 def test_a_disk_that_stays_full_ends_with_4(tmp_path):
     done = runs.run(tmp_path, "full_disk_at_save=0")
     assert done.returncode == 4, done.said

@@ -16,6 +16,9 @@ import shutil
 import threading
 from collections.abc import Callable
 
+# Here and not at the first batch: while it is imported, etils makes the imports of all
+# threads lazy, which breaks those of a checkpoint that is being written.
+import grain  # noqa: F401
 import jax
 
 from vitssl import errors
