@@ -183,6 +183,24 @@ def full_disk_in_thread(n):
     ocp.CompositeCheckpointHandler.finalize = wrapped
 
 
+def small_files_after_step(n):
+    """After step n the system refuses this process files of more than 4 kB."""
+    import resource
+
+    from vitssl.run import log
+
+    push = log.Metrics.push
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def wrapped(self, step, *args):
+        push(self, step, *args)
+        if step == n:
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    log.Metrics.push = wrapped
+
+
 def nan_at_step(n):
     """The loss of step n is NaN."""
     _nan(lambda step: step == n)

@@ -68,7 +68,7 @@ FREEZING = {
     "finetune_vit:freezing": {
         "steps": 4,
         "freeze.layers": "(('backbone/(cls|pos_embed|patch_embed/.*)', 0), "
-        "('backbone/block_[01]/.*', 0), ('backbone/(block_[23]|norm)/.*', 1))",
+        "('backbone/block_0/.*', 0), ('backbone/(block_1|norm)/.*', 1))",
     },
     "localmim:evidence": {
         "steps": 6,
@@ -220,8 +220,9 @@ def shrunk(c) -> dict:
     found |= _METHODS.get(c.method, _image)(c)
     if c.method in ("localmim", "mae"):
         found |= {"decoder.width": 16, "decoder.heads": 2, "decoder.depth": 1}
-        if c.method == "localmim" and not c.stages.blocks:
-            found["stages.blocks"] = "(0, 1, 2, 3)"
+    if c.method == "localmim":  # The finest target and the coarsest.
+        scales = tuple(c.stages.scales)
+        found |= {"stages.blocks": (0, 1), "stages.scales": (scales[0], scales[-1])}
     if "linear" in c.evals.final and c.precision == "bfloat16":
         # The demos measure all there is; of the published recipes k-NN is enough.
         found["evals.final"] = "('knn',)"
@@ -282,10 +283,7 @@ def _latent_mim(c) -> dict:
 
 
 def _vit(c) -> dict:
-    depth = 2
-    if c.method == "localmim" or c.get("init", {}).get("absent"):
-        depth = len(c.get("stages", {}).get("blocks", ())) or 4
-    found = {"model.width": 16, "model.heads": 2, "model.depth": depth}
+    found = {"model.width": 16, "model.heads": 2, "model.depth": 2}
     side = {"hjepa": 6, "dino": 3, "distill": 6}.get(
         c.method, 0
     ) * c.model.patch or _side(c)

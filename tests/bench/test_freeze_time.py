@@ -4,6 +4,7 @@ import pytest
 
 from tests import runs
 from vitssl.bench import freeze_time
+from vitssl.run import build, experiment, feed
 
 
 def test_a_run_is_its_phases_weighted_with_their_steps():
@@ -29,16 +30,19 @@ def test_a_batch_grows_until_a_step_costs_or_takes_what_the_first_does():
     assert freeze_time.grown(rows, 64, 4) == (80, 128, 128)
 
 
+# A store opens at the one event, before step 5 of 8.
+STORED = runs.TINY_FREEZING | {
+    "optim.thaw": "()",
+    "freeze.layers": "(('(encoder/(cls|patch_embed|block_0)|norm_0).*', 0), "
+    "('decoder_0/.*', 0), ('encoder/(block_[12]|norm)/.*', 1))",
+    "freeze.store.views": 1,
+}
+
+
 @pytest.fixture(scope="module")
 def figures():
-    """Of a run with a store, and counted without one; one event, before step 5 of 8."""
-    changes = runs.TINY_FREEZING | {
-        "optim.thaw": "()",
-        "freeze.layers": "(('(encoder/(cls|patch_embed|block_0)|norm_0).*', 0), "
-        "('decoder_0/.*', 0), ('encoder/(block_[12]|norm)/.*', 1))",
-        "freeze.store.views": 1,
-    }
-    words = [f"--config.{k}={v}" for k, v in changes.items()]
+    """Of a run with a store, and counted without one."""
+    words = [f"--config.{k}={v}" for k, v in STORED.items()]
     words = ["--config=configs/localmim.py:smoke", *words, "--steps=1", "--turns=1"]
     without = freeze_time.run([*words, "--config.freeze.store.views=0", "--count"])
     return freeze_time.run(words), without
@@ -54,6 +58,26 @@ def test_memory_and_moments_shrink_with_every_phase(figures, capsys):
     table = freeze_time._text(figures[0])
     assert "| layers frozen | steps |" in table and "stall/steps" in table
     assert f'grow_batch="{figures[0]["grow_batch"]}"' in table
+
+
+def test_an_event_that_leaves_the_store_as_it_is_opens_nothing(monkeypatch):
+    words = [f"{k}={v}" for k, v in STORED.items()]
+    loaded = experiment.load("configs/localmim.py:smoke", words)
+    parts, opened = build.build(experiment.read(loaded)), []
+    assert [at for at in range(1, 8) if parts.phase(at) != parts.phase(at - 1)] == [5]
+    monkeypatch.setattr(feed.Feed, "open", _noted(feed.Feed.open, opened))
+    freeze_time.beside(parts, 6, parts.fresh().params, 1.0)
+    assert opened == [5]
+    freeze_time.beside(parts, 5, parts.fresh().params, 1.0)
+    assert opened == [5, 4, 5]
+
+
+def _noted(function, steps):
+    def call(self, at, *rest):
+        steps.append(at)
+        return function(self, at, *rest)
+
+    return call
 
 
 def test_with_a_store_a_frozen_block_costs_nothing(figures):

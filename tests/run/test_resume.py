@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from vitssl.run import seals
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,27 @@ def test_two_processes_on_loopback_train_like_one(fsdp, whole, tmp_path):
     one, two = runs.state(whole), runs.state(tmp_path / "run")
     kernel = "params/encoder/block_0/mlp/fc1/kernel"
     np.testing.assert_allclose(one[kernel], two[kernel], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_the_job_with_the_reason(
+    process, tmp_path
+):
+    faults = ["none", "none"]
+    faults[process] = "small_files_after_step=2"
+    split = dict(mesh__fsdp=2, mesh__fsdp_min_size=64)  # Each writes a half.
+    both = _pair(tmp_path, faults, steps=4000, log__stall_seconds=300.0, **split)
+    said = [p.communicate(timeout=400)[0] for p in both]
+    assert both[process].returncode == 4, said[process]
+    (line,) = [x for x in said[process].splitlines() if "could not save" in x]
+    assert line.startswith("CheckpointError: ") and "File too large" in line
+    assert f"process {process} " in line and "after step 4" in line
+    # Told by a device, or by JAX's runtime, which aborts.
+    assert both[1 - process].returncode in (7, -signal.SIGABRT), said[1 - process]
+    assert "stalled:" not in said[1 - process]
+    assert "stalled:" not in said[process]
+    assert seals.sealed(tmp_path / "checkpoints") == [0]
 
 
 @pytest.mark.slow

@@ -114,7 +114,8 @@ def beside(parts, at: int, params, step: float) -> dict:
             stream.settled()
             tracemalloc.start()
             start = time.perf_counter()
-            stream.open(at, params, lambda cost: None)
+            if stream.over(at):  # Else nothing is opened: the store stays as it is.
+                stream.open(at, params, lambda cost: None)
             jax.block_until_ready(stream.take(params))
             spent = time.perf_counter() - start
             for _ in range(min(2, parts.run.total_steps - at - 1)):

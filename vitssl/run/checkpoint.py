@@ -100,6 +100,16 @@ class Best:
         return own | {"value": self.value, "step": self.step}
 
 
+class _Overheard:
+    """A future of orbax; `note` calls what it waits for."""
+
+    def __init__(self, future, note):
+        self._future, self._note = future, note
+
+    def result(self, timeout=None):
+        return self._note(self._future.result, timeout=timeout)
+
+
 class Checkpoints:
     """The checkpoints of one workdir; use as a context manager.
 
@@ -149,13 +159,43 @@ class Checkpoints:
         from orbax.checkpoint import checkpoint_managers as policies
 
         self.directory.mkdir(parents=True, exist_ok=True)
+        handlers = None
+        if jax.process_count() > 1:
+            handlers = {"state": self._overheard(), "meta": ocp.JsonCheckpointHandler()}
         return ocp.CheckpointManager(
             self.directory,
+            item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._keep,
                 save_decision_policy=policies.FixedIntervalPolicy(1),
             ),
         )
+
+    def _overheard(self):
+        """Return orbax's handler of the state, which notes at once what fails here.
+
+        Its manager hears of that, but waits for the other processes before it tells,
+        and they wait for this one.
+        """
+        import orbax.checkpoint as ocp
+
+        handler = ocp.StandardCheckpointHandler()
+        begin, finalize = handler.async_save, handler.finalize
+
+        async def async_save(*args, **kwargs):
+            return [_Overheard(f, self._note) for f in await begin(*args, **kwargs)]
+
+        handler.async_save = async_save
+        handler.finalize = lambda *args: self._note(finalize, *args)
+        return handler
+
+    def _note(self, call, *args, **kwargs):
+        """Call it; a failure is noted and raised."""
+        try:
+            return call(*args, **kwargs)
+        except BaseException as e:
+            self._failed = e
+            raise
 
     def __enter__(self):
         """Return self."""
@@ -178,7 +218,8 @@ class Checkpoints:
         A failed save (a full disk, say) is reported, and retried at the next one.
 
         Raises:
-            CheckpointError: `spec.failures` saves in a row failed.
+            CheckpointError: `spec.failures` saves in a row failed; of several
+                processes: one did.
         """
         import orbax.checkpoint as ocp
 
@@ -225,7 +266,9 @@ class Checkpoints:
     def wait(self) -> None:
         """Block until the save under way is on disk and verified."""
         if self._finishing is not None:
-            self._finishing.join()
+            while self._finishing.is_alive():
+                self._finishing.join(1.0)
+                self.alone()
             self._finishing = None
             self._judge()
 
@@ -234,6 +277,7 @@ class Checkpoints:
         if self._failed is None:
             self._in_a_row = 0
             return
+        self.alone()
         self._in_a_row += 1
         logger.warning("checkpoint of step %d failed: %s", self._at, self._failed)
         self._reason = self._failed
@@ -244,6 +288,21 @@ class Checkpoints:
                 f"with: {self._failed}; free space or set another --workdir"
             ) from self._failed
         self._failed = None
+
+    def alone(self) -> None:
+        """End a job of several processes in which a save of this one has failed.
+
+        The others wait for its part, and would until a watchdog ends them.
+
+        Raises:
+            CheckpointError: why it failed.
+        """
+        if self._failed is not None and jax.process_count() > 1:
+            raise errors.CheckpointError(
+                f"{self.directory}: process {jax.process_index()} could not save the "
+                f"state after step {self._at}: {self._failed}; free space and run the "
+                "same command again"
+            ) from self._failed
 
     def reopen(self) -> None:
         """Begin anew after a save that failed, or in a folder that is empty again."""
@@ -263,7 +322,7 @@ class Checkpoints:
             if devices.is_main():
                 seals.write(self.directory / str(step))
         except Exception as e:  # noqa: BLE001 - judged by the loop's thread.
-            self._failed = e
+            self._failed = self._failed or e
 
     def steps(self) -> list[int]:
         """Return the steps that are complete on disk, oldest first."""

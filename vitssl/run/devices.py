@@ -200,11 +200,11 @@ def get(tree):
 
 @contextlib.contextmanager
 def company(workdir):
-    """End this process with exit code 7 where another process of the job is gone.
+    """End this process of a job where another one is gone, or it cannot save its part.
 
-    It ends at once: nothing can be computed or saved alone, and what is under way, and
-    JAX at exit, would wait for the others. What a device reports is seen here; where
-    JAX's runtime hears of it first, it aborts the process itself.
+    It ends at once (exit code 7, and 4): nothing can be computed or saved alone, and
+    what is under way, and JAX at exit, would wait for the others. What a device reports
+    is seen here; where JAX's runtime hears of it first, it aborts the process itself.
     """
     try:
         yield
@@ -212,11 +212,20 @@ def company(workdir):
         if jax.process_count() == 1 or not any(word in str(e) for word in _GONE):
             raise
         why = str(e).partition("\n")[0]
-        text = f"StalledError: another process of this job has ended ({why})"
-        print(f"{text}; run the job again", file=sys.stderr, flush=True)
-        if is_main():
-            log.write_status(workdir, state="failed", error=text)
-        os._exit(errors.StalledError.code)
+        text = f"another process of this job has ended ({why}); run the job again"
+        _leave(workdir, errors.StalledError(text))
+    except errors.CheckpointError as e:
+        if jax.process_count() == 1:
+            raise
+        _leave(workdir, e)
+
+
+def _leave(workdir, error):
+    text = f"{type(error).__name__}: {error}"
+    print(text, file=sys.stderr, flush=True)
+    if is_main():
+        log.write_status(workdir, state="failed", error=text)
+    os._exit(error.code)
 
 
 def meet(place: str) -> None:

@@ -335,6 +335,7 @@ class _Loop:
         """
         total = self.parts.run.total_steps
         self._look_after_workdir(at)
+        self.saves.alone()
         last = at == total
         if at % s.log.every_steps == 0 or last:
             self.metrics.drain()
