@@ -15,8 +15,8 @@ import vitssl
 from tests import runs
 from vitssl import cli, errors, main
 from vitssl.data import decode, survey
-from vitssl.run import experiment, loop
-from vitssl.tools import own, own_plan, predict
+from vitssl.run import experiment, loop, memory
+from vitssl.tools import own, own_cost, own_plan, predict
 
 TINY = (
     "model.width=16 model.depth=4 model.heads=2 model.patch=16 decoder.width=16 "
@@ -85,6 +85,18 @@ def test_models_go_by_their_names(found, model):
     wide = {"vit_mini": 192, "ViT-S/16": 384, "vit_b": 768, "hvit": 32}[model]
     assert made.config.model.width == wide
     assert made.config.model.name == ("hvit" if model == "hvit" else "vit")
+
+
+def test_too_little_memory_is_told_by_what_is_free_and_what_is_held(
+    folders, found, monkeypatch
+):
+    monkeypatch.setattr(memory, "free", lambda: 10 * 2**20)
+    monkeypatch.setattr(memory, "resident", lambda: 2**27)
+    asked = own_plan.Asked(str(folders["flat"]), "localmim", size=32, overrides=TINY)
+    made = own_plan.plan(asked, found["flat"], "cpu")
+    text = "135.0 MiB: 70% of the free 10.0 MiB and the 128.0 MiB of this process"
+    with pytest.raises(errors.OutOfMemoryError, match=text):
+        own_cost.fitted(made)
 
 
 def test_what_is_asked_wins_and_what_cannot_be_is_one_line(folders, found, capsys):

@@ -54,9 +54,11 @@ def fitted(made: own_plan.Plan) -> tuple[own_plan.Plan, build.Parts, Cost]:
         rest = limit - (cost.memory - e.activations)
         most = int(rest / max(1.0, e.activations / e.images)) * (batch // e.images)
         if batch <= 1 or most < 1:
+            own = f" and the {memory.size(here)} of this process" if here else ""
             raise errors.OutOfMemoryError(
-                f"a step of one image needs more than {memory.size(limit)}, "
-                f"{ROOM:.0%} of what is free; take a smaller --model or --size\n"
+                f"a step of one image needs more than {memory.size(limit)}: {ROOM:.0%} "
+                f"of the free {memory.size(free)}{own}; take a smaller --model or "
+                "--size\n"
                 f"{memory.advice(parts)}"
             )
         most = min(most, batch // 2)
