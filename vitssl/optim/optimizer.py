@@ -278,16 +278,18 @@ class Optimizer:
             factor = jnp.minimum(1.0, self.spec.clip_norm / (norm + 1e-6))
             grads = jax.tree.map(lambda g: g * factor, grads)
         wd = self.wd(step)
-        decay = {k: wd * self.wd_factor[k] * p for k, p in params.items()}
+        factors = {k: self.wd_factor[k] for k in params if self.wd_factor[k]}
+        scales = {factor: wd * factor for factor in set(factors.values())}
+        decay = {k: scales[factor] * params[k] for k, factor in factors.items()}
         coupled = self.spec.name not in ("adamw", "lamb")
         if coupled:
-            grads = {k: g + decay[k] for k, g in grads.items()}
+            grads = {k: g + decay[k] if k in decay else g for k, g in grads.items()}
         move, opt = self._move(grads, opt, params, step)
         kinds = {self._kind(k) for k in params}
         rates = {kind: self._rate(step, *kind) for kind in kinds}
         new = {}
         for k, p in params.items():
-            m = move[k] if coupled else move[k] + decay[k]
+            m = move[k] if coupled or k not in decay else move[k] + decay[k]
             if self._adapts(k):
                 m = m * directions.ratio(p, m, 1.0)
             new[k] = (p - rates[self._kind(k)] * m).astype(p.dtype)

@@ -182,13 +182,13 @@ def make(
         new, opt, of_update = optimizer.update(grads, state.opt, trainable, state.step)
         finite = jnp.isfinite(value) & jnp.isfinite(of_update["grad_norm"])
         new, opt, extra = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b),
+            lambda a, b: jax.lax.select(finite, a, b),
             (new, opt, extra),
             (trainable, state.opt, state.extra),
         )
         params = tree.merge(new, frozen)
         after = method.after(params, extra, state.step)
-        extra = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, extra)
+        extra = jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), after, extra)
         metrics = {"loss": value, **metrics, **of_update}
         metrics["nonfinite"] = 1.0 - finite
         if histograms_every:
