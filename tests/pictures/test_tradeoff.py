@@ -20,6 +20,18 @@ def test_every_arm_is_a_point_at_its_means_and_gaps_are_left_out(tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_arms_that_cost_alike_stand_side_by_side_the_best_first():
+    found = {
+        "worse": {"cost": [2.0, 2.02], "score": [0.1, 0.3]},
+        "better": {"cost": [2.05, 2.05], "score": [0.5, 0.7]},
+    }
+    axis = tradeoff.arms.__wrapped__(found, "cost", "score").axes[0]
+    centres = [c.lines[0].get_xydata()[0] for c in axis.containers]
+    np.testing.assert_allclose(centres, [(1.0, 0.2), (0.0, 0.6)])
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["better", "worse"]
+    assert axis.get_xlabel() == "cost: 2.01 to 2.05"
+
+
 def test_no_two_arms_look_the_same():
     found = {f"arm{i}": {"cost": [1.0, 2.0], "score": [0.1, i]} for i in range(30)}
     axis = tradeoff.arms.__wrapped__(found, "cost", "score").axes[0]
