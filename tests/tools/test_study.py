@@ -99,6 +99,59 @@ def test_a_first_run_is_made_once_and_arms_start_from_it(tmp_path, monkeypatch):
     assert not ran
 
 
+def test_every_seed_has_its_own_first_run_and_shares_make_them(tmp_path, monkeypatch):
+    base = _config(tmp_path, plain=(), warm=("init.from=@student",))
+    base.study.first_each_seed = True
+    base.study.first = ml_collections.ConfigDict(
+        dict(
+            teacher=("distill:smoke",),
+            student=("distill:smoke", "teacher.from=@teacher"),
+        )
+    )
+    plan, ran, waited = study.read(base), {}, []
+
+    def fake(one, directory, **_):
+        froms = (one.config.get(k, {}).get("from", "") for k in ("init", "teacher"))
+        ran[directory.relative_to(tmp_path).as_posix()] = (one.settings.seed, *froms)
+        return {}
+
+    def other(seconds):
+        waited.append(seconds)
+        study._finish(tmp_path / "teacher/seed1", {})
+
+    monkeypatch.setattr("vitssl.run.loop.run", fake)
+    monkeypatch.setattr(study.time, "sleep", other)
+    home = tmp_path.resolve()
+    # The first share has made two runs of four: teachers of both seeds.
+    study._finish(tmp_path / "teacher/seed0", {})
+    study.run(plan, tmp_path, name="test", share=(2, 2))
+    assert waited == [study.WAIT]  # For the teacher of seed 1.
+    assert ran == {
+        "student/seed0": (0, "", str(home / "teacher/seed0")),
+        "student/seed1": (1, "", str(home / "teacher/seed1")),
+        "warm/seed0": (0, str(home / "student/seed0"), ""),
+        "warm/seed1": (1, str(home / "student/seed1"), ""),
+    }
+
+
+def test_some_arms_alone_leave_out_claims_about_others(tmp_path):
+    base = _config(tmp_path, a=(), b=(), c=())
+    column = base.study.columns[0]
+    base.study.claims = dict(
+        one=(("a", column), ("b", column), 0.1), two=(("a", column), ("c", column), 0.1)
+    )
+    base.study.gate = (("c", column), ("c", column), 0.1)
+    experiment.apply(base, ["study.only=('a', 'b')"])
+    plan = study.read(base)
+    assert {arm for arm, _ in plan.runs} == {"a", "b"}
+    assert list(plan.claims) == ["one"] and plan.gate is None
+    experiment.apply(base, ["study.only=c"])
+    assert {arm for arm, _ in study.read(base).runs} == {"c"}
+    experiment.apply(base, ["study.only=d"])
+    with pytest.raises(errors.UsageError, match="study.only='d': no such arm; there"):
+        study.read(base)
+
+
 def test_runs_before_the_arms_have_names_and_use_those_before_them(
     tmp_path, monkeypatch
 ):

@@ -252,6 +252,8 @@ def _keep(section, known, choice: str):
 def complete(c: ml_collections.ConfigDict) -> None:
     """Add the keys that a config file may leave out, with their defaults."""
     config.fill(c, Settings)
+    if isinstance(study := c.get("study"), ml_collections.ConfigDict):
+        study.update({"only": study.get("only", ())})
     data = c.get("data")
     data = data if isinstance(data, ml_collections.ConfigDict) else {}
     options = data.get("options")

@@ -21,12 +21,15 @@ Keys in `seeded`, such as "data.options.seed", get each run's seed, too, and tho
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
 have names, {"teacher": ("configs/x.py",), "student": (..., "teacher.from=@teacher")},
-and each may use those before it. The optional key `then` is such a config too, run
+and each may use those before it. With `first_each_seed=True` every seed has its own, in
+WORKDIR/first/seed<n>. The optional key `then` is such a config too, run
 after every run of an arm, with its seed and from what it made: ("configs/x.py:score",
 "epochs=5.0"); its values are columns "then/<name>". Every run is an
 ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on
 where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
+`only` names the arms to run: --config.study.only="('multi',)"; claims about others are
+left out.
 """
 
 import dataclasses
@@ -56,10 +59,15 @@ class Plan:
 
     runs: dict  # {(arm, seed): checked experiment}.
     columns: tuple[str, ...]  # Metrics of the final evaluation that the table shows.
-    first: dict = dataclasses.field(default_factory=dict)  # {name: run before all}.
+    first: dict = dataclasses.field(default_factory=dict)  # {folder: run before arms}.
     then: dict = dataclasses.field(default_factory=dict)  # {seed: run after an arm's}.
     claims: dict = dataclasses.field(default_factory=dict)  # {name: judgement.Claim}.
     gate: judgement.Claim | None = None
+    first_each_seed: bool = False
+
+    def before(self, name: str, seed: int) -> str:
+        """Return the folder of the run `@name` that an arm of a seed starts from."""
+        return f"{name}/seed{seed}" if self.first_each_seed else name
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -81,55 +89,80 @@ def read(c: ml_collections.ConfigDict) -> Plan:
         if key not in study:
             problems.append(f"study.{key}: missing")
     problems.stop()
+    arms = _chosen(study, problems)
     # One seed may be given for several: --config.study.seeds=3.
     seeds = study.seeds if isinstance(study.seeds, tuple) else (study.seeds,)
-    for arm in study.arms:
+    for arm in arms:
         fault = config.folder_fault(arm)
         if arm == "first" and study.get("first", ()):
             fault = "it is the folder of study.first"
         if fault:
             problems.append(f"study.arms: an arm called {arm!r}: {fault}")
-    if (count := len(study.arms) * len(seeds)) > MOST:
+    if (count := len(arms) * len(seeds)) > MOST:
         problems.append(f"study: {count} runs; at most {MOST}")
     problems.stop()
-    runs = {}
-    for arm, overrides in study.arms.items():
+    runs, keys = {}, ("seed", *study.get("seeded", ()))
+    own = {seed: tuple(f"{key}={seed}" for key in keys) for seed in seeds}
+    for arm, overrides in arms.items():
         for seed in seeds:
             try:
-                keys = ("seed", *study.get("seeded", ()))
-                own = tuple(f"{key}={seed}" for key in keys)
-                runs[arm, seed] = experiment.read(_arm(base, (*overrides, *own)))
+                runs[arm, seed] = experiment.read(_arm(base, (*overrides, *own[seed])))
             except errors.UsageError as e:
                 problems.append(f"study.arms.{arm}: {e}")
                 break
-    claims, gate = _claims(study, problems)
+    claims, gate = _claims(study, arms, problems)
     _same_images(runs, claims, gate, problems)
+    each = bool(study.get("first_each_seed", False))
+    before = {}
+    for seed in seeds if each else seeds[:1]:
+        before[seed] = _first(study, own[seed] if each else (), problems)
+    for (arm, seed), one in runs.items():
+        there = before[seed if each else seeds[0]]
+        _known(one, there, f"study.arms.{arm}", problems)
+    then = {}
+    if study.get("then", ()):
+        spec, *overrides = study.then
+        for seed in seeds:
+            words = (*overrides, *own[seed], "init.from=@run")
+            then[seed] = experiment.read(experiment.load(spec, words))
+    problems.stop()
+    plan = Plan(runs, tuple(study.columns), {}, then, claims, gate, each)
+    for seed, found in before.items():
+        plan.first.update({plan.before(k, seed): one for k, one in found.items()})
+    return plan
+
+
+def _chosen(study, problems) -> dict:
+    """Return {arm: overrides} of the arms that `study.only` names, or of all."""
+    only = study.get("only", ())
+    only = (only,) if isinstance(only, str) and only else only
+    for name in only:
+        if name not in study.arms:
+            there = ", ".join(study.arms)
+            problems.append(f"study.only={name!r}: no such arm; there is: {there}")
+    problems.stop()
+    return {k: v for k, v in study.arms.items() if not only or k in only}
+
+
+def _first(study, own, problems) -> dict:
+    """Return {name: run before the arms}, each after those that it starts from."""
     first = study.get("first", {})
     if not isinstance(first, ml_collections.ConfigDict):
         first = {"first": first} if first else {}
     before, left = {}, {}
     for name, (spec, *overrides) in first.items():
-        if name in study.arms:
-            problems.append(f"study.first.{name}: an arm has that name")
-        left[name] = experiment.read(experiment.load(spec, overrides))
-    while left:  # A ConfigDict keeps no order: each after those that it starts from.
+        fault = f"study.first.{name}: an arm has that name"
+        if name in study.arms and fault not in problems:
+            problems.append(fault)
+        left[name] = experiment.read(experiment.load(spec, (*overrides, *own)))
+    while left:  # A ConfigDict keeps no order.
         ready = [n for n, one in left.items() if before.keys() >= set(_starts(one))]
         if not ready:
             for name, one in left.items():
                 _known(one, before, f"study.first.{name}", problems)
             break
         before |= {name: left.pop(name) for name in ready}
-    for (arm, _), one in runs.items():
-        _known(one, before, f"study.arms.{arm}", problems)
-    then = {}
-    if study.get("then", ()):
-        spec, *overrides = study.then
-        for seed in seeds:
-            own = [f"{key}={seed}" for key in ("seed", *study.get("seeded", ()))]
-            own = (*overrides, *own, "init.from=@run")
-            then[seed] = experiment.read(experiment.load(spec, own))
-    problems.stop()
-    return Plan(runs, tuple(study.columns), before, then, claims, gate)
+    return before
 
 
 def _arm(base, words) -> ml_collections.ConfigDict:
@@ -141,8 +174,8 @@ def _arm(base, words) -> ml_collections.ConfigDict:
     return copy
 
 
-def _claims(study, problems) -> tuple[dict, judgement.Claim | None]:
-    """Return ({name: claim}, gate) of a study."""
+def _claims(study, arms, problems) -> tuple[dict, judgement.Claim | None]:
+    """Return ({name: claim}, gate) of a study, without those of arms left out."""
 
     def read(key, value):
         try:
@@ -152,7 +185,12 @@ def _claims(study, problems) -> tuple[dict, judgement.Claim | None]:
 
     claims = {k: read(f"claims.{k}", v) for k, v in study.get("claims", {}).items()}
     gate = read("gate", study.gate) if study.get("gate", ()) else None
-    return {k: v for k, v in claims.items() if v}, gate
+
+    def has(claim):
+        return claim and {claim.ahead.arm, claim.behind.arm} <= arms.keys()
+
+    found = {k: v for k, v in claims.items() if has(v)}
+    return found, gate if has(gate) else None
 
 
 def _same_images(runs, claims, gate, problems):
@@ -197,14 +235,11 @@ def _known(one, before, what, problems):
             problems.append(fault)
 
 
-def started_from(one, workdir, itself: str = ""):
-    """Return an experiment whose `from=@NAME` are the directories WORKDIR/NAME.
-
-    That of the name `itself` is WORKDIR.
-    """
+def started_from(one, folder):
+    """Return an experiment whose `from=@NAME` are the directories folder(NAME)."""
     c = config.without(one.config)
     for name, section in _starts(one).items():
-        c[section]["from"] = str(workdir if name == itself else workdir / name)
+        c[section]["from"] = str(folder(name))
     return experiment.read(c) if _starts(one) else one
 
 
@@ -237,8 +272,8 @@ def run(
     Args:
         force_unlock: ignore the locks of other processes on its runs.
         share: (k, n): make the runs k, k + n, k + 2 n, ... of them; the other shares
-            are made by processes beside this one. The first makes what the arms start
-            from, and the others wait for it.
+            are made by processes beside this one. What arms start from is shared
+            too; who needs it waits for it.
 
     Returns:
         {arm: {column: [value of each seed]}}; also WORKDIR/study.json and study.md.
@@ -252,15 +287,21 @@ def run(
     number, count = share
     home = workdir.resolve()
     _check_lengths(plan)
-    for called, one in plan.first.items():
+
+    def ready(one, seed):
+        """Return it with the directories it starts from, once they are made."""
+        for start in _starts(one):
+            while not _finished(workdir / plan.before(start, seed)):
+                logger.info("  waiting for %s", workdir / plan.before(start, seed))
+                time.sleep(WAIT)
+        return started_from(one, lambda start: home / plan.before(start, seed))
+
+    for i, (called, one) in enumerate(plan.first.items()):
         before = workdir / called
-        if number == 1 and not _finished(before):
-            one = started_from(one, home)
+        if i % count == number - 1 and not _finished(before):
+            one = ready(one, one.settings.seed)
             values = loop.run(one, before, name=called, force_unlock=force_unlock)
             _finish(before, values)
-        while not _finished(before):
-            logger.info("  waiting for %s", before)
-            time.sleep(WAIT)
     # All arms of a seed before the next seed: what is there can be compared.
     order = sorted(plan.runs, key=lambda run: run[1])
     for i in range(number - 1, len(order), count):
@@ -272,9 +313,10 @@ def run(
             continue
         start = time.perf_counter()
         own = dict(name=f"{arm}-{seed}", force_unlock=force_unlock)
-        values = loop.run(started_from(plan.runs[arm, seed], home), directory, **own)
+        values = loop.run(ready(plan.runs[arm, seed], seed), directory, **own)
         if seed in plan.then:
-            last = started_from(plan.then[seed], home / arm / f"seed{seed}", "run")
+            made = home / arm / f"seed{seed}"
+            last = started_from(plan.then[seed], lambda _, made=made: made)
             found = loop.run(last, directory / "then", **own)
             values = values | {f"then/{key}": v for key, v in found.items()}
         minutes = (time.perf_counter() - start) / 60

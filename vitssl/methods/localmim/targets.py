@@ -6,6 +6,7 @@ precision pixels change bins.
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 import einops
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vitssl import ranges
+from vitssl.ops import accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,14 @@ def bins(gx, gy, nbins):
     """Return the bin of unsigned orientation of each derivative, int32 in [0, nbins).
 
     floor(atan2(gx, gy) / pi * nbins) mod nbins: x first, bins of 180 / nbins degrees.
+    Counted as the edges that the direction has passed, which takes no arc tangent.
     """
-    phase = jnp.arctan2(gx, gy) / jnp.pi * nbins
-    return jnp.floor(phase).astype(jnp.int32) % nbins
+    back = (gx < 0) | ((gx == 0) & (gy < 0))
+    x, y = jnp.where(back, -gx, gx), jnp.where(back, -gy, gy)  # Angle in [0, pi).
+    angles = [math.pi * k / nbins for k in range(1, nbins)]
+    passed = sum((x * math.cos(a) >= y * math.sin(a)).astype(jnp.int32) for a in angles)
+    # What float32 cannot tell from pi is pi, which is 0; so is no gradient at all.
+    return jnp.where((gy <= 0) & (jnp.abs(gx) <= -3.2e-8 * gy), 0, passed)
 
 
 def histograms(image, cell, nbins, bias=None):  # -> [B, H / cell, W / cell, C, nbins]
@@ -66,9 +73,19 @@ def histograms(image, cell, nbins, bias=None):  # -> [B, H / cell, W / cell, C, 
     if bias is not None:
         gx, gy = gx + bias[0], gy + bias[1]
     # A zero gradient counts nothing; the sum keeps sqrt's derivative out of it.
-    magnitude = jnp.sqrt(gx * gx + gy * gy)
-    member = bins(gx, gy, nbins)[..., None] == jnp.arange(nbins)
-    votes = jnp.where(member, magnitude[..., None], 0.0)  # [B, H, W, C, nbins]
+    magnitude, member = jnp.sqrt(gx * gx + gy * gy), bins(gx, gy, nbins)
+    if accelerator.on_cpu():
+
+        def of_bin(k):
+            votes = jnp.where(member == k, magnitude, 0.0)
+            rows = einops.reduce(votes, "b (h p) w c -> b h w c", "sum", p=cell)
+            return einops.reduce(rows, "b h (w q) c -> b h w c", "sum", q=cell)
+
+        # XLA for a CPU would find the bins anew in each sum, unless they are a loop's:
+        # a seventh of the time.
+        each = jax.lax.map(of_bin, jnp.arange(nbins))
+        return einops.rearrange(each, "n b h w c -> b h w c n") / cell**2
+    votes = jnp.where(member[..., None] == jnp.arange(nbins), magnitude[..., None], 0.0)
     return einops.reduce(
         votes, "b (h p) (w q) c n -> b h w c n", "mean", p=cell, q=cell
     )
