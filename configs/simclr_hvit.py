@@ -8,6 +8,7 @@ Arguments (`--config=configs/simclr_hvit.py:NAME`):
     (none)          demo: drawn leaves in seven conditions, minutes on two cores
     smoke           two steps, seconds
     vit             the demo with a plain ViT
+    evidence_run    the demo, as studies start from it
     folder          the demo's network on your own folder of images (data.root), labels
                     or none, at 96 px
     folder_vit      the same with a plain ViT
@@ -80,6 +81,11 @@ def _smoke():
     return c
 
 
+def _evidence_run():
+    """Return what configs/finetune_hvit.py:evidence starts from."""
+    return base.leaf_arm(_demo())
+
+
 def _vit():
     c = _demo()
     c.model = base.vit(width=64, depth=4, heads=2, patch=6)
@@ -142,6 +148,7 @@ RECIPES = {
     "": _demo,
     "smoke": _smoke,
     "vit": _vit,
+    "evidence_run": _evidence_run,
     "folder": _folder,
     "folder_vit": lambda: _folder(_vit()),
     "sarcld_small": _published,

@@ -48,7 +48,9 @@ from vitssl.tools import judgement, listing
 logger = logging.getLogger(__name__)
 
 FROM = ("init", "teacher")  # Sections whose key `from` may name a run by @NAME.
-COST = "compute/tflop"  # A study with this column gets a picture against it.
+TFLOP = "compute/tflop"
+TOTAL = "compute/total_tflop"  # With what a run started from.
+COSTS = TFLOP, TOTAL  # A study with such a column gets a picture against it.
 MOST = 1000  # Runs of a study.
 WAIT = 5.0  # Seconds between looks for the first run of another process.
 
@@ -296,12 +298,20 @@ def run(
                 time.sleep(WAIT)
         return started_from(one, lambda start: home / plan.before(start, seed))
 
+    def total(values, one, seed):
+        """Return its values and the compute of it and of all that it started from."""
+        starts = [_values(workdir / plan.before(s, seed)) for s in _starts(one)]
+        spent = [values.get(TFLOP), *(v.get(TOTAL) for v in starts)]
+        return values if None in spent else values | {TOTAL: sum(spent)}
+
     for i, (called, one) in enumerate(plan.first.items()):
         before = workdir / called
         if i % count == number - 1 and not _finished(before):
-            one = ready(one, one.settings.seed)
-            values = loop.run(one, before, name=called, force_unlock=force_unlock)
-            _finish(before, values)
+            seed = one.settings.seed
+            made = loop.run(
+                ready(one, seed), before, name=called, force_unlock=force_unlock
+            )
+            _finish(before, total(made, one, seed))
     # All arms of a seed before the next seed: what is there can be compared.
     order = sorted(plan.runs, key=lambda run: run[1])
     for i in range(number - 1, len(order), count):
@@ -313,7 +323,8 @@ def run(
             continue
         start = time.perf_counter()
         own = dict(name=f"{arm}-{seed}", force_unlock=force_unlock)
-        values = loop.run(ready(plan.runs[arm, seed], seed), directory, **own)
+        one = plan.runs[arm, seed]
+        values = total(loop.run(ready(one, seed), directory, **own), one, seed)
         if seed in plan.then:
             made = home / arm / f"seed{seed}"
             last = started_from(plan.then[seed], lambda _, made=made: made)
@@ -362,11 +373,12 @@ def _results(plan, workdir) -> dict:
         logger.info("%d of %d runs are not finished yet", missing, len(plan.runs))
     disk.write(workdir / "study.json", json.dumps(found, indent=1))
     disk.write(workdir / "study.md", text + "\n")
-    if COST in plan.columns and not missing:
+    cost = next((c for c in plan.columns if c in COSTS), "")
+    if cost and not missing:
         from vitssl.pictures import tradeoff
 
-        score = next(c for c in plan.columns if c != COST)
-        tradeoff.arms(found, COST, score, path=workdir / "study.png")
+        score = next(c for c in plan.columns if c != cost)
+        tradeoff.arms(found, cost, score, path=workdir / "study.png")
     return found
 
 
