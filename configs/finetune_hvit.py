@@ -207,11 +207,11 @@ def _evidence_rates():
     """Return the search of the learning rate for `evidence`, in another world."""
     arms = {}
     for count in (5, 0):
-        for rate in (5e-4, 1e-3, 2e-3):
+        for name, rate in (("half", 5e-4), ("demos", 1e-3), ("double", 2e-3)):
             own = (f"data.per_class={count}", f"optim.warmup_epochs={WARM_UP[count]}")
             own = (*own, f"optim.lr={rate}")
-            arms[f"scratch_{count or 'all'}_{rate:g}"] = own
-            arms[f"simclr_{count or 'all'}_{rate:g}"] = (*own, "init.from=@first")
+            arms[f"scratch_{count or 'all'}_{name}"] = own
+            arms[f"simclr_{count or 'all'}_{name}"] = (*own, "init.from=@first")
     return _study(_evidence_run(), (100,), arms, **PRETRAIN)
 
 
