@@ -6,9 +6,11 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
     (none)          demo: drawn birds whose background misleads, minutes on two cores
     smoke           two steps, seconds
     demo_baseline   the demo's ViT without parts
-    evidence        hard and soft masks against the same ViT without masks, all from
-                    one self-supervised checkpoint (configs/hjepa.py:birds), three
-                    seeds, an hour on two cores
+    evidence        hard and soft masks, true ones, another bird's, and the same ViT
+                    without masks at equal compute, all of a seed from one
+                    self-supervised checkpoint (configs/hjepa.py:birds); five seeds, an
+                    hour on two cores
+    evidence_rates  the search of its learning rates, in another world
     evidence_run    one run of it with hard masks; --config.init.from=DIR of a run of
                     configs/hjepa.py:birds
     folder          the demo's network on your own folder of images in classes
@@ -166,24 +168,82 @@ def _init(weights):
     return {"from": "", "weights": weights, "rename": BOTH, "skip": HEADS}
 
 
+WORST = "final/test/worst_group"
+EQUAL = "epochs=15.0"  # A step of two ViTs costs three times as much.
+
+
+def _one_vit(kind, *words):
+    """Return the overrides of an arm with one ViT in place of two."""
+    rules = groups("baseline", scratch=20.0, freeze_backbone=False)
+    rules = tuple(f"optim.{key}={value!r}" for key, value in rules.items())
+    return (f"parts.kind={kind}", f"init.skip={HEADS[1:]!r}", *rules, *words)
+
+
 def _evidence():
-    """Return iFAM (hard, soft) against its ViT without masks, from one checkpoint."""
+    """Return iFAM (hard, soft), an oracle, a placebo and no masks at equal compute.
+
+    All arms of a seed start from one self-supervised checkpoint of its own images.
+    """
     c = _evidence_run()
     c.init["from"] = "@first"
-    single = ("parts.kind=baseline", "measures.leave_one_out=False")
-    rules = groups("baseline", scratch=20.0, freeze_backbone=False)
-    single += tuple(f"optim.{key}={value!r}" for key, value in rules.items())
-    single += (f"init.skip={HEADS[1:]!r}",)
-    c.study = dict(
-        seeds=(0, 1, 2),
-        first=("configs/hjepa.py:birds",),
-        arms=dict(hard=(), soft=("parts.masks=soft",), no_masks=single),
-        columns=tuple(
-            f"final/test/{name}"
-            for name in "top1 worst_group swap_same swap_random nmi ari "
-            "keypoint_error miou".split()
-        ),
+    given = _one_vit("given_mask", EQUAL)
+    arms = dict(
+        hard=(),
+        soft=("parts.masks=soft",),
+        true_masks=given,
+        other_masks=(*given, "data.options.masks=other"),
+        no_masks=_one_vit("baseline", EQUAL),
+        no_masks_short=_one_vit("baseline"),
     )
+    against = dict(
+        no_masks=("hard", "no_masks"),
+        placebo=("hard", "other_masks"),
+        oracle=("true_masks", "hard"),
+        hard_masks=("hard", "soft"),
+        soft_masks=("soft", "no_masks"),
+        more_steps=("no_masks", "no_masks_short"),
+    )
+    c.study = dict(
+        seeds=(0, 1, 2, 3, 4),
+        arms=arms,
+        columns=(
+            WORST,
+            *(
+                f"final/test/{name}"
+                for name in "top1 swap_same swap_random nmi ari keypoint_error "
+                "miou".split()
+            ),
+            "compute/tflop",
+            "time/train_seconds",
+        ),
+        gate=(("true_masks", WORST), ("no_masks", WORST), 0.1),
+        claims={k: ((a, WORST), (b, WORST), 0.05) for k, (a, b) in against.items()},
+        **OWN_BIRDS,
+    )
+    return c
+
+
+OWN_BIRDS = dict(
+    seeded=("data.options.seed",),
+    first=("configs/hjepa.py:birds",),
+    first_each_seed=True,
+)
+
+
+def _evidence_rates():
+    """Return the search of the learning rates for `evidence`, in another world.
+
+    By accuracy in a test balanced over backgrounds; labels of parts are not used.
+    """
+    c = _evidence_run()
+    c.init["from"] = "@first"
+    arms = {}
+    for name, rate in (("half", 5e-4), ("demos", 1e-3), ("double", 2e-3)):
+        own = f"optim.lr={rate}"
+        arms[f"hard_{name}"] = (own,)
+        arms[f"no_masks_{name}"] = _one_vit("baseline", own)
+    columns = (WORST, "final/test/top1")
+    c.study = dict(seeds=(100,), arms=arms, columns=columns, **OWN_BIRDS)
     return c
 
 
@@ -320,6 +380,7 @@ RECIPES = {
     "smoke": _smoke,
     "evidence": _evidence,
     "evidence_run": _evidence_run,
+    "evidence_rates": _evidence_rates,
     "demo_baseline": _demo_baseline,
     "folder": _folder,
     "cub_k8": lambda: _published("cub"),

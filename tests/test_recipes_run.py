@@ -63,6 +63,8 @@ EVERYWHERE = {
     "log.pictures": False,
     "log.every_steps": 1,
 }
+# What makes no other program, nor another road: arms that differ in these are one here.
+LENGTHS = ("steps=", "epochs=", "optim.lr=", "optim.warmup_epochs=", "data.per_class=")
 # Two blocks freeze at one event: before the third of four steps, the fifth of six.
 FREEZING = {
     "finetune_vit:freezing": {
@@ -180,9 +182,16 @@ def command(recipe, data, **given):
         if then := c.study.get("then", ()):
             depth = f"model.depth={changes['model.depth']}"
             changes["study.then"] = (*first(then[0], data), depth)
+        only = {}
         for arm, words in c.study.arms.items():
+            own = changes.get(f"study.arms.{arm}", words)
             if words and "=" not in words[0]:  # Of another config.
-                changes[f"study.arms.{arm}"] = first(words[0], data)
+                own = first(words[0], data)
+            elif own == words:
+                own = tuple(w for w in words if not w.startswith(LENGTHS))
+            changes[f"study.arms.{arm}"] = own
+            only.setdefault(own, arm)
+        changes["study.only"] = tuple(only.values())
         before = c.study.get("first", ())
         if isinstance(before, ml_collections.ConfigDict):
             for key, made in before.items():

@@ -115,3 +115,18 @@ def test_impossible_worlds_are_refused_with_every_fault():
         assert f"data.options.{said}" in str(error.value)
     with pytest.raises(errors.UsageError, match=r"scale_min=0\.9: at most scale_max"):
         sources.open("scenes", "", "train", scale_min=0.9, scale_max=0.5)
+
+
+def test_masks_of_other_birds_are_a_placebo_that_changes_nothing_else():
+    few = dict(count=5)
+    own = sources.open("birds", "", "train", **few)
+    placebo = sources.open("birds", "", "train", masks="other", **few)
+    for i in range(5):
+        mine, other = own.example(i), placebo.example(i)
+        np.testing.assert_array_equal(
+            other.pop("mask"), own.example((i + 1) % 5)["mask"]
+        )
+        assert (mine.pop("mask") == (mine["parts"] > 0)).all()
+        assert set(mine) == set(other)
+        for key, value in mine.items():
+            np.testing.assert_array_equal(other[key], value)

@@ -51,6 +51,7 @@ FROM = ("init", "teacher")  # Sections whose key `from` may name a run by @NAME.
 TFLOP = "compute/tflop"
 TOTAL = "compute/total_tflop"  # With what a run started from.
 COSTS = TFLOP, TOTAL  # A study with such a column gets a picture against it.
+BESIDE = "count", "masks"  # Options that change no image to test: training's; masks.
 MOST = 1000  # Runs of a study.
 WAIT = 5.0  # Seconds between looks for the first run of another process.
 
@@ -201,7 +202,7 @@ def _same_images(runs, claims, gate, problems):
 
     def scored(arm):
         data, evals = settings[arm].data, settings[arm].evals
-        options = {k: v for k, v in data.options.items() if k != "count"}  # Training's.
+        options = {k: v for k, v in data.options.items() if k not in BESIDE}
         return {
             "data.source": data.source,
             "data.options": options,

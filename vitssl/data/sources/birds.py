@@ -7,7 +7,7 @@ is known: parts, mask, keypoints, box, and the same bird before other background
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -64,11 +64,14 @@ class Birds(drawn.Drawn):
         purity: probability that a training bird is at home before its background; the
             others are before any other one. The test's is always 1/4: no correlation.
         noise: amplitude of the uniform pixel noise, of 255.
+        masks: whose "mask" an example has: its own bird's, or that of another bird of
+            the split, a placebo of the same sizes and shapes.
     """
 
     size: Annotated[int, ranges.Range(24)] = 48
     purity: ranges.Probability = 0.95
     noise: Annotated[int, ranges.Range(0, 127)] = 12
+    masks: Literal["own", "other"] = "own"
     name: ClassVar[str] = "birds"
     classes: ClassVar[tuple[str, ...]] = CLASSES
     COUNTS: ClassVar[dict[str, int]] = {"train": 4000, "test": 800}
@@ -88,7 +91,8 @@ class Birds(drawn.Drawn):
     def example(self, i: int) -> dict:
         """Return bird i; its group is 2 label + 1 at home, 2 label elsewhere."""
         bird = self.bird(i)
-        example = bird._asdict() | {"mask": bird.mask}
+        masked = bird if self.masks == "own" else self.bird((i + 1) % len(self))
+        example = bird._asdict() | {"mask": masked.mask}
         home = example.pop("place") == bird.label
         example["group"] = np.int32(2 * bird.label + home)
         if self.split == "test":
