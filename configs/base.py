@@ -8,6 +8,8 @@ import ml_collections
 
 RGB = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 LEAVES = dict(channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+# Of AdamW, in searches around the demos' rate.
+RATES = (("half", 5e-4), ("demos", 1e-3), ("double", 2e-3))
 LEAF_CROPS = dict(size=48, scale=(0.3, 1.0), flip=0.5)
 VIT = {
     "ti": dict(width=192, depth=12, heads=3),

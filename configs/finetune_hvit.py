@@ -134,6 +134,8 @@ def _infrared():
     return c
 
 
+SCORE = "final/test/ema_tta_f1_macro"
+PRETRAIN = dict(first=("configs/simclr_hvit.py:evidence_run",), first_each_seed=True)
 WARM_UP = {5: 100.0, 0: 1.5}  # Epochs of 100 steps, by labels per class.
 
 
@@ -172,10 +174,6 @@ def _study(c, seeds, arms, **keys):
     return c
 
 
-SCORE = "final/test/ema_tta_f1_macro"
-PRETRAIN = dict(first=("configs/simclr_hvit.py:evidence_run",), first_each_seed=True)
-
-
 def _evidence():
     """Return what SimCLR before 35 and 2,137 labels is worth, and what rivals it.
 
@@ -207,7 +205,7 @@ def _evidence_rates():
     """Return the search of the learning rate for `evidence`, in another world."""
     arms = {}
     for count in (5, 0):
-        for name, rate in (("half", 5e-4), ("demos", 1e-3), ("double", 2e-3)):
+        for name, rate in base.RATES:
             own = (f"data.per_class={count}", f"optim.warmup_epochs={WARM_UP[count]}")
             own = (*own, f"optim.lr={rate}")
             arms[f"scratch_{count or 'all'}_{name}"] = own

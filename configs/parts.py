@@ -8,8 +8,8 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
     demo_baseline   the demo's ViT without parts
     evidence        hard and soft masks, true ones, another bird's, and the same ViT
                     without masks at equal compute, all of a seed from one
-                    self-supervised checkpoint (configs/hjepa.py:birds); five seeds, an
-                    hour on two cores
+                    self-supervised checkpoint (configs/hjepa.py:birds); five seeds,
+                    about 70 minutes on two cores
     evidence_rates  the search of its learning rates, in another world
     evidence_run    one run of it with hard masks; --config.init.from=DIR of a run of
                     configs/hjepa.py:birds
@@ -169,6 +169,11 @@ def _init(weights):
 
 
 WORST = "final/test/worst_group"
+OWN_BIRDS = dict(
+    seeded=("data.options.seed",),
+    first=("configs/hjepa.py:birds",),
+    first_each_seed=True,
+)
 EQUAL = "epochs=15.0"  # A step of two ViTs costs three times as much.
 
 
@@ -225,13 +230,6 @@ def _evidence():
     return c
 
 
-OWN_BIRDS = dict(
-    seeded=("data.options.seed",),
-    first=("configs/hjepa.py:birds",),
-    first_each_seed=True,
-)
-
-
 def _evidence_rates():
     """Return the search of the learning rates for `evidence`, in another world.
 
@@ -240,7 +238,7 @@ def _evidence_rates():
     c = _evidence_run()
     c.init["from"] = "@first"
     arms = {}
-    for name, rate in (("half", 5e-4), ("demos", 1e-3), ("double", 2e-3)):
+    for name, rate in base.RATES:
         own = f"optim.lr={rate}"
         arms[f"hard_{name}"] = (own,)
         arms[f"no_masks_{name}"] = _one_vit("baseline", own)
