@@ -124,40 +124,36 @@ def _smoke():
     return c
 
 
-def _evidence():
-    """Return the ways to features of 2 pixels, and what a step of each costs.
+# The ways to features of 4 pixels, each with the loss on what it saw.
+_AT_8 = ("hybrid.output_patch_size=8", "hybrid.upsampler=bilinear")
+_AT_4 = (
+    "hybrid.processing_patch_size=(4,)",
+    "sampling.min_side=12",
+    "sampling.max_side=12",
+)
+WAYS = dict(
+    p8_upsampled=_AT_8,
+    hybrid_bilinear=("hybrid.upsampler=bilinear",),
+    hybrid_skip=(),
+    all_at_q=_AT_4,
+)
+TRUTH = "('sentinel2_l2a','sentinel1','worldcover','srtm')"
 
-    From 8 to 2 pixels are 16 tokens for one; at 1 pixel, which would be 64, the arm
-    that processes them all would take days. It trains on 24 pixels a side, as do all.
-    """
-    c = _demo()
-    c.epochs, c.optim.warmup_epochs = 15.0, 1.0
-    c.hybrid.output_patch_size = 2
-    c.sampling.update(times=2, token_budget=2600, min_side=3, max_side=3)
-    c.readout.times = 2
-    c.evals.update(image_size=32, every_epochs=0, final=(), batch_size=8)
-    c.log.update(every_steps=100, tensorboard=False)
-    c.checkpoint.every_epochs = 5.0
-    plain = ("hybrid.upsampler=bilinear", "hybrid.visible_loss_weight=0.0")
-    fine = ("hybrid.processing_patch_size=(2,)", "sampling.min_side=12")
-    c.study = dict(
-        seeds=(0, 1, 2),
-        arms=dict(
-            p8_upsampled=(*plain, "hybrid.decoder=processing"),
-            hybrid_bilinear=plain,
-            hybrid_decoder=(*plain, "readout.mode=decoder"),
-            hybrid_skip=(),
-            all_at_q=(*plain, *fine, "sampling.max_side=12"),
-        ),
-        columns=(
-            "final/test/miou",
-            "final/test/accuracy",
-            "final/test/miou_pixels",
-            "final/test/miou_guess",
-            "time/train_seconds",
-            "compute/tflop",
-        ),
-    )
+
+def _evidence():
+    """Return four ways to features of 4 pixels, at equal compute, with controls."""
+    c = _sections()
+    few = ("sentinel2_l2a", "sentinel1", "srtm")
+    c.data.options.update(told_by="texture", clouds=0.0, gaps=0.0, noise=0.2)
+    c.data.options.update(modalities=few, count=640, test_count=240, held=880)
+    c.inputs.modalities, c.mask = few, dict(type="random")
+    c.hybrid.update(output_patch_size=4, loss_tokens_per_modality=96)
+    c.sampling.update(times=1, token_budget=800, min_side=6, max_side=6)
+    c.readout.update(q=4, times=1)
+    c.measures.update(classes=8, probe="lbfgs", beside=True)
+    c.evals.update(every_epochs=0, final=(), final_samples_test=240)
+    c.log.update(every_steps=100, tensorboard=False, pictures=False)
+    c.epochs, c.checkpoint.best = 25.0, "loss"
     return c
 
 

@@ -9,6 +9,7 @@ the package sees a ConfigDict.
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import inspect
 import json
@@ -277,8 +278,7 @@ def schema(cls: type) -> dict[str, tuple[Any, Any]]:
 
     The default of a key that a config must have is `dataclasses.MISSING`.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
-    own = {}
+    hints, own = _hints(cls), {}
     for f in dataclasses.fields(cls):
         if issubclass(cls, nn.Module) and f.name in ("parent", "name"):
             continue
@@ -287,6 +287,12 @@ def schema(cls: type) -> dict[str, tuple[Any, Any]]:
             default = f.default_factory()
         own[f.name.removesuffix("_")] = (hints[f.name], default)
     return own
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of a class's fields; evaluating them takes most of a listing."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def fill(c: ml_collections.ConfigDict, cls: type) -> None:

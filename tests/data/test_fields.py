@@ -69,6 +69,34 @@ def test_there_is_detail_below_a_patch(samples):
     assert mixed / len(samples) > 0.8
 
 
+def test_what_surrounds_a_pixel_tells_textures_and_its_matter_does_not():
+    world = fields.Fields(size=64, told_by="texture", count=24)
+    trees, alike = ({k: [] for k in fields.PLANTINGS} for _ in range(2))
+    for i in range(24):
+        cover, matter, *_ = scene = world.scene(i)
+        water, built = np.isin(cover, (0, 1)), np.isin(cover, (2, 3))
+        np.testing.assert_array_equal(matter == fields.WATER, water)
+        np.testing.assert_array_equal(matter == fields.BUILT, built)
+        for kind in fields.PLANTINGS:
+            own = cover == fields.TEXTURES.index(kind)
+            x = matter == fields.FOREST
+            trees[kind].append(x[own])
+            alike[kind].append((x[:, 1:] == x[:, :-1])[own[:, 1:] & own[:, :-1]])
+    truth = world.sample(23)["worldcereal"][:, :, 0]
+    np.testing.assert_array_equal(truth.argmax(-1), scene.cover)
+    assert (truth.sum(-1) == 100).all()
+    trees, alike = (
+        {k: np.concatenate(v).mean() for k, v in found.items()}
+        for found in (trees, alike)
+    )
+    want = list(fields.PLANTINGS.values())
+    np.testing.assert_allclose(list(trees.values()), want, atol=0.04)
+    # What is drawn pixel by pixel is like its neighbour by chance alone.
+    by_chance = {k: p * p + (1 - p) ** 2 for k, p in fields.PLANTINGS.items()}
+    assert abs(alike["anyhow"] - by_chance["anyhow"]) < 0.02
+    assert alike["clumps"] > by_chance["clumps"] + 0.05
+
+
 def packed(sample):
     """Return a sample as `earth.write` takes it: without what is missing."""
     out = {"timestamps": sample["timestamps"], "masks": sample["present"]}

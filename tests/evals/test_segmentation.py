@@ -48,6 +48,34 @@ def test_a_token_predicts_the_pixels_it_covers():
     assert wrong.mean() > 0.2
 
 
+def test_a_solved_probe_is_near_the_best_there_is():
+    rng = np.random.default_rng(4)
+    truth = rng.integers(0, 3, (30, 8, 8))
+    cells = truth.reshape(30, 4, 2, 4, 2).swapaxes(2, 3).reshape(30, 4, 4, 4)
+    clean = np.eye(3, dtype=np.float32)[cells].reshape(30, 4, 4, 12)
+    features = 7 + 3 * (clean + rng.normal(0, 0.6, clean.shape)).astype(np.float32)
+    truth[:, 0, 0] = segmentation.IGNORE
+    own = dict(classes=3, pixels=2)
+    solved = segmentation.solve(features[:20], truth[:20], **own)
+    recipe = segmentation.Recipe(epochs=5, lr=0.05)
+    trained = segmentation.fit(features[:20], truth[:20], **own, recipe=recipe)
+
+    def wrong(params):
+        said = segmentation.predict(params, features[20:], 2, (8, 8))
+        return (said != truth[20:])[truth[20:] >= 0].mean()
+
+    # The best there is: the nearest of three corners.
+    pixel = (features[20:] - 7) / 3
+    best = pixel.reshape(10, 4, 4, 4, 3).argmax(-1).reshape(10, 4, 4, 2, 2)
+    best = best.swapaxes(2, 3).reshape(10, 8, 8)
+    floor = (best != truth[20:])[truth[20:] >= 0].mean()
+    assert floor <= wrong(solved) < min(1.5 * floor, wrong(trained))
+    # Noise alone: nothing is said but the share of each class.
+    noise = rng.normal(size=(20, 4, 4, 6)).astype(np.float32)
+    nothing = segmentation.solve(noise, truth[:20], **own)
+    assert np.abs(nothing["kernel"]).max() < 0.05
+
+
 def test_ignored_pixels_do_not_teach():
     rng = np.random.default_rng(2)
     features = rng.normal(size=(8, 4, 4, 3)).astype(np.float32)
@@ -75,3 +103,21 @@ def test_scores_are_of_images_the_probe_did_not_see():
     found = readout.scores(*readout.halves(told), measures)
     assert found["miou"] == 1.0 and found["miou_pixels"] == found["miou_guess"] < 0.5
     assert readout.scores({"label": truth}, {"label": truth}, measures) == {}
+
+
+def test_what_pixels_are_worth_beside_features():
+    """A class that neither names by itself: one says the row, one the column."""
+    rng = np.random.default_rng(5)
+    a, b = rng.integers(0, 2, (2, 40, 2, 2)).astype(np.float32)
+    truth = (2 * a + b).astype(int).repeat(2, 1).repeat(2, 2)
+    rows = {"tokens": a[..., None], "truth": truth}
+    rows["pixels"] = b.repeat(2, 1).repeat(2, 2)[..., None]
+    measures = readout.Measures(classes=4, probe="lbfgs", beside=True)
+    found = readout.scores(*readout.halves(rows), measures)
+    assert found["miou_beside"] == 1.0
+    assert max(found["miou"], found["miou_pixels"], found["miou_blocks"]) < 0.5
+    # Pixels of a patch beside each other tell what one by itself does not.
+    rows["pixels"][:, ::2] = 0
+    rows["pixels"][:, ::2, 1::2, 0] = a
+    found = readout.scores(*readout.halves(rows), measures)
+    assert found["miou_blocks"] == 1.0 and found["miou_pixels"] < 0.7

@@ -300,25 +300,43 @@ def logistic(
 
 def _path(features, label, classes, penalties, iterations):
     """Return the solutions [{"kernel", "bias"}] for falling penalties."""
+    shape = (features.shape[1] + 1, classes)
+    return solutions(_objective, (features, label), shape, penalties, iterations)
+
+
+def solutions(objective, rows, shape, penalties, iterations, start=None):
+    """Minimise by L-BFGS, for falling penalties, each from where the last one ended.
+
+    Args:
+        objective: compiled; returns (value, gradient) for (w float32 [D + 1, C], *rows,
+            penalty).
+        rows: arrays, put on the device once.
+        shape: (D + 1, C).
+        start: of the first, {"kernel", "bias"}; None = 0.
+
+    Returns:
+        [{"kernel": [D, C], "bias": [C]}], one for each penalty.
+    """
     from scipy import optimize
 
-    d = features.shape[1]
-    features, label = jax.device_put((features, label))
+    rows = jax.device_put(rows)
 
     def value(flat, penalty):
-        w = flat.astype(np.float32).reshape(d + 1, classes)
+        w = flat.astype(np.float32).reshape(shape)
         w, strength = jax.device_put((w, np.float32(penalty)))
-        loss, slope = jax.device_get(_objective(w, features, label, strength))
+        loss, slope = jax.device_get(objective(w, *rows, strength))
         return float(loss), slope.astype(np.float64).ravel()
 
-    flat, found = np.zeros((d + 1) * classes), []
+    flat, found = np.zeros(math.prod(shape)), []
+    if start:
+        flat = np.concatenate([start["kernel"], start["bias"][None]]).ravel()
     options = {"maxiter": iterations, "ftol": 1e-7, "gtol": 1e-5}
     for penalty in penalties:
         result = optimize.minimize(
             value, flat, penalty, jac=True, method="L-BFGS-B", options=options
         )
         flat = result.x
-        w = flat.astype(np.float32).reshape(d + 1, classes)
+        w = flat.astype(np.float32).reshape(shape)
         found.append({"kernel": w[:-1], "bias": w[-1]})
     return found
 

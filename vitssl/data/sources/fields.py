@@ -5,6 +5,10 @@ in the seasons alone: winter and summer crops, grass and bare soil look alike in
 month. Clouds cover Sentinel-2 and Landsat, speckle Sentinel-1, and time steps are
 missing. Roads, houses and the river are thinner than a patch of 8 pixels.
 
+With `told_by="texture"` a pixel's colours name no class: plantings are of trees and
+grass, in rows, a grid, clumps or anyhow; roads and houses, rivers and lakes are of the
+same matter. What surrounds a pixel says what it is.
+
 Units are those of the real products: digital numbers, dB, metres and map codes.
 """
 
@@ -20,8 +24,11 @@ from vitssl.data import modalities
 from vitssl.data.sources import drawn
 
 COVER = ("water", "forest", "grass", "winter crop", "summer crop", "built")
+PLANTINGS = {"rows": 0.5, "grid": 0.25, "clumps": 0.8, "anyhow": 0.05}  # Of trees.
+TEXTURES = ("river", "lake", "house", "road", *PLANTINGS)
 LANDSCAPES = ("arable", "pasture", "woodland", "settled")
 WATER, FOREST, GRASS, WINTER, SUMMER, BUILT = range(6)
+RIVER, LAKE, HOUSE, ROAD = range(4)
 SENSORS = ("sentinel2_l2a", "sentinel1", "landsat")
 MAPS = modalities.MAPS
 
@@ -36,6 +43,7 @@ _TREES = (0.02, 0.05, 0.03, 0.30, 0.07, 0.22, 0.27, 0.31, 0.14, 0.07, 0.02, 0.30
 _LAKE = (0.06, 0.06, 0.04, 0.02, 0.04, 0.03, 0.03, 0.02, 0.01, 0.01, 0.07, 0.02)
 _ROOFS = (0.14, 0.16, 0.18, 0.24, 0.20, 0.21, 0.22, 0.24, 0.26, 0.24, 0.13, 0.22)
 _CODES = {"worldcover": (80, 10, 30, 40, 40, 50), "cdl": (111, 141, 176, 24, 1, 121)}
+_PERIOD = 4.0  # Pixels from row to row: both trees and grass under a patch of 4.
 _METRES = (4, 5, 6, 7, 8, 9), (10, 11)  # S2 channels of 20 m and 60 m.
 
 
@@ -43,12 +51,14 @@ class Scene(NamedTuple):
     """A place and what is known of it.
 
     Attributes:
-        cover: uint8 [S, S], indices of `COVER`.
+        cover: uint8 [S, S], the classes: indices of `COVER`, or of `TEXTURES`.
+        matter: uint8 [S, S], what reflects: indices of `COVER`.
         landscape: an index of `LANDSCAPES`.
         height: float32 [S, S], metres above the sea.
     """
 
     cover: np.ndarray
+    matter: np.ndarray
     landscape: int
     height: np.ndarray
 
@@ -67,6 +77,8 @@ class Fields(drawn.Drawn):
         gaps: probability that a time step of Sentinel-2 or 1 is missing; Landsat's is
             twice that.
         noise: relative deviation of a pixel's reflectance.
+        told_by: what tells classes apart: "seasons", those of `COVER`; "texture" and
+            shape, those of `TEXTURES`.
         held: scenes that stay in memory once they are drawn, 0.2 to 1.5 MB each.
         channels: not used: each modality has its own.
     """
@@ -76,6 +88,7 @@ class Fields(drawn.Drawn):
     clouds: Annotated[float, ranges.Range(0, 0.5)] = 0.35
     gaps: Annotated[float, ranges.Range(0, 0.5)] = 0.15
     noise: ranges.NotNegative = 0.12
+    told_by: Literal["seasons", "texture"] = "seasons"
     held: ranges.OrNone = 0
     channels: int = 1
     name: ClassVar[str] = "fields"
@@ -102,21 +115,11 @@ class Fields(drawn.Drawn):
     def scene(self, i: int) -> Scene:
         """Draw the ground of scene i."""
         rng, n, kind = self.rng(i, 0), self.size, self.label(i)
-        cover = _parcels(rng, n, _GROWN[kind])
-        wood = _smooth(rng, n, n / 5)
-        cover[wood > np.quantile(wood, 1 - _WOOD[kind] * rng.uniform(0.5, 1.5))] = (
-            FOREST
-        )
-        for _ in range(int(rng.integers(1, 3))):
-            _line(cover, rng, BUILT, 1)
-        for _ in range(int(rng.poisson(_HOUSES[kind]))):
-            y, x = rng.integers(0, n, 2)
-            h, w = rng.integers(1, 4, 2)
-            cover[y : y + h, x : x + w] = BUILT
-        if rng.random() < 0.7:
-            _line(cover, rng, WATER, int(rng.integers(1, 4)))
+        draw = _seasonal if self.told_by == "seasons" else _textured
+        cover, matter = draw(rng, n, kind)
         height = 350 + 120 * _smooth(rng, n, n / 3)
-        return Scene(cover, kind, (height - 25 * (cover == WATER)).astype(np.float32))
+        height = (height - 25 * (matter == WATER)).astype(np.float32)
+        return Scene(cover, matter, kind, height)
 
     def sample(self, i: int) -> dict:
         """Draw what the sensors see of scene i."""
@@ -168,7 +171,7 @@ class Fields(drawn.Drawn):
         n = self.size
         shade = np.exp(0.12 * _smooth(rng, n, 3) + rng.normal(0, 0.05, (n, n)))
         shade = shade.astype(np.float32)
-        return table.astype(np.float32)[scene.cover] * shade[..., None, None]
+        return table.astype(np.float32)[scene.matter] * shade[..., None, None]
 
     def _sentinel2(self, i, scene, ground):
         del scene
@@ -198,7 +201,7 @@ class Fields(drawn.Drawn):
         rng = self.rng(i, 5)
         there = _there(rng, self.gaps)
         index = (ground[..., 3] - ground[..., 2]) / (ground[..., 3] + ground[..., 2])
-        base = np.array([-21.0, -8.0, -12.0, -12.5, -12.5, -4.0])[scene.cover][
+        base = np.array([-21.0, -8.0, -12.0, -12.5, -12.5, -4.0])[scene.matter][
             ..., None
         ]
         vv = base + 2.5 * (index - 0.4) * (base > -20)
@@ -222,17 +225,84 @@ class Fields(drawn.Drawn):
         return x
 
 
-def _parcels(rng, n, grown):
-    """Return the crops of parcels: the cells of random points, in a random metric."""
-    count = max(4, round(n * n / rng.uniform(45, 140)))
+def _seasonal(rng, n, kind):
+    """Draw a landscape whose seasons tell its classes: (cover, matter)."""
+    of, where = _parcels(rng, n, (45, 140))
+    crop = rng.choice([GRASS, WINTER, SUMMER], of, p=_GROWN[kind])
+    cover = crop[where].astype(np.uint8)
+    wood = _smooth(rng, n, n / 5)
+    cover[wood > np.quantile(wood, 1 - _WOOD[kind] * rng.uniform(0.5, 1.5))] = FOREST
+    for _ in range(int(rng.integers(1, 3))):
+        _line(cover, rng, BUILT, 1)
+    for _ in range(int(rng.poisson(_HOUSES[kind]))):
+        cover[_block(rng, n)] = BUILT
+    if rng.random() < 0.7:
+        _line(cover, rng, WATER, int(rng.integers(1, 4)))
+    return cover, cover
+
+
+def _textured(rng, n, kind):
+    """Draw a landscape whose textures and shapes tell its classes: (cover, matter)."""
+    of, where = _parcels(rng, n, (120, 360))
+    planted = rng.integers(len(TEXTURES) - len(PLANTINGS), len(TEXTURES), of)
+    cover = planted[where].astype(np.uint8)
+    trees = np.zeros((n, n), bool)
+    for parcel in range(of):
+        own = where == parcel
+        trees[own] = _planting(rng, n, TEXTURES[planted[parcel]])[own]
+    matter = np.where(trees, FOREST, GRASS).astype(np.uint8)
+    for _ in range(int(rng.integers(1, 3))):
+        high = _smooth(rng, n, n / 8)
+        lake = high > np.quantile(high, 1 - rng.uniform(0.02, 0.06))
+        cover[lake] = LAKE
+    for _ in range(int(rng.integers(1, 3))):
+        _line(cover, rng, ROAD, 2)
+    for _ in range(3 + int(rng.poisson(_HOUSES[kind])) // 3):
+        cover[_block(rng, n, 3, 6)] = HOUSE
+    _line(cover, rng, RIVER, int(rng.integers(2, 4)))
+    matter[np.isin(cover, (RIVER, LAKE))] = WATER
+    matter[np.isin(cover, (HOUSE, ROAD))] = BUILT
+    return cover, matter
+
+
+def _planting(rng, n, kind):
+    """Return where a planting has trees: bool [S, S]."""
+    if kind == "anyhow":
+        return rng.random((n, n)) < PLANTINGS[kind]
+    if kind == "clumps":
+        high = _smooth(rng, n, 1.2)
+        return high > np.quantile(high, 1 - PLANTINGS[kind])
+    angle = rng.uniform(0, np.pi)
+    at = np.stack(np.mgrid[:n, :n], axis=-1) @ np.array([np.cos(angle), np.sin(angle)])
+    rows = np.sin(2 * np.pi * at / _PERIOD + rng.uniform(0, 2 * np.pi)) > 0
+    if kind == "rows":
+        return rows
+    across = np.stack(np.mgrid[:n, :n], axis=-1) @ np.array(
+        [-np.sin(angle), np.cos(angle)]
+    )
+    return rows & (np.sin(2 * np.pi * across / _PERIOD + rng.uniform(0, 6.28)) > 0)
+
+
+def _block(rng, n, least=1, most=4):
+    """Return the slices of a block somewhere, of fewer than `most` pixels a side."""
+    y, x = rng.integers(0, n, 2)
+    h, w = rng.integers(least, most, 2)
+    return slice(y, y + h), slice(x, x + w)
+
+
+def _parcels(rng, n, pixels):
+    """Return parcels: how many, and whose each pixel is, int [S, S].
+
+    They are the cells of random points, in a random metric, of so many pixels.
+    """
+    count = max(4, round(n * n / rng.uniform(*pixels)))
     points = rng.uniform(0, n, (count, 2))
     angle, stretch = rng.uniform(0, np.pi), rng.uniform(1, 2.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     metric = np.diag([stretch, 1 / stretch]) @ turn
     at = np.stack(np.mgrid[:n, :n], axis=-1) + 0.5
     far = ((at @ metric.T)[:, :, None] - points @ metric.T) ** 2
-    crop = rng.choice([GRASS, WINTER, SUMMER], count, p=grown)
-    return crop[far.sum(-1).argmin(-1)].astype(np.uint8)
+    return count, far.sum(-1).argmin(-1)
 
 
 def _smooth(rng, n, scale):
@@ -281,7 +351,10 @@ def _band(modality, band):
 
 def _map(name, scene):
     """Return a map of a scene: [S, S, 1, C]."""
-    cover, shape = scene.cover, (*scene.cover.shape, 1)
+    cover, shape = scene.matter, (*scene.cover.shape, 1)
+    if name == "worldcereal" and scene.cover is not scene.matter:
+        # Each class has a band: a map that knows the truth.
+        return 100 * np.eye(8, dtype=np.uint8)[scene.cover][:, :, None]
     if name in _CODES:
         return np.array(_CODES[name], np.uint8)[cover].reshape(*shape, 1)
     if name == "srtm":

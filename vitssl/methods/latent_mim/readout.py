@@ -46,19 +46,25 @@ class Measures:
 
     Attributes:
         classes: of a pixel; 0 where the data set knows no class per pixel.
-        epochs, lr, decay, batch_size: of the probe, see `segmentation.Recipe`.
+        probe: "adamw": the original's, by `segmentation.Recipe`; "lbfgs": solved to the
+            end, see `segmentation.solve`, for patches that fill the image.
+        epochs, lr, decay, batch_size: of "adamw".
         pixels: also probe the pixels themselves.
+        beside: also probe the pixels of a patch q, and features beside them, which is
+            what handing pixels on is worth without training.
         taught: what probes are trained on: every other image of the "test" split, at
             every evaluation, or the "bank" split (data.bank_split), at the end alone.
     """
 
     classes: ranges.OrNone = 0
     taught: Literal["test", "bank"] = "test"
+    probe: Literal["adamw", "lbfgs"] = "adamw"
     epochs: ranges.Count = 50
     lr: ranges.Positive = 0.1
     decay: ranges.NotNegative = 0.01
     batch_size: ranges.Count = 8
     pixels: bool = True
+    beside: bool = False
 
     @property
     def recipe(self) -> segmentation.Recipe:
@@ -69,6 +75,8 @@ class Measures:
         """Yield that a pixel cannot be of one class alone."""
         if self.classes == 1:
             yield "classes=1: 0 (none known per pixel), or 2 or more"
+        if self.beside and not self.pixels:
+            yield "beside=True: needs pixels=True"
 
 
 def sample(kinds, images: dict) -> dict:
@@ -163,8 +171,9 @@ def scores(bank: dict, test: dict, measures: Measures) -> dict:
             truth there is nothing to score.
 
     Returns:
-        "miou", "accuracy", "macro_f1" of the features; "miou_pixels" of the pixels;
-        "miou_guess" of always saying the most frequent class; "iou" [C].
+        "miou", "accuracy", "macro_f1" of the features; "miou_pixels" of the pixels,
+        each by itself; "miou_blocks" of those of a patch, "miou_beside" of features
+        beside them; "miou_guess" of always saying the most frequent class; "iou" [C].
 
     Raises:
         UsageError: the truth has more classes than `measures` says.
@@ -175,10 +184,23 @@ def scores(bank: dict, test: dict, measures: Measures) -> dict:
     found.pop("macro_accuracy")
     if "pixels" in test:
         found["miou_pixels"] = _one("pixels", bank, test, measures)["miou"]
+        if measures.beside:
+            more = [_with_blocks(rows) for rows in (bank, test)]
+            for name in ("blocks", "beside"):
+                found[f"miou_{name}"] = _one(name, *more, measures)["miou"]
     known = bank["truth"][bank["truth"] >= 0]
     most = np.full_like(test["truth"], np.bincount(known).argmax())
     guess = segmentation.measure(most, test["truth"], measures.classes)
     return found | {"miou_guess": guess["miou"]}
+
+
+def _with_blocks(rows) -> dict:
+    """Return rows with "blocks", the pixels of each token, and "beside", both."""
+    x, features = rows["pixels"], rows["tokens"]
+    h, w = features.shape[1:3]
+    blocks = einops.rearrange(x, "m (h i) (w j) k -> m h w (i j k)", h=h, w=w)
+    beside = np.concatenate([features, blocks], axis=-1)
+    return rows | {"blocks": blocks, "beside": beside}
 
 
 def _known(rows, measures) -> bool:
@@ -196,12 +218,10 @@ def _one(name, bank, test, measures):
     """Return the measures of one kind of features [M, h, w, D]."""
     size, n = test["truth"].shape[1:], test[name].shape[1]
     pixels = max(1, size[0] // n)
-    params = segmentation.fit(
-        bank[name],
-        bank["truth"],
-        classes=measures.classes,
-        pixels=pixels,
-        recipe=measures.recipe,
+    own = {"recipe": measures.recipe} if measures.probe == "adamw" else {}
+    learn = segmentation.fit if own else segmentation.solve
+    params = learn(
+        bank[name], bank["truth"], classes=measures.classes, pixels=pixels, **own
     )
     said = segmentation.predict(params, test[name], pixels, size)
     return segmentation.measure(said, test["truth"], measures.classes)
