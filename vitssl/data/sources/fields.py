@@ -78,7 +78,7 @@ class Fields(drawn.Drawn):
             twice that.
         noise: relative deviation of a pixel's reflectance.
         told_by: what tells classes apart: "seasons", those of `COVER`; "texture" and
-            shape, those of `TEXTURES`.
+            shape, those of `TEXTURES`, in a summer that lasts.
         held: scenes that stay in memory once they are drawn, 0.2 to 1.5 MB each.
         channels: not used: each modality has its own.
     """
@@ -150,6 +150,8 @@ class Fields(drawn.Drawn):
     def _reflectance(self, i, scene):
         """Return the reflectance of the ground through the year: [S, S, 12, bands]."""
         rng, months = self.rng(i, 2), np.arange(modalities.TIMES)
+        if self.told_by == "texture":
+            months = np.full(modalities.TIMES, 6)  # Summer all year.
         shift = rng.normal(0, 0.5)  # An early or a late year.
 
         def season(peak, wide):
@@ -243,7 +245,7 @@ def _seasonal(rng, n, kind):
 
 def _textured(rng, n, kind):
     """Draw a landscape whose textures and shapes tell its classes: (cover, matter)."""
-    of, where = _parcels(rng, n, (120, 360))
+    of, where = _parcels(rng, n, (250, 700))
     planted = rng.integers(len(TEXTURES) - len(PLANTINGS), len(TEXTURES), of)
     cover = planted[where].astype(np.uint8)
     trees = np.zeros((n, n), bool)
@@ -253,11 +255,11 @@ def _textured(rng, n, kind):
     matter = np.where(trees, FOREST, GRASS).astype(np.uint8)
     for _ in range(int(rng.integers(1, 3))):
         high = _smooth(rng, n, n / 8)
-        lake = high > np.quantile(high, 1 - rng.uniform(0.02, 0.06))
+        lake = high > np.quantile(high, 1 - rng.uniform(0.04, 0.1))
         cover[lake] = LAKE
     for _ in range(int(rng.integers(1, 3))):
         _line(cover, rng, ROAD, 2)
-    for _ in range(3 + int(rng.poisson(_HOUSES[kind])) // 3):
+    for _ in range(6 + int(rng.poisson(_HOUSES[kind])) // 2):
         cover[_block(rng, n, 3, 6)] = HOUSE
     _line(cover, rng, RIVER, int(rng.integers(2, 4)))
     matter[np.isin(cover, (RIVER, LAKE))] = WATER

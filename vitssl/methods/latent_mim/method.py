@@ -218,7 +218,8 @@ class LatentMIM(base.Embedding):
             asked = getattr(view, name)
             goals = self._goals(module, extra, fields, asked)
             rows[name] = {
-                k: Pair(a.prediction, goals[k], a.valid) for k, a in asked.items()
+                k: Pair(a.prediction, goals[k], a.valid, self._bandset(k, a))
+                for k, a in asked.items()
             }
         size = len(batch["timestamps"])
         counts = {k: jnp.broadcast_to(v, size) for k, v in view.counts.items()}
@@ -245,12 +246,30 @@ class LatentMIM(base.Embedding):
             metrics["ema"] = self.target.momentum(step, self.run.total_steps)
         return sum(parts.values()), (extra, metrics)
 
+    def _bandset(self, name, asked):
+        """Return of which bandset of a modality the tokens are: int32 [B, Q]."""
+        place = asked.index  # Bandsets are the last axis of places.
+        if place is None:
+            place = jnp.broadcast_to(
+                jnp.arange(asked.valid.shape[1]), asked.valid.shape
+            )
+        return place % self._bandsets[name]
+
+    @property
+    def _bandsets(self) -> dict:
+        """Return how many bandsets each modality has."""
+        return {kind.name: len(kind.channels) for kind in self.kinds}
+
     def _of_tokens(self, pairs):
         """Return (loss [], {modality: []}), means over the views, of [B, V, ...]."""
         each = []
         if self.target.centre:
             pairs = {
-                k: p._replace(target=target.centred(p.target, p.valid))
+                k: p._replace(
+                    target=target.centred(
+                        p.target, p.valid, p.bandset, self._bandsets[k]
+                    )
+                )
                 for k, p in pairs.items()
             }
         for v in range(self.augment.views):

@@ -24,10 +24,12 @@ class Target:
             alone, which never attends.
         start, end: momentum with which it follows the encoder, along the run; 1 and 1 =
             it stays as it was drawn.
-        centre: take away the mean of a modality's targets over the batch. It is nearly
+        centre: take away the mean of a bandset's targets over the batch. It is nearly
             all of them at small q, where they otherwise point one way: of drawn
             farmland at 1 px even a perfect predictor gets no further than 95 to 99 %
-            of the loss at chance, and 45 to 65 % with it.
+            of the loss at chance, and 45 to 65 % with it. (Of a whole modality the
+            mean would leave the means of its bandsets, and those would be all that is
+            predicted.)
     """
 
     depth: ranges.OrNone = 0
@@ -111,10 +113,19 @@ def encoded(encoder, params, fields, asked, patch, depth):  # -> {name: [B, Q, D
     return jax.tree.map(jax.lax.stop_gradient, found)
 
 
-def centred(goal, valid):
-    """Return targets [..., D] without their mean over what is valid [...]."""
+def centred(goal, valid, bandset, bandsets):
+    """Return targets without the mean of what is valid of their bandset.
+
+    Args:
+        goal: [..., D].
+        valid: bool [...].
+        bandset: int32 [...], below `bandsets`.
+    """
     goal = goal.astype(jnp.float32)
-    keep = valid[..., None]
-    total = jnp.where(keep, goal, 0).sum(tuple(range(valid.ndim)))
-    mean = total / jnp.maximum(valid.sum(), 1)
-    return goal - mean
+    found = goal
+    for s in range(bandsets):
+        of = (bandset == s)[..., None]
+        keep = of & valid[..., None]
+        total = jnp.where(keep, goal, 0).sum(tuple(range(valid.ndim)))
+        found = jnp.where(of, goal - total / jnp.maximum(keep.sum(), 1), found)
+    return found
