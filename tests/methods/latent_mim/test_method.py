@@ -270,14 +270,41 @@ def test_times_side_by_side_are_the_means_of_each():
         np.testing.assert_allclose(apart[..., 4 * t : 4 * t + 4], want, atol=1e-6)
 
 
-def test_centred_targets_lose_the_mean_of_what_is_valid():
+def test_centred_targets_lose_the_mean_of_what_is_valid_of_their_bandset():
     rng = np.random.default_rng(2)
     goal = rng.normal(size=(3, 5, 4)).astype(np.float32) + 7
-    valid = rng.random((3, 5)) < 0.5
-    got = np.asarray(target.centred(goal, valid))
-    np.testing.assert_allclose(got, goal - goal[valid].mean(0), atol=1e-5)
-    empty = target.centred(goal, np.zeros((3, 5), bool))
+    valid, bandset = rng.random((3, 5)) < 0.7, rng.integers(0, 2, (3, 5))
+    got = np.asarray(target.centred(goal, valid, bandset, 2))
+    for s in range(2):
+        of = bandset == s
+        mean = goal[of & valid].mean(0)
+        np.testing.assert_allclose(got[of], goal[of] - mean, atol=1e-5)
+    empty = target.centred(goal, np.zeros((3, 5), bool), bandset, 2)
     np.testing.assert_array_equal(empty, goal)
+
+
+@pytest.mark.parametrize("drawn", (24, 1000))
+def test_of_a_world_that_is_the_same_everywhere_nothing_is_to_be_predicted(drawn):
+    """With targets centred by bandset they are 0; means of others would be left."""
+    m = method(
+        hybrid=dict(
+            processing_patch_size=(P,),
+            output_patch_size=Q,
+            loss_tokens_per_modality=drawn,
+        )
+    )
+    batch = batch_of(m)
+    band = np.arange(12, dtype=np.float32)
+    for name in [k for k in batch if k == "view/sentinel2_l2a"]:
+        batch[name] = np.broadcast_to(band, batch[name].shape)
+    params, extra = init(m, batch)
+    phase = step.Phase(frozenset(), m.phase(0))
+    rows = m.embed(params, extra, batch, KEY, phase=phase)
+    pair = rows["asked"]["sentinel2_l2a"]
+    assert len(np.unique(pair.bandset[pair.valid])) > 1
+    assert np.abs(pair.target).max() > 0.1
+    got = target.centred(pair.target, pair.valid, pair.bandset, 3)
+    np.testing.assert_allclose(got[np.asarray(pair.valid)], 0, atol=1e-4)
 
 
 def test_pictures_are_a_sensor_of_their_own():
