@@ -40,9 +40,9 @@ One override away:
     --config.readout.mode=decoder               (read the predictor's answers)
     --config.network.anchor=corner --config.network.frequencies=legacy
 
-Ours: land cover of the demo after half of its run (200 steps, 224 s of one core with
-compiling): mIoU 0.76 through the skip, 0.32 of the same tokens merely interpolated, the
-pixels themselves 0.68. Masked Sentinel-1 at 1 px is speckle: its loss stays at chance.
+The demo, seed 0: land cover of every pixel, mIoU 0.84 after 400 steps (0.82 after 200),
+0.57 untrained, the pixels themselves 0.68. Masked Sentinel-1 at 1 px is speckle: its loss
+stays at chance.
 Published (linear probe, m-eurosat, nano / tiny / base): 93.1, 95.3, 97.5 %; of the
 hybrid nothing is: the original's step raises before the first update.
 """
@@ -153,6 +153,17 @@ def _evidence():
     known = "('sentinel2_l2a','worldcereal','srtm')"
     truth = (f"data.options.modalities={known}", f"inputs.modalities={known}")
     miou, beside = "final/test/miou", "final/test/miou_beside"
+    pairs = dict(  # Claim: the arm and score that are ahead, of which.
+        as_good_as_all_at_q=("hybrid_skip", miou, "all_at_q", miou),
+        training_beats_handing_on=("hybrid_skip", miou, "untrained_p8", beside),
+        hybrid_adds=("hybrid_skip", beside, "untrained_p8", beside),
+        bilinear_adds=("hybrid_bilinear", beside, "untrained_p8", beside),
+        coarse_adds=("p8_upsampled", beside, "untrained_p8", beside),
+        fine_adds=("all_at_q", beside, "untrained_q", beside),
+        bilinear_beats_all_at_q=("hybrid_bilinear", beside, "all_at_q", beside),
+        fine_loss_helps=("hybrid_bilinear", miou, "p8_upsampled", miou),
+        skip_helps=("hybrid_skip", miou, "hybrid_bilinear", miou),
+    )
     c.study = dict(
         seeds=(0, 1, 2),
         seeded=("data.options.seed",),
@@ -168,39 +179,8 @@ def _evidence():
             untrained_q=(*fine, *none),
         ),
         gate=(("truth_skip", miou), ("truth_skip", "final/test/miou_blocks"), 0.1),
-        claims=dict(
-            as_good_as_all_at_q=(("hybrid_skip", miou), ("all_at_q", miou), 0.02),
-            training_beats_pixels_handed_on=(
-                ("hybrid_skip", miou),
-                ("untrained_p8", beside),
-                0.02,
-            ),
-            hybrid_adds_beside_pixels=(
-                ("hybrid_skip", beside),
-                ("untrained_p8", beside),
-                0.02,
-            ),
-            coarse_adds_beside_pixels=(
-                ("p8_upsampled", beside),
-                ("untrained_p8", beside),
-                0.02,
-            ),
-            fine_adds_beside_pixels=(
-                ("all_at_q", beside),
-                ("untrained_q", beside),
-                0.02,
-            ),
-            fine_loss_helps=(("hybrid_bilinear", miou), ("p8_upsampled", miou), 0.02),
-            skip_helps=(("hybrid_skip", miou), ("hybrid_bilinear", miou), 0.02),
-        ),
-        columns=(
-            miou,
-            beside,
-            "final/test/miou_blocks",
-            "final/test/miou_pixels",
-            "final/test/accuracy",
-            "compute/tflop",
-        ),
+        claims={k: ((a, x), (b, y), 0.02) for k, (a, x, b, y) in pairs.items()},
+        columns=(miou, beside, f"{miou}_blocks", f"{miou}_pixels", "compute/tflop"),
     )
     return c
 

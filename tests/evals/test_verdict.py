@@ -143,6 +143,22 @@ def test_a_classifier_has_to_beat_the_largest_class():
     assert verdict.verdict(metrics).short == "not learned"
 
 
+def test_a_probe_of_pixels_has_to_beat_itself_before_the_first_step():
+    values = {"accuracy": 0.9, "miou": 0.8, "images": 80}
+    metrics = final(ours=0.2, theirs=0.4) | {
+        f"final/test/{k}": (np.array([5]), np.array([v])) for k, v in values.items()
+    }
+    assert verdict.verdict(metrics).short == "not learned"  # By k-NN of images.
+    metrics["test/accuracy"] = np.array([2, 5]), np.array([0.7, 0.9])
+    assert verdict.verdict(metrics).short == "not learned"  # Nobody knows its start.
+    metrics["test/accuracy"] = np.array([0, 5]), np.array([0.7, 0.9])
+    found = verdict.verdict(metrics)
+    assert found.short == "learned"
+    assert "before the first step 70.0% (59.2-78.9), on 80 test images" in found.text
+    metrics["test/accuracy"] = np.array([0, 5]), np.array([0.85, 0.9])
+    assert verdict.verdict(metrics).short == "not learned"
+
+
 def test_the_scores_of_a_method_are_told_with_the_interval_of_its_accuracy():
     scores = {"f1_macro": 0.5, "top1": 0.9, "loss": 1 / 3, "images": 360}
     assert accuracy.told(scores, 3) == [

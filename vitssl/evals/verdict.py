@@ -13,7 +13,9 @@ from vitssl.evals import accuracy
 
 COLLAPSED, RANK = "quality/collapsed", "quality/effective_rank"
 # What decides, the first that was measured: (name, score, what it has to beat, name).
+# Pixels of an image are alike: their share counts as one of images.
 PAIRS = (
+    ("pixels right", "final/test/accuracy", "test/accuracy", "before the first step"),
     ("top-1", "final/test/top1", "final/test/largest_class", "the largest class"),
     ("k-NN", "final/trained/knn/top1", "final/untrained/knn/top1", "untrained"),
     ("linear", "final/trained/linear/top1", "final/untrained/linear/top1", "untrained"),
@@ -116,6 +118,14 @@ def _value(metrics, key):
     return float(found[1][-1]) if found is not None and len(found[1]) else math.nan
 
 
+def _rival(metrics, key):
+    """Return what has to be beaten: at the end, or what an evaluation said before."""
+    if key.startswith("final/"):
+        return _value(metrics, key)
+    steps, values = metrics.get(key, ((), ()))
+    return float(values[0]) if len(steps) and steps[0] == 0 else math.nan
+
+
 def _low_rank(metrics) -> bool:
     """Return whether the rank says collapse, too; True if nothing does.
 
@@ -140,7 +150,7 @@ def _rank(metrics) -> str:
 def _scores(metrics):
     """Return (whether it learned, None if nothing tells; what was measured)."""
     for name, ours, theirs, rival in PAIRS:
-        score, beaten = _value(metrics, ours), _value(metrics, theirs)
+        score, beaten = _value(metrics, ours), _rival(metrics, theirs)
         head = ours.rpartition("/")[0]
         counts = (f"{head}/images", "final/trained/query")
         counts = [n for n in (_value(metrics, key) for key in counts) if 1 <= n < 2**53]

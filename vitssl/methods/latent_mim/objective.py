@@ -164,7 +164,9 @@ def patch_discrimination(
 
 def join(pairs) -> Pair:
     """Return the tokens of several modalities as one `Pair`."""
-    return Pair(*(jnp.concatenate(x, axis=1) for x in zip(*(p[:3] for p in pairs), strict=True)))
+    return Pair(
+        *(jnp.concatenate(x, axis=1) for x in zip(*(p[:3] for p in pairs), strict=True))
+    )
 
 
 def _one(pair, how, tau, standardise, same_target):

@@ -173,7 +173,8 @@ def scores(bank: dict, test: dict, measures: Measures) -> dict:
     Returns:
         "miou", "accuracy", "macro_f1" of the features; "miou_pixels" of the pixels,
         each by itself; "miou_blocks" of those of a patch, "miou_beside" of features
-        beside them; "miou_guess" of always saying the most frequent class; "iou" [C].
+        beside them; "miou_guess" of always saying the most frequent class; "iou" [C];
+        "images" that were scored.
 
     Raises:
         UsageError: the truth has more classes than `measures` says.
@@ -191,7 +192,7 @@ def scores(bank: dict, test: dict, measures: Measures) -> dict:
     known = bank["truth"][bank["truth"] >= 0]
     most = np.full_like(test["truth"], np.bincount(known).argmax())
     guess = segmentation.measure(most, test["truth"], measures.classes)
-    return found | {"miou_guess": guess["miou"]}
+    return found | {"miou_guess": guess["miou"], "images": float(len(most))}
 
 
 def _with_blocks(rows) -> dict:
