@@ -9,6 +9,7 @@ Arguments (`--config=configs/latent_mim.py:NAME`):
     evidence        p=8 upsampled, hybrids with q=4 and everything at 4 pixels, at equal
                     compute, each untrained too, and with the truth as a target: classes
                     that texture and shape tell, three seeds, an hour on two cores
+    evidence_rates  the search of its learning rates, in another world
     nano_ps8_ps1    OlmoEarth nano, p=8 and q=1; needs --config.data.root=DIR
     base_ps8_ps1    the same at base size
     nano, tiny, base, large
@@ -188,6 +189,21 @@ def _evidence():
     return c
 
 
+def _evidence_rates():
+    """Return the search of the learning rates for `evidence`, in another world."""
+    c = _evidence()
+    ways = ("p8_upsampled", "hybrid_bilinear", "hybrid_skip", "all_at_q")
+    rates = dict(half=2e-3, own=4e-3, double=8e-3)
+    c.study.arms = {
+        f"{way}_{name}": (*c.study.arms[way], f"optim.lr={rate}")
+        for way in ways
+        for name, rate in rates.items()
+    }
+    c.study.seeds = (100,)
+    del c.study.gate, c.study.claims
+    return c
+
+
 def _published(size="nano", *, lr=None, wd=None):
     """Return OlmoEarth's recipe: patches of 1 to 8 pixels, the weights' conventions."""
     rate, decay = RATES[size]
@@ -285,6 +301,7 @@ RECIPES = {
     "": _demo,
     "smoke": _smoke,
     "evidence": _evidence,
+    "evidence_rates": _evidence_rates,
     "nano_ps8_ps1": _ps8_ps1,
     "base_ps8_ps1": lambda: _ps8_ps1("base"),
     "nano": _published,

@@ -63,12 +63,12 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 54_817, 31_000),
-    "code lines": Row(25_232, 35_028, 20_500),
+    "lines": Row(40_928, 55_045, 31_000),
+    "code lines": Row(25_232, 35_166, 20_500),
     "files": Row(237, 300, 165),
     "files at the top": Row(31, 11),
-    "modules with one importer": Row(101, 97, 45),
-    "functions with one reference": Row(565, 804, 300),
+    "modules with one importer": Row(101, 96, 45),
+    "functions with one reference": Row(565, 812, 300),
     "floors": Row(13, 19, 9),
     "floors, imports in functions too": Row(14, 17),
     "circles": Row(1, 0, 0),
@@ -77,8 +77,8 @@ CEILINGS = {
     "base names in several folders": Row(25, 1, 3),
     "calls from main to method.loss": Row(9, 6, 6),
     "calls from main to H-JEPA's scalar": Row(14, 11, 10),
-    "lines of check()": Row(1_058, 757, 350),
-    "lines of configs": Row(2_346, 2_868, 1_400),
+    "lines of check()": Row(1_058, 759, 350),
+    "lines of configs": Row(2_346, 2_910, 1_400),
     "lines of the largest file": Row(446, 492),
     "lines of the largest function": Row(74, 77),
 }
