@@ -184,7 +184,7 @@ def _evidence():
         ),
         gate=(("truth_alone", beside), ("untrained_p8", beside), 0.1),
         claims={k: ((a, x), (b, y), 0.02) for k, (a, x, b, y) in pairs.items()},
-        columns=(miou, beside, f"{miou}_blocks", f"{miou}_pixels", "compute/tflop"),
+        columns=(beside, miou, f"{miou}_blocks", f"{miou}_pixels", "compute/tflop"),
     )
     return c
 
