@@ -356,7 +356,8 @@ def _map(name, scene):
     cover, shape = scene.matter, (*scene.cover.shape, 1)
     if name == "worldcereal" and scene.cover is not scene.matter:
         # Each class has a band: a map that knows the truth.
-        return 100 * np.eye(8, dtype=np.uint8)[scene.cover][:, :, None]
+        one = np.eye(len(TEXTURES), dtype=np.uint8)
+        return 100 * one[scene.cover][:, :, None]
     if name in _CODES:
         return np.array(_CODES[name], np.uint8)[cover].reshape(*shape, 1)
     if name == "srtm":

@@ -6,6 +6,7 @@ and scored on the rest, or trained on the bank split and scored on the whole tes
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -47,7 +48,7 @@ class Measures:
     Attributes:
         classes: of a pixel; 0 where the data set knows no class per pixel.
         probe: "adamw": the original's, by `segmentation.Recipe`; "lbfgs": solved to the
-            end, see `segmentation.solve`, for patches that fill the image.
+            end, see `segmentation.solve`.
         epochs, lr, decay, batch_size: of "adamw".
         pixels: also probe the pixels themselves.
         beside: also probe the pixels of a patch q, and features beside them, which is
@@ -219,10 +220,9 @@ def _one(name, bank, test, measures):
     """Return the measures of one kind of features [M, h, w, D]."""
     size, n = test["truth"].shape[1:], test[name].shape[1]
     pixels = max(1, size[0] // n)
-    own = {"recipe": measures.recipe} if measures.probe == "adamw" else {}
-    learn = segmentation.fit if own else segmentation.solve
-    params = learn(
-        bank[name], bank["truth"], classes=measures.classes, pixels=pixels, **own
-    )
+    learn = functools.partial(segmentation.fit, recipe=measures.recipe)
+    if measures.probe == "lbfgs":
+        learn = segmentation.solve
+    params = learn(bank[name], bank["truth"], classes=measures.classes, pixels=pixels)
     said = segmentation.predict(params, test[name], pixels, size)
     return segmentation.measure(said, test["truth"], measures.classes)
