@@ -197,8 +197,9 @@ class LatentMIM(base.Embedding):
     def embed(self, params, extra, batch, rng, *, step=0, phase):
         """Return what the networks make of each sample.
 
-        {"asked", "visible": {modality: Pair} of [B, V, Q, ...], "pooled": [B, V, D],
-        "counts": {name: [B]}}. `rng` is of dropped paths and of the tokens in the loss.
+        {"asked", "visible": {modality: Pair} of [B, V, Q, ...], "asked_bandset",
+        "visible_bandset": {modality: [B, V, Q]}, "pooled": [B, V, D], "counts": {name:
+        [B]}}. `rng` is of dropped paths and of the tokens in the loss.
         """
         del step
         shape, fields = phase.method, self.fields(batch)
@@ -218,9 +219,9 @@ class LatentMIM(base.Embedding):
             asked = getattr(view, name)
             goals = self._goals(module, extra, fields, asked)
             rows[name] = {
-                k: Pair(a.prediction, goals[k], a.valid, self._bandset(k, a))
-                for k, a in asked.items()
+                k: Pair(a.prediction, goals[k], a.valid) for k, a in asked.items()
             }
+            rows[f"{name}_bandset"] = {k: self._bandset(k, a) for k, a in asked.items()}
         size = len(batch["timestamps"])
         counts = {k: jnp.broadcast_to(v, size) for k, v in view.counts.items()}
         apart = dict(v=self.augment.views)
@@ -232,12 +233,12 @@ class LatentMIM(base.Embedding):
         """Return (loss [], (extra, metrics)); see the module."""
         del params, rng
         shape = phase.method
-        total, each = self._of_tokens(rows["asked"])
+        total, each = self._of_tokens(rows, "asked")
         metrics = {f"tokens/{k}": v.mean() for k, v in rows["counts"].items()}
         metrics |= {f"loss_of/{k}": v for k, v in each.items()}
         parts = {"tokens": total}
         if rows["visible"]:
-            seen, _ = self._of_tokens(rows["visible"])
+            seen, _ = self._of_tokens(rows, "visible")
             parts["visible"] = self.hybrid.visible_loss_weight * seen
         parts |= self.objective.of_views(list(rows["pooled"].swapaxes(0, 1)))
         metrics |= {f"loss_{k}": v for k, v in parts.items()}
@@ -260,14 +261,17 @@ class LatentMIM(base.Embedding):
         """Return how many bandsets each modality has."""
         return {kind.name: len(kind.channels) for kind in self.kinds}
 
-    def _of_tokens(self, pairs):
+    def _of_tokens(self, rows, name):
         """Return (loss [], {modality: []}), means over the views, of [B, V, ...]."""
-        each = []
+        each, pairs = [], rows[name]
         if self.target.centre:
             pairs = {
                 k: p._replace(
                     target=target.centred(
-                        p.target, p.valid, p.bandset, self._bandsets[k]
+                        p.target,
+                        p.valid,
+                        rows[f"{name}_bandset"][k],
+                        self._bandsets[k],
                     )
                 )
                 for k, p in pairs.items()

@@ -26,7 +26,6 @@ class Pair(NamedTuple):
     prediction: jax.Array  # [B, N, D]
     target: jax.Array  # [B, N, D]
     valid: jax.Array  # [B, N] bool: tokens that count, as anchors and as negatives.
-    bandset: jax.Array | None = None  # [B, N] int32: of which bands a token is made.
 
 
 class _Kind(NamedTuple):
@@ -164,9 +163,7 @@ def patch_discrimination(
 
 def join(pairs) -> Pair:
     """Return the tokens of several modalities as one `Pair`."""
-    return Pair(
-        *(jnp.concatenate(x, axis=1) for x in zip(*(p[:3] for p in pairs), strict=True))
-    )
+    return Pair(*(jnp.concatenate(x, axis=1) for x in zip(*pairs, strict=True)))
 
 
 def _one(pair, how, tau, standardise, same_target):
