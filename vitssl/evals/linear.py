@@ -275,9 +275,7 @@ def logistic(
     """
     features = np.asarray(features, np.float32)
     label = np.asarray(label, np.int32)
-    mean, std = features.mean(0), features.std(0)
-    # A dimension that does not vary says nothing; its weight would be noise.
-    scale = np.where(std > 1e-6 * np.abs(mean), 1 / np.maximum(std, 1e-30), 0)
+    mean, scale = standards(features)
     features = (features - mean) * scale
     chosen = penalties
     if len(penalties) > 1:
@@ -296,6 +294,14 @@ def logistic(
     kernel = w["kernel"] * scale[:, None]
     bias = w["bias"] - mean @ kernel
     return {"classifier": {"kernel": kernel, "bias": bias}}, chosen[-1]
+
+
+def standards(features):
+    """Return (mean, 1 / deviation) of the last axis, [D]; 0 where it never varies."""
+    # Its weight would be noise.
+    axes = tuple(range(features.ndim - 1))
+    mean, std = features.mean(axes), features.std(axes)
+    return mean, np.where(std > 1e-6 * np.abs(mean), 1 / np.maximum(std, 1e-30), 0)
 
 
 def _path(features, label, classes, penalties, iterations):

@@ -21,7 +21,6 @@ from vitssl.optim import schedules
 
 IGNORE = -1  # Label of pixels that do not count.
 FLOOR = 1e-5  # Learning rate at the end.
-PENALTIES = tuple(10.0**e for e in range(0, -6, -1))  # Of `solve`, strongest first.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +138,7 @@ def solve(
 ):
     """Return the parameters of `logits`, found by L-BFGS on standardised features.
 
-    The penalty lambda / 2 |kernel|^2, added to the mean cross-entropy of a pixel, is
-    the one of `PENALTIES` with the smallest cross-entropy on `held_out` of the images;
-    then all of them teach with it.
+    The penalty is chosen as in `linear.logistic`, on `held_out` of the images.
 
     Args:
         features, labels, pixels: see `fit`.
@@ -149,9 +146,7 @@ def solve(
         seed: of the images that are held out.
     """
     features = np.asarray(features, np.float32)
-    mean, std = features.mean((0, 1, 2)), features.std((0, 1, 2))
-    # A dimension that does not vary says nothing; its weight would be noise.
-    scale = np.where(std > 1e-6 * np.abs(mean), 1 / np.maximum(std, 1e-30), 0)
+    mean, scale = linear.standards(features)
     features = (features - mean) * scale
     labels = np.asarray(labels, np.int32)
     shape = (features.shape[-1] + 1, classes * pixels * pixels)
@@ -164,10 +159,10 @@ def solve(
     order = np.random.default_rng(seed).permutation(len(labels))
     cut = max(1, round(held_out * len(labels)))
     held = jax.device_put((features[order[:cut]], labels[order[:cut]]))
-    tried = path(order[cut:], PENALTIES)
+    tried = path(order[cut:], linear.PENALTIES[:-1])
     losses = [float(_cross_entropy(w, *held, pixels=pixels)) for w in tried]
     best = int(np.argmin(losses))
-    (found,) = path(order, PENALTIES[best : best + 1], start=tried[best])
+    (found,) = path(order, linear.PENALTIES[best : best + 1], start=tried[best])
     kernel = found["kernel"] * scale[:, None]
     return {"kernel": kernel, "bias": found["bias"] - mean @ kernel}
 

@@ -143,6 +143,10 @@ class Fields(drawn.Drawn):
                 x, there = seen[name](i, scene, ground)
                 x[:, :, ~there] = modalities.MISSING
                 sample[name], present[name] = x, there
+            elif name == "worldcereal" and self.told_by == "texture":
+                # Each class has a band: a map that knows the truth.
+                one = 100 * np.eye(len(TEXTURES), dtype=np.uint8)
+                sample[name] = one[scene.cover][:, :, None]
             else:
                 sample[name] = _map(name, scene)
         return sample | {"present": present}
@@ -353,11 +357,7 @@ def _band(modality, band):
 
 def _map(name, scene):
     """Return a map of a scene: [S, S, 1, C]."""
-    cover, shape = scene.matter, (*scene.cover.shape, 1)
-    if name == "worldcereal" and scene.cover is not scene.matter:
-        # Each class has a band: a map that knows the truth.
-        one = np.eye(len(TEXTURES), dtype=np.uint8)
-        return 100 * one[scene.cover][:, :, None]
+    cover, shape = scene.matter, (*scene.matter.shape, 1)
     if name in _CODES:
         return np.array(_CODES[name], np.uint8)[cover].reshape(*shape, 1)
     if name == "srtm":

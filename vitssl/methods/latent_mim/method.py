@@ -249,12 +249,10 @@ class LatentMIM(base.Embedding):
 
     def _bandset(self, name, asked):
         """Return of which bandset of a modality the tokens are: int32 [B, Q]."""
-        place = asked.index  # Bandsets are the last axis of places.
-        if place is None:
-            place = jnp.broadcast_to(
-                jnp.arange(asked.valid.shape[1]), asked.valid.shape
-            )
-        return place % self._bandsets[name]
+        count, place = asked.valid.shape[1], asked.index
+        place = jnp.arange(count) if place is None else place
+        # Bandsets are the last axis of places.
+        return jnp.broadcast_to(place % self._bandsets[name], asked.valid.shape)
 
     @property
     def _bandsets(self) -> dict:
