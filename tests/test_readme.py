@@ -119,3 +119,10 @@ def test_files_that_the_pages_name_exist():
             if f"def {name}(" not in (runs.ROOT / file).read_text():
                 absent.add(f"{file}::{name}")
     assert absent == set() and count > 10
+
+
+def test_no_page_has_a_blank_to_fill_in():
+    blank = re.compile(r"@[A-Z_]+@|\b(?:TODO|TBD|FIXME|XXX)\b")
+    pages = [*PAGES, *runs.ROOT.glob("*.md"), *runs.ROOT.glob("configs/**/*.md")]
+    found = {page.name: blank.findall(page.read_text()) for page in pages}
+    assert not {name: words for name, words in found.items() if words}
