@@ -28,8 +28,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Tracing allocates objects by the million, few of them garbage; looking through the
-# heap as often as Python would is a tenth of the time here.
-gc.set_threshold(200_000, 50, 1000)
+# heap as Python would is a tenth of the time here. `forget` collects what there is.
+gc.disable()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -50,8 +50,19 @@ def forget():
     compiling took was 8 GB a process at the end.
     """
     jax.clear_caches()
+    gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def full() -> bool:
+    """Return whether this process holds so much that it is time to `forget`."""
+    if sys.platform != "linux":
+        return True
+    about = pathlib.Path("/proc/self")
+    pages = int((about / "statm").read_text().split()[1])
+    regions = (about / "maps").read_text().count("\n")
+    return pages * os.sysconf("SC_PAGE_SIZE") > 3 * 2**30 or regions > 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
