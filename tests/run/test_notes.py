@@ -1,12 +1,14 @@
 """The table of parameters at the start of a run."""
 
 import importlib
+import subprocess
 import sys
 import types
 
 import numpy as np
 from clu import parameter_overview
 
+from tests import runs
 from vitssl import tree
 from vitssl.run import notes
 
@@ -58,3 +60,14 @@ def test_what_trains_decays_and_freezes_is_said_of_every_module():
 def test_the_table_needs_no_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     importlib.reload(parameter_overview)
+
+
+def test_a_commit_is_of_the_clone_and_not_of_a_repository_around_it(tmp_path):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in ("init -q", "commit -q --allow-empty -m first"):
+        subprocess.run([*git, *words.split()], cwd=tmp_path, check=True)
+    installed = tmp_path / "venv" / "site-packages"
+    installed.mkdir(parents=True)
+    assert len(notes._commit(tmp_path)) >= 7
+    assert notes._commit(installed) == ""
+    assert "commit" not in notes.versions() or (runs.ROOT / ".git").exists()

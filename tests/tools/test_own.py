@@ -99,6 +99,19 @@ def test_too_little_memory_is_told_by_what_is_free_and_what_is_held(
         own_cost.fitted(made)
 
 
+def test_what_compiling_leaves_behind_is_part_of_what_is_promised(
+    folders, found, monkeypatch
+):
+    held = iter((2**27, 2**31))  # Before the step is compiled, and after it.
+    monkeypatch.setattr(memory, "free", lambda: 2**33)
+    monkeypatch.setattr(memory, "resident", lambda: next(held))
+    asked = own_plan.Asked(str(folders["flat"]), "localmim", size=32, overrides=TINY)
+    cost = own_cost.fitted(own_plan.plan(asked, found["flat"], "cpu"))[2]
+    assert cost.limit == int(own_cost.ROOM * 2**33) + 2**27
+    step = cost.memory - own_cost.BESIDE - 2**31
+    assert 0 < step < 2**27
+
+
 def test_what_is_asked_wins_and_what_cannot_be_is_one_line(folders, found, capsys):
     flat = folders["flat"]
     asked, dry = own.parse(

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib.metadata
+import pathlib
 import platform
 import subprocess
 
@@ -17,18 +18,22 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def versions() -> dict:
-    """Return the versions of what the numbers depend on."""
+    """Return the versions of what the numbers depend on; `commit` in a clone alone."""
     found = {"python": platform.python_version()}
     for package in (*_PACKAGES, "vitssl"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    found["commit"] = _commit()
+    if commit := _commit(pathlib.Path(__file__).parents[2]):
+        found["commit"] = commit
     return found
 
 
-def _commit() -> str:
+def _commit(root) -> str:
+    # Installed below somebody's own repository, git would name a commit of theirs.
+    if not (root / ".git").exists():
+        return ""
     try:
         text = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -36,10 +41,10 @@ def _commit() -> str:
             text=True,
             timeout=5,
             check=True,
-            cwd=__file__.rpartition("/")[0],
+            cwd=root,
         ).stdout
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return ""
     return text.strip()
 
 
@@ -55,8 +60,9 @@ def start(built, params, name, workdir) -> str:
         power = "" if power == 1.0 else f" to the power {power:g}"
         rate += f" (= {s.optim.lr:g} x {s.batch_size} / {s.optim.lr_batch}{power})"
     parts = f" in {s.accumulate} parts" if s.accumulate > 1 else ""
+    commit = f" ({v['commit']})" if "commit" in v else ""
     lines = [
-        f"vitssl {v['vitssl']} ({v['commit']})  run {name}  method {s.method}",
+        f"vitssl {v['vitssl']}{commit}  run {name}  method {s.method}",
         "  " + "  ".join(f"{k} {v[k]}" for k in ("python", "jax", "flax", "optax")),
         f"  devices   {devices.describe(built.mesh)}, {s.precision}",
         f"  workdir   {workdir}",

@@ -126,7 +126,7 @@ def _subtitle(run):
         decode.printable(run.path.resolve()),
         f"vitssl {versions.get('vitssl', '?')}",
     ]
-    if versions.get("commit", "unknown") != "unknown":
+    if versions.get("commit", "unknown") != "unknown":  # Said by earlier versions.
         parts.append(f"commit {versions['commit']}")
     parts += [f"{k} {versions[k]}" for k in ("jax", "flax", "python") if k in versions]
     return html.element("p", " · ".join(parts), class_="note")
