@@ -63,12 +63,12 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 55_046, 31_000),
-    "code lines": Row(25_232, 35_165, 20_500),
+    "lines": Row(40_928, 55_059, 31_000),
+    "code lines": Row(25_232, 35_173, 20_500),
     "files": Row(237, 300, 165),
     "files at the top": Row(31, 11),
     "modules with one importer": Row(101, 96, 45),
-    "functions with one reference": Row(565, 812, 300),
+    "functions with one reference": Row(565, 811, 300),
     "floors": Row(13, 19, 9),
     "floors, imports in functions too": Row(14, 17),
     "circles": Row(1, 0, 0),

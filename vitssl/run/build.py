@@ -147,7 +147,7 @@ def build(experiment) -> Parts:
     _check_several(method, source)
     _check_pictures(method, source, s)
     shapes = _shapes(_stream(source, method, s, 0), 0)
-    params, _ = jax.eval_shape(method.init, jax.random.key(0), shapes)
+    params, _ = jax.eval_shape(method.initial, jax.random.key(0), shapes)
     freeze = s.freeze
     if not freeze.layers:
         freeze = dataclasses.replace(freeze, layers=method.freeze_layers())

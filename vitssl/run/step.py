@@ -101,7 +101,7 @@ def phase_at(method, optimizer: optim.Optimizer, step: int) -> Phase:
 def init(method, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:
     """Return a fresh state; call it inside one jit (an EMA target must not alias)."""
     run, weights = jax.random.split(rng)
-    params, extra = method.init(weights, batch)
+    params, extra = method.initial(weights, batch)
     return _state(0, params, extra, optimizer, run, phase)
 
 
