@@ -1,9 +1,12 @@
 """Steps for devices that are not here: lowered everywhere, compiled with the extra."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 import types
 
 import jax
@@ -226,3 +229,20 @@ def test_split_weights_are_gathered_in_bfloat16_and_their_gradients_in_float32(
     for kind, dtype in crossing.items():
         weights = {d for d, n in kinds[kind] if n in ("192,576", "576,192", "192,768")}
         assert weights == {dtype}, kind
+
+
+@pytest.mark.aot
+def test_two_may_compile_for_tpus_at_a_time():
+    code = (
+        "from vitssl.bench import elsewhere; elsewhere.Elsewhere('v5e:2x2');"
+        "print('there', flush=True); input()"
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, said = [sys.executable, "-c", code], []
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):  # The first one still holds its compiler.
+            one = subprocess.Popen(command, cwd=runs.ROOT, **pipes)
+            stack.enter_context(one)
+            stack.callback(one.kill)
+            said.append(one.stdout.readline())
+    assert said == ["there\n"] * 2

@@ -33,6 +33,8 @@ _TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    # No device is taken, so several may compile at a time.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _CUDNN = (9, 10, 0)
 
