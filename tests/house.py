@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 55_061, 31_000),
+    "lines": Row(40_928, 55_063, 31_000),
     "code lines": Row(25_232, 35_174, 20_500),
     "files": Row(237, 300, 165),
     "files at the top": Row(31, 11),

@@ -124,6 +124,8 @@ class Method(abc.ABC):
         Where batches hold "image/<part>" instead of "image": of {part: array}.
         """
 
+    # What the trainer makes of them.
+
     @functools.cached_property
     def initial(self) -> Callable:
         """`init`, traced once: for shapes, and for the states of all phases."""
