@@ -14,7 +14,7 @@ BLOCKS = "model/block_{}/.*"
 
 def _start(method, optimizer, at=0):
     phase = step.phase_at(method, optimizer, at)
-    make = lambda rng: step.init(method, optimizer, rng, toy.batch(), phase)  # noqa: E731
+    make = lambda rng: step.init(method.init, optimizer, rng, toy.batch(), phase)  # noqa: E731
     return jax.jit(make)(jax.random.key(0)), phase
 
 
@@ -197,12 +197,12 @@ def _losses_on(count, fsdp, steps=5):
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def abstract(phase):
-        return step.abstract(method, optimizer, key, toy.batch(), phase)
+        return step.abstract(method.init, optimizer, key, toy.batch(), phase)
 
     phase = step.phase_at(method, optimizer, 0)
     compiled = step.Compiled(step.make(method, optimizer), abstract, mesh, spec)
     sharding = compiled.state_sharding(phase)
-    make = lambda rng: step.init(method, optimizer, rng, toy.batch(), phase)  # noqa: E731
+    make = lambda rng: step.init(method.init, optimizer, rng, toy.batch(), phase)  # noqa: E731
     state = jax.jit(make, out_shardings=sharding)(jax.random.key(0))
     losses = []
     for i in range(steps):
@@ -243,7 +243,7 @@ def _compiler(method, optimizer):
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def abstract(phase):
-        return step.abstract(method, optimizer, key, toy.batch(), phase)
+        return step.abstract(method.init, optimizer, key, toy.batch(), phase)
 
     function = step.make(method, optimizer, mesh=mesh)
     return step.Compiled(function, abstract, mesh, devices.Mesh()), mesh

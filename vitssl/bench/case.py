@@ -62,7 +62,9 @@ class Case:
         key = jax.eval_shape(lambda: jax.random.key(0))
 
         def abstract(phase):
-            return step.abstract(self.method, self.optimizer, key, self.shapes, phase)
+            return step.abstract(
+                self.method.init, self.optimizer, key, self.shapes, phase
+            )
 
         function = step.make(self.method, self.optimizer, self.accumulate, mesh)
         return step.Compiled(function, abstract, mesh, spec)
@@ -114,7 +116,7 @@ class Ready:
         def fresh(rng):
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), case.shapes)
             phase = case.phase(at)
-            return step.init(case.method, case.optimizer, rng, zeros, phase)
+            return step.init(case.method.init, case.optimizer, rng, zeros, phase)
 
         sharding = case.compiled.state_sharding(case.phase(at))
         make = jax.jit(fresh, out_shardings=sharding)

@@ -124,13 +124,6 @@ class Method(abc.ABC):
         Where batches hold "image/<part>" instead of "image": of {part: array}.
         """
 
-    # What the trainer makes of them.
-
-    @functools.cached_property
-    def initial(self) -> Callable:
-        """`init`, traced once: for shapes, and for the states of all phases."""
-        return jax.jit(self.init)
-
     # What a method may add to training.
 
     def after(self, params, extra, step) -> Tree:

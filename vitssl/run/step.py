@@ -98,16 +98,20 @@ def phase_at(method, optimizer: optim.Optimizer, step: int) -> Phase:
     return phase._replace(boundary=known[phase])
 
 
-def init(method, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:
-    """Return a fresh state; call it inside one jit (an EMA target must not alias)."""
+def init(start, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:
+    """Return a fresh state; call it inside one jit (an EMA target must not alias).
+
+    Args:
+        start: the method's `init`; jitted, it is traced once for all uses.
+    """
     run, weights = jax.random.split(rng)
-    params, extra = method.initial(weights, batch)
+    params, extra = start(weights, batch)
     return _state(0, params, extra, optimizer, run, phase)
 
 
-def abstract(method, optimizer, rng, batch, phase: Phase) -> State:
+def abstract(start, optimizer, rng, batch, phase: Phase) -> State:
     """Return the shapes of a state in `phase`, computing nothing."""
-    return jax.eval_shape(lambda r, b: init(method, optimizer, r, b, phase), rng, batch)
+    return jax.eval_shape(lambda r, b: init(start, optimizer, r, b, phase), rng, batch)
 
 
 def _state(step, params, extra, optimizer, rng, phase):
