@@ -52,6 +52,21 @@ def test_blocks_that_wait_are_the_identity_and_cost_nothing(tmp_path):
     assert waiting == [{"block_1"}, set()]
 
 
+def test_an_initialisation_is_traced_once_for_all_phases(tmp_path, monkeypatch):
+    calls, own = [], growing.Growing.init
+
+    def counted(self, rng, batch):
+        calls.append(self)
+        return own(self, rng, batch)
+
+    monkeypatch.setattr(growing.Growing, "init", counted)
+    parts = build.build(_read(tmp_path))
+    parts.fresh()
+    for at in (0, 2):  # Of other blocks, frozen otherwise.
+        parts.compiled.abstract(parts.phase(at))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     "old, new, sources", [(1, 3, [0, 0, 0]), (3, 4, [0, 1, 2, 2]), (2, 4, [0, 1, 0, 1])]
 )
