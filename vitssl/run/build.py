@@ -25,7 +25,7 @@ class Parts:
         experiment: the checked config.
         source: training images.
         method, optimizer: see their modules.
-        start: the method's `init`, which is traced once.
+        init: the method's, which is traced once.
         run: length and sizes.
         mesh: devices.
         compiled: the step, one executable per phase.
@@ -35,7 +35,7 @@ class Parts:
     experiment: experiment.Experiment
     source: layout.Source
     method: base.Method
-    start: Callable
+    init: Callable
     optimizer: optim.Optimizer
     run: base.Run
     mesh: jax.sharding.Mesh
@@ -94,7 +94,7 @@ class Parts:
         def make(rng):
             # Only the shapes of a batch matter; XLA drops the zeros.
             batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            return step.init(self.start, self.optimizer, rng, batch, first)
+            return step.init(self.init, self.optimizer, rng, batch, first)
 
         return jax.jit(make, out_shardings=self.compiled.state_sharding(first))
 
@@ -150,8 +150,8 @@ def build(experiment) -> Parts:
     _check_several(method, source)
     _check_pictures(method, source, s)
     shapes = _shapes(_stream(source, method, s, 0), 0)
-    start = jax.jit(method.init)
-    params, _ = jax.eval_shape(start, jax.random.key(0), shapes)
+    init = jax.jit(method.init)
+    params, _ = jax.eval_shape(init, jax.random.key(0), shapes)
     freeze = s.freeze
     if not freeze.layers:
         freeze = dataclasses.replace(freeze, layers=method.freeze_layers())
@@ -171,12 +171,12 @@ def build(experiment) -> Parts:
 
     def abstract(phase):
         key = jax.eval_shape(lambda: jax.random.key(0))
-        return step.abstract(start, optimizer, key, shapes, phase)
+        return step.abstract(init, optimizer, key, shapes, phase)
 
     every = s.log.every_steps if s.log.histograms else 0
     function = step.make(method, optimizer, s.accumulate, mesh, every, s.mesh.gradients)
     compiled = step.Compiled(function, abstract, mesh, s.mesh)
-    return Parts(experiment, source, method, start, optimizer, run, mesh, compiled)
+    return Parts(experiment, source, method, init, optimizer, run, mesh, compiled)
 
 
 def _check_grown(size, images, unit) -> None:

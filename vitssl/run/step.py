@@ -98,20 +98,22 @@ def phase_at(method, optimizer: optim.Optimizer, step: int) -> Phase:
     return phase._replace(boundary=known[phase])
 
 
-def init(start, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:
+def init(method_init, optimizer: optim.Optimizer, rng, batch, phase: Phase) -> State:
     """Return a fresh state; call it inside one jit (an EMA target must not alias).
 
     Args:
-        start: the method's `init`; jitted, it is traced once for all uses.
+        method_init: the method's `init`; jitted, it is traced once for all uses.
     """
     run, weights = jax.random.split(rng)
-    params, extra = start(weights, batch)
+    params, extra = method_init(weights, batch)
     return _state(0, params, extra, optimizer, run, phase)
 
 
-def abstract(start, optimizer, rng, batch, phase: Phase) -> State:
+def abstract(method_init, optimizer, rng, batch, phase: Phase) -> State:
     """Return the shapes of a state in `phase`, computing nothing."""
-    return jax.eval_shape(lambda r, b: init(start, optimizer, r, b, phase), rng, batch)
+    return jax.eval_shape(
+        lambda r, b: init(method_init, optimizer, r, b, phase), rng, batch
+    )
 
 
 def _state(step, params, extra, optimizer, rng, phase):
