@@ -34,11 +34,13 @@ gc.disable()
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 # grain reads absl flags in its workers; nobody parses them under pytest.
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
+_KEEPS = jax.config.jax_enable_compilation_cache
 _CASES = pathlib.Path(__file__).parent / "golden" / "cases"
 
 
@@ -69,6 +71,9 @@ def full() -> bool:
 def _executables_of_one_file():
     yield
     forget()
+    # Several devices, where a test had them, keep nothing (`compilecache.stop`).
+    jax.config.update("jax_enable_compilation_cache", _KEEPS)
+    compilation_cache.reset_cache()
 
 
 def pytest_addoption(parser):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vitssl.losses import contrastive, regression, sigreg, vicreg
+from vitssl.run import devices
 
 ALONG = sigreg.directions(jax.random.key(0), 8, 6)
 VALID = np.random.default_rng(1).random((8, 4)) < 0.7
@@ -27,9 +28,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_four_devices_give_the_loss_and_gradient_of_one(name):
     assert jax.device_count() == 4
-    auto = jax.sharding.AxisType.Auto
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = devices.batch_sharding(devices.mesh(devices.Mesh(), 4))
     a, b = np.random.default_rng(0).normal(size=(2, 8, 4, 6)).astype(np.float32)
     step = jax.jit(jax.value_and_grad(LOSSES[name], argnums=(0, 1)))
     want, slopes = jax.device_get(step(a, b))

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import config, models, tree
 from vitssl.models import layers, patches, vit
 from vitssl.ops import accelerator
+from vitssl.run import devices
 
 SIZE = dict(width=16, depth=2, heads=2, patch=4, image_size=16)
 EVERYTHING = dict(layerscale=0.5, rope=True, registers=2, qk_norm=True)
@@ -329,10 +329,9 @@ def test_the_blocks_come_out_before_the_last_norm():
 
 
 def test_a_batch_over_several_devices_gives_the_same_tokens_and_gradients():
-    devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,))
+    mesh = devices.mesh(devices.Mesh(), 8)
     net = _net(depth=1)
-    params, image = _init(net)["params"], _draw(0, 2 * devices, 16, 16, 3)
+    params, image = _init(net)["params"], _draw(0, 8, 16, 16, 3)
 
     @jax.jit
     @jax.value_and_grad
@@ -341,8 +340,8 @@ def test_a_batch_over_several_devices_gives_the_same_tokens_and_gradients():
         return jnp.sin(y).sum()
 
     want = step(params, image)
-    split = jax.device_put(image, NamedSharding(mesh, PartitionSpec("data")))
-    whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    split = jax.device_put(image, devices.batch_sharding(mesh))
+    whole = jax.device_put(params, devices.replicated(mesh))
     got = step(whole, split)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ import pathlib
 import platform
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def start() -> None:
@@ -25,11 +26,12 @@ def start() -> None:
 def stop() -> None:
     """Neither keep nor read compiled programs.
 
-    For jobs of several processes on CPUs: in a program that XLA wrote to disk (seen in
-    jaxlib 0.10.2) the collectives have lost their order, so two processes that read it
-    may each wait in another one, for ever.
+    For several CPU devices, of one process or more: in a program that XLA wrote to disk
+    (seen in jaxlib 0.10.2) the collectives have lost their order, so two devices that
+    run it may each wait in another one, for ever.
     """
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # What it says of itself is else that of before.
 
 
 def folder() -> pathlib.Path:

@@ -55,7 +55,7 @@ class Mesh:
 def start() -> None:
     """Join the other processes of the job, if the environment names a job.
 
-    What is compiled from now on is kept, see `compilecache`.
+    What is compiled from now on is kept, see `compilecache`, but for several CPUs.
 
     JAX finds Slurm, Open MPI, Kubernetes and TPU pods itself; elsewhere set
     JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -67,8 +67,6 @@ def start() -> None:
     compilecache.start()
     _check_limits()
     _join()
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        compilecache.stop()
 
 
 def _join() -> None:
@@ -122,7 +120,10 @@ def mesh(spec: Mesh, batch_size: int, accumulate: int = 1) -> jax.sharding.Mesh:
         )
     shape = (count // spec.fsdp, spec.fsdp)
     # Auto axes: jax >= 0.10 would make explicit ones, which refuse plain linen code.
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    made = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    if made.size > 1 and made.devices.flat[0].platform == "cpu":
+        compilecache.stop()
+    return made
 
 
 def compiler_options(spec: Mesh) -> dict:

@@ -15,6 +15,7 @@ from vitssl.methods.parts import kinds, measures, objective, views
 from vitssl.methods.parts import method as parts
 from vitssl.models import convnext, resnet, vit
 from vitssl.optim import optimizer
+from vitssl.run import devices
 
 QUICK = {"xla_backend_optimization_level": 0}
 VIT = vit.ViT(16, 1, 2, 8, 32, registers=1, class_position=False, mlp_ratio=1.0)
@@ -203,9 +204,7 @@ def test_one_and_four_devices_give_one_loss():
     m = method()
     given = batch()
     params, extra = init(m, given["image"])
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("data")
-    rows = jax.sharding.NamedSharding(mesh, spec)
+    rows = devices.batch_sharding(devices.mesh(devices.Mesh(), 4))
     value = jax.jit(m.loss, compiler_options=QUICK)
     alone = value(params, extra, given, KEY)[0]
     spread = value(params, extra, jax.device_put(given, rows), KEY)[0]

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.models import dinov2
 from vitssl import tree
 from vitssl.methods.parts import heads, kinds, networks
 from vitssl.models import patches, vit
+from vitssl.run import devices
 
 QUICK = {"xla_backend_optimization_level": 0}
 SIDE, PATCH, CLASSES = 5, 4, 3
@@ -76,8 +76,7 @@ def test_faithful_on_several_devices_as_well():
     rng = np.random.default_rng(1)
     mask, image = _masks(rng, 4, 0.5), _images(4)
     noise = rng.normal(scale=100.0, size=image.shape)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    rows = devices.batch_sharding(devices.mesh(devices.Mesh(), 4))
     put = lambda x: jax.device_put(jnp.asarray(x, jnp.float32), rows)  # noqa: E731
     seen = _logits(net, params, put(image), put(mask), "hard")
     hidden = _logits(net, params, put(_hide(image, mask, noise)), put(mask), "hard")
