@@ -99,8 +99,8 @@ def _imagenet_vits():
 
 
 def _evidence_teacher():
-    """Return LocalMIM's demo, without what costs time beside training."""
-    c = config.beside(__file__, "localmim").get_config()
+    """Return LocalMIM on digits, without what costs time beside training."""
+    c = config.beside(__file__, "localmim").get_config("digits")
     c.evals.update(every_epochs=0, final=("knn", "linear"))
     c.log.pictures = False
     return c
@@ -117,7 +117,7 @@ def _evidence_student():
 
 def _evidence():
     """Return one small network with few labels, distilled before and from scratch."""
-    c = config.beside(__file__, "finetune_vit").get_config("scratch")
+    c = config.beside(__file__, "finetune_vit").get_config("digits_scratch")
     c.model.update(width=32, depth=3, drop_path=0.0, positions="sincos")
     c.steps, c.batch_size, c.optim.warmup_epochs = 400, 32, 0.0
     c.evals.every_epochs, c.checkpoint.keep_best = 0, 0

@@ -6,6 +6,7 @@ r"""Fine-tune a pre-trained ViT, or train one from scratch on labels.
 WORKDIR is that of a pre-training run (configs/localmim.py, configs/hjepa.py), or an
 import of weights like timm/vit_base_patch16_224.mae. What the recipes start from:
     (none)          a run of configs/localmim.py
+    digits          a run of configs/localmim.py:digits
     ft_vitb_from1600
                     configs/localmim.py:localmim_vitb_1600
     ft_vitb_from100_*, ft_vitb_resume_1gpu
@@ -15,6 +16,8 @@ import of weights like timm/vit_base_patch16_224.mae. What the recipes start fro
 Arguments (`--config=configs/finetune_vit.py:NAME`):
     (none)          demo size, for a checkpoint of the demo of configs/localmim.py
     scratch         the same from random weights
+    digits, digits_scratch
+                    scanned digits, the smallest
     smoke           two steps from random weights
     freezing        layers freeze as they settle, their tokens are stored (the idea of
                     Egeria, arXiv:2201.06227, and AutoFreeze, arXiv:2102.01386)
@@ -52,12 +55,23 @@ AUTOAUGMENT = "rand-m9-mstd0.5-inc1"
 
 
 def _demo():
-    """Return the demo."""
+    """Return the demo: drawn leaves in seven conditions."""
+    c = _digits()
+    c.init["weights"] = "configs/localmim.py"
+    c.data = base.data("leaves", **base.LEAVES)
+    c.model.patch = 6
+    c.augment.update(base.LEAF_CROPS)
+    c.evals.batch_size = 210
+    return c
+
+
+def _digits():
+    """Return the smallest recipe: scanned digits."""
     c = base.run("classify", batch_size=64, epochs=15.0)
     # What pre-training calls "encoder" is the backbone here.
     c.init = {
         "from": "",
-        "weights": "configs/localmim.py",
+        "weights": "configs/localmim.py:digits",
         "skip": ("head/.*",),
         "rename": (("backbone/(.*)", r"encoder/\1"),),
         # A fixed position table was no parameter; it starts from its formula.
@@ -84,15 +98,14 @@ def _demo():
     return c
 
 
-def _scratch():
-    c = _demo()
+def _scratch(c):
     c.init["weights"] = ""
     c.optim.layer_decay = 0.0
     return c
 
 
 def _smoke():
-    c = base.smoke(_scratch(), 16)
+    c = base.smoke(_scratch(_digits()), 16)
     c.model.update(width=32, depth=2)
     c.augment.update(randaugment=AUTOAUGMENT, erase=0.25)
     c.mix = dict(mixup=0.8, cutmix=1.0)
@@ -101,7 +114,7 @@ def _smoke():
 
 
 def _folder():
-    c = base.folder(_demo(), epochs=50.0)
+    c = base.folder(_digits(), epochs=50.0)
     c.init["weights"] = "configs/localmim.py:folder"
     c.model.update(patch=8, **base.VIT["ti"])
     c.augment.update(size=96, scale=(0.2, 1.0), flip=0.5)
@@ -124,7 +137,7 @@ def _freezing():
 
 def _score():
     """Return what the arms of `localmim.py:evidence` are scored by."""
-    c = _demo()
+    c = _digits()
     c.init["weights"] = "configs/localmim.py:evidence"
     c.epochs = 12.0
     c.data = base.tested_leaves()
@@ -155,7 +168,7 @@ def _imagenet(
     weights="localmim_vitb_100_8gpu",
 ):
     """Return the original's recipe: an effective batch of 1024, absolute rates."""
-    c = _demo()
+    c = _digits()
     c.init["weights"] = f"configs/localmim.py:{weights}"
     c.precision = "bfloat16"
     c.batch_size, c.per_device, c.epochs = 1024, 128, epochs
@@ -183,7 +196,9 @@ def _vitl():
 
 RECIPES = {
     "": _demo,
-    "scratch": _scratch,
+    "scratch": lambda: _scratch(_demo()),
+    "digits": _digits,
+    "digits_scratch": lambda: _scratch(_digits()),
     "smoke": _smoke,
     "folder": _folder,
     "freezing": _freezing,

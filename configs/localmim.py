@@ -61,7 +61,17 @@ EVERY_LAYER = dict(  # A decoder at each of the twelve blocks.
 
 
 def _demo():
-    """Return the demo."""
+    """Return the demo: drawn leaves in seven conditions, freezing on."""
+    c = _digits()
+    c.data = base.data("leaves", **base.LEAVES)
+    c.model.patch = 6
+    c.augment.update(base.LEAF_CROPS)
+    c.evals.update(every_epochs=15.0, batch_size=210, in_place=True, knn_k=(20,))
+    return c
+
+
+def _digits():
+    """Return the smallest recipe: scanned digits."""
     c = base.run("localmim", batch_size=64, epochs=60.0)
     c.data = base.data("digits")
     c.model = base.vit(width=64, depth=7, heads=4, patch=4, positions="sincos")
@@ -86,7 +96,7 @@ def _demo():
 
 def _pretrain(size="b", epochs=100.0, micro=256, batch=2048, blr=2e-4):
     """Return a recipe of the original on ImageNet-1k at 224 px."""
-    c = _demo()
+    c = _digits()
     c.precision = "bfloat16"
     c.batch_size, c.epochs, c.per_device = batch, epochs, micro
     c.data.update(source="imagenet", test_split="val", **base.RGB)
@@ -139,7 +149,7 @@ def _debug():
 
 
 def _folder():
-    c = base.folder(_demo(), epochs=200.0)
+    c = base.folder(_digits(), epochs=200.0)
     c.freeze = dict(schedule="none", t_0=0.7)
     c.model.update(patch=8, **base.VIT["ti"])
     c.decoder.update(width=64)
@@ -252,7 +262,7 @@ def _evidence():
 
 def _evidence_run():
     """Return the demo's network without freezing on drawn leaves, an arm of studies."""
-    c = base.leaf_arm(_demo())
+    c = base.leaf_arm(_digits())
     c.model.patch = 6
     c.augment.update(base.LEAF_CROPS)
     c.freeze.schedule = "none"
@@ -261,7 +271,7 @@ def _evidence_run():
 
 
 def _smoke():
-    c = base.smoke(_demo(), 16)
+    c = base.smoke(_digits(), 16)
     c.model.width, c.decoder.width = 32, 16
     c.freeze.t_0 = 0.5
     return c
@@ -269,6 +279,7 @@ def _smoke():
 
 RECIPES = {
     "": _demo,
+    "digits": _digits,
     "smoke": _smoke,
     "evidence": _evidence,
     "evidence_run": _evidence_run,

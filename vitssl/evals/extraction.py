@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vitssl import errors
 from vitssl.models import patches
+from vitssl.ops import across
 
 _KEYS = ("image", "label", "labels", "index", "valid")
 
@@ -123,7 +124,8 @@ def _put(rows, sharding):
 
 @functools.partial(jax.jit, static_argnames=("features", "names", "sharding"))
 def _apply(state, batch, *, features, names, sharding):
-    found = features(*state, picture(batch))
+    with _over(sharding):
+        found = features(*state, picture(batch))
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"features: no {missing}; there is {sorted(found)}")
     rows = {name: found[name].astype(jnp.float32) for name in names}
@@ -132,7 +134,14 @@ def _apply(state, batch, *, features, names, sharding):
 
 @functools.partial(jax.jit, static_argnames=("function", "sharding"))
 def _outputs(state, batch, *, function, sharding):
-    return _whole(dict(function(*state, batch)), batch, sharding)
+    with _over(sharding):
+        rows = dict(function(*state, batch))
+    return _whole(rows, batch, sharding)
+
+
+def _over(sharding):
+    """Trace for the devices of a batch; a context manager."""
+    return across.over(sharding and sharding.mesh)
 
 
 def _whole(rows, batch, sharding):

@@ -202,11 +202,12 @@ def _cudnn(q, k, v, length):
         return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -channels % 8)))
 
     y = jax.nn.dot_product_attention(
-        *map(padded, (q, k, v)),
+        *across.rows(*map(padded, (q, k, v))),
         scale=channels**-0.5,
         key_value_seq_lengths=length,
         implementation="cudnn",
     )
+    (y,) = across.rows(y)
     return y[:, :rows, :, :channels]
 
 

@@ -29,4 +29,17 @@ def whole(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
+def rows(*arrays):
+    """Return arrays [B, ...] split alike, by rows, over the devices that B divides by.
+
+    For kernels that XLA does not see into: left to itself, it may split the keys of an
+    attention in another way than its queries, which cuDNN's refuses.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or len(arrays[0]) % mesh.size:
+        return arrays
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return tuple(jax.lax.with_sharding_constraint(x, split) for x in arrays)
+
+
 whole.defvjp(lambda x: (whole(x), None), lambda _, g: (g,))

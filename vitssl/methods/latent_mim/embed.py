@@ -166,14 +166,18 @@ class PatchEmbeddings(nn.Module):
             if not m.space:
                 found[m.name] = self._stacked(m, x)
                 continue
-            x = einops.rearrange(x, "b h w t c -> t b h w c")
             side = patch * m.factor
             resized = self.resize == "input" and patch != self.base
-            if self.by_time and resized and len(x) > 1:
+            if self.by_time and resized and x.shape[3] > 1:
+                x = einops.rearrange(x, "b h w t c -> t b h w c")
                 y = jax.lax.map(lambda x, m=m, side=side: self._stacked(m, x, side), x)
-            else:
-                y = self._stacked(m, x, side)  # [T, B, h, w, S, D]
-            found[m.name] = einops.rearrange(y, "t b h w s d -> b h w t s d")
+                found[m.name] = einops.rearrange(y, "t b h w s d -> b h w t s d")
+                continue
+            # The batch, which devices share, stays in front: behind the times, XLA
+            # would hand every device all of it.
+            x = einops.rearrange(x, "b h w t c -> b t h w c")
+            y = self._stacked(m, x, side)  # [B, T, h, w, S, D]
+            found[m.name] = einops.rearrange(y, "b t h w s d -> b h w t s d")
         return found
 
     def _stacked(self, m, x, *side):
