@@ -208,6 +208,17 @@ def test_gradients_cross_gpus_once_however_many_there_are(devices, capsys):
 
 
 @pytest.mark.aot
+def test_keys_of_their_own_and_many_sensors_are_split_by_images_too(capsys):
+    argv = ("--config=configs/latent_mim.py:nano_ps8_ps1", "--batch=32")
+    found = _figures(capsys, "--on=h200:8", *argv)
+    assert found["fused_share"] == 1.0
+    crossing = {k: size for k, (_, size) in found["collectives"].items()}
+    whole = 4 * found["parameters"]
+    assert crossing.pop("all-reduce") == pytest.approx(whole, rel=0.05)
+    assert sum(crossing.values()) < 0.05 * whole
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("scan", ((), ("--scan",)), ids=("blocks", "loop"))
 def test_split_weights_are_gathered_in_bfloat16_and_their_gradients_in_float32(
     scan, capsys, monkeypatch

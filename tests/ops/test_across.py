@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from vitssl.bench import case, plain
+from vitssl.bench import case, hlo, plain
 from vitssl.methods import base
-from vitssl.models import vit
+from vitssl.models import layers, vit
 from vitssl.ops import across
 from vitssl.run import devices
 
@@ -44,6 +44,23 @@ def test_a_loop_over_blocks_gathers_weights_and_no_activations():
     loops = [x for x in text.splitlines() if "while/body" in x and "all-gather(" in x]
     shapes = [re.search(r"= \w+\[([\d,]*)\]", x)[1] for x in loops]
     assert set(shapes) == {"16,48", "16,16", "16,64", "64,16"}
+
+
+@pytest.mark.parametrize("batch, split", [(8, 4), (6, 0)])
+def test_what_a_kernel_of_attention_gets_is_split_by_images(batch, split):
+    q, k = (jax.ShapeDtypeStruct((batch, n, 2, 16), "bfloat16") for n in (5, 7))
+    mesh = devices.mesh(devices.Mesh(), 8)
+
+    def cross(q, k, v):
+        with across.over(mesh):
+            return layers.attend(q, k, v)
+
+    with hlo.traced_for("cuda"):
+        low = jax.jit(cross).trace(q, k, k).lower(lowering_platforms=("cuda",))
+    found = re.findall(r"sdy.sharding_constraint .*", low.as_text())
+    # Queries, keys, values and what comes out.
+    assert sum('<@mesh, [{"data", "fsdp"}, {}, {}, {}]>' in x for x in found) == split
+    assert len(found) == split
 
 
 def test_one_device_has_nothing_to_gather():

@@ -1,6 +1,7 @@
 """Patch embeddings of any size, encodings, encoder and predictor of fields."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from vitssl import tree
 from vitssl.data import modalities, states
 from vitssl.methods.latent_mim import embed, encodings
 from vitssl.ops import resize
+from vitssl.run import devices
 
 QUICK = {"xla_backend_optimization_level": 0}
 
@@ -100,6 +102,30 @@ def test_one_time_after_the_other_is_the_same_and_smaller():
         np.testing.assert_allclose(got[name], x, atol=1e-6)
     text = str(jax.make_jaxpr(slow)(params, data))
     assert "scan" in text and "[2,2,16,16,2]" not in text
+
+
+@pytest.mark.parametrize("patch, by_time", [(4, False), (2, False), (2, True)])
+def test_every_device_embeds_its_own_images_and_no_others(patch, by_time):
+    module = embed.PatchEmbeddings(fields.ALL, 8, 4, by_time=by_time)
+    given = {
+        m.name: np.random.default_rng(0).normal(size=(8, *m.shape(8, 3)))
+        for m in fields.ALL
+    }
+    params = module.clone(by_time=False).init(jax.random.key(0), given, patch)
+    split = devices.batch_sharding(devices.mesh(devices.Mesh(), 8))
+    step = quick(jax.value_and_grad(lambda p, x: _waves(module.apply(p, x, patch))))
+    want = step(params, given)
+    spread = jax.device_put(given, split)
+    text = step.lower(params, spread).compile().as_text()
+    assert "all-reduce" in text
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+    got = step(params, spread)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+def _waves(found):
+    return sum(jnp.sin(x).sum() for x in jax.tree.leaves(found))
 
 
 def test_a_pixel_mask_is_read_in_the_corner_of_a_patch():
