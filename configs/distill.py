@@ -8,7 +8,8 @@ another patch, width, pooling and normalisation. It is read once: a run that goe
 does so with the teacher that its checkpoints hold.
 
 Arguments (`--config=configs/distill.py:NAME`):
-    (none)          demo size, for a run of the demo of configs/localmim.py
+    (none)          demo size, for a run of configs/localmim.py:digits or
+                    demo:localmim
     smoke           two steps from a random teacher, seconds
     folder          your own folder of images (data.root), labels or none, by any
                     teacher of colour images; ViT-Ti/16 at 224 px

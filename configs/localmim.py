@@ -3,7 +3,9 @@ r"""LocalMIM with FreezeOut: masked HOG at four scales, early layers frozen firs
     python -m vitssl.main --config=configs/localmim.py
 
 Arguments (`--config=configs/localmim.py:NAME`):
-    (none)          demo: real handwritten digits, freezing on, minutes on two cores
+    (none)          demo: drawn leaves in seven conditions, freezing on, minutes on
+                    two cores
+    digits          scanned digits, the smallest
     smoke           two steps, seconds
     evidence        what several targets and freezing are worth, scored by fine-tuning:
                     one target, shorter runs, a flat rate, stored tokens, saved steps
