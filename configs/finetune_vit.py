@@ -160,6 +160,7 @@ PRETRAIN = dict(
     first=("configs/localmim.py:evidence_run",),
     first_each_seed=True,
 )
+BY_LAYER = "optim.layer_decay=0.75"  # The lower a block, the lower its rate.
 # Labels per class: what a run of so many is.
 LABELS = {
     "20": ("data.per_class=20", "steps=300", "optim.warmup_epochs=20.0"),
@@ -186,7 +187,7 @@ def _evidence():
     arms, claims = {}, {}
     for name, own in LABELS.items():
         ours = f"pretrained_{name}"
-        arms[ours] = (*own, "init.from=@first")
+        arms[ours] = (*own, "init.from=@first", BY_LAYER)
         arms[f"scratch_{name}"] = own
         arms[f"longer_{name}"] = (*own, LONGER[name])
         for rival in (f"scratch_{name}", f"longer_{name}"):
@@ -210,9 +211,8 @@ def _evidence_rates():
     for name, rate in (("half", 1e-3), ("own", 2e-3), ("double", 4e-3)):
         own = (f"optim.lr={rate}",)
         arms[f"pretrained_{name}"] = (*own, "init.from=@first")
+        arms[f"by_layer_{name}"] = (*own, "init.from=@first", BY_LAYER)
         arms[f"scratch_{name}"] = own
-    # As the original: the lower a block, the lower its rate.
-    arms["pretrained_by_layer"] = ("init.from=@first", "optim.layer_decay=0.75")
     c = _evidence_run()
     c.study = dict(seeds=(100,), arms=arms, columns=(TOP1,), **PRETRAIN)
     return c

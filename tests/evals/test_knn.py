@@ -134,7 +134,10 @@ def test_selection_by_groups_is_top_k(m, k):
 
 
 @pytest.mark.parametrize("width, k, max_bytes", [(64, 20, 2**24), (200, 200, 2**26)])
-def test_the_device_holds_no_more_than_it_may(width, k, max_bytes):
+def test_the_device_holds_no_more_than_it_may(width, k, max_bytes, monkeypatch):
+    # As large as on devices with memory of their own.
+    monkeypatch.setattr(knn, "_CPU_QUERIES", 1024)
+    monkeypatch.setattr(knn, "_CPU_SCORES", 2**40)
     keep = k + 8
     cut = knn.blocks(5000, 30_000, width, keep, max_bytes)
     n = cut.held // cut.query
@@ -164,6 +167,11 @@ def test_the_device_holds_no_more_than_it_may(width, k, max_bytes):
     assert total <= max_bytes
     # Nor so much less that the limit would mean nothing.
     assert total > max_bytes / 8
+
+
+def test_on_a_cpu_a_product_is_no_larger_than_its_cache():
+    assert knn.blocks(1000, 80_000, 384, 28, 2**28) == knn.Blocks(1024, 256, 10_000)
+    assert knn.blocks(1000, 5000, 384, 28, 2**28) == knn.Blocks(1024, 256, 5000)
 
 
 def test_a_limit_too_small_for_anything_says_how_much_it_takes():

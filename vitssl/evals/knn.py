@@ -56,6 +56,8 @@ def blocks(
 ) -> Blocks:
     """Return the largest blocks whose search stays within `max_bytes` on the device.
 
+    On a CPU the scores of a product stay in its cache, too.
+
     Args:
         keep: candidates held for each query.
         max_bytes: limit on arguments, results and temporaries of the search.
