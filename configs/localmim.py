@@ -264,9 +264,7 @@ def _evidence():
 
 def _evidence_run():
     """Return the demo's network without freezing on drawn leaves, an arm of studies."""
-    c = base.leaf_arm(_digits())
-    c.model.patch = 6
-    c.augment.update(base.LEAF_CROPS)
+    c = base.leaf_arm(_demo())
     c.freeze.schedule = "none"
     c.optim.warmup_epochs = 1.0
     return c
