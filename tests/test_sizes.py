@@ -113,7 +113,7 @@ def test_a_vit_trains_on_rectangles_by_simclr():
     "config, override, says",
     [
         ("hjepa.py", "multicrop.global_crop_size=(24, 48)", "want int"),
-        ("localmim.py", "augment.size=(24, 48)", "augment.size=(24, 48): want int"),
+        ("localmim.py:digits", "augment.size=(24, 48)", "augment.size=(24, 48): want int"),
         ("parts.py", "augment.size=(48, 96)", "augment.size=(48, 96): want int"),
         (
             "hjepa.py",
@@ -121,7 +121,7 @@ def test_a_vit_trains_on_rectangles_by_simclr():
             "evals.image_size=(24, 48): method=hjepa takes squares; give one number",
         ),
         (
-            "localmim.py",
+            "localmim.py:digits",
             "model.image_size=(24, 48)",
             "model.image_size=(24, 48): method=localmim takes squares; give one number",
         ),
@@ -158,9 +158,9 @@ def test_what_needs_squares_says_so():
 FOLLOWED = {
     "hjepa.py": ("multicrop.global_crop_size=60", 60),
     "parts.py": ("augment.size=64", 64),
-    "finetune_vit.py": ("augment.size=32", 32),
+    "finetune_vit.py:digits": ("augment.size=32", 32),
     "simclr_hvit.py": ("augment.size=72", 72),
-    "localmim.py": ("augment.size=32", 32),
+    "localmim.py:digits": ("augment.size=32", 32),
     "dino.py": ("multicrop.global_crop_size=60", 60),
     "mae.py": ("augment.size=60", 60),
     "latent_mim.py": ("sampling.max_side=5", 40),
@@ -206,9 +206,9 @@ def test_sizes_of_a_study_follow_those_of_their_arm():
             )
             for config, patch in (
                 ("parts", 4),
-                ("finetune_vit", 4),
+                ("finetune_vit", 6),
                 ("simclr_hvit", 6),
-                ("localmim", 4),
+                ("localmim", 6),
             )
         ),
         *(
@@ -221,9 +221,9 @@ def test_sizes_of_a_study_follow_those_of_their_arm():
             for config, patch in (
                 ("hjepa", 6),
                 ("parts", 4),
-                ("finetune_vit", 4),
+                ("finetune_vit", 6),
                 ("simclr_hvit", 6),
-                ("localmim", 4),
+                ("localmim", 6),
             )
         ),
     ],

@@ -33,7 +33,7 @@ def test_every_config_has_a_demo_and_a_smoke_run_without_data(files):
 
 def test_recipes_that_need_data_or_weights_say_so(files):
     (knn,) = [f for f in files if f.path.name == "knn.py"]
-    assert knn.recipes[0].data == "digits (give `init.from`)"
+    assert knn.recipes[0].data == "leaves (give `init.from`)"
     (hjepa,) = [f for f in files if f.path.name == "hjepa.py"]
     data = {r.spec.partition(":")[2]: r.data for r in hjepa.recipes}
     assert data["imagenet_vitb"] == "imagenet (give `data.root`)"
