@@ -113,7 +113,11 @@ def test_a_vit_trains_on_rectangles_by_simclr():
     "config, override, says",
     [
         ("hjepa.py", "multicrop.global_crop_size=(24, 48)", "want int"),
-        ("localmim.py:digits", "augment.size=(24, 48)", "augment.size=(24, 48): want int"),
+        (
+            "localmim.py:digits",
+            "augment.size=(24, 48)",
+            "augment.size=(24, 48): want int",
+        ),
         ("parts.py", "augment.size=(48, 96)", "augment.size=(48, 96): want int"),
         (
             "hjepa.py",
