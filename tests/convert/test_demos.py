@@ -15,8 +15,7 @@ from vitssl.run import experiment, opened
 @pytest.mark.parametrize("name", demos.names())
 def test_a_demo_is_of_its_recipe_and_has_a_card(name):
     about = opened.past(f"demo:{name}").weights.about
-    file = {"hjepa": "hjepa.py:digits"}.get(name, f"{name}.py")
-    recipe = experiment.read(experiment.load(f"{runs.ROOT}/configs/{file}"))
+    recipe = experiment.read(experiment.load(f"{runs.ROOT}/configs/{name}.py:digits"))
     model = recipe.config.model.to_dict()
     assert model | about.model == model  # Keys that came later have their defaults.
     card = (demos.FOLDER / f"{name}.md").read_text()
