@@ -29,6 +29,9 @@ def whole(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
+whole.defvjp(lambda x: (whole(x), None), lambda _, g: (g,))
+
+
 def rows(*arrays):
     """Return arrays [B, ...] split alike, by rows, over the devices that B divides by.
 
@@ -40,6 +43,3 @@ def rows(*arrays):
         return arrays
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return tuple(jax.lax.with_sharding_constraint(x, split) for x in arrays)
-
-
-whole.defvjp(lambda x: (whole(x), None), lambda _, g: (g,))
