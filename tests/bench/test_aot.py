@@ -214,7 +214,8 @@ def test_keys_of_their_own_and_many_sensors_are_split_by_images_too(capsys):
     assert found["fused_share"] == 1.0
     crossing = {k: size for k, (_, size) in found["collectives"].items()}
     whole = 4 * found["parameters"]
-    assert crossing.pop("all-reduce") == pytest.approx(whole, rel=0.05)
+    # The rest is what the losses compare over the batch.
+    assert whole < crossing.pop("all-reduce") < 1.1 * whole
     assert sum(crossing.values()) < 0.05 * whole
 
 
