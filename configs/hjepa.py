@@ -363,13 +363,6 @@ def _rival(name, recipe="", **sections):
     return c
 
 
-def _labels():
-    """Return the same network with labels."""
-    c = _rival("finetune_vit", "scratch")
-    c.augment.update(base.LEAF_CROPS)
-    return c
-
-
 def _birds():
     """Return the pre-training that configs/parts.py:evidence starts from."""
     c = _digits()
@@ -405,13 +398,9 @@ RECIPES = {
     "evidence_run": _evidence_run,
     "rival_dino": lambda: _rival("dino"),
     "rival_mae": lambda: _rival("mae"),
-    "rival_localmim": lambda: _rival(
-        "localmim",
-        augment=base.LEAF_CROPS,
-        stages=dict(blocks=(0, 1, 2, 3)),
-    ),
+    "rival_localmim": lambda: _rival("localmim", stages=dict(blocks=(0, 1, 2, 3))),
     "rival_simclr": lambda: _rival("simclr_hvit", "vit"),
-    "rival_labels": _labels,
+    "rival_labels": lambda: _rival("finetune_vit", "scratch"),
     "smoke": _smoke,
     "scenes": _scenes,
     "birds": _birds,

@@ -122,8 +122,8 @@ def _recipes():
 
 
 def test_every_recipe_that_starts_from_weights_names_them():
-    seen, from_nothing = set(), {"scratch", "smoke", "infrared", "rival_labels"}
-    from_nothing.add("digits_scratch")
+    seen = set()
+    from_nothing = {"scratch", "digits_scratch", "smoke", "infrared", "rival_labels"}
     for path, name, c, file in _recipes():
         seen.add(path.stem)
         wanted = c.init.weights

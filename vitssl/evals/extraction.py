@@ -124,7 +124,7 @@ def _put(rows, sharding):
 
 @functools.partial(jax.jit, static_argnames=("features", "names", "sharding"))
 def _apply(state, batch, *, features, names, sharding):
-    with _over(sharding):
+    with across.over(sharding and sharding.mesh):
         found = features(*state, picture(batch))
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"features: no {missing}; there is {sorted(found)}")
@@ -134,14 +134,9 @@ def _apply(state, batch, *, features, names, sharding):
 
 @functools.partial(jax.jit, static_argnames=("function", "sharding"))
 def _outputs(state, batch, *, function, sharding):
-    with _over(sharding):
+    with across.over(sharding and sharding.mesh):
         rows = dict(function(*state, batch))
     return _whole(rows, batch, sharding)
-
-
-def _over(sharding):
-    """Trace for the devices of a batch; a context manager."""
-    return across.over(sharding and sharding.mesh)
 
 
 def _whole(rows, batch, sharding):

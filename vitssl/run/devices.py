@@ -55,7 +55,7 @@ class Mesh:
 def start() -> None:
     """Join the other processes of the job, if the environment names a job.
 
-    What is compiled from now on is kept, see `compilecache`, but for several CPUs.
+    What is compiled from now on is kept, see `compilecache`.
 
     JAX finds Slurm, Open MPI, Kubernetes and TPU pods itself; elsewhere set
     JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
@@ -100,6 +100,8 @@ def _check_limits() -> None:
 
 def mesh(spec: Mesh, batch_size: int, accumulate: int = 1) -> jax.sharding.Mesh:
     """Return the mesh (data, fsdp) over all devices of all processes.
+
+    Several CPUs keep no compiled program from now on, see `compilecache.stop`.
 
     Raises:
         UsageError: fsdp or the (micro-)batch does not divide over the devices.
