@@ -10,6 +10,8 @@ Arguments (`--config=configs/latent_mim.py:NAME`):
                     compute, each untrained too, and with the truth as a target: classes
                     that texture and shape tell, three seeds, an hour on two cores
     evidence_rates  the search of its learning rates, in another world
+    evidence_lengths
+                    the four ways at a quarter, a half and twice the compute
     nano_ps8_ps1    OlmoEarth nano, p=8 and q=1; needs --config.data.root=DIR
     base_ps8_ps1    the same at base size
     nano, tiny, base, large
@@ -189,17 +191,32 @@ def _evidence():
     return c
 
 
+WAYS = ("p8_upsampled", "hybrid_bilinear", "hybrid_skip", "all_at_q")
+
+
 def _evidence_rates():
     """Return the search of the learning rates for `evidence`, in another world."""
     c = _evidence()
-    ways = ("p8_upsampled", "hybrid_bilinear", "hybrid_skip", "all_at_q")
     rates = dict(half=2e-3, own=4e-3, double=8e-3)
     c.study.arms = {
         f"{way}_{name}": (*c.study.arms[way], f"optim.lr={rate}")
-        for way in ways
+        for way in WAYS
         for name, rate in rates.items()
     }
     c.study.seeds = (100,)
+    del c.study.gate, c.study.claims
+    return c
+
+
+def _evidence_lengths():
+    """Return `evidence` at a quarter, a half and twice the compute."""
+    c = _evidence()
+    own = dict(p8_upsampled=3420, hybrid_bilinear=2760, hybrid_skip=2400, all_at_q=800)
+    c.study.arms = {
+        f"{way}_{name}": (*c.study.arms[way], f"steps={int(share * own[way])}")
+        for way in WAYS
+        for name, share in dict(quarter=0.25, half=0.5, twice=2.0).items()
+    }
     del c.study.gate, c.study.claims
     return c
 
@@ -302,6 +319,7 @@ RECIPES = {
     "smoke": _smoke,
     "evidence": _evidence,
     "evidence_rates": _evidence_rates,
+    "evidence_lengths": _evidence_lengths,
     "nano_ps8_ps1": _ps8_ps1,
     "base_ps8_ps1": lambda: _ps8_ps1("base"),
     "nano": _published,

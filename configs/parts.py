@@ -231,18 +231,32 @@ def _evidence():
 
 
 def _evidence_rates():
-    """Return the search of the learning rates for `evidence`, in another world.
+    """Return the search of rates and loss weights for `evidence`, in another world.
 
     By accuracy in a test balanced over backgrounds; labels of parts are not used.
     """
     c = _evidence_run()
     c.init["from"] = "@first"
+    rates = dict(base.RATES, lowest=2.5e-4)
     arms = {}
-    for name, rate in base.RATES:
+    for name, rate in rates.items():
         own = f"optim.lr={rate}"
         arms[f"hard_{name}"] = (own,)
         arms[f"no_masks_{name}"] = _one_vit("baseline", own)
-    columns = (WORST, "final/test/top1")
+    # The rest at half of the demo's rate, the best of the first three.
+    c.optim.lr = 5e-4
+    # As published: parts are looked for in features that stay what they were.
+    still = groups(scratch=20.0, modulation=20.0, finer=3.0)
+    still = tuple(f"optim.{key}={value!r}" for key, value in still.items())
+    arms["hard_frozen"] = still
+    for weight in (3.0, 6.0, 12.0):
+        own = f"objective.background={weight}"
+        arms[f"hard_background_{weight:g}"] = (own,)
+    arms["hard_frozen_background"] = (*still, "objective.background=3.0")
+    arms["hard_compact"] = ("objective.concentration=60.0",)
+    arms["no_masks_decay"] = _one_vit("baseline", "optim.wd=0.5")
+    arms["no_masks_drop_path"] = _one_vit("baseline", "model.drop_path=0.1")
+    columns = (WORST, "final/test/top1", "final/test/miou")
     c.study = dict(seeds=(100,), arms=arms, columns=columns, **OWN_BIRDS)
     return c
 

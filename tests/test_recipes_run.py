@@ -28,6 +28,7 @@ RECIPES = [
     if not name.startswith("rival_")  # Run by the study that they are arms of,
 ]
 SLOW = ("hjepa:evidence",)  # which has eleven.
+SEARCHES = ("rates", "lengths")  # Of what is run by the study of the same name.
 
 # Where a recipe starts from what another one has made: (files, recipe of RECIPES).
 STARTS = {
@@ -66,6 +67,7 @@ EVERYWHERE = {
 }
 # What makes no other program, nor another road: arms that differ in these are one here.
 LENGTHS = ("steps=", "epochs=", "optim.lr=", "optim.warmup_epochs=", "data.per_class=")
+LENGTHS += ("optim.wd=", "objective.background=", "objective.concentration=")
 # Two blocks freeze at one event: before the third of four steps, the fifth of six.
 FREEZING = {
     "finetune_vit:freezing": {
@@ -190,10 +192,16 @@ def command(recipe, data, **given):
             if words and "=" not in words[0]:  # Of another config.
                 own = first(words[0], data)
             elif own == words:
-                own = tuple(w for w in words if not w.startswith(LENGTHS))
+                own = _kind(words)
             changes[f"study.arms.{arm}"] = own
             only.setdefault(own, arm)
-        changes["study.only"] = tuple(only.values())
+        # A search of what another study runs has one arm of it, and those of its own.
+        others = config.module(f"{ROOT}/configs/{file}.py").RECIPES
+        ran, _, search = name.partition("_")
+        seen = others[ran]().study.arms.values() if search in SEARCHES else ()
+        seen = set(map(_kind, seen))
+        new = tuple(arm for own, arm in only.items() if own not in seen)
+        changes["study.only"] = new or tuple(only.values())[:1]
         before = c.study.get("first", ())
         if isinstance(before, ml_collections.ConfigDict):
             for key, made in before.items():
@@ -205,6 +213,11 @@ def command(recipe, data, **given):
             changes["study.first"] = first(before[0], data)
     words = [f"--config.{k}={v}" for k, v in changes.items()]
     return [f"--config={spec}", *words]
+
+
+def _kind(words) -> tuple:
+    """Return the overrides of an arm without those that make no other program."""
+    return tuple(w for w in words if not w.startswith(LENGTHS))
 
 
 def _resolved(argv) -> str:

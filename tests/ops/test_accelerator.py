@@ -23,9 +23,12 @@ def test_only_a_gpu_by_nvidia_has_a_compute_capability(monkeypatch, said, found)
 
 def test_products_are_made_in_parts_where_no_unit_is_for_float32(monkeypatch):
     assert accelerator.precision() == "highest"
+    preset = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+    with monkeypatch.context() as on_a_tpu:
+        on_a_tpu.setattr(accelerator, "on_tpu", lambda: True)
+        assert accelerator.precision() == preset
     monkeypatch.setattr(accelerator, "capability", lambda: (8, 0))
-    preset = accelerator.precision()
-    assert preset == jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
+    assert accelerator.precision() == preset
     # What the preset stands for: halves of 8 bits each.
     x, y = np.random.default_rng(0).normal(size=(2, 64, 64)).astype(np.float32)
     high = [np.asarray(jax.numpy.asarray(t, "bfloat16"), np.float32) for t in (x, y)]

@@ -138,6 +138,15 @@ def test_accumulation_is_the_full_batch(parts):
     assert f"length={parts}" in text, "the batch was not split"
 
 
+def test_a_batch_in_parts_is_traced_once(monkeypatch):
+    method = toy.make()
+    traced, loss = [], type(method).loss
+    spy = lambda *a, **k: (traced.append(1), loss(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(type(method), "loss", spy)
+    _run(method, toy.optimizer(method), steps=1, accumulate=4)
+    assert len(traced) == 1
+
+
 def test_accumulation_is_refused_for_a_loss_that_couples_the_batch():
     method = toy.make()
     object.__setattr__(method, "couples_batch", True)

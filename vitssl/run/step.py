@@ -262,6 +262,7 @@ def _together(method, state, phase, parts, rng, mesh, gradients):
 def _accumulate(grad, trainable, extra, parts, rng):
     """Average loss, metrics and gradients over the leading axis of `parts`."""
     count = jax.tree.leaves(parts)[0].shape[0]
+    grad = jax.jit(grad, inline=True)  # Traced once, for the shapes and for the loop.
 
     def body(carry, xs):
         extra, total = carry
