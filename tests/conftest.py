@@ -9,6 +9,8 @@ import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Processes that tests start read what the first of them compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 _FLAGS = "--xla_force_host_platform_device_count=4"
 # Simulated devices that meet in a collective wait for each other; on a busy machine one
 # may come minutes late, and XLA ends the process after 40 seconds.
