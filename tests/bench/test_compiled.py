@@ -160,6 +160,14 @@ HloModule jit_step, is_scheduled=true
   ROOT %sum = f32[12,100]{1,0} add(%stack, %part)
 }
 
+%outer (stack: f32[12,100], i: s32[], x: f32[1,100]) -> f32[1,1] {
+  %stack = f32[12,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[1,100]{1,0} parameter(2)
+  %inner = f32[1,100]{1,0} fusion(%stack, %i, %x), kind=kLoop, calls=%row
+  ROOT %dot = f32[1,1]{1,0} convolution(%inner, %x), dim_labels=bf_oi->bf
+}
+
 ENTRY %main (s: f32[12,100], i: s32[], x: f32[1,100]) -> f32[12,100] {
   %s = f32[12,100]{1,0} parameter(0)
   %i = s32[] parameter(1)
@@ -168,13 +176,17 @@ ENTRY %main (s: f32[12,100], i: s32[], x: f32[1,100]) -> f32[12,100] {
   %b = (f32[12,100]{1,0}, f32[1,100]{1,0}) fusion(%s, %i, %a), kind=kLoop, calls=%store
   %c = f32[12,100]{1,0} fusion(%s), kind=kLoop, calls=%all
   %d = f32[12,100]{1,0} dynamic-update-slice(%s, %x, %i, %i)
+  %f = f32[1,1]{1,0} fusion(%s, %i, %x), kind=kOutput, calls=%outer
+  %g = ((f32[12,100]{1,0}), f32[2,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%s)
+  %h = f32[2,100]{1,0:S(1)} slice-done(%g)
   ROOT %e = f32[1,100]{1,0} dynamic-slice(%d, %i, %i), dynamic_slice_sizes={1,100}
 }
 """
 
 
 def test_of_what_is_sliced_the_slice_is_read_and_written():
-    found = {k.name: k.size for k in compiled.kernels(SLICED)}
+    kernels = compiled.kernels(SLICED, inside=r"S\([1-9]")
+    found = {k.name: k.size for k in kernels}
     row, index, stack = 400, 4, 4800
     assert found == {
         "a": row + index + row + row,
@@ -182,4 +194,7 @@ def test_of_what_is_sliced_the_slice_is_read_and_written():
         "c": 2 * stack,  # It is read whole too.
         "d": row + index + row,
         "e": row + index + row,
+        "f": row + index + row + 4,  # Fusions of a TPU are within each other.
+        "g": 2 * row,  # Into the chip.
     }
+    assert {k.kind for k in kernels if k.name == "f"} == {"product"}

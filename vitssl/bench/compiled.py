@@ -182,18 +182,28 @@ def _kernel(x, here, computations, times, inside):
     written = _size(x.shape, inside, scratch)
     if x.op in ("fusion", *_SLICES, _UPDATE):
         body = computations.get(x.called("calls") or "") or _alone(x, here)
-        read = [_read(i, body, full) for i, full in enumerate(read)]
+        read = [_read(i, body, full, computations) for i, full in enumerate(read)]
         written -= _kept(body, inside)
     size, kind = sum(read) + written, _kind(x, computations)
     if kind in _COLLECTIVES:
         # What was started has its operands in its result.
         started = x.op.endswith("-start") and written > sum(read)
         size = max(sum(read), written - started * sum(read))
-    elif x.op in ("copy-start", "slice-start"):
+    elif x.op == "copy-start":
         size = written  # (to, from, context).
+    elif x.op == "slice-start":
+        size = _sliced(x.shape, inside)
     source = re.search(r'op_name="([^"]*)"', x.rest)
     result = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", x.shape)
     return Kernel(x.name, kind, size, times, result, source[1] if source else "")
+
+
+def _sliced(shape, inside) -> float:
+    """Return the bytes of a slice that is only started: ((from), to, context)."""
+    cut = 1 + _closing(shape[1:])
+    source, part = shape[:cut], shape[cut:].rpartition(",")[0]
+    read = 0.0 if inside.search(source) else _size(part, _NOWHERE)
+    return read + _size(part, inside)
 
 
 def _alone(x, here):
@@ -206,7 +216,7 @@ def _alone(x, here):
     return {y.name: y for y in (*given, x)}
 
 
-def _read(index, body, full) -> float:
+def _read(index, body, full, computations) -> float:
     """Return the bytes that a fusion reads of a parameter of `full` bytes."""
     mine = {n for n, y in body.items() if y.op == "parameter" and _index(y) == index}
     found = 0.0
@@ -215,6 +225,11 @@ def _read(index, body, full) -> float:
             continue
         if y.op == "bitcast":
             mine.add(y.name)
+        elif y.op == "fusion":  # A TPU's are within each other.
+            within = computations[y.called("calls")]
+            for i, operand in enumerate(y.operands):
+                if operand in mine:
+                    found += _read(i, within, full, computations)
         elif y.op not in (*_SLICES, _UPDATE) or mine & {*y.operands[1:]}:
             return full
         elif y.op in _SLICES:
@@ -244,8 +259,7 @@ def _kind(x, computations):
     op = x.op.removesuffix("-start")
     target = re.search(r'custom_call_target="([^"]*)"', x.rest)
     target = target[1] if target else ""
-    body = computations.get(x.called("calls") or "", {})
-    ops = {y.op for y in body.values()} or {op}
+    ops = _ops(x, computations) or {op}
     if op in _COLLECTIVES:
         return op
     if "fmha" in target or "splash_mha" in x.name:
@@ -254,6 +268,13 @@ def _kind(x, computations):
         return "product"
     moved = op in ("fusion", *_MOVES) and ops & _MOVES and ops <= _MOVES | _VIEWS
     return "move" if moved else "other"
+
+
+def _ops(x, computations) -> set[str]:
+    """Return what a fusion is made of, and the fusions within it."""
+    body = computations.get(x.called("calls") or "", {}).values()
+    within = (_ops(y, computations) for y in body if y.op == "fusion")
+    return {y.op for y in body if y.op != "fusion"}.union(*within)
 
 
 def _size(shape, inside, scratch=False) -> float:
