@@ -179,6 +179,7 @@ ENTRY %main (s: f32[12,100], i: s32[], x: f32[1,100]) -> f32[12,100] {
   %f = f32[1,1]{1,0} fusion(%s, %i, %x), kind=kOutput, calls=%outer
   %g = ((f32[12,100]{1,0}), f32[2,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%s)
   %h = f32[2,100]{1,0:S(1)} slice-done(%g)
+  %k = f32[2,100]{1,0:S(1)} all-reduce(%h), to_apply=%add
   ROOT %e = f32[1,100]{1,0} dynamic-slice(%d, %i, %i), dynamic_slice_sizes={1,100}
 }
 """
@@ -195,6 +196,7 @@ def test_of_what_is_sliced_the_slice_is_read_and_written():
         "d": row + index + row,
         "e": row + index + row,
         "f": row + index + row + 4,  # Fusions of a TPU are within each other.
-        "g": 2 * row,  # Into the chip.
+        "g": 2 * row,  # Into the chip,
+        "k": 2 * row,  # from where it crosses the links.
     }
     assert {k.kind for k in kernels if k.name == "f"} == {"product"}

@@ -177,6 +177,9 @@ def _trips(loop, computations) -> int:
 
 
 def _kernel(x, here, computations, times, inside):
+    kind = _kind(x, computations)
+    if kind in _COLLECTIVES:
+        inside = _NOWHERE  # All of it crosses the links, wherever it lies.
     read = [_size(here[o].shape, inside) for o in x.operands if o in here]
     scratch = x.op == "custom-call" and x.shape.startswith("(")
     written = _size(x.shape, inside, scratch)
@@ -184,7 +187,7 @@ def _kernel(x, here, computations, times, inside):
         body = computations.get(x.called("calls") or "") or _alone(x, here)
         read = [_read(i, body, full, computations) for i, full in enumerate(read)]
         written -= _kept(body, inside)
-    size, kind = sum(read) + written, _kind(x, computations)
+    size = sum(read) + written
     if kind in _COLLECTIVES:
         # What was started has its operands in its result.
         started = x.op.endswith("-start") and written > sum(read)
