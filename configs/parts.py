@@ -10,7 +10,8 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
                     without masks at equal compute, all of a seed from one
                     self-supervised checkpoint (configs/hjepa.py:birds); five seeds,
                     about 70 minutes on two cores
-    evidence_rates  the search of its learning rates, in another world
+    evidence_rates  the search of its rates and loss weights, in another
+                    world
     evidence_run    one run of it with hard masks; --config.init.from=DIR of a run of
                     configs/hjepa.py:birds
     folder          the demo's network on your own folder of images in classes
