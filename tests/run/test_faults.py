@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import filelock
 import numpy as np
@@ -62,6 +64,30 @@ def test_a_step_that_never_ends_on_the_device_ends_with_7(tmp_path):
     assert done.returncode == 7, done.said
     assert "stalled: " in done.stderr and "stacks of all threads" in done.stderr
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "stalled"
+
+
+WATCHED = """
+import sys
+from vitssl.run import guard
+with guard.Watchdog(sys.argv[1], 6.0) as dog:
+    dog.beat("a step")
+    print("begun", flush=True)
+    sys.stdin.readline()
+print("ended", flush=True)
+"""
+
+
+def test_a_job_that_was_suspended_has_not_stalled(tmp_path):
+    command = [sys.executable, "-c", WATCHED, str(tmp_path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=runs.ROOT, **pipes) as job:
+        assert job.stdout.readline() == "begun\n"
+        job.send_signal(signal.SIGSTOP)
+        time.sleep(8.0)
+        job.send_signal(signal.SIGCONT)
+        time.sleep(2.0)  # In which the watchdog looks.
+        said, _ = job.communicate("\n")
+    assert (said, job.returncode) == ("ended\n", 0)
 
 
 def test_the_watchdog_watches_from_the_first_second(tmp_path, monkeypatch):

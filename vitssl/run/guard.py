@@ -256,8 +256,15 @@ class Watchdog:
         self._stop.set()
 
     def _watch(self):
-        while not self._stop.wait(min(1.0, self._seconds / 4)):
-            silent = time.monotonic() - self._last
+        tick = min(1.0, self._seconds / 4)
+        seen, silent, before = self._last, 0.0, time.monotonic()
+        while not self._stop.wait(tick):
+            now = time.monotonic()
+            # A process that was stopped meanwhile, as Slurm suspends one, did not stall.
+            silent += min(now - before, 2 * tick)
+            if seen != self._last:
+                seen, silent = self._last, 0.0
+            before = now
             if silent > self._seconds:
                 message = (
                     f"stalled: {self._what} has taken {silent:.0f} s "
