@@ -260,7 +260,7 @@ class Watchdog:
         seen, silent, before = self._last, 0.0, time.monotonic()
         while not self._stop.wait(tick):
             now = time.monotonic()
-            # A process that was stopped meanwhile, as Slurm suspends one, did not stall.
+            # Who was stopped meanwhile, as Slurm suspends a job, did not stall.
             silent += min(now - before, 2 * tick)
             if seen != self._last:
                 seen, silent = self._last, 0.0
