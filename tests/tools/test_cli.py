@@ -20,6 +20,14 @@ def _rows(text):
     ]
 
 
+@pytest.mark.parametrize("command", sorted({*cli.COMMANDS} - {"train", "bench"}))
+def test_a_command_calls_itself_what_one_types(command, capsys):
+    with pytest.raises(SystemExit) as over:
+        cli.main([command, "--help"])
+    assert over.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: vitssl {command} ")
+
+
 def test_runs_shows_states_steps_and_last_values(tmp_path, capsys):
     made.run(tmp_path / "a", knn=0.5)
     made.run(tmp_path / "b", knn=0.75, state="training", eta_seconds=90.0, step=10)

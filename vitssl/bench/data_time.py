@@ -111,7 +111,7 @@ def run(argv=()) -> dict:
         processor time of decoding and one view of 12 megapixels, whole and reduced;
         `parts_ms`, processor time per image of the parts of our transform; `loader`.
     """
-    parser = errors.Parser("vitssl.bench data", __doc__)
+    parser = errors.Parser("vitssl bench data", __doc__)
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loader_batches", type=int, default=0)

@@ -41,7 +41,7 @@ from vitssl.tools import listing
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure every phase, return the figures."""
-    parser = errors.Parser("vitssl.bench freeze", __doc__)
+    parser = errors.Parser("vitssl bench freeze", __doc__)
     parser.add_argument("--config", default="configs/localmim.py")
     parser.add_argument("--batch", type=int, default=0, help="0: the config's")
     parser.add_argument("--steps", type=int, default=10)

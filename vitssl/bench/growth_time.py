@@ -44,7 +44,7 @@ def fit(sizes, costs, at=()) -> dict:
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure, return the figures."""
-    parser = errors.Parser("vitssl.bench growth", __doc__)
+    parser = errors.Parser("vitssl bench growth", __doc__)
     parser.add_argument("--config", default="configs/hjepa.py")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3)

@@ -262,7 +262,7 @@ def measure(timed: dict, steps: int, turns: int) -> dict:
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure every mode of every case, return the rows."""
-    parser = errors.Parser("vitssl.bench hybrid", __doc__)
+    parser = errors.Parser("vitssl bench hybrid", __doc__)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--batch", type=int, default=2)

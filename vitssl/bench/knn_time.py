@@ -24,7 +24,7 @@ from vitssl.run import notes
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure, return the figures."""
-    parser = errors.Parser("vitssl.bench knn", __doc__)
+    parser = errors.Parser("vitssl bench knn", __doc__)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=2_000)
     parser.add_argument("--width", type=int, default=384)

@@ -22,7 +22,7 @@ from vitssl.bench import case, flops
 
 def run(argv: list[str]) -> dict:
     """Parse the options, compile with and without remat, return the figures."""
-    parser = errors.Parser("vitssl.bench parts", __doc__)
+    parser = errors.Parser("vitssl bench parts", __doc__)
     parser.add_argument("--config", default="configs/parts.py:waterbirds")
     parser.add_argument("--batch", type=int, default=2)
     o, overrides = case.words(parser, argv)

@@ -24,7 +24,7 @@ from vitssl.run import devices
 
 def run(argv: list[str]) -> dict:
     """Parse the options, measure, return the figures."""
-    parser = errors.Parser("vitssl.bench step", __doc__)
+    parser = errors.Parser("vitssl bench step", __doc__)
     parser.add_argument("--config", default="")
     parser.add_argument("--vit", default="", help="ti16, s16, b16, l16")
     parser.add_argument("--image", type=int, default=224)

@@ -28,7 +28,7 @@ from vitssl import errors
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    top = errors.Parser("python -m vitssl.convert", __doc__)
+    top = errors.Parser("vitssl convert", __doc__)
     commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("import", help="published weights to ours")
     one.add_argument("file")

@@ -4,7 +4,6 @@ Reads WORKDIR/config.json and the newest checkpoint and writes the pictures to
 WORKDIR/pictures. A run that is still going on is not disturbed.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -16,7 +15,11 @@ from vitssl.run import devices, log, opened
 
 def main(argv):
     """Write the pictures of one run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="vitssl pictures")
+    return errors.exit_code(_main, argv)
+
+
+def _main(argv) -> int:
+    parser = errors.Parser("vitssl pictures", __doc__)
     parser.add_argument("workdir", help="of a run of vitssl.main")
     parser.add_argument("--out", default="", help="folder (default WORKDIR/pictures)")
     parser.add_argument("--images", type=int, default=6, help="images drawn singly")
@@ -31,25 +34,21 @@ def main(argv):
     if flags.images < 1 or flags.points < 8:
         parser.error("--images must be 1 or more, --points 8 or more")
     log.to_terminal()
-    try:
-        devices.start()
-        parts, state = opened.past(flags.workdir).state()
-        fresh, settings = parts.fresh(), parts.experiment.settings
-        material = gather(
-            parts.method,
-            (state.params, state.extra),
-            settings.data,
-            settings.evals,
-            seed=settings.seed,
-            images=flags.images,
-            points=flags.points,
-            landscape_batches=flags.landscape,
-            untrained=(fresh.params, fresh.extra),
-            metrics_path=pathlib.Path(flags.workdir) / "metrics.jsonl",
-        )
-    except errors.VitsslError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return e.code
+    devices.start()
+    parts, state = opened.past(flags.workdir).state()
+    fresh, settings = parts.fresh(), parts.experiment.settings
+    material = gather(
+        parts.method,
+        (state.params, state.extra),
+        settings.data,
+        settings.evals,
+        seed=settings.seed,
+        images=flags.images,
+        points=flags.points,
+        landscape_batches=flags.landscape,
+        untrained=(fresh.params, fresh.extra),
+        metrics_path=pathlib.Path(flags.workdir) / "metrics.jsonl",
+    )
     out = flags.out or pathlib.Path(flags.workdir) / "pictures"
     for path in drawing.write_all(out, material):
         print(path)

@@ -12,7 +12,6 @@ where PATTERN names what lies before the mask, for N=4 in the demo
 'encoder/(cls|patch_embed/.*|block_[0-3]/.*)|(norm|decoder)_[01]/.*'.
 """
 
-import argparse
 import dataclasses
 import sys
 
@@ -28,18 +27,18 @@ from vitssl.run import opened
 
 def main(argv: list[str]) -> int:
     """Write a store; return the exit code of `vitssl.main`."""
-    parser = argparse.ArgumentParser("vitssl.tools.feature_store", description=__doc__)
+    return errors.exit_code(_main, argv)
+
+
+def _main(argv) -> int:
+    parser = errors.Parser("vitssl store", __doc__)
     parser.add_argument("workdir")
     parser.add_argument("--to", required=True)
     parser.add_argument("--boundary", type=int, required=True)
     parser.add_argument("--views", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args(argv)
-    try:
-        store = write(o.workdir, o.to, o.boundary, views=o.views, seed=o.seed)
-    except errors.VitsslError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return e.code
+    store = write(o.workdir, o.to, o.boundary, views=o.views, seed=o.seed)
     print(f"{store.root}: {store.about}")
     return 0
 
