@@ -63,8 +63,8 @@ class Row(NamedTuple):
 
 
 CEILINGS = {
-    "lines": Row(40_928, 55_148, 31_000),
-    "code lines": Row(25_232, 35_234, 20_500),
+    "lines": Row(40_928, 55_146, 31_000),
+    "code lines": Row(25_232, 35_224, 20_500),
     "files": Row(237, 300, 165),
     "files at the top": Row(31, 11),
     "modules with one importer": Row(101, 96, 45),

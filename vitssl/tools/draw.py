@@ -14,11 +14,11 @@ from vitssl.run import devices, log, opened
 
 
 def main(argv):
-    """Write the pictures of one run; return the exit code."""
-    return errors.exit_code(_main, argv)
+    """Write the pictures of one run; return 0.
 
-
-def _main(argv) -> int:
+    Raises:
+        CheckpointError: there is no run.
+    """
     parser = errors.Parser("vitssl pictures", __doc__)
     parser.add_argument("workdir", help="of a run of vitssl.main")
     parser.add_argument("--out", default="", help="folder (default WORKDIR/pictures)")
@@ -56,4 +56,4 @@ def _main(argv) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(errors.exit_code(main, sys.argv[1:]))

@@ -26,11 +26,11 @@ from vitssl.run import opened
 
 
 def main(argv: list[str]) -> int:
-    """Write a store; return the exit code of `vitssl.main`."""
-    return errors.exit_code(_main, argv)
+    """Write a store; return 0.
 
-
-def _main(argv) -> int:
+    Raises:
+        VitsslError: as `write`.
+    """
     parser = errors.Parser("vitssl store", __doc__)
     parser.add_argument("workdir")
     parser.add_argument("--to", required=True)
@@ -85,4 +85,4 @@ def write(workdir, to, boundary: int, *, views=1, seed=0) -> feature_store.Store
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(errors.exit_code(main, sys.argv[1:]))
