@@ -69,7 +69,7 @@ def test_a_step_that_never_ends_on_the_device_ends_with_7(tmp_path):
 WATCHED = """
 import sys
 from vitssl.run import guard
-with guard.Watchdog(sys.argv[1], 6.0) as dog:
+with guard.Watchdog(sys.argv[1], 8.0) as dog:
     dog.beat("a step")
     print("begun", flush=True)
     sys.stdin.readline()
@@ -83,7 +83,7 @@ def test_a_job_that_was_suspended_has_not_stalled(tmp_path):
     with subprocess.Popen(command, cwd=runs.ROOT, **pipes) as job:
         assert job.stdout.readline() == "begun\n"
         job.send_signal(signal.SIGSTOP)
-        time.sleep(8.0)
+        time.sleep(10.0)
         job.send_signal(signal.SIGCONT)
         time.sleep(2.0)  # In which the watchdog looks.
         said, _ = job.communicate("\n")
