@@ -128,6 +128,10 @@ def _smoke():
     return c
 
 
+# Equal compute by XLA's count: 0.140, 0.173, 0.199 and 0.599 GFLOP per image.
+STEPS = dict(p8_upsampled=3420, hybrid_bilinear=2760, hybrid_skip=2400, all_at_q=800)
+
+
 def _evidence():
     """Return four ways to features of 4 pixels, at equal compute, with controls.
 
@@ -145,7 +149,7 @@ def _evidence():
     c.augment, c.objective.contrast_weight = dict(views=1), 0.0
     c.readout.update(q=4, times=1)
     c.measures.update(classes=8, probe="lbfgs", beside=True)
-    c.steps, c.optim.lr = 2400, 4e-3
+    c.steps, c.optim.lr = STEPS["hybrid_skip"], 4e-3
     c.evals.update(every_epochs=0, final=(), final_samples_test=240)
     c.log.update(every_steps=100, tensorboard=False, pictures=False)
     c.checkpoint.update(every_epochs=5.0, best="loss")
@@ -172,12 +176,11 @@ def _evidence():
     c.study = dict(
         seeds=(0, 1, 2),
         seeded=("data.options.seed",),
-        # Steps by XLA's count: 0.140, 0.173, 0.199 and 0.599 GFLOP per image.
         arms=dict(
-            p8_upsampled=(*coarse, "steps=3420"),
-            hybrid_bilinear=(*bilinear, "steps=2760"),
+            p8_upsampled=(*coarse, f"steps={STEPS['p8_upsampled']}"),
+            hybrid_bilinear=(*bilinear, f"steps={STEPS['hybrid_bilinear']}"),
             hybrid_skip=(),
-            all_at_q=(*fine, "steps=800"),
+            all_at_q=(*fine, f"steps={STEPS['all_at_q']}"),
             truth_skip=truth,
             truth_alone=alone,
             untrained_p8=(*coarse, *none),
@@ -191,16 +194,13 @@ def _evidence():
     return c
 
 
-WAYS = ("p8_upsampled", "hybrid_bilinear", "hybrid_skip", "all_at_q")
-
-
 def _evidence_rates():
     """Return the search of the learning rates for `evidence`, in another world."""
     c = _evidence()
     rates = dict(half=2e-3, own=4e-3, double=8e-3)
     c.study.arms = {
         f"{way}_{name}": (*c.study.arms[way], f"optim.lr={rate}")
-        for way in WAYS
+        for way in STEPS
         for name, rate in rates.items()
     }
     c.study.seeds = (100,)
@@ -211,10 +211,9 @@ def _evidence_rates():
 def _evidence_lengths():
     """Return `evidence` at a quarter, a half and twice the compute."""
     c = _evidence()
-    own = dict(p8_upsampled=3420, hybrid_bilinear=2760, hybrid_skip=2400, all_at_q=800)
     c.study.arms = {
-        f"{way}_{name}": (*c.study.arms[way], f"steps={int(share * own[way])}")
-        for way in WAYS
+        f"{way}_{name}": (*c.study.arms[way], f"steps={int(share * steps)}")
+        for way, steps in STEPS.items()
         for name, share in dict(quarter=0.25, half=0.5, twice=2.0).items()
     }
     del c.study.gate, c.study.claims

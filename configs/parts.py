@@ -10,8 +10,7 @@ Arguments (`--config=configs/parts.py:NAME`, or `NAME,OPTION,OPTION=VALUE`):
                     without masks at equal compute, all of a seed from one
                     self-supervised checkpoint (configs/hjepa.py:birds); five seeds,
                     about 70 minutes on two cores
-    evidence_rates  the search of its rates and loss weights, in another
-                    world
+    evidence_rates  the search of its rates and loss weights, in another world
     evidence_run    one run of it with hard masks; --config.init.from=DIR of a run of
                     configs/hjepa.py:birds
     folder          the demo's network on your own folder of images in classes
@@ -181,8 +180,12 @@ EQUAL = "epochs=15.0"  # A step of two ViTs costs three times as much.
 def _one_vit(kind, *words):
     """Return the overrides of an arm with one ViT in place of two."""
     rules = groups("baseline", scratch=20.0, freeze_backbone=False)
-    rules = tuple(f"optim.{key}={value!r}" for key, value in rules.items())
-    return (f"parts.kind={kind}", f"init.skip={HEADS[1:]!r}", *rules, *words)
+    return (f"parts.kind={kind}", f"init.skip={HEADS[1:]!r}", *_optim(rules), *words)
+
+
+def _optim(rules) -> tuple:
+    """Return the overrides that set keys of `optim`."""
+    return tuple(f"optim.{key}={value!r}" for key, value in rules.items())
 
 
 def _evidence():
@@ -248,12 +251,10 @@ def _evidence_rates():
     # The rest at half of the demo's rate, the best of the first three.
     c.optim.lr = 5e-4
     # As published: parts are looked for in features that stay what they were.
-    still = groups(scratch=20.0, modulation=20.0, finer=3.0)
-    still = tuple(f"optim.{key}={value!r}" for key, value in still.items())
+    still = _optim(groups(scratch=20.0, modulation=20.0, finer=3.0))
     arms["hard_frozen"] = still
     for weight in (3.0, 6.0, 12.0):
-        own = f"objective.background={weight}"
-        arms[f"hard_background_{weight:g}"] = (own,)
+        arms[f"hard_background_{weight:g}"] = (f"objective.background={weight}",)
     arms["hard_frozen_background"] = (*still, "objective.background=3.0")
     arms["hard_compact"] = ("objective.concentration=60.0",)
     arms["no_masks_decay"] = _one_vit("baseline", "optim.wd=0.5")

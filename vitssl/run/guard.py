@@ -233,7 +233,7 @@ class Watchdog:
 
     Args:
         workdir: where status.json is written.
-        seconds: longest time between two beats; 0.0 is off.
+        seconds: longest time between two beats, none while stopped; 0.0 is off.
     """
 
     def __init__(self, workdir, seconds: float):
