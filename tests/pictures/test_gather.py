@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import toy
+from vitssl import errors
 from vitssl.data import dataset
 from vitssl.pictures import gather
 from vitssl.tools import draw as command
@@ -129,12 +130,13 @@ def test_the_landscape_is_of_the_mean_loss_over_the_first_batches(network, monke
 
 
 def test_a_folder_that_is_no_workdir_is_one_line(tmp_path, capsys):
-    assert command.main([str(tmp_path)]) == 4
+    assert errors.exit_code(command.main, [str(tmp_path)]) == 4
     assert "no complete checkpoint; want WORKDIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--images=0", "--points=3", "--nonsense"])
-def test_bad_flags_are_refused_before_any_work(flag, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["somewhere", flag])
-    assert stopped.value.code == 2
+def test_bad_flags_are_refused_in_one_line_before_any_work(flag, capsys):
+    assert errors.exit_code(command.main, ["somewhere", flag]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flag in line or "--images must be 1 or more, --points 8 or more" in line
+    assert line.endswith("(vitssl pictures --help)")
