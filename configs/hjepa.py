@@ -11,6 +11,7 @@ Arguments (`--config=configs/hjepa.py:NAME`):
     smoke           two steps, seconds
     evidence        small crops against none, other view terms, masks and methods, at
                     equal compute, three seeds, drawn leaves, an hour on two cores
+    evidence_rates  the search of its rates, in another world
     evidence_run    one run of it: the demo with more test images
     rival_dino, rival_mae, rival_localmim, rival_simclr, rival_labels
                     its other methods, with the same network
@@ -68,6 +69,7 @@ LENGTHS = dict(
     simclr=10.1,
     labels=20.2,
 )
+RIVALS = ("dino", "mae", "localmim", "simclr", "labels")
 
 
 def _demo():
@@ -272,13 +274,8 @@ def _end_to_end():
     return c
 
 
-def _evidence():
-    """Return who learns most from leaves without labels, at equal compute.
-
-    `labels` is the gate: the same network with labels must get far above the pixels.
-    """
-    c = _evidence_run()
-    knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
+def _arms():
+    """Return the arms of `evidence`, all of the same compute."""
     view = "objective.view_target"
     arms = dict(
         multi=(),
@@ -292,9 +289,18 @@ def _evidence():
         ),
         no_target=("ema.target_encoder=False", "levels.target=shared"),
     )
-    rivals = ("dino", "mae", "localmim", "simclr", "labels")
-    arms |= {arm: (f"configs/hjepa.py:rival_{arm}",) for arm in rivals}
-    arms = {arm: (*own, f"epochs={LENGTHS[arm]}") for arm, own in arms.items()}
+    arms |= {arm: (f"configs/hjepa.py:rival_{arm}",) for arm in RIVALS}
+    return {arm: (*own, f"epochs={LENGTHS[arm]}") for arm, own in arms.items()}
+
+
+def _evidence():
+    """Return who learns most from leaves without labels, at equal compute.
+
+    `labels` is the gate: the same network with labels must get far above the pixels.
+    """
+    c = _evidence_run()
+    knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
+    arms = _arms()
     c.study = dict(
         seeds=(0, 1, 2),
         seeded=("data.options.seed",),
@@ -327,6 +333,21 @@ def _evidence():
             ahead_of_simclr=(("multi", linear), ("simclr", linear), 0.03),
         ),
     )
+    return c
+
+
+def _evidence_rates():
+    """Return the search of the learning rates for `evidence`, in another world."""
+    c = _evidence_run()
+    c.evals.update(in_place=False, baselines=())
+    arms = {}
+    for arm in ("multi", "single", "no_target", *RIVALS):
+        rate = (RECIPES[f"rival_{arm}"]() if arm in RIVALS else c).optim.lr
+        for name, factor in (("half", 0.5), ("own", 1.0), ("double", 2.0)):
+            arms[f"{arm}_{name}"] = (*_arms()[arm], f"optim.lr={factor * rate:g}")
+    columns = tuple(f"final/trained/{metric}/top1" for metric in ("linear", "knn"))
+    seeded = ("data.options.seed",)
+    c.study = dict(seeds=(100,), seeded=seeded, arms=arms, columns=columns)
     return c
 
 
@@ -395,6 +416,7 @@ RECIPES = {
     "": _demo,
     "digits": _digits,
     "evidence": _evidence,
+    "evidence_rates": _evidence_rates,
     "evidence_run": _evidence_run,
     "rival_dino": lambda: _rival("dino"),
     "rival_mae": lambda: _rival("mae"),
