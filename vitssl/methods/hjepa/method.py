@@ -224,11 +224,11 @@ class HJEPA(base.Embedding):
     def compare(self, params, extra, rows, rng, *, step=0, phase=None):
         """Return (loss [], (extra, metrics)); see the module and `forward.measure`."""
         del phase
-        draw = jax.random.split(rng, 3)[1]
         net = self.networks(params, extra, train=True)
         o = self.objective
-        key = jax.random.key(0) if o.fixed_slices else draw
-        terms = self.measure(net, rows, jax.random.fold_in(key, 3))
+        key = jax.random.key(0) if o.fixed_slices else jax.random.split(rng, 3)[1]
+        draw = jax.random.fold_in(key, 3)
+        terms = forward.measure(net, rows, o.view, draw, **o.options())
         total = o.crop_loss(terms.near, jax.random.fold_in(key, 0))
         parts = {}
         if terms.far is not None:
@@ -254,12 +254,8 @@ class HJEPA(base.Embedding):
 
     def terms(self, net, batch) -> forward.Terms:
         """Return what the loss of a batch is made of."""
-        return self.measure(net, self.rows(net, batch), jax.random.key(0))
-
-    def measure(self, net, rows: forward.Rows, key) -> forward.Terms:
-        """Return what the loss of rows is made of; see `forward.measure`."""
-        o = self.objective
-        return forward.measure(net, rows, o.view, key, **o.options())
+        rows, o = self.rows(net, batch), self.objective
+        return forward.measure(net, rows, o.view, jax.random.key(0), **o.options())
 
     def rows(self, net, batch) -> forward.Rows:
         """Return what the networks make of each image; see `forward.forward`."""
