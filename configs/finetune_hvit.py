@@ -135,7 +135,14 @@ def _infrared():
 
 
 SCORE = "final/test/ema_tta_f1_macro"
-PRETRAIN = dict(first=("configs/simclr_hvit.py:evidence_run",), first_each_seed=True)
+# By epochs of SimCLR, before fine-tuning.
+PRETRAIN = dict(
+    first=dict(
+        simclr_25=("configs/simclr_hvit.py:evidence_run", "epochs=25.0"),
+        simclr_50=("configs/simclr_hvit.py:evidence_run",),
+    ),
+    first_each_seed=True,
+)
 WARM_UP = {5: 100.0, 0: 1.5}  # Epochs of 100 steps, by labels per class.
 
 
@@ -178,7 +185,8 @@ def _evidence():
     """Return what SimCLR before 35 and 2,137 labels is worth, and what rivals it.
 
     SimCLR sees 25 epochs of two views: with its 3,300 steps more, `passes` sees as many
-    images, forward and backward. So does `passes_long` as SimCLR before 4,300 steps.
+    images, forward and backward. So does `passes_long` as SimCLR before 4,300 steps, and
+    as 50 epochs of it before 1,000.
     """
     c = _evidence_run()
     arms = {"untrained": ("steps=1", "optim.warmup_epochs=0.0", "optim.lr=1e-9")}
@@ -192,14 +200,17 @@ def _evidence():
         )
         arms[f"scratch_{name}"] = own
         arms[f"passes_{name}"] = (*own, *long)
-        arms[f"simclr_{name}"] = (*own, "init.from=@first")
-        arms[f"simclr_long_{name}"] = (*own, *long, "init.from=@first")
+        arms[f"simclr_{name}"] = (*own, "init.from=@simclr_25")
+        arms[f"simclr_long_{name}"] = (*own, *long, "init.from=@simclr_25")
+        arms[f"simclr_50_{name}"] = (*own, "init.from=@simclr_50")
         arms[f"passes_long_{name}"] = (*own, *longest)
         for ours, rival in (
             ("simclr", "scratch"),
             ("simclr", "passes"),
             ("simclr_long", "passes"),
             ("simclr_long", "passes_long"),
+            ("simclr_50", "passes_long"),
+            ("simclr_50", "simclr_long"),
         ):
             claims[f"{ours}_{name}_{rival}"] = (
                 (f"{ours}_{name}", SCORE),
@@ -219,7 +230,7 @@ def _evidence_rates():
             own = (f"data.per_class={count}", f"optim.warmup_epochs={WARM_UP[count]}")
             own = (*own, f"optim.lr={rate}")
             arms[f"scratch_{count or 'all'}_{name}"] = own
-            arms[f"simclr_{count or 'all'}_{name}"] = (*own, "init.from=@first")
+            arms[f"simclr_{count or 'all'}_{name}"] = (*own, "init.from=@simclr_25")
     return _study(_evidence_run(), (100,), arms, **PRETRAIN)
 
 

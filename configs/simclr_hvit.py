@@ -42,7 +42,7 @@ base = config.beside(__file__, "base")
 
 def _demo():
     """Return the demo."""
-    c = base.run("simclr", batch_size=64, epochs=25.0)
+    c = base.run("simclr", batch_size=64, epochs=50.0)
     c.data = base.data("leaves", **base.LEAVES)
     c.model = base.hvit()
     c.projector = dict(width=64, hidden=128, batchnorm=True)
@@ -59,7 +59,7 @@ def _demo():
     rules = base.decaying_but(r".*/(bias|scale|pos_embed|disease_mask|cls)")
     c.optim = base.adamw(2e-3, 3.0, clip_norm=1.0, wd_rules=rules)
     c.evals = base.evals(
-        5.0,
+        10.0,
         batch_size=210,
         online_samples_train=1000,
         online_probe_epochs=10,
@@ -69,7 +69,7 @@ def _demo():
         probe_batch=64,
     )
     c.log = dict(every_steps=50, pictures=True)
-    c.checkpoint = dict(every_epochs=5.0, keep_best=1, best="probe/top1")
+    c.checkpoint = dict(every_epochs=10.0, keep_best=1, best="probe/top1")
     return c
 
 

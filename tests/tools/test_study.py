@@ -188,6 +188,25 @@ def test_runs_before_the_arms_have_names_and_use_those_before_them(
     assert "study.first.a: an arm has that name" in str(caught.value)
 
 
+def test_what_the_chosen_arms_do_not_start_from_is_not_run(tmp_path):
+    arms = {"a": (), "b": ("init.from=@student",), "c": ("init.from=@other",)}
+    base = _config(tmp_path, **arms)
+    base.study.first = ml_collections.ConfigDict(
+        dict(
+            teacher=("distill:smoke",),
+            student=("distill:smoke", "teacher.from=@teacher"),
+            other=("distill:smoke",),
+        )
+    )
+    for only, needed in (
+        ("a", []),
+        ("b", ["teacher", "student"]),
+        ("('a', 'c')", ["other"]),
+    ):
+        experiment.apply(base, [f"study.only={only}"])
+        assert list(study.read(base).first) == needed, only
+
+
 def test_what_follows_a_run_starts_from_it_with_its_seed(tmp_path, monkeypatch):
     base = _config(tmp_path, a=())
     base.study.then = ("finetune_vit:smoke", "optim.lr=0.5")

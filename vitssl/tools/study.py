@@ -21,12 +21,12 @@ Keys in `seeded`, such as "data.options.seed", get each run's seed, too, and tho
 The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
 have names, {"teacher": ("configs/x.py",), "student": (..., "teacher.from=@teacher")},
-and each may use those before it. With `first_each_seed=True` every seed has its own, in
-WORKDIR/first/seed<n>. The optional key `then` is such a config too, run
-after every run of an arm, with its seed and from what it made: ("configs/x.py:score",
-"epochs=5.0"); its values are columns "then/<name>". Every run is an
-ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was killed goes on
-where it stopped.
+and each may use those before it; one that no arm needs is not run. With
+`first_each_seed=True` every seed has its own, in WORKDIR/first/seed<n>. The optional key
+`then` is such a config too, run after every run of an arm, with its seed and from what
+it made: ("configs/x.py:score", "epochs=5.0"); its values are columns "then/<name>".
+Every run is an ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was
+killed goes on where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
 `only` names the arms to run: --config.study.only="('multi',)"; claims about others are
 left out.
@@ -130,8 +130,10 @@ def read(c: ml_collections.ConfigDict) -> Plan:
             then[seed] = experiment.read(experiment.load(spec, words))
     problems.stop()
     plan = Plan(runs, tuple(study.columns), {}, then, claims, gate, each)
+    needed = _needed(runs.values(), before[seeds[0]])
     for seed, found in before.items():
-        plan.first.update({plan.before(k, seed): one for k, one in found.items()})
+        made = {plan.before(k, seed): one for k, one in found.items() if k in needed}
+        plan.first.update(made)
     return plan
 
 
@@ -166,6 +168,16 @@ def _first(study, own, problems) -> dict:
             break
         before |= {name: left.pop(name) for name in ready}
     return before
+
+
+def _needed(runs, before) -> set:
+    """Return the names of the runs before the arms that `runs` start from."""
+    needed, left = set(), [name for one in runs for name in _starts(one)]
+    while left:
+        name = left.pop()
+        left += () if name in needed else _starts(before[name])
+        needed.add(name)
+    return needed
 
 
 def _arm(base, words) -> ml_collections.ConfigDict:
