@@ -185,8 +185,8 @@ def _evidence():
     """Return what SimCLR before 35 and 2,137 labels is worth, and what rivals it.
 
     SimCLR sees 25 epochs of two views: with its 3,300 steps more, `passes` sees as many
-    images, forward and backward. So does `passes_long` as SimCLR before 4,300 steps, and
-    as 50 epochs of it before 1,000.
+    images, forward and backward. So does `passes_long` as SimCLR before 4,300 steps,
+    and as 50 epochs of it before 1,000.
     """
     c = _evidence_run()
     arms = {"untrained": ("steps=1", "optim.warmup_epochs=0.0", "optim.lr=1e-9")}

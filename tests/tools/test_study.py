@@ -199,11 +199,11 @@ def test_what_the_chosen_arms_do_not_start_from_is_not_run(tmp_path):
         )
     )
     for only, needed in (
-        ("a", []),
-        ("b", ["teacher", "student"]),
-        ("('a', 'c')", ["other"]),
+        (("a",), []),
+        (("b",), ["teacher", "student"]),
+        (("a", "c"), ["other"]),
     ):
-        experiment.apply(base, [f"study.only={only}"])
+        base.study.only = only
         assert list(study.read(base).first) == needed, only
 
 

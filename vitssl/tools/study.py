@@ -22,11 +22,12 @@ The optional key `first` is a config, and overrides of it, that is run once, in
 WORKDIR/first; arms start from it by the override init.from=@first. Several such runs
 have names, {"teacher": ("configs/x.py",), "student": (..., "teacher.from=@teacher")},
 and each may use those before it; one that no arm needs is not run. With
-`first_each_seed=True` every seed has its own, in WORKDIR/first/seed<n>. The optional key
-`then` is such a config too, run after every run of an arm, with its seed and from what
-it made: ("configs/x.py:score", "epochs=5.0"); its values are columns "then/<name>".
-Every run is an ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and a study that was
-killed goes on where it stopped.
+`first_each_seed=True` every seed has its own, in WORKDIR/first/seed<n>.
+
+The optional key `then` is such a config too, run after every run of an arm, with its
+seed and from what it made: ("configs/x.py:score", "epochs=5.0"); its values are columns
+"then/<name>". Every run is an ordinary workdir, WORKDIR/<arm>/seed<n>: it resumes, and
+a study that was killed goes on where it stopped.
 Several processes may share one: `--share=1/2` and `--share=2/2` beside each other.
 `only` names the arms to run: --config.study.only="('multi',)"; claims about others are
 left out.
@@ -118,7 +119,8 @@ def read(c: ml_collections.ConfigDict) -> Plan:
     each = bool(study.get("first_each_seed", False))
     before = {}
     for seed in seeds if each else seeds[:1]:
-        before[seed] = _first(study, own[seed] if each else (), problems)
+        words = own[seed] if each else ()
+        before[seed] = _first(study, words, runs.values(), problems)
     for (arm, seed), one in runs.items():
         there = before[seed if each else seeds[0]]
         _known(one, there, f"study.arms.{arm}", problems)
@@ -130,10 +132,8 @@ def read(c: ml_collections.ConfigDict) -> Plan:
             then[seed] = experiment.read(experiment.load(spec, words))
     problems.stop()
     plan = Plan(runs, tuple(study.columns), {}, then, claims, gate, each)
-    needed = _needed(runs.values(), before[seeds[0]])
     for seed, found in before.items():
-        made = {plan.before(k, seed): one for k, one in found.items() if k in needed}
-        plan.first.update(made)
+        plan.first.update({plan.before(k, seed): one for k, one in found.items()})
     return plan
 
 
@@ -149,8 +149,8 @@ def _chosen(study, problems) -> dict:
     return {k: v for k, v in study.arms.items() if not only or k in only}
 
 
-def _first(study, own, problems) -> dict:
-    """Return {name: run before the arms}, each after those that it starts from."""
+def _first(study, own, runs, problems) -> dict:
+    """Return {name: run before `runs` that they need}, after what it starts from."""
     first = study.get("first", {})
     if not isinstance(first, ml_collections.ConfigDict):
         first = {"first": first} if first else {}
@@ -167,17 +167,10 @@ def _first(study, own, problems) -> dict:
                 _known(one, before, f"study.first.{name}", problems)
             break
         before |= {name: left.pop(name) for name in ready}
-    return before
-
-
-def _needed(runs, before) -> set:
-    """Return the names of the runs before the arms that `runs` start from."""
-    needed, left = set(), [name for one in runs for name in _starts(one)]
-    while left:
-        name = left.pop()
-        left += () if name in needed else _starts(before[name])
-        needed.add(name)
-    return needed
+    needed = [name for one in runs for name in _starts(one)]
+    for name in needed:  # Which grows by what those start from.
+        needed += _starts(before[name]) if name in before else ()
+    return {name: one for name, one in before.items() if name in needed}
 
 
 def _arm(base, words) -> ml_collections.ConfigDict:
