@@ -29,8 +29,8 @@ One override away:
     --config.resolution.start=24            (views grow to augment.size)
     --config.resolution.sizes='(24, 96)'    (three batches of ten at another size)
 
-The demo, seed 0: a linear probe on the features gets 72.9 % of the test leaves; on the
-untrained network's 36.0, on raw pixels 69.5, on a colour histogram 49.8.
+The demo, seed 0, 420 test leaves: k-NN 59.0, linear probe 77.4 %; untrained 22.1, 36.0;
+raw pixels 41.0, 69.8; colour histogram 30.5, 49.8.
 
 Published: a linear probe on the logged runs' features gets 13 to 60 % of seven classes.
 """
