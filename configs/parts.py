@@ -212,6 +212,7 @@ def _evidence():
         placebo=("hard", "other_masks"),
         oracle=("true_masks", "hard"),
         hard_masks=("hard", "soft"),
+        equal_steps=("hard", "no_masks_short"),
         soft_masks=("soft", "no_masks"),
         more_steps=("no_masks", "no_masks_short"),
     )
