@@ -70,6 +70,7 @@ LENGTHS = dict(
     labels=20.2,
 )
 RIVALS = ("dino", "mae", "localmim", "simclr", "labels")
+RATES = dict(simclr=4e-3, labels=2e-3)  # By `evidence_rates`; of the rest the demos'.
 
 
 def _demo():
@@ -301,6 +302,8 @@ def _evidence():
     c = _evidence_run()
     knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
     arms = _arms()
+    for arm, rate in RATES.items():
+        arms[arm] += (f"optim.lr={rate}",)
     c.study = dict(
         seeds=(0, 1, 2),
         seeded=("data.options.seed",),
