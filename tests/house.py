@@ -77,7 +77,7 @@ CEILINGS = {
     "calls from main to method.loss": Row(9, 6, 6),
     "calls from main to H-JEPA's scalar": Row(14, 10, 10),
     "lines of check()": Row(1_058, 759, 350),
-    "lines of configs": Row(2_346, 3_078, 1_400),
+    "lines of configs": Row(2_346, 3_075, 1_400),
     "lines of the largest file": Row(446, 492),
     "lines of the largest function": Row(74, 77),
 }
