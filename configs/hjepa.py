@@ -298,7 +298,7 @@ def _evidence():
 
     `labels` is the gate: the same network with labels must get far above the pixels.
     Rates are the demos': what `evidence_rates` found better in one run (no_target at
-    1.5e-3, simclr at 4e-3, labels at 2e-3) was not better on these seeds.
+    1.5e-3, simclr at 4e-3, labels at 2e-3) was not surely better on these seeds.
     """
     c = _evidence_run()
     knn, linear = (f"final/trained/{metric}/top1" for metric in ("knn", "linear"))
