@@ -151,7 +151,8 @@ def run(tmp_path_factory, data):
         key = "teacher.from" if recipe.startswith("distill") else "init.from"
         given = {key: workdir(start)} if start else {}
         argv = command(recipe, data, **given)
-        # Recipes that differ in what two steps do not reach are one run.
+        # Recipes that differ in what two steps do not reach, or in numbers that are
+        # the same for all here, are one run.
         resolved = _resolved(argv)
         if resolved not in made:
             folder = tmp_path_factory.mktemp("run") / recipe.replace(":", "-")
@@ -188,20 +189,20 @@ def command(recipe, data, **given):
             changes["study.then"] = (*first(then[0], data), depth)
         only = {}
         for arm, words in c.study.arms.items():
-            own = changes.get(f"study.arms.{arm}", words)
+            own, kind = changes.get(f"study.arms.{arm}", words), _kind(words)
             if words and "=" not in words[0]:  # Of another config.
                 own = first(words[0], data)
             elif own == words:
-                own = _kind(words)
+                own = kind
             changes[f"study.arms.{arm}"] = own
-            only.setdefault(own, arm)
+            only.setdefault(own, (arm, kind))
         # A search of what another study runs has one arm of it, and those of its own.
         others = config.module(f"{ROOT}/configs/{file}.py").RECIPES
         ran, _, search = name.partition("_")
         seen = others[ran]().study.arms.values() if search in SEARCHES else ()
         seen = set(map(_kind, seen))
-        new = tuple(arm for own, arm in only.items() if own not in seen)
-        changes["study.only"] = new or tuple(only.values())[:1]
+        new = tuple(arm for arm, kind in only.values() if kind not in seen)
+        changes["study.only"] = new or (next(iter(only.values()))[0],)
         before = c.study.get("first", ())
         if isinstance(before, ml_collections.ConfigDict):
             for key, made in before.items():
@@ -239,6 +240,12 @@ def shrunk(c) -> dict:
         found["per_device"] = 4  # Two micro-batches, as on fewer devices than theirs.
     if thaw := c.optim.get("thaw", ()):  # Within these two steps.
         found["optim.thaw"] = tuple((pattern, 0.003) for pattern, _ in thaw)
+    if c.method != "parts":  # Numbers alone, of which its rules make large ones.
+        found |= {"optim.lr": 4e-4, "optim.min_lr": 4e-6, "optim.wd": 0.02}
+    if c.get("model", {}).get("drop_path", 0):
+        found["model.drop_path"] = 0.1
+    if c.freeze.schedule != "none":  # The first of them before the second step.
+        found["freeze.t_0"] = 0.65
     if "presence_group" in c.get("objective", {}):
         found["objective.presence_group"] = 1 if c.batch_size == 16 else 4
     found |= _METHODS.get(c.method, _image)(c)
@@ -294,8 +301,6 @@ def _dino(c) -> dict:
 def _latent_mim(c) -> dict:
     found = {"network.size": "", "network.width": 16, "network.heads": 2}
     found |= {"network.depth": 1, "network.decoder_depth": 1}
-    # The sizes of a paper differ in these beside their widths and depths.
-    found |= {"optim.lr": 4e-4, "optim.min_lr": 4e-6, "optim.wd": 0.02}
     found |= {"readout.times": min(2, c.readout.times), "measures.epochs": 1}
     if c.data.source == "fields":
         return found | {"evals.image_size": 16, "data.options.count": 16}
