@@ -1,7 +1,6 @@
 """Settings every test shares: CPU, four simulated devices, a compile cache."""
 
 import ctypes
-import functools
 import gc
 import importlib.metadata
 import os
@@ -37,16 +36,11 @@ gc.disable()
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 # grain reads absl flags in its workers; nobody parses them under pytest.
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-
-# jax makes a context with all dialects for each program that it lowers: 6 ms, a sixth
-# of the time of a small one. Here those of one file share theirs.
-mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 _KEEPS = jax.config.jax_enable_compilation_cache
 _CASES = pathlib.Path(__file__).parent / "golden" / "cases"
@@ -60,7 +54,6 @@ def forget():
     compiling took was 8 GB a process at the end.
     """
     jax.clear_caches()
-    mlir.make_ir_context.cache_clear()
     gc.collect()
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
