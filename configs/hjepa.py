@@ -341,11 +341,11 @@ def _evidence_rates():
     """Return the search of the learning rates for `evidence`, in another world."""
     c = _evidence_run()
     c.evals.update(in_place=False, baselines=())
-    arms = {}
-    for arm, words in _arms().items():
+    whole, arms = _arms(), {}
+    for arm in ("multi", "single", "no_target", *RIVALS):
         rate = (RECIPES[f"rival_{arm}"]() if arm in RIVALS else c).optim.lr
         for name, factor in (("half", 0.5), ("own", 1.0), ("double", 2.0)):
-            arms[f"{arm}_{name}"] = (*words, f"optim.lr={factor * rate:g}")
+            arms[f"{arm}_{name}"] = (*whole[arm], f"optim.lr={factor * rate:g}")
     columns = tuple(f"final/trained/{metric}/top1" for metric in ("linear", "knn"))
     seeded = ("data.options.seed",)
     c.study = dict(seeds=(100,), seeded=seeded, arms=arms, columns=columns)
