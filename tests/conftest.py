@@ -78,6 +78,14 @@ def _executables_of_one_file():
     compilation_cache.reset_cache()
 
 
+@pytest.fixture
+def few_executables():
+    """Drop compiled functions where there are many, not at the end of the file."""
+    yield
+    if full():
+        forget()
+
+
 def pytest_addoption(parser):
     """Add `--golden-dir`: golden cases other than the project's own copy."""
     parser.addoption("--golden-dir", default=str(_CASES))

@@ -14,11 +14,12 @@ import jax
 import ml_collections
 import pytest
 
-from tests import conftest, layouts
+from tests import layouts
 from vitssl import config, main
 from vitssl.evals import linear
 from vitssl.run import experiment
 
+pytestmark = pytest.mark.usefixtures("few_executables")
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = config.files(ROOT / "configs")
 RECIPES = [
@@ -115,14 +116,6 @@ def _small_machine(monkeypatch):
     """One device, and probes that need not converge: half of a study's time here."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setitem(linear.logistic.__kwdefaults__, "iterations", 3)
-
-
-@pytest.fixture(autouse=True)
-def _few_executables():
-    """Drop compiled functions where there are many, not at the end of this file."""
-    yield
-    if conftest.full():
-        conftest.forget()
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,7 @@ DEEP["simclr"] = ("model.depths=(1,2)",)
 STACKS = ("hjepa", "latent_mim", "localmim", "mae", "parts", "simclr")
 # Masks or noise are drawn for each micro-batch.
 DRAWN = ("dinov2", "latent_mim", "localmim", "mae", "parts", "simmim")
+pytestmark = pytest.mark.usefixtures("few_executables")
 
 
 class First(NamedTuple):
